@@ -1,0 +1,158 @@
+//! What a device has to offer.
+
+use std::any::Any;
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::expr::{Program, Reduce};
+use crate::{Error, Result, Tensor};
+
+/// A device. Object-safe and small; everything only enqueues, `download` alone waits.
+///
+/// Tensors handed in are plain views of storage on this device: an output is written, never re-made.
+pub trait Backend: Debug + Send + Sync {
+    /// Its name, such as `cpu`.
+    fn name(&self) -> &str;
+    /// Uninitialised memory of at least `bytes` bytes.
+    fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
+    /// Writes `bytes` to the start of `buffer`.
+    fn upload(&self, buffer: &dyn Buffer, bytes: &[u8]) -> Result<()>;
+    /// Reads the first `bytes` bytes of `buffer`; waits for all work before.
+    fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>>;
+    /// Copies a view to another of the same dims and dtype, bit for bit.
+    fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()>;
+    /// `outputs = program(inputs)`, element by element. All views have the dims of the outputs.
+    fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()>;
+    /// `outputs = kind over the axes where an output has size 1 of program(inputs)`.
+    fn reduce(
+        &self,
+        program: &Program,
+        kind: Reduce,
+        inputs: &[&Tensor],
+        scalars: &[f64],
+        outputs: &[&Tensor],
+    ) -> Result<()>;
+    /// `out[.., m, n] (+)= a[.., m, k] b[.., k, n] + bias[n]`, leading axes equal (stride 0 repeats).
+    fn matmul(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()>;
+    /// `out[i, ..] = table[index[i], ..]`; `table` and `out` contiguous, index u32 `[n]`.
+    fn gather(&self, table: &Tensor, index: &Tensor, out: &Tensor) -> Result<()>;
+    /// `out[index[i], ..] += rows[i, ..]`, in the order of `i`.
+    fn scatter_add(&self, rows: &Tensor, index: &Tensor, out: &Tensor) -> Result<()>;
+    /// A kernel of the backend's own, or [`Ran::Declined`]: then the op's composition runs.
+    fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
+        let _ = (op, inputs, outputs);
+        Ok(Ran::Declined)
+    }
+}
+
+/// Memory of a backend.
+pub trait Buffer: Any + Debug + Send + Sync {}
+
+/// Whether a backend ran a fused op.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ran {
+    /// It did.
+    Done,
+    /// It has no kernel for it.
+    Declined,
+}
+
+/// Operations that a backend may have a kernel for. Each is defined by its composition.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Fused {
+    /// Inputs q, k, v `[B, H, L, D]` and maybe an additive f32 mask; outputs o `[B, H, Lq, Dv]` and
+    /// the log-sum-exp of the scores, f32 (f64 for f64) `[B, H, Lq]`.
+    AttentionForward {
+        /// Factor of the scores.
+        scale: f64,
+        /// Whether the fourth input is a mask.
+        masked: bool,
+    },
+    /// Inputs q, k, v, o, the gradient of o, the log-sum-exp and maybe the mask; outputs dq, dk, dv.
+    AttentionBackward {
+        /// Factor of the scores.
+        scale: f64,
+        /// Whether the last input is a mask.
+        masked: bool,
+    },
+}
+
+/// A shared handle of a backend.
+#[derive(Clone, Debug)]
+pub struct Device(Arc<dyn Backend>);
+
+impl Device {
+    /// A device from a backend.
+    pub fn new(backend: impl Backend + 'static) -> Self {
+        Self(Arc::new(backend))
+    }
+
+    /// The CPU: one shared device for the process.
+    pub fn cpu() -> Self {
+        static CPU: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+        CPU.get_or_init(|| Self::new(crate::cpu::Cpu::default())).clone()
+    }
+
+    /// The backend behind it.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.0
+    }
+
+    /// Whether both are the same device.
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// Memory on a device, shared by the views on it.
+#[derive(Debug)]
+pub struct Storage {
+    device: Device,
+    buffer: Box<dyn Buffer>,
+    version: AtomicU64,
+}
+
+impl Storage {
+    /// Uninitialised memory of `bytes` bytes.
+    pub(crate) fn alloc(device: &Device, bytes: usize) -> Result<Arc<Self>> {
+        let buffer = device.backend().alloc(bytes)?;
+        Ok(Arc::new(Self { device: device.clone(), buffer, version: AtomicU64::new(0) }))
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The backend's memory.
+    pub fn buffer(&self) -> &dyn Buffer {
+        &*self.buffer
+    }
+
+    /// Counts writes in place: what was saved at another version may not be read by backward.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Says that the storage is written in place.
+    pub(crate) fn touch(&self) {
+        self.version.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// The common device of `tensors`.
+pub(crate) fn common_device<'a>(op: &'static str, tensors: &[&'a Tensor]) -> Result<&'a Device> {
+    let first = tensors.first().ok_or_else(|| Error::argument(op, "at least one tensor", 0))?;
+    for tensor in tensors {
+        if !tensor.device().same(first.device()) {
+            return Err(Error::Device {
+                op,
+                expected: first.device().backend().name().into(),
+                got: tensor.device().backend().name().into(),
+            });
+        }
+    }
+    Ok(first.device())
+}

@@ -1,0 +1,409 @@
+//! Evaluates programs on blocks: each instruction is one SIMD loop over a block that stays in cache.
+#![expect(clippy::eq_op)] // `a != a` asks for NaN in loops that become SIMD
+
+use half::{bf16, f16};
+
+use super::View;
+use super::blocks::BLOCK;
+use super::isa::Isa;
+use super::math::Real;
+use crate::DType;
+use crate::expr::{Binary, Opcode, Program, Reduce, Unary};
+
+/// An element as it lies in memory.
+pub(super) trait Stored: Copy {
+    fn to_f32(self) -> f32;
+    fn to_f64(self) -> f64;
+    fn of_f32(v: f32) -> Self;
+    fn of_f64(v: f64) -> Self;
+}
+
+macro_rules! stored {
+    ($($t:ty: $to32:expr, $to64:expr, $of32:expr, $of64:expr;)*) => {$(
+        impl Stored for $t {
+            #[inline(always)]
+            fn to_f32(self) -> f32 { ($to32)(self) }
+            #[inline(always)]
+            fn to_f64(self) -> f64 { ($to64)(self) }
+            #[inline(always)]
+            fn of_f32(v: f32) -> Self { ($of32)(v) }
+            #[inline(always)]
+            fn of_f64(v: f64) -> Self { ($of64)(v) }
+        }
+    )*};
+}
+stored! {
+    f32: |x| x, |x| x as f64, |v| v, |v| v as f32;
+    f64: |x| x as f32, |x| x, |v| v as f64, |v| v;
+    u32: |x| x as f32, |x| x as f64, |v| v as u32, |v| v as u32;
+    bf16: widen_bf16, |x| widen_bf16(x) as f64, narrow_bf16, |v| narrow_bf16(v as f32);
+    f16: f16::to_f32, f16::to_f64, f16::from_f32, f16::from_f64;
+}
+
+#[inline(always)]
+fn widen_bf16(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
+/// Rounds to nearest even without a branch; NaN stays NaN.
+#[inline(always)]
+fn narrow_bf16(v: f32) -> bf16 {
+    let bits = v.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    bf16::from_bits(if v.is_nan() { (bits >> 16) | 0x40 } else { rounded } as u16)
+}
+
+/// How an arithmetic type reads and writes memory.
+pub(super) trait Arithmetic: Real {
+    fn load<S: Stored>(s: S) -> Self;
+    fn store<S: Stored>(self) -> S;
+    /// Whether memory of `dtype` is an array of this type.
+    fn is(dtype: DType) -> bool;
+}
+
+impl Arithmetic for f32 {
+    #[inline(always)]
+    fn load<S: Stored>(s: S) -> Self {
+        s.to_f32()
+    }
+    #[inline(always)]
+    fn store<S: Stored>(self) -> S {
+        S::of_f32(self)
+    }
+    #[inline(always)]
+    fn is(dtype: DType) -> bool {
+        dtype == DType::F32
+    }
+}
+
+impl Arithmetic for f64 {
+    #[inline(always)]
+    fn load<S: Stored>(s: S) -> Self {
+        s.to_f64()
+    }
+    #[inline(always)]
+    fn store<S: Stored>(self) -> S {
+        S::of_f64(self)
+    }
+    #[inline(always)]
+    fn is(dtype: DType) -> bool {
+        dtype == DType::F64
+    }
+}
+
+/// One operand of a block: `rows x cols` elements from `ptr`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Window {
+    pub ptr: *mut u8,
+    pub dtype: DType,
+    pub row_stride: usize,
+    pub col_stride: usize,
+}
+
+impl Window {
+    /// The window of a view at an offset in elements.
+    pub fn new(view: &View<'_>, offset: usize, row_stride: usize, col_stride: usize) -> Self {
+        Self { ptr: view.ptr.wrapping_add(offset * view.dtype.size()), dtype: view.dtype, row_stride, col_stride }
+    }
+
+    /// Whether the block is one run of memory.
+    fn is_run(&self, rows: usize, cols: usize) -> bool {
+        (self.col_stride == 1 || cols == 1) && (rows == 1 || self.row_stride == cols)
+    }
+}
+
+/// Where the results of a block go.
+pub(super) enum Sink<'a> {
+    /// To memory.
+    Store(&'a [Window]),
+    /// Each row into one number: `acc[output * rows + row]`.
+    Rows(Reduce, &'a mut [f64]),
+    /// Each column into one number: `acc[output * cols + col]`.
+    Cols(Reduce, &'a mut [f64]),
+}
+
+/// A program with the scratch memory of one thread.
+pub(super) struct Evaluator<'a, A> {
+    program: &'a Program,
+    isa: Isa,
+    scratch: Vec<A>,
+    /// Where each slot's block lies: in scratch, or an input in place.
+    slots: Vec<*mut A>,
+    /// What the scratch of each input holds: broadcast operands are loaded once.
+    held: Vec<Option<(Window, usize, usize)>>,
+}
+
+impl<'a, A: Arithmetic> Evaluator<'a, A> {
+    pub fn new(program: &'a Program, scalars: &[f64], isa: Isa) -> Self {
+        let mut scratch = vec![A::ZERO; program.slots() * BLOCK];
+        let uniforms = scalars.iter().chain(&program.constants);
+        for (block, &value) in scratch[program.first_uniform() * BLOCK..].chunks_mut(BLOCK).zip(uniforms) {
+            block.fill(A::from_f64(value));
+        }
+        let slots = scratch.chunks_mut(BLOCK).map(<[A]>::as_mut_ptr).collect();
+        Self { program, isa, scratch, slots, held: vec![None; program.inputs] }
+    }
+
+    /// Runs the program on one block of at most [`BLOCK`] elements.
+    ///
+    /// # Safety
+    /// The windows lie in memory of their dtypes, and nobody else writes there meanwhile. A stored window may be one
+    /// of the inputs' exactly, else it overlaps none.
+    pub unsafe fn run(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
+        // SAFETY: `isa` is never above what the machine has; the rest is the caller's promise.
+        unsafe {
+            match self.isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => self.run_avx512(inputs, rows, cols, sink),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => self.run_avx2(inputs, rows, cols, sink),
+                _ => self.block::<false>(inputs, rows, cols, sink),
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+    unsafe fn run_avx512(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
+        // SAFETY: the caller's promise.
+        unsafe { self.block::<true>(inputs, rows, cols, sink) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
+        // SAFETY: the caller's promise.
+        unsafe { self.block::<true>(inputs, rows, cols, sink) }
+    }
+
+    #[inline(always)]
+    unsafe fn block<const FMA: bool>(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
+        let n = rows * cols;
+        debug_assert!(n <= BLOCK);
+        for (i, window) in inputs.iter().enumerate() {
+            if A::is(window.dtype) && window.is_run(rows, cols) {
+                self.slots[i] = window.ptr.cast();
+                continue;
+            }
+            let own = self.scratch[i * BLOCK..].as_mut_ptr();
+            self.slots[i] = own;
+            if self.held[i].is_some_and(|(w, r, c)| w == *window && r >= rows && c == cols) {
+                continue;
+            }
+            // SAFETY: the window is readable; `own` has room for a block.
+            unsafe { load(window, rows, cols, std::slice::from_raw_parts_mut(own, n)) };
+            self.held[i] = Some((*window, rows, cols));
+        }
+        for step in &self.program.instructions {
+            let source = |k: usize| self.slots[step.operands[k]].cast_const();
+            // SAFETY: slots hold `n` elements, and the target is a register that the step does not read.
+            unsafe {
+                let target = std::slice::from_raw_parts_mut(self.slots[step.target], n);
+                let read = |k: usize| std::slice::from_raw_parts(source(k), n);
+                execute::<A, FMA>(step.opcode, target, read);
+            }
+        }
+        let outputs = self.program.outputs.iter();
+        // SAFETY: as above: results lie in registers, or are inputs read in place.
+        let blocks = outputs.map(|&slot| unsafe { std::slice::from_raw_parts(self.slots[slot].cast_const(), n) });
+        match sink {
+            Sink::Store(windows) => {
+                for (values, window) in blocks.zip(windows) {
+                    // SAFETY: the window is writable.
+                    unsafe { store(window, rows, cols, values) };
+                }
+            }
+            Sink::Rows(kind, acc) => {
+                for (values, acc) in blocks.zip(acc.chunks_exact_mut(rows)) {
+                    for (row, acc) in values.chunks_exact(cols).zip(acc) {
+                        *acc = combine(kind, *acc, fold(kind, row));
+                    }
+                }
+            }
+            Sink::Cols(kind, acc) => {
+                for (values, acc) in blocks.zip(acc.chunks_exact_mut(cols)) {
+                    for row in values.chunks_exact(cols) {
+                        acc.iter_mut().zip(row).for_each(|(a, x)| *a = combine(kind, *a, x.to_f64()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The neutral element of a reduction.
+pub(super) fn neutral(kind: Reduce) -> f64 {
+    match kind {
+        Reduce::Sum => 0.0,
+        Reduce::Max => f64::NEG_INFINITY,
+    }
+}
+
+/// Combines two partial results.
+#[inline(always)]
+pub(super) fn combine(kind: Reduce, a: f64, b: f64) -> f64 {
+    match kind {
+        Reduce::Sum => a + b,
+        Reduce::Max => {
+            if a > b || a.is_nan() {
+                a
+            } else {
+                b
+            }
+        }
+    }
+}
+
+/// A run into one number: 16 lanes, then a tree. At most [`BLOCK`] elements, so f32 lanes lose little.
+#[inline(always)]
+fn fold<A: Real>(kind: Reduce, values: &[A]) -> f64 {
+    const LANES: usize = 16;
+    let join = |a: A, b: A| match kind {
+        Reduce::Sum => a.add(b),
+        Reduce::Max => {
+            if a > b || a != a {
+                a
+            } else {
+                b
+            }
+        }
+    };
+    let mut lanes = [A::from_f64(neutral(kind)); LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = join(*lane, x);
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = join(*lane, x);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = join(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0].to_f64()
+}
+
+#[inline(always)]
+unsafe fn load<A: Arithmetic>(window: &Window, rows: usize, cols: usize, out: &mut [A]) {
+    // SAFETY: the caller's promise: the window is readable as its dtype.
+    unsafe {
+        match window.dtype {
+            DType::F32 => load_as::<A, f32>(window, rows, cols, out),
+            DType::BF16 => load_as::<A, bf16>(window, rows, cols, out),
+            DType::F16 => load_as::<A, f16>(window, rows, cols, out),
+            DType::F64 => load_as::<A, f64>(window, rows, cols, out),
+            DType::U32 => load_as::<A, u32>(window, rows, cols, out),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn load_as<A: Arithmetic, S: Stored>(window: &Window, rows: usize, cols: usize, out: &mut [A]) {
+    let from = window.ptr.cast::<S>().cast_const();
+    if window.row_stride == 0 && window.col_stride == 0 {
+        // SAFETY: the one element is readable.
+        out.fill(A::load(unsafe { from.read() }));
+        return;
+    }
+    for (row, out) in out.chunks_exact_mut(cols).enumerate().take(rows) {
+        // SAFETY: all elements of the window are readable.
+        unsafe {
+            let from = from.add(row * window.row_stride);
+            match window.col_stride {
+                0 => out.fill(A::load(from.read())),
+                1 => out.iter_mut().enumerate().for_each(|(i, o)| *o = A::load(from.add(i).read())),
+                2 => out.iter_mut().enumerate().for_each(|(i, o)| *o = A::load(from.add(2 * i).read())),
+                step => out.iter_mut().enumerate().for_each(|(i, o)| *o = A::load(from.add(step * i).read())),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn store<A: Arithmetic>(window: &Window, rows: usize, cols: usize, values: &[A]) {
+    // SAFETY: the caller's promise: the window is writable as its dtype.
+    unsafe {
+        match window.dtype {
+            DType::F32 => store_as::<A, f32>(window, rows, cols, values),
+            DType::BF16 => store_as::<A, bf16>(window, rows, cols, values),
+            DType::F16 => store_as::<A, f16>(window, rows, cols, values),
+            DType::F64 => store_as::<A, f64>(window, rows, cols, values),
+            DType::U32 => store_as::<A, u32>(window, rows, cols, values),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn store_as<A: Arithmetic, S: Stored>(window: &Window, rows: usize, cols: usize, values: &[A]) {
+    let to = window.ptr.cast::<S>();
+    for (row, values) in values.chunks_exact(cols).enumerate().take(rows) {
+        // SAFETY: all elements of the window are writable.
+        unsafe {
+            let to = to.add(row * window.row_stride);
+            match window.col_stride {
+                1 => values.iter().enumerate().for_each(|(i, v)| to.add(i).write(v.store())),
+                2 => values.iter().enumerate().for_each(|(i, v)| to.add(2 * i).write(v.store())),
+                step => values.iter().enumerate().for_each(|(i, v)| to.add(step * i).write(v.store())),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn execute<'s, A: Real, const FMA: bool>(opcode: Opcode, target: &mut [A], read: impl Fn(usize) -> &'s [A]) {
+    macro_rules! loop1 {
+        ($f:expr) => {
+            target.iter_mut().zip(read(0)).for_each(|(t, &a)| *t = $f(a))
+        };
+    }
+    macro_rules! loop2 {
+        ($f:expr) => {
+            target.iter_mut().zip(read(0)).zip(read(1)).for_each(|((t, &a), &b)| *t = $f(a, b))
+        };
+    }
+    macro_rules! loop3 {
+        ($f:expr) => {
+            target.iter_mut().zip(read(0)).zip(read(1)).zip(read(2)).for_each(|(((t, &a), &b), &c)| *t = $f(a, b, c))
+        };
+    }
+    let one = A::from_f64(1.0);
+    match opcode {
+        Opcode::Unary(op) => match op {
+            Unary::Neg => loop1!(|a: A| a.neg()),
+            Unary::Exp => loop1!(|a: A| a.exp::<FMA>()),
+            Unary::Log => loop1!(|a: A| a.log::<FMA>()),
+            Unary::Sqrt => loop1!(|a: A| a.sqrt()),
+            Unary::Rsqrt => loop1!(|a: A| one.div(a.sqrt())),
+            Unary::Recip => loop1!(|a: A| one.div(a)),
+            Unary::Abs => loop1!(|a: A| a.abs()),
+            Unary::Sin => loop1!(|a: A| a.sin::<FMA>()),
+            Unary::Cos => loop1!(|a: A| a.cos::<FMA>()),
+            Unary::Tanh => loop1!(|a: A| a.tanh::<FMA>()),
+            Unary::Erf => loop1!(|a: A| a.erf::<FMA>()),
+            Unary::Sigmoid => loop1!(|a: A| a.sigmoid::<FMA>()),
+        },
+        Opcode::Binary(op) => match op {
+            Binary::Add => loop2!(|a: A, b| a.add(b)),
+            Binary::Sub => loop2!(|a: A, b| a.sub(b)),
+            Binary::Mul => loop2!(|a: A, b| a.mul(b)),
+            Binary::Div => loop2!(|a: A, b| a.div(b)),
+            // NaN wins, as in PyTorch.
+            Binary::Max => loop2!(|a: A, b: A| if a > b || a != a { a } else { b }),
+            Binary::Min => loop2!(|a: A, b: A| if a < b || a != a { a } else { b }),
+        },
+        Opcode::MulAdd => loop3!(|a: A, b, c| a.mul_add::<FMA>(b, c)),
+        Opcode::MulSub => loop3!(|a: A, b, c: A| a.mul_add::<FMA>(b, c.neg())),
+        Opcode::Select => {
+            let (a, b, c, d) = (read(0), read(1), read(2), read(3));
+            for (i, t) in target.iter_mut().enumerate() {
+                *t = if a[i] < b[i] { c[i] } else { d[i] };
+            }
+        }
+    }
+}

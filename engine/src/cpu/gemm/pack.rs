@@ -1,0 +1,256 @@
+//! Packing: copies of strided matrices of any float type as f32, in the order in which the kernels read them.
+
+use crate::cpu::isa::Isa;
+use half::{bf16, f16};
+
+/// An element type that widens to f32.
+pub(crate) trait Narrow: Copy + Send + Sync + 'static {
+    fn widen(self) -> f32;
+    fn round(x: f32) -> Self;
+    /// Eight of them as a vector. Safety: `p` is valid for eight; the caller has AVX2 and F16C.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load8(p: *const Self) -> std::arch::x86_64::__m256;
+}
+
+impl Narrow for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn round(x: f32) -> Self {
+        x
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load8(p: *const Self) -> std::arch::x86_64::__m256 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm256_loadu_ps(p) }
+    }
+}
+
+impl Narrow for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    /// To nearest, ties to even; without branches, so that loops over it become SIMD.
+    #[inline(always)]
+    fn round(x: f32) -> Self {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        let nan = (bits >> 16) | 0x40;
+        Self::from_bits(if x.is_nan() { nan } else { rounded } as u16)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load8(p: *const Self) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
+        }
+    }
+}
+
+impl Narrow for f16 {
+    /// Exact; without branches, so that loops over it become SIMD.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        let bits = u32::from(self.to_bits());
+        let magnitude = (bits & 0x7fff) << 13;
+        // 2^112 moves the exponent's bias, and makes subnormals normal.
+        let finite = (f32::from_bits(magnitude) * f32::from_bits((112 + 127) << 23)).to_bits();
+        let special = magnitude | 0x7f80_0000;
+        let value = if magnitude >= 31 << 23 { special } else { finite };
+        f32::from_bits(value | ((bits & 0x8000) << 16))
+    }
+    #[inline(always)]
+    fn round(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load8(p: *const Self) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+}
+
+/// Runs `$body` with `$t` as the Rust type of a dtype of at most 32 bits; nothing for the other dtypes.
+macro_rules! with_narrow {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            crate::dtype::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            crate::dtype::DType::BF16 => {
+                type $t = half::bf16;
+                $body
+            }
+            crate::dtype::DType::F16 => {
+                type $t = half::f16;
+                $body
+            }
+            crate::dtype::DType::F64 | crate::dtype::DType::U32 => {}
+        }
+    };
+}
+pub(crate) use with_narrow;
+
+/// A window `[k, n]` to pack; element (k, j) is at `ptr + k * ks + j * ns`.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<T> {
+    pub ptr: *const T,
+    pub ks: usize,
+    pub ns: usize,
+    pub k: usize,
+    pub n: usize,
+}
+
+/// Panels `[n / width][k][width]`, the last one filled up with zeros.
+///
+/// Safety: the source is valid, `out` for `k * n.next_multiple_of(width)` floats, and the machine has `isa`.
+pub(crate) unsafe fn panels<T: Narrow>(isa: Isa, width: usize, s: &Source<T>, out: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (isa, width) {
+            (Isa::Portable, 8) => panels_of::<T, 8, false>(s, out),
+            (Isa::Portable, _) => panels_of::<T, 4, false>(s, out),
+            #[cfg(target_arch = "x86_64")]
+            _ => panels_avx2(width, s, out),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => {}
+        }
+    }
+}
+
+/// Rows of a `[rows, k]` window as dense f32 rows, `ld` apart.
+///
+/// Safety: `src` is valid at `r * rs + i * ks`, `out` for the rows, and the machine has `isa`.
+pub(crate) unsafe fn rows<T: Narrow>(isa: Isa, s: &Source<T>, out: *mut f32, ld: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::Avx512 => rows_avx2(s, out, ld),
+            _ => rows_of(s, out, ld),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn rows_of<T: Narrow>(s: &Source<T>, out: *mut f32, ld: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for j in 0..s.n {
+            let (src, out) = (s.ptr.add(j * s.ns), out.add(j * ld));
+            if s.ks == 1 {
+                for k in 0..s.k {
+                    *out.add(k) = (*src.add(k)).widen();
+                }
+            } else {
+                for k in 0..s.k {
+                    *out.add(k) = (*src.add(k * s.ks)).widen();
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn rows_avx2<T: Narrow>(s: &Source<T>, out: *mut f32, ld: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { rows_of(s, out, ld) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn panels_avx2<T: Narrow>(width: usize, s: &Source<T>, out: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match width {
+            6 => panels_of::<T, 6, false>(s, out),
+            12 => panels_of::<T, 12, false>(s, out),
+            16 => panels_of::<T, 16, true>(s, out),
+            _ => panels_of::<T, 32, true>(s, out),
+        }
+    }
+}
+
+/// Rows of k in a block: few enough that all of a block's panels are written in runs, many enough for the TLB.
+const K_RUN: usize = 32;
+
+#[inline(always)]
+unsafe fn panels_of<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, out: *mut f32) {
+    // SAFETY: the caller's promise; panels start at multiples of W, and `live` columns of them exist.
+    unsafe {
+        for k0 in (0..s.k).step_by(K_RUN) {
+            let k1 = (k0 + K_RUN).min(s.k);
+            for j in (0..s.n).step_by(W) {
+                let live = W.min(s.n - j);
+                let out = out.add(j * s.k);
+                let src = s.ptr.add(j * s.ns);
+                if s.ns == 1 && live == W {
+                    for k in k0..k1 {
+                        let (row, out) = (src.add(k * s.ks), out.add(k * W));
+                        for i in 0..W {
+                            *out.add(i) = (*row.add(i)).widen();
+                        }
+                    }
+                    continue;
+                }
+                let mut k = k0;
+                #[cfg(target_arch = "x86_64")]
+                if AVX2 && s.ks == 1 && live == W {
+                    while k + 8 <= k1 {
+                        for i in (0..W).step_by(8) {
+                            transpose8(src.add(i * s.ns + k), s.ns, out.add(k * W + i), W);
+                        }
+                        k += 8;
+                    }
+                }
+                while k < k1 {
+                    for i in 0..W {
+                        *out.add(k * W + i) = if i < live { (*src.add(k * s.ks + i * s.ns)).widen() } else { 0.0 };
+                    }
+                    k += 1;
+                }
+            }
+        }
+    }
+}
+
+/// `out[i][j] = src[j][i]` for 8 x 8 elements; rows are `ld` and `ldo` apart.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn transpose8<T: Narrow>(src: *const T, ld: usize, out: *mut f32, ldo: usize) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise; inlined into functions with AVX2.
+    unsafe {
+        let mut r = [_mm256_setzero_ps(); 8];
+        for (i, r) in r.iter_mut().enumerate() {
+            *r = T::load8(src.add(i * ld));
+        }
+        let mut t = r;
+        for i in 0..4 {
+            t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        for h in 0..2 {
+            let t = &t[4 * h..4 * h + 4];
+            r[4 * h] = _mm256_shuffle_ps::<0x44>(t[0], t[2]);
+            r[4 * h + 1] = _mm256_shuffle_ps::<0xee>(t[0], t[2]);
+            r[4 * h + 2] = _mm256_shuffle_ps::<0x44>(t[1], t[3]);
+            r[4 * h + 3] = _mm256_shuffle_ps::<0xee>(t[1], t[3]);
+        }
+        for i in 0..4 {
+            _mm256_storeu_ps(out.add(i * ldo), _mm256_permute2f128_ps::<0x20>(r[i], r[4 + i]));
+            _mm256_storeu_ps(out.add((4 + i) * ldo), _mm256_permute2f128_ps::<0x31>(r[i], r[4 + i]));
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! Elementary functions without branches, so that loops over them become SIMD.
+//!
+//! Everything here is `inline(always)`: it is compiled into the loops of `eval.rs` with their instruction set.
+//! `FMA` says whether that set has a fused multiply-add; without it the call would be a function of libm.
+#![expect(clippy::excessive_precision)] // coefficients as published
+
+/// The arithmetic of a program: f32, or f64 for gradient checks.
+pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
+    const ZERO: Self;
+    fn from_f64(v: f64) -> Self;
+    fn to_f64(self) -> f64;
+    fn neg(self) -> Self;
+    fn add(self, b: Self) -> Self;
+    fn sub(self, b: Self) -> Self;
+    fn mul(self, b: Self) -> Self;
+    fn div(self, b: Self) -> Self;
+    fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self;
+    fn abs(self) -> Self;
+    fn sqrt(self) -> Self;
+    fn exp<const FMA: bool>(self) -> Self;
+    fn log<const FMA: bool>(self) -> Self;
+    fn sin<const FMA: bool>(self) -> Self;
+    fn cos<const FMA: bool>(self) -> Self;
+    fn tanh<const FMA: bool>(self) -> Self;
+    fn erf<const FMA: bool>(self) -> Self;
+    fn sigmoid<const FMA: bool>(self) -> Self;
+}
+
+/// Horner's rule, highest coefficient first.
+macro_rules! poly {
+    ($fma:ident, $x:expr, $first:expr $(, $c:expr)*) => {{
+        let x = $x;
+        let p = $first;
+        $(let p = Real::mul_add::<$fma>(p, x, $c);)*
+        p
+    }};
+}
+
+macro_rules! arithmetic {
+    ($t:ty) => {
+        const ZERO: Self = 0.0;
+        #[inline(always)]
+        fn from_f64(v: f64) -> Self {
+            v as $t
+        }
+        #[inline(always)]
+        fn to_f64(self) -> f64 {
+            self as f64
+        }
+        #[inline(always)]
+        fn neg(self) -> Self {
+            -self
+        }
+        #[inline(always)]
+        fn add(self, b: Self) -> Self {
+            self + b
+        }
+        #[inline(always)]
+        fn sub(self, b: Self) -> Self {
+            self - b
+        }
+        #[inline(always)]
+        fn mul(self, b: Self) -> Self {
+            self * b
+        }
+        #[inline(always)]
+        fn div(self, b: Self) -> Self {
+            self / b
+        }
+        #[inline(always)]
+        fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self {
+            if FMA { <$t>::mul_add(self, b, c) } else { self * b + c }
+        }
+        #[inline(always)]
+        fn abs(self) -> Self {
+            <$t>::abs(self)
+        }
+        #[inline(always)]
+        fn sqrt(self) -> Self {
+            <$t>::sqrt(self)
+        }
+    };
+}
+
+#[inline(always)]
+fn choose<T>(condition: bool, a: T, b: T) -> T {
+    if condition { a } else { b }
+}
+
+/// Adding and taking away 1.5 * 2^23 rounds to an integer, which the low bits of the sum then hold.
+const ROUND: f32 = 12_582_912.0;
+
+/// sin (`shift` 0) or cos (`shift` 1): reduction to [-pi/4, pi/4] in f64, then polynomials in f32.
+#[inline(always)]
+fn sin_shifted<const FMA: bool>(x: f32, shift: i32) -> f32 {
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    let wide = x as f64;
+    let sum = wide * std::f64::consts::FRAC_2_PI + ROUND;
+    let quarter = sum - ROUND;
+    let turn = (sum.to_bits() as u32 as i32).wrapping_add(shift);
+    let r = Real::mul_add::<FMA>(quarter, -std::f64::consts::FRAC_PI_2, wide);
+    let r = Real::mul_add::<FMA>(quarter, -6.123_233_995_736_766e-17, r) as f32;
+    let z = r * r;
+    let sine = Real::mul_add::<FMA>(poly!(FMA, z, -1.951_529_6e-4f32, 8.332_161e-3, -1.666_665_5e-1) * z, r, r);
+    let cosine = Real::mul_add::<FMA>(
+        poly!(FMA, z, 2.443_315_7e-5f32, -1.388_731_6e-3, 4.166_664_6e-2) * z,
+        z,
+        Real::mul_add::<FMA>(z, -0.5, 1.0),
+    );
+    let y = choose(turn & 1 == 0, sine, cosine);
+    f32::from_bits(y.to_bits() ^ (((turn as u32) & 2) << 30))
+}
+
+impl Real for f32 {
+    arithmetic!(f32);
+
+    /// Cephes' polynomial; the power of two is applied in two steps, so that small results stay exact.
+    #[inline(always)]
+    fn exp<const FMA: bool>(self) -> Self {
+        let x = choose(self < -104.0, -104.0, self);
+        let x = choose(x > 89.0, 89.0, x);
+        let sum = Real::mul_add::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
+        let n = sum - ROUND;
+        let r = Real::mul_add::<FMA>(n, -0.693_359_4, x);
+        let r = Real::mul_add::<FMA>(n, 2.121_944_4e-4, r);
+        let p = poly!(
+            FMA,
+            r,
+            1.987_569_1e-4f32,
+            1.398_199_9e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            1.666_666_5e-1,
+            5.000_000_1e-1
+        );
+        let p = Real::mul_add::<FMA>(p, r * r, r) + 1.0;
+        let n = (sum.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+        let half = n >> 1;
+        let power = |k: i32| f32::from_bits((k.wrapping_add(127) << 23) as u32);
+        p * power(half) * power(n.wrapping_sub(half))
+    }
+
+    /// Cephes' polynomial on [sqrt 1/2, sqrt 2).
+    #[inline(always)]
+    fn log<const FMA: bool>(self) -> Self {
+        let tiny = self < f32::MIN_POSITIVE;
+        let x = choose(tiny, self * 8_388_608.0, self);
+        let bits = x.to_bits() as i32;
+        let e = (bits.wrapping_sub(0x3f35_04f3)) >> 23;
+        let f = f32::from_bits(bits.wrapping_sub(e << 23) as u32) - 1.0;
+        let e = e as f32 - choose(tiny, 23.0, 0.0);
+        let z = f * f;
+        let p = poly!(
+            FMA,
+            f,
+            7.037_683_6e-2f32,
+            -1.151_461e-1,
+            1.167_699_9e-1,
+            -1.242_014_1e-1,
+            1.424_932_3e-1,
+            -1.666_805_8e-1,
+            2.000_071_5e-1,
+            -2.499_999_4e-1,
+            3.333_333_1e-1
+        );
+        let y = Real::mul_add::<FMA>(e, -2.121_944_4e-4, p * f * z);
+        let y = Real::mul_add::<FMA>(z, -0.5, y);
+        let y = Real::mul_add::<FMA>(e, 0.693_359_4, f + y);
+        let y = choose(self == f32::INFINITY, f32::INFINITY, y);
+        let y = choose(self == 0.0, f32::NEG_INFINITY, y);
+        choose(self >= 0.0, y, f32::NAN)
+    }
+
+    #[inline(always)]
+    fn sin<const FMA: bool>(self) -> Self {
+        sin_shifted::<FMA>(self, 0)
+    }
+
+    #[inline(always)]
+    fn cos<const FMA: bool>(self) -> Self {
+        sin_shifted::<FMA>(self, 1)
+    }
+
+    /// A polynomial below 0.55, `1 - 2 / (e^2x + 1)` above.
+    #[inline(always)]
+    fn tanh<const FMA: bool>(self) -> Self {
+        let t = self.abs();
+        let s = self * self;
+        let big = 1.0 - 2.0 / (Real::exp::<FMA>(t + t) + 1.0);
+        let p = poly!(FMA, s, 1.573_944_1e-2f32, -5.230_259_9e-2, 1.331_529_8e-1, -3.333_276_8e-1);
+        let small = Real::mul_add::<FMA>(p * s, t, t);
+        choose(t < 0.55, small, big).copysign(self)
+    }
+
+    /// N. Juffa's two branches.
+    #[inline(always)]
+    fn erf<const FMA: bool>(self) -> Self {
+        let t = self.abs();
+        let s = self * self;
+        let r = Real::mul_add::<FMA>(-1.728_534_7e-5f32, t, 3.831_971_3e-4);
+        let u = Real::mul_add::<FMA>(-3.883_964_4e-3f32, t, 2.425_462_2e-2);
+        let r = Real::mul_add::<FMA>(r, s, u);
+        let r = poly!(FMA, t, r, -1.067_778_8e-1, -6.348_466_9e-1, -1.287_175_1e-1);
+        let r = Real::mul_add::<FMA>(r, t, -t);
+        let big = 1.0 - Real::exp::<FMA>(r);
+        let q = poly!(
+            FMA,
+            s,
+            -5.967_617e-4f32,
+            4.991_194_2e-3,
+            -2.676_813_5e-2,
+            1.128_199_3e-1,
+            -3.761_253_6e-1,
+            1.283_791_7e-1
+        );
+        let small = Real::mul_add::<FMA>(q, t, t);
+        choose(t < 0.927_734_4, small, big).copysign(self)
+    }
+
+    #[inline(always)]
+    fn sigmoid<const FMA: bool>(self) -> Self {
+        1.0 / (1.0 + Real::exp::<FMA>(-self))
+    }
+}
+
+impl Real for f64 {
+    arithmetic!(f64);
+
+    #[inline(always)]
+    fn exp<const FMA: bool>(self) -> Self {
+        f64::exp(self)
+    }
+
+    #[inline(always)]
+    fn log<const FMA: bool>(self) -> Self {
+        f64::ln(self)
+    }
+
+    #[inline(always)]
+    fn sin<const FMA: bool>(self) -> Self {
+        f64::sin(self)
+    }
+
+    #[inline(always)]
+    fn cos<const FMA: bool>(self) -> Self {
+        f64::cos(self)
+    }
+
+    #[inline(always)]
+    fn tanh<const FMA: bool>(self) -> Self {
+        f64::tanh(self)
+    }
+
+    fn erf<const FMA: bool>(self) -> Self {
+        erf_f64(self)
+    }
+
+    #[inline(always)]
+    fn sigmoid<const FMA: bool>(self) -> Self {
+        1.0 / (1.0 + f64::exp(-self))
+    }
+}
+
+/// The Taylor series near zero; further out the continued fraction of erfc (Lentz from the far end).
+fn erf_f64(x: f64) -> f64 {
+    let t = x.abs();
+    if t.is_nan() || t > 6.0 {
+        return if t.is_nan() { x } else { 1f64.copysign(x) };
+    }
+    let scale = std::f64::consts::FRAC_2_SQRT_PI * (-t * t).exp();
+    if t < 2.5 {
+        // erf x = 2/sqrt(pi) e^-x^2 sum (2x^2)^n x / (2n+1)!!: all terms positive.
+        let (mut term, mut sum) = (t, t);
+        for n in 1..80 {
+            term *= 2.0 * t * t / f64::from(2 * n + 1);
+            sum += term;
+        }
+        return (scale * sum).copysign(x);
+    }
+    let mut fraction = t;
+    for k in (1..=120).rev() {
+        fraction = t + f64::from(k) / 2.0 / fraction;
+    }
+    (1.0 - 0.5 * scale / fraction).copysign(x)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The largest error in units of the last place against f64, over `[from, to]`.
+    fn ulps(from: f32, to: f32, f: impl Fn(f32) -> f32, exact: impl Fn(f64) -> f64) -> f64 {
+        let worst = (0..=200_000).map(|i| {
+            let x = from + (to - from) * (i as f32 / 200_000.0);
+            let y = exact(f64::from(x));
+            let step = f64::from(f32::EPSILON) * y.abs().max(f64::from(f32::MIN_POSITIVE));
+            (f64::from(f(x)) - y).abs() / step
+        });
+        worst.fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn functions_are_within_two_ulps() {
+        let cases: [(&str, f64); 9] = [
+            ("exp", ulps(-80.0, 88.0, Real::exp::<true>, f64::exp)),
+            ("exp without fma", ulps(-80.0, 88.0, Real::exp::<false>, f64::exp)),
+            ("log", ulps(1e-3, 0.9, Real::log::<true>, f64::ln)),
+            ("log above 1", ulps(1.1, 1e6, Real::log::<true>, f64::ln)),
+            ("sin", ulps(-3.0, 3.0, Real::sin::<true>, f64::sin)),
+            ("cos", ulps(-1.5, 1.5, Real::cos::<true>, f64::cos)),
+            ("tanh", ulps(-10.0, 10.0, Real::tanh::<true>, f64::tanh)),
+            ("erf", ulps(-5.0, 5.0, Real::erf::<true>, erf_f64)),
+            ("sigmoid", ulps(-80.0, 80.0, Real::sigmoid::<true>, |x| 1.0 / (1.0 + (-x).exp()))),
+        ];
+        for (name, worst) in cases {
+            assert!(worst < 2.5, "{name}: {worst} ulps");
+        }
+    }
+
+    #[test]
+    fn large_angles_keep_their_digits() {
+        for x in [1e3f32, 12345.678, 1e5] {
+            assert!((f64::from(Real::sin::<true>(x)) - f64::from(x).sin()).abs() < 2e-7);
+            assert!((f64::from(Real::cos::<true>(x)) - f64::from(x).cos()).abs() < 2e-7);
+        }
+    }
+
+    #[test]
+    fn special_values_follow_ieee() {
+        assert_eq!(Real::exp::<true>(f32::NEG_INFINITY), 0.0);
+        assert_eq!(Real::exp::<true>(f32::INFINITY), f32::INFINITY);
+        assert_eq!(Real::log::<true>(0f32), f32::NEG_INFINITY);
+        assert_eq!(Real::log::<true>(f32::INFINITY), f32::INFINITY);
+        assert_eq!(Real::tanh::<true>(f32::INFINITY), 1.0);
+        assert_eq!(Real::erf::<true>(f32::NEG_INFINITY), -1.0);
+        assert_eq!(Real::sigmoid::<true>(f32::NEG_INFINITY), 0.0);
+        assert!(Real::log::<true>(-1f32).is_nan());
+        for f in [Real::exp::<true>, Real::log::<true>, Real::tanh::<true>, Real::erf::<true>, Real::sigmoid::<true>] {
+            assert!(f(f32::NAN).is_nan());
+        }
+        let denormal = f64::from(Real::exp::<true>(-100f32));
+        assert!((denormal / (-100f64).exp() - 1.0).abs() < 0.05, "{denormal}");
+        assert!((f64::from(Real::log::<true>(1e-40f32)) - f64::from(1e-40f32).ln()).abs() < 1e-4);
+    }
+
+    #[test]
+    fn erf_matches_known_values() {
+        // Abramowitz and Stegun, table 7.1.
+        for (x, y) in [(0.5, 0.520_499_877_8), (1.0, 0.842_700_792_9), (2.0, 0.995_322_265_0), (3.0, 0.999_977_909_5)] {
+            assert!((erf_f64(x) - y).abs() < 1e-10);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The CPU backend: SIMD kernels chosen at run time, spread over rayon's threads.
+
+mod attention;
+mod blocks;
+mod eval;
+mod gemm;
+mod index;
+mod isa;
+mod math;
+mod pointwise;
+mod pool;
+
+use std::any::Any;
+
+use self::isa::isa;
+use self::pool::{CpuBuffer, Pool};
+use crate::backend::{Backend, Buffer, Fused, Ran};
+use crate::expr::{Program, Reduce};
+use crate::{DType, Error, Result, Tensor};
+
+/// The CPU. Work runs on the current rayon pool; results do not depend on its size.
+#[derive(Debug, Default)]
+pub struct Cpu {
+    pool: Pool,
+}
+
+/// A strided window on memory of one dtype. Strides count elements; 0 repeats.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct View<'a> {
+    /// The first element.
+    pub ptr: *mut u8,
+    pub dtype: DType,
+    pub dims: &'a [usize],
+    pub strides: &'a [usize],
+}
+
+// SAFETY: a view is an address; each kernel states what may be read and written through it.
+unsafe impl Send for View<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for View<'_> {}
+
+fn buffer(buffer: &dyn Buffer) -> Result<&CpuBuffer> {
+    (buffer as &dyn Any).downcast_ref().ok_or_else(|| Error::Device {
+        op: "cpu",
+        expected: "memory of the CPU".into(),
+        got: format!("{buffer:?}"),
+    })
+}
+
+fn view(tensor: &Tensor) -> Result<View<'_>> {
+    let layout = tensor.layout();
+    let base = buffer(tensor.storage().buffer())?.as_ptr();
+    let ptr = base.wrapping_add(layout.offset * tensor.dtype().size());
+    Ok(View { ptr, dtype: tensor.dtype(), dims: &layout.dims, strides: &layout.strides })
+}
+
+fn views<'a>(tensors: &[&'a Tensor]) -> Result<Vec<View<'a>>> {
+    tensors.iter().map(|t| view(t)).collect()
+}
+
+impl Backend for Cpu {
+    fn name(&self) -> &str {
+        "cpu"
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
+        Ok(Box::new(self.pool.alloc(bytes)?))
+    }
+
+    fn upload(&self, target: &dyn Buffer, bytes: &[u8]) -> Result<()> {
+        let target = buffer(target)?;
+        if bytes.len() > target.len() {
+            return Err(Error::argument("upload", format!("at most {} bytes", target.len()), bytes.len()));
+        }
+        // SAFETY: the buffer holds that many bytes; it is new, so nobody else reads it yet.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn download(&self, source: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
+        let source = buffer(source)?;
+        if bytes > source.len() {
+            return Err(Error::argument("download", format!("at most {} bytes", source.len()), bytes));
+        }
+        // SAFETY: the buffer holds that many initialised bytes.
+        Ok(unsafe { std::slice::from_raw_parts(source.as_ptr(), bytes) }.to_vec())
+    }
+
+    fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()> {
+        let (source, target) = (view(source)?, view(target)?);
+        if source.dims != target.dims || source.dtype != target.dtype {
+            return Err(Error::shape("copy", format!("{} {:?}", target.dtype, target.dims), source.dims));
+        }
+        // SAFETY: views of tensors lie in their memory; the ops give targets that nobody else uses.
+        unsafe { index::copy(&source, &target) };
+        Ok(())
+    }
+
+    fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
+        check_counts(program, inputs, scalars, outputs)?;
+        // SAFETY: views of tensors lie in their memory; the ops give outputs that nobody else uses.
+        unsafe { pointwise::pointwise(program, &views(inputs)?, scalars, &views(outputs)?, isa()) };
+        Ok(())
+    }
+
+    fn reduce(
+        &self,
+        program: &Program,
+        kind: Reduce,
+        inputs: &[&Tensor],
+        scalars: &[f64],
+        outputs: &[&Tensor],
+    ) -> Result<()> {
+        check_counts(program, inputs, scalars, outputs)?;
+        // SAFETY: as in `pointwise`.
+        unsafe { pointwise::reduce(program, kind, &views(inputs)?, scalars, &views(outputs)?, isa()) };
+        Ok(())
+    }
+
+    fn matmul(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()> {
+        let bias = bias.map(view).transpose()?;
+        // SAFETY: as in `pointwise`; the op has checked the shapes.
+        unsafe { gemm::matmul(&view(a)?, &view(b)?, bias.as_ref(), accumulate, &view(out)?) };
+        Ok(())
+    }
+
+    fn gather(&self, table: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
+        let (at, rows) = (at.to_vec::<u32>()?, table.dims()[0]);
+        check_index("index_select", &at, rows)?;
+        // SAFETY: the indices are in range; the op gives contiguous views.
+        unsafe { index::gather(&view(table)?, &at, &view(out)?) };
+        Ok(())
+    }
+
+    fn scatter_add(&self, rows: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
+        let at = at.to_vec::<u32>()?;
+        check_index("scatter_add", &at, out.dims()[0])?;
+        // SAFETY: the indices are in range; the op gives contiguous views.
+        unsafe { index::scatter_add(&view(rows)?, &at, &view(out)?) };
+        Ok(())
+    }
+
+    fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
+        if inputs.iter().any(|t| t.dtype() == DType::F64) {
+            return Ok(Ran::Declined);
+        }
+        let (x, y) = (views(inputs)?, views(outputs)?);
+        // SAFETY: as in `pointwise`; the op has checked the shapes.
+        unsafe {
+            match (op, &x[..], &y[..]) {
+                (Fused::AttentionForward { scale, .. }, [q, k, v, mask @ ..], [o, lse]) => {
+                    attention::attention_forward(q, k, v, mask.first(), *scale, o, lse);
+                }
+                (Fused::AttentionBackward { scale, .. }, [q, k, v, o, go, lse, mask @ ..], [dq, dk, dv]) => {
+                    attention::attention_backward(q, k, v, o, go, lse, mask.first(), *scale, dq, dk, dv);
+                }
+                _ => return Ok(Ran::Declined),
+            }
+        }
+        Ok(Ran::Done)
+    }
+}
+
+fn check_counts(program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
+    let expected = (program.inputs, program.scalars, program.outputs.len());
+    let got = (inputs.len(), scalars.len(), outputs.len());
+    if expected == got {
+        Ok(())
+    } else {
+        Err(Error::argument("pointwise", format!("{expected:?} inputs, scalars and outputs"), got))
+    }
+}
+
+fn check_index(op: &'static str, index: &[u32], rows: usize) -> Result<()> {
+    match index.iter().find(|&&i| i as usize >= rows) {
+        None => Ok(()),
+        Some(i) => Err(Error::argument(op, format!("indices below {rows}"), i)),
+    }
+}

@@ -1,0 +1,36 @@
+//! Flowtape's engine: tensors, a tape, ops with their gradients, and the CPU backend.
+//!
+//! ```
+//! use flowtape_engine::{Device, Tape, Tensor};
+//! # fn main() -> flowtape_engine::Result<()> {
+//! let tape = Tape::new();
+//! let x = tape.leaf(&Tensor::from_vec(vec![1.0f32, 2.0, 3.0], &[3], &Device::cpu())?);
+//! let loss = x.square()?.sum_all()?;
+//! assert_eq!(tape.backward(&loss)?.of(&x).unwrap().to_vec::<f32>()?, [2.0, 4.0, 6.0]);
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod backend;
+mod checkpoint;
+pub mod cpu;
+mod dtype;
+mod error;
+pub mod expr;
+pub mod gradcheck;
+pub mod nn;
+pub mod ops;
+pub mod optim;
+pub mod random;
+pub mod safetensors;
+pub mod shape;
+pub mod tape;
+mod tensor;
+
+pub use backend::Device;
+pub use checkpoint::checkpoint;
+pub use dtype::{DType, Element};
+pub use error::{Error, Result};
+pub use random::Philox;
+pub use tape::{GradientSink, Gradients, Tape, VarId};
+pub use tensor::Tensor;

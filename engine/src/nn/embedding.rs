@@ -1,0 +1,93 @@
+//! Embeddings of a time.
+
+use super::{Linear, ParamBuilder};
+use crate::ops::pointwise;
+use crate::{Result, Tensor};
+
+/// Options of diffusers' `get_timestep_embedding`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct TimestepProjection {
+    /// Width of the result.
+    pub dim: usize,
+    /// Cosines before sines.
+    pub flip_sin_to_cos: bool,
+    /// Taken from the number of frequencies in the exponent's divisor.
+    pub downscale_freq_shift: f32,
+    /// Factor of the angles.
+    pub scale: f32,
+}
+
+impl TimestepProjection {
+    /// Cosines first, no shift, factor 1: what the transformers use.
+    pub fn new(dim: usize) -> Self {
+        Self { dim, flip_sin_to_cos: true, downscale_freq_shift: 0.0, scale: 1.0 }
+    }
+}
+
+/// Sinusoidal embedding of times `[N]`: f32 `[N, dim]`, an odd last column is zero. Made on the host, in f32 with the
+/// reference's order of operations: at angles of 1000 every other order differs in the fifth digit.
+///
+/// # Errors
+/// When memory runs out.
+pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Result<Tensor> {
+    let half = options.dim / 2;
+    let divisor = half as f32 - options.downscale_freq_shift;
+    let frequency = |i: usize| (-(10_000f64.ln() as f32) * i as f32 / divisor).exp();
+    let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+    let times_host = times.to_vec::<f32>()?;
+    let mut out = vec![0f32; times_host.len() * options.dim];
+    for (row, t) in out.chunks_mut(options.dim.max(1)).zip(&times_host) {
+        for (i, frequency) in frequencies.iter().enumerate() {
+            let (sin, cos) = (t * frequency * options.scale).sin_cos();
+            let (first, second) = if options.flip_sin_to_cos { (cos, sin) } else { (sin, cos) };
+            row[i] = first;
+            row[half + i] = second;
+        }
+    }
+    Ok(Tensor::from_vec(out, &[times_host.len(), options.dim], times.device())?.on_tape_of(times))
+}
+
+/// diffusers' `TimestepEmbedding` (and `PixArtAlphaTextProjection` with silu): `linear_1`, silu, `linear_2`.
+#[derive(Clone, Debug)]
+pub struct TimestepEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+}
+
+impl TimestepEmbedding {
+    /// `inputs` to `width`.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, inputs: usize, width: usize) -> Result<Self> {
+        Ok(Self {
+            linear_1: Linear::new(&params.sub("linear_1"), inputs, width, true)?,
+            linear_2: Linear::new(&params.sub("linear_2"), width, width, true)?,
+        })
+    }
+
+    /// x `[N, inputs]` to `[N, width]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.linear_2.forward(&pointwise([&self.linear_1.forward(x)?], |[x]| x.silu())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+
+    #[test]
+    fn an_embedding_is_cosines_then_sines_of_falling_frequencies() -> Result<()> {
+        let times = Tensor::from_vec(vec![0f32, 2.0], &[2], &Device::cpu())?;
+        let e = timestep_embedding(&times, &TimestepProjection::new(5))?.to_vec::<f32>()?;
+        assert_eq!(e[..5], [1.0, 1.0, 0.0, 0.0, 0.0]);
+        for (got, expected) in e[5..].iter().zip([2f64.cos(), 0.02f64.cos(), 2f64.sin(), 0.02f64.sin(), 0.0]) {
+            assert!((f64::from(*got) - expected).abs() < 1e-6, "{got} instead of {expected}");
+        }
+        Ok(())
+    }
+}

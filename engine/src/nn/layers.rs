@@ -1,0 +1,153 @@
+//! The layers of transformers.
+
+use super::{Init, ParamBuilder};
+use crate::ops::{self, pointwise};
+use crate::{Result, Tensor};
+
+/// `x W^T + b` over the last axis; parameters `weight` `[out, in]` and maybe `bias` `[out]`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Uniform in +-1/sqrt(in), as PyTorch starts it.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, inputs: usize, outputs: usize, bias: bool) -> Result<Self> {
+        let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
+        Self::with_init(params, inputs, outputs, bias, init, init)
+    }
+
+    /// With other starting values.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn with_init(
+        params: &ParamBuilder,
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        weight_init: Init,
+        bias_init: Init,
+    ) -> Result<Self> {
+        let weight = params.get("weight", &[outputs, inputs], weight_init)?;
+        let bias = if bias { Some(params.get("bias", &[outputs], bias_init)?) } else { None };
+        Ok(Self { weight, bias })
+    }
+
+    /// x `[.., in]` to `[.., out]`.
+    ///
+    /// # Errors
+    /// When shape or dtype do not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::linear(x, &self.weight, self.bias.as_ref())
+    }
+}
+
+/// Layer normalisation over the last axis; parameters `weight` and `bias` where it is affine.
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    affine: Option<(Tensor, Tensor)>,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Over `width` elements.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, width: usize, eps: f64, affine: bool) -> Result<Self> {
+        let make = || Ok((params.get("weight", &[width], Init::Ones)?, params.get("bias", &[width], Init::Zeros)?));
+        Ok(Self { affine: affine.then(make).transpose()?, eps })
+    }
+
+    /// Any x whose last axis has the layer's width.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = self.affine.as_ref().map_or((None, None), |(w, b)| (Some(w), Some(b)));
+        ops::layer_norm(x, weight, bias, self.eps)
+    }
+}
+
+/// Root-mean-square normalisation over the last axis; parameter `weight`.
+#[derive(Clone, Debug)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Over `width` elements.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, width: usize, eps: f64) -> Result<Self> {
+        Ok(Self { weight: params.get("weight", &[width], Init::Ones)?, eps })
+    }
+
+    /// Any x whose last axis has the layer's width.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(x, Some(&self.weight), self.eps)
+    }
+}
+
+/// The function between the two products of a feed-forward layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Activation {
+    /// GELU by its tanh approximation.
+    GeluTanh,
+    /// Exact GELU.
+    Gelu,
+    /// x * sigmoid(x).
+    Silu,
+}
+
+impl Activation {
+    /// Element by element.
+    ///
+    /// # Errors
+    /// When the dtype is not a float.
+    pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::GeluTanh => pointwise([x], |[x]| x.gelu_tanh()),
+            Self::Gelu => pointwise([x], |[x]| x.gelu_erf()),
+            Self::Silu => pointwise([x], |[x]| x.silu()),
+        }
+    }
+}
+
+/// diffusers' `FeedForward`: `net.0.proj`, an activation, `net.2`.
+#[derive(Clone, Debug)]
+pub struct FeedForward {
+    input: Linear,
+    activation: Activation,
+    output: Linear,
+}
+
+impl FeedForward {
+    /// `width` to `inner` and back.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, width: usize, inner: usize, activation: Activation) -> Result<Self> {
+        let net = params.sub("net");
+        let input = Linear::new(&net.sub(0).sub("proj"), width, inner, true)?;
+        Ok(Self { input, activation, output: Linear::new(&net.sub(2), inner, width, true)? })
+    }
+
+    /// x `[.., width]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.output.forward(&self.activation.forward(&self.input.forward(x)?)?)
+    }
+}

@@ -1,0 +1,208 @@
+//! Parameters by path name: how they are made, loaded, saved and checked.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::safetensors::{SafeTensors, save};
+use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
+
+/// How a parameter starts.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Init {
+    /// All zero.
+    Zeros,
+    /// All one.
+    Ones,
+    /// Uniform in `[-bound, bound)`.
+    Uniform {
+        /// The bound.
+        bound: f64,
+    },
+    /// Normal around zero.
+    Normal {
+        /// The standard deviation.
+        std: f64,
+    },
+}
+
+/// The parameters of a model, in the order in which they were made. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct Params(Vec<(String, Tensor)>);
+
+impl Params {
+    /// Names and tensors.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.0.iter().map(|(name, tensor)| (&name[..], tensor))
+    }
+
+    /// The parameter of that name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.iter().find_map(|(n, t)| (n == name).then_some(t))
+    }
+
+    /// Number of parameters.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Number of elements of all parameters.
+    pub fn numel(&self) -> usize {
+        self.iter().map(|(_, t)| t.numel()).sum()
+    }
+
+    /// Overwrites all parameters with a file's tensors of the same names, converted to the parameters' dtypes.
+    ///
+    /// # Errors
+    /// When names or shapes differ (one error lists them all; nothing is changed then), or the file can't be read.
+    pub fn load(&self, file: &SafeTensors) -> Result<()> {
+        let (mut missing, mut mismatched) = (Vec::new(), Vec::new());
+        for (name, tensor) in self.iter() {
+            match file.dims(name) {
+                None => missing.push(name.to_string()),
+                Some(dims) if dims != tensor.dims() => {
+                    mismatched.push(format!("{name} expected {:?}, got {dims:?}", tensor.dims()));
+                }
+                Some(_) => {}
+            }
+        }
+        let unexpected: Vec<String> = file.names().into_iter().filter(|n| self.get(n).is_none()).collect();
+        if missing.len() + mismatched.len() + unexpected.len() > 0 {
+            return Err(Error::Keys { path: file.path().into(), missing, unexpected, mismatched });
+        }
+        self.iter().try_for_each(|(name, tensor)| tensor.copy_from(&file.get(name, tensor.device(), None)?))
+    }
+
+    /// Writes all parameters, whole or not at all.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        // diffusers and transformers read this key.
+        save(path, &self.0, &BTreeMap::from([("format".into(), "pt".into())]))
+    }
+
+    /// Checks that every parameter has a gradient, but for those named in `allowed`.
+    ///
+    /// # Errors
+    /// Names the parameters without one.
+    pub fn check_gradients(&self, gradients: &Gradients, allowed: &[String]) -> Result<()> {
+        let lacks =
+            |(name, tensor): &(&str, &Tensor)| gradients.of(tensor).is_none() && !allowed.iter().any(|a| a == name);
+        let names: Vec<String> = self.iter().filter(lacks).map(|(name, _)| name.into()).collect();
+        if names.is_empty() { Ok(()) } else { Err(Error::MissingGradient { names }) }
+    }
+}
+
+/// Makes parameters under a path. Each draws from a generator of its own, chosen by its name, so that adding one
+/// changes no other.
+#[derive(Clone, Debug)]
+pub struct ParamBuilder {
+    path: String,
+    random: Philox,
+    dtype: DType,
+    device: Device,
+    made: Arc<Mutex<Params>>,
+}
+
+impl ParamBuilder {
+    /// A builder at the root.
+    pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
+        Self { path: String::new(), random: Philox::new(seed), dtype, device: device.clone(), made: Arc::default() }
+    }
+
+    /// A builder one step down the path.
+    #[must_use]
+    pub fn sub(&self, name: impl ToString) -> Self {
+        let name = name.to_string();
+        let path = if self.path.is_empty() { name } else { format!("{}.{name}", self.path) };
+        Self { path, ..self.clone() }
+    }
+
+    /// Where the parameters lie.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Makes a parameter.
+    ///
+    /// # Errors
+    /// When the name is taken or memory runs out.
+    pub fn get(&self, name: &str, dims: &[usize], init: Init) -> Result<Tensor> {
+        let path = self.sub(name).path;
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if made.get(&path).is_some() {
+            return Err(Error::argument("parameter", "a new name", path));
+        }
+        // FNV-1a: any fixed hash would do.
+        let stream =
+            path.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let mut random = self.random.fork(stream);
+        let value = match init {
+            Init::Zeros => Tensor::zeros(dims, self.dtype, &self.device)?,
+            Init::Ones => Tensor::ones(dims, self.dtype, &self.device)?,
+            Init::Uniform { bound } => {
+                random.uniform(dims, &self.device)?.mul_scalar(2.0 * bound)?.add_scalar(-bound)?
+            }
+            Init::Normal { std } => random.normal(dims, &self.device)?.mul_scalar(std)?,
+        };
+        let parameter = value.to_dtype(self.dtype)?.with_var(VarId::fresh());
+        made.0.push((path, parameter.clone()));
+        Ok(parameter)
+    }
+
+    /// All parameters made so far, by this builder and those below it.
+    pub fn params(&self) -> Params {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tape;
+
+    fn two() -> Result<Params> {
+        let root = ParamBuilder::new(1, DType::F32, &Device::cpu());
+        root.sub("a").get("weight", &[2, 3], Init::Normal { std: 1.0 })?;
+        root.sub("b").sub(0).get("bias", &[4], Init::Zeros)?;
+        assert!(root.sub("a").get("weight", &[1], Init::Ones).is_err());
+        Ok(root.params())
+    }
+
+    #[test]
+    fn saved_parameters_load_and_wrong_ones_are_named() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p.safetensors");
+        let (first, second) = (two()?, two()?);
+        first.get("b.0.bias").unwrap().copy_from(&Tensor::ones(&[4], DType::F32, &Device::cpu())?)?;
+        first.save(&path)?;
+        second.load(&SafeTensors::open(&path)?)?;
+        assert_eq!(second.get("b.0.bias").unwrap().to_vec::<f32>()?, [1.0; 4]);
+        let root = ParamBuilder::new(1, DType::F32, &Device::cpu());
+        root.sub("a").get("weight", &[3, 2], Init::Ones)?;
+        root.get("c", &[1], Init::Ones)?;
+        let message = root.params().load(&SafeTensors::open(&path)?).unwrap_err().to_string();
+        for part in ["missing: [c]", "unexpected: [b.0.bias]", "a.weight expected [3, 2], got [2, 3]"] {
+            assert!(message.contains(part), "{message}");
+        }
+        assert_eq!(root.params().get("c").unwrap().to_vec::<f32>()?, [1.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_parameter_without_gradient_is_named() -> Result<()> {
+        let params = two()?;
+        let tape = Tape::new();
+        let loss = tape.attach(params.get("a.weight").unwrap()).square()?.sum_all()?;
+        let gradients = tape.backward(&loss)?;
+        let error = params.check_gradients(&gradients, &[]).unwrap_err().to_string();
+        assert!(error.contains("b.0.bias") && !error.contains("a.weight"), "{error}");
+        params.check_gradients(&gradients, &["b.0.bias".into()])
+    }
+}

@@ -1,0 +1,38 @@
+//! Operations with their gradients.
+
+pub mod attention;
+pub mod conv;
+pub mod index;
+pub mod loss;
+pub mod matmul;
+pub mod norm;
+pub mod pointwise;
+pub mod reduce;
+pub mod rope;
+pub mod view;
+
+pub use attention::attention;
+pub use conv::patchify_conv;
+pub use index::embedding;
+pub use loss::{dropout, mse};
+pub use matmul::linear;
+pub use norm::{layer_norm, rms_norm, softmax};
+pub use pointwise::pointwise;
+pub use rope::{RopeLayout, rope};
+
+/// The gradient-check cases of all ops.
+pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
+    let files = [
+        attention::CASES,
+        conv::CASES,
+        index::CASES,
+        loss::CASES,
+        matmul::CASES,
+        norm::CASES,
+        pointwise::CASES,
+        reduce::CASES,
+        rope::CASES,
+        view::CASES,
+    ];
+    files.into_iter().flatten()
+}

@@ -1,0 +1,210 @@
+//! Softmax, LayerNorm and RMSNorm over the last axis. Statistics are f32 (f64 for f64).
+
+use crate::backend::common_device;
+use crate::expr::{Function, Reduce};
+use crate::gradcheck::{Case, Sample};
+use crate::ops::pointwise::{map, run_pointwise};
+use crate::ops::reduce::{accumulator, run_reduce};
+use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::{Error, Result, Tensor};
+
+#[derive(Debug)]
+struct Softmax {
+    axis: usize,
+}
+
+impl Op for Softmax {
+    fn name(&self) -> &'static str {
+        "softmax"
+    }
+
+    fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        let (x, axes) = (&inputs[0], [self.axis]);
+        let wide = accumulator(x.dtype());
+        let identity = Function::build(|[x]| [x]);
+        let max = run_reduce(&identity, Reduce::Max, &[x], x.dims(), &axes, &[wide])?.remove(0);
+        let terms = Function::build(|[x, m]| [(x - m).exp()]);
+        let sum = run_reduce(&terms, Reduce::Sum, &[x, &max], x.dims(), &axes, &[wide])?.remove(0);
+        let y = map(x.dtype(), [x, &max, &sum], |[x, m, s]| (x - m).exp() / s)?;
+        cx.save(&y);
+        Ok(vec![y])
+    }
+
+    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let y = &saved[0];
+        let product = Function::build(|[y, g]| [y * g]);
+        let dot = run_reduce(&product, Reduce::Sum, &[y, grad], y.dims(), &[self.axis], &[accumulator(y.dtype())])?;
+        out.set(0, map(y.dtype(), [y, grad, &dot[0]], |[y, g, d]| y * (g - d))?);
+        Ok(())
+    }
+}
+
+/// Softmax along `axis`.
+///
+/// # Errors
+/// When the axis does not exist.
+pub fn softmax(x: &Tensor, axis: usize) -> Result<Tensor> {
+    x.axis("softmax", axis)?;
+    apply_one(Softmax { axis }, &[x])
+}
+
+impl Tensor {
+    /// Softmax along `axis`.
+    ///
+    /// # Errors
+    /// When the axis does not exist.
+    pub fn softmax(&self, axis: usize) -> Result<Self> {
+        softmax(self, axis)
+    }
+}
+
+/// LayerNorm (`centred`) or RMSNorm, with inputs x, then weight and bias where there are such.
+#[derive(Debug)]
+struct Norm {
+    centred: bool,
+    eps: f64,
+    weight: bool,
+    bias: bool,
+}
+
+impl Norm {
+    /// Weight and bias, or the constants that stand for them.
+    fn affine(&self, x: &Tensor, inputs: &[Tensor]) -> Result<(Tensor, Tensor)> {
+        let weight = if self.weight { inputs[1].clone() } else { Tensor::ones(&[], x.dtype(), x.device())? };
+        let bias = if self.bias {
+            inputs[1 + usize::from(self.weight)].clone()
+        } else {
+            Tensor::zeros(&[], x.dtype(), x.device())?
+        };
+        Ok((weight, bias))
+    }
+}
+
+impl Op for Norm {
+    fn name(&self) -> &'static str {
+        if self.centred { "layer_norm" } else { "rms_norm" }
+    }
+
+    fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        let x = &inputs[0];
+        let axis = x.rank() - 1;
+        let (wide, n) = (accumulator(x.dtype()), x.dims()[axis] as f64);
+        let mean = if self.centred {
+            let share = Function::build(|[x]| [x / n]);
+            run_reduce(&share, Reduce::Sum, &[x], x.dims(), &[axis], &[wide])?.remove(0)
+        } else {
+            Tensor::zeros(&[], wide, x.device())?
+        };
+        let deviation = Function::build(|[x, m]| [(x - m).square() / n]);
+        let variance = run_reduce(&deviation, Reduce::Sum, &[x, &mean], x.dims(), &[axis], &[wide])?.remove(0);
+        let eps = self.eps;
+        let scale = map(wide, [&variance], |[v]| (v + eps).rsqrt())?;
+        let (weight, bias) = self.affine(x, inputs)?;
+        let y = map(x.dtype(), [x, &mean, &scale, &weight, &bias], |[x, m, s, w, b]| (x - m) * s * w + b)?;
+        [x, &mean, &scale, &weight].into_iter().for_each(|t| cx.save(t));
+        Ok(vec![y])
+    }
+
+    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let [x, mean, scale, weight] = saved else {
+            return Err(Error::argument("norm", "four saved tensors", saved.len()));
+        };
+        let axis = x.rank() - 1;
+        let (wide, n) = (accumulator(x.dtype()), x.dims()[axis] as f64);
+        if out.needs(0) {
+            // dx = s (gw - mean(gw) - xhat mean(gw xhat)); RMSNorm has no middle term.
+            let means = Function::build(|[x, m, s, w, g]| [g * w / n, g * w * (x - m) * s / n]);
+            let inputs = [x, mean, scale, weight, grad];
+            let sums = run_reduce(&means, Reduce::Sum, &inputs, x.dims(), &[axis], &[wide, wide])?;
+            let dx = Tensor::empty_like(x, x.dims(), x.dtype())?;
+            let centre = if self.centred { 1.0 } else { 0.0 };
+            let function = Function::build(|[x, m, s, w, g, a, b]| [s * (g * w - a * centre - (x - m) * s * b)]);
+            run_pointwise(&function, &[x, mean, scale, weight, grad, &sums[0], &sums[1]], &[], &[&dx])?;
+            out.set(0, dx);
+        }
+        let (at_weight, at_bias) = (1, 1 + usize::from(self.weight));
+        let lead: Vec<usize> = (0..axis).collect();
+        if self.weight && out.needs(at_weight) {
+            let rows = Function::build(|[x, m, s, g]| [g * (x - m) * s]);
+            let sums = run_reduce(&rows, Reduce::Sum, &[x, mean, scale, grad], x.dims(), &lead, &[weight.dtype()])?;
+            out.set(at_weight, sums[0].reshape(&x.dims()[axis..])?);
+        }
+        if self.bias && out.needs(at_bias) {
+            let identity = Function::build(|[g]| [g]);
+            let sums = run_reduce(&identity, Reduce::Sum, &[grad], x.dims(), &lead, &[grad.dtype()])?;
+            out.set(at_bias, sums[0].reshape(&x.dims()[axis..])?);
+        }
+        Ok(())
+    }
+}
+
+fn norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64, centred: bool) -> Result<Tensor> {
+    let op = Norm { centred, eps, weight: weight.is_some(), bias: bias.is_some() };
+    let name = op.name();
+    let Some(width) = x.dims().last() else {
+        return Err(Error::shape(name, "one axis or more", x.dims()));
+    };
+    let mut inputs = vec![x];
+    inputs.extend(weight);
+    inputs.extend(bias);
+    common_device(name, &inputs)?;
+    for t in &inputs[1..] {
+        if t.dims() != [*width] {
+            return Err(Error::shape(name, format!("weight and bias of [{width}]"), t.dims()));
+        }
+    }
+    apply_one(op, &inputs)
+}
+
+/// LayerNorm over the last axis: `(x - mean) / sqrt(var + eps) * weight + bias`, weight and bias `[d]` or none.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    norm(x, weight, bias, eps, true)
+}
+
+/// RMSNorm over the last axis: `x / sqrt(mean(x^2) + eps) * weight`, weight `[d]` or none.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    norm(x, weight, None, eps, false)
+}
+
+/// Gradient-check cases.
+pub const CASES: &[Case] = &[
+    Case {
+        name: "softmax",
+        make: |draw| {
+            let dims = draw.dims(3);
+            let axis = draw.size(0, 2);
+            Sample::new(vec![draw.standard(&dims)?], move |xs| softmax(&xs[0], axis))
+        },
+    },
+    Case {
+        name: "layer_norm",
+        make: |draw| {
+            let dims = [draw.size(1, 4), draw.size(1, 3), draw.size(3, 9)];
+            let mut inputs = vec![draw.standard(&dims)?];
+            if draw.size(0, 1) == 1 {
+                inputs.extend([draw.standard(&dims[2..])?, draw.standard(&dims[2..])?]);
+            }
+            // A large epsilon keeps the gradient smooth where a drawn row is nearly constant.
+            Sample::new(inputs, |xs| layer_norm(&xs[0], xs.get(1), xs.get(2), 0.1))
+        },
+    },
+    Case {
+        name: "rms_norm",
+        make: |draw| {
+            let dims = [draw.size(1, 4), draw.size(1, 3), draw.size(1, 9)];
+            let mut inputs = vec![draw.standard(&dims)?];
+            if draw.size(0, 1) == 1 {
+                inputs.push(draw.standard(&dims[2..])?);
+            }
+            Sample::new(inputs, |xs| rms_norm(&xs[0], xs.get(1), 0.1))
+        },
+    },
+];

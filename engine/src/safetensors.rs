@@ -1,0 +1,182 @@
+//! Checkpoints in the safetensors format: read from mapped memory, written whole or not at all.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::{Metadata, SafeTensorError, TensorView, serialize_to_file};
+
+use crate::{DType, Device, Error, Result, Tensor};
+
+/// An open file: its tensors are read when asked for.
+#[derive(Debug)]
+pub struct SafeTensors {
+    path: PathBuf,
+    map: Mmap,
+    /// Where the data starts.
+    start: usize,
+    metadata: Metadata,
+}
+
+fn format_error(path: &Path, what: impl ToString) -> Error {
+    Error::Format { path: path.into(), what: what.to_string() }
+}
+
+impl SafeTensors {
+    /// Opens a file and reads its header.
+    ///
+    /// # Errors
+    /// When it can't be read or is not a whole safetensors file.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let io = |source| Error::Io { path: path.into(), source };
+        let file = File::open(path).map_err(io)?;
+        // SAFETY: files are replaced by renaming, never written in place; whoever truncates one while it is read
+        // gets a bus error, as with every mapped file.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let broken = |e: SafeTensorError| format_error(path, format!("not a whole safetensors file: {e}"));
+        // Checks that offsets are in order, without gaps, and end with the file.
+        safetensors::SafeTensors::deserialize(&map).map_err(broken)?;
+        let (header, metadata) = safetensors::SafeTensors::read_metadata(&map).map_err(broken)?;
+        Ok(Self { path: path.into(), map, start: header + 8, metadata })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names = self.metadata.offset_keys();
+        names.sort_unstable();
+        names
+    }
+
+    /// The free text of the header.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.metadata.metadata().clone().unwrap_or_default().into_iter().collect()
+    }
+
+    /// The dims of a tensor, if there is one of that name.
+    pub fn dims(&self, name: &str) -> Option<&[usize]> {
+        self.metadata.info(name).map(|i| &i.shape[..])
+    }
+
+    /// A tensor, converted to `dtype` if one is given. Integers and booleans become u32.
+    ///
+    /// # Errors
+    /// When there is none of that name, its dtype is not one of ours, or an integer is outside u32.
+    pub fn get(&self, name: &str, device: &Device, dtype: Option<DType>) -> Result<Tensor> {
+        let Some(info) = self.metadata.info(name) else {
+            return Err(format_error(&self.path, format!("no tensor {name}")));
+        };
+        let (from, to) = info.data_offsets;
+        let bytes = &self.map[self.start + from..self.start + to];
+        use safetensors::Dtype as D;
+        let integers = |values: &mut dyn Iterator<Item = i64>| -> Result<Tensor> {
+            let whole = values.map(u32::try_from).collect::<Result<Vec<u32>, _>>();
+            let whole = whole.map_err(|_| format_error(&self.path, format!("{name}: integers outside 0..2^32")))?;
+            Tensor::from_vec(whole, &info.shape, device)
+        };
+        let plain = |dtype| Tensor::from_bytes(bytes, &info.shape, dtype, device);
+        let tensor = match info.dtype {
+            D::F32 => plain(DType::F32),
+            D::F64 => plain(DType::F64),
+            D::F16 => plain(DType::F16),
+            D::BF16 => plain(DType::BF16),
+            D::U32 => plain(DType::U32),
+            D::BOOL | D::U8 => integers(&mut bytes.iter().map(|&b| i64::from(b))),
+            D::I32 => integers(&mut bytes.as_chunks().0.iter().map(|&b| i64::from(i32::from_le_bytes(b)))),
+            D::I64 => integers(&mut bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b))),
+            other => Err(format_error(&self.path, format!("{name}: dtype {other:?} is not supported"))),
+        }?;
+        dtype.map_or(Ok(tensor.clone()), |d| tensor.to_dtype(d))
+    }
+}
+
+/// Writes tensors and free text. The file appears whole, in place of an older one, or not at all.
+///
+/// # Errors
+/// When the folder can't be written.
+pub fn save(path: impl AsRef<Path>, tensors: &[(String, Tensor)], text: &BTreeMap<String, String>) -> Result<()> {
+    let path = path.as_ref();
+    let io = |source| Error::Io { path: path.into(), source };
+    let mut data = Vec::with_capacity(tensors.len());
+    for (name, tensor) in tensors {
+        data.push((name, tensor.dims().to_vec(), tensor.dtype(), tensor.to_bytes()?));
+    }
+    let views = data.iter().map(|(name, dims, dtype, bytes)| {
+        let dtype = match dtype {
+            DType::F32 => safetensors::Dtype::F32,
+            DType::BF16 => safetensors::Dtype::BF16,
+            DType::F16 => safetensors::Dtype::F16,
+            DType::F64 => safetensors::Dtype::F64,
+            DType::U32 => safetensors::Dtype::U32,
+        };
+        let view = TensorView::new(dtype, dims.clone(), bytes).map_err(|e| format_error(path, e))?;
+        Ok((name.as_str(), view))
+    });
+    let views: Vec<_> = views.collect::<Result<_>>()?;
+    let text: Option<HashMap<_, _>> = (!text.is_empty()).then(|| text.clone().into_iter().collect());
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let written = serialize_to_file(views, text, &partial)
+        .map_err(|e| match e {
+            SafeTensorError::IoError(source) => io(source),
+            other => format_error(path, other),
+        })
+        .and_then(|()| File::open(&partial).and_then(|f| f.sync_all()).map_err(io))
+        .and_then(|()| std::fs::rename(&partial, path).map_err(io));
+    if written.is_err() {
+        // The older file stays; what was begun is of no use.
+        let _ = std::fs::remove_file(&partial);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_saved_is_read_back() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        let cpu = Device::cpu();
+        let a = Tensor::from_vec(vec![1f32, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 3], &cpu)?;
+        let b = Tensor::from_vec(vec![7u32], &[1], &cpu)?;
+        let text = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        let all = [("a".into(), a.t()?), ("b".into(), b), ("c".into(), a.to_dtype(DType::BF16)?)];
+        save(&path, &all, &text)?;
+        let file = SafeTensors::open(&path)?;
+        assert_eq!(file.names(), ["a", "b", "c"]);
+        assert_eq!(file.dims("a"), Some(&[3usize, 2][..]));
+        assert_eq!(file.metadata(), text);
+        assert_eq!(file.get("a", &cpu, None)?.to_vec::<f32>()?, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        assert_eq!(file.get("b", &cpu, None)?.to_vec::<u32>()?, [7]);
+        let c = file.get("c", &cpu, Some(DType::F64))?;
+        assert_eq!((c.dtype(), c.to_vec::<f64>()?[5]), (DType::F64, 6.0));
+        assert!(file.get("d", &cpu, None).unwrap_err().to_string().contains("no tensor d"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_broken_file_is_an_error_that_names_it() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        save(&path, &[("a".into(), Tensor::ones(&[100], DType::F32, &Device::cpu())?)], &BTreeMap::new())?;
+        let whole = std::fs::read(&path).unwrap();
+        for broken in [&whole[..whole.len() - 4], &whole[..20], &[][..], b"not a checkpoint"] {
+            std::fs::write(&path, broken).unwrap();
+            let message = SafeTensors::open(&path).unwrap_err().to_string();
+            assert!(message.contains("a.safetensors"), "{message}");
+        }
+        assert!(matches!(SafeTensors::open(folder.path().join("none")), Err(Error::Io { .. })));
+        let nowhere = folder.path().join("no/such/folder.safetensors");
+        assert!(save(&nowhere, &[], &BTreeMap::new()).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,284 @@
+//! Tensors: strided views on shared storage.
+
+use std::sync::Arc;
+
+use crate::backend::{Device, Storage};
+use crate::expr::Function;
+use crate::ops::pointwise::run_pointwise;
+use crate::shape::Layout;
+use crate::tape::{Tape, VarId};
+use crate::{DType, Element, Error, Result};
+
+/// An n-dimensional array: a strided view of storage on a device. Cheap to clone; ops make new tensors.
+#[derive(Clone)]
+pub struct Tensor {
+    storage: Arc<Storage>,
+    layout: Layout,
+    dtype: DType,
+    var: Option<VarId>,
+    tape: Option<Tape>,
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({} {:?})", self.dtype, self.layout.dims)
+    }
+}
+
+impl Tensor {
+    /// A tensor of uninitialised memory, for a kernel to write.
+    pub(crate) fn empty(dims: &[usize], dtype: DType, device: &Device) -> Result<Self> {
+        let layout = Layout::contiguous(dims);
+        let bytes = dims
+            .iter()
+            .try_fold(dtype.size(), |n, &d| n.checked_mul(d))
+            .ok_or_else(|| Error::shape("alloc", "a size that fits memory", dims))?;
+        let storage = Storage::alloc(device, bytes)?;
+        Ok(Self { storage, layout, dtype, var: None, tape: None })
+    }
+
+    /// The same, with the axes in memory as `like` has them: elementwise results keep their input's order.
+    pub(crate) fn empty_like(like: &Self, dims: &[usize], dtype: DType) -> Result<Self> {
+        let plain = like.dims() != dims || like.layout.is_contiguous() || like.layout.strides.contains(&0);
+        if plain {
+            return Self::empty(dims, dtype, like.device());
+        }
+        let mut order: Vec<usize> = (0..dims.len()).collect();
+        order.sort_by_key(|&a| std::cmp::Reverse(like.layout.strides[a]));
+        let sorted: Vec<usize> = order.iter().map(|&a| dims[a]).collect();
+        let mut inverse = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
+        let out = Self::empty(&sorted, dtype, like.device())?;
+        Ok(out.view(out.layout.permute(&inverse)?))
+    }
+
+    /// Another view of the same storage, not tracked.
+    pub(crate) fn view(&self, layout: Layout) -> Self {
+        Self { storage: self.storage.clone(), layout, dtype: self.dtype, var: None, tape: None }
+    }
+
+    /// A view that repeats the one element of `self`: for what only needs dims and dtype.
+    pub(crate) fn shape_only(&self, dims: &[usize]) -> Self {
+        self.view(Layout { dims: dims.to_vec(), strides: vec![0; dims.len()], offset: 0 })
+    }
+
+    pub(crate) fn tracked(mut self, var: Option<VarId>, tape: Option<Tape>) -> Self {
+        self.var = var;
+        self.tape = tape;
+        self
+    }
+
+    /// The same value as a parameter: with a variable, on no tape.
+    pub(crate) fn with_var(self, var: VarId) -> Self {
+        self.tracked(Some(var), None)
+    }
+
+    /// From values in row-major order.
+    ///
+    /// # Errors
+    /// When the count of values is not that of `dims`.
+    pub fn from_slice<T: Element>(values: &[T], dims: &[usize], device: &Device) -> Result<Self> {
+        if values.len() != dims.iter().product::<usize>() {
+            return Err(Error::shape("from_slice", format!("{dims:?}"), [values.len()]));
+        }
+        let out = Self::empty(dims, T::DTYPE, device)?;
+        device.backend().upload(out.storage.buffer(), bytemuck::cast_slice(values))?;
+        Ok(out)
+    }
+
+    /// From values in row-major order.
+    ///
+    /// # Errors
+    /// When the count of values is not that of `dims`.
+    pub fn from_vec<T: Element>(values: Vec<T>, dims: &[usize], device: &Device) -> Result<Self> {
+        Self::from_slice(&values, dims, device)
+    }
+
+    /// From raw little-endian bytes of `dtype` in row-major order.
+    ///
+    /// # Errors
+    /// When the count of bytes is not that of `dims`.
+    pub fn from_bytes(bytes: &[u8], dims: &[usize], dtype: DType, device: &Device) -> Result<Self> {
+        if Some(bytes.len()) != dims.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d)) {
+            return Err(Error::shape("from_bytes", format!("{dims:?} of {dtype}"), [bytes.len()]));
+        }
+        let out = Self::empty(dims, dtype, device)?;
+        device.backend().upload(out.storage.buffer(), bytes)?;
+        Ok(out)
+    }
+
+    /// All elements equal to `value`.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn full(dims: &[usize], value: f64, dtype: DType, device: &Device) -> Result<Self> {
+        let one = match dtype {
+            DType::F32 => Self::from_slice(&[value as f32], &[], device)?,
+            DType::F64 => Self::from_slice(&[value], &[], device)?,
+            DType::BF16 => Self::from_slice(&[half::bf16::from_f64(value)], &[], device)?,
+            DType::F16 => Self::from_slice(&[half::f16::from_f64(value)], &[], device)?,
+            DType::U32 => Self::from_slice(&[value as u32], &[], device)?,
+        };
+        one.expand(dims)?.contiguous()
+    }
+
+    /// Zeros.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn zeros(dims: &[usize], dtype: DType, device: &Device) -> Result<Self> {
+        Self::full(dims, 0.0, dtype, device)
+    }
+
+    /// Ones.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn ones(dims: &[usize], dtype: DType, device: &Device) -> Result<Self> {
+        Self::full(dims, 1.0, dtype, device)
+    }
+
+    /// Sizes of the axes.
+    pub fn dims(&self) -> &[usize] {
+        &self.layout.dims
+    }
+
+    /// Number of axes.
+    pub fn rank(&self) -> usize {
+        self.layout.dims.len()
+    }
+
+    /// Size of one axis.
+    ///
+    /// # Errors
+    /// When there is no such axis.
+    pub fn dim(&self, axis: usize) -> Result<usize> {
+        self.axis("dim", axis)?;
+        Ok(self.layout.dims[axis])
+    }
+
+    /// `axis` when it exists, an error that names `op` otherwise.
+    pub(crate) fn axis(&self, op: &'static str, axis: usize) -> Result<usize> {
+        if axis < self.rank() {
+            Ok(axis)
+        } else {
+            Err(Error::argument(op, format!("an axis of shape {:?}", self.dims()), axis))
+        }
+    }
+
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.layout.numel()
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> &Device {
+        self.storage.device()
+    }
+
+    /// The view's layout.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The memory behind the view.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// The variable of a leaf, a parameter or a recorded output.
+    pub fn var(&self) -> Option<VarId> {
+        self.var
+    }
+
+    /// The tape that it carries.
+    pub fn tape(&self) -> Option<&Tape> {
+        self.tape.as_ref()
+    }
+
+    /// Whether gradients flow to it.
+    pub fn requires_grad(&self) -> bool {
+        self.var.is_some()
+    }
+
+    /// The same value without tape or variable.
+    pub fn detach(&self) -> Self {
+        self.view(self.layout.clone())
+    }
+
+    /// The same tensor, carried by the tape of `other` (if it has one).
+    pub fn on_tape_of(&self, other: &Self) -> Self {
+        match &other.tape {
+            Some(tape) => tape.attach(self),
+            None => self.clone(),
+        }
+    }
+
+    /// The values in row-major order, converted to `T`. Waits for the device.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        let plain = self.detach().contiguous()?;
+        let Layout { offset, .. } = plain.layout;
+        let size = self.dtype.size();
+        let bytes = self.device().backend().download(plain.storage.buffer(), (offset + self.numel()) * size)?;
+        let bytes = &bytes[offset * size..];
+        fn convert<S: Element, T: Element>(bytes: &[u8]) -> Vec<T> {
+            if S::DTYPE == T::DTYPE {
+                return bytemuck::pod_collect_to_vec(bytes);
+            }
+            let chunks = bytes.chunks_exact(size_of::<S>());
+            chunks.map(|c| T::from_f64(bytemuck::pod_read_unaligned::<S>(c).to_f64())).collect()
+        }
+        Ok(match self.dtype {
+            DType::F32 => convert::<f32, T>(bytes),
+            DType::BF16 => convert::<half::bf16, T>(bytes),
+            DType::F16 => convert::<half::f16, T>(bytes),
+            DType::F64 => convert::<f64, T>(bytes),
+            DType::U32 => convert::<u32, T>(bytes),
+        })
+    }
+
+    /// The raw little-endian bytes in row-major order. Waits for the device.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        Ok(match self.dtype {
+            DType::F32 => bytemuck::cast_slice(&self.to_vec::<f32>()?).to_vec(),
+            DType::BF16 => bytemuck::cast_slice(&self.to_vec::<half::bf16>()?).to_vec(),
+            DType::F16 => bytemuck::cast_slice(&self.to_vec::<half::f16>()?).to_vec(),
+            DType::F64 => bytemuck::cast_slice(&self.to_vec::<f64>()?).to_vec(),
+            DType::U32 => bytemuck::cast_slice(&self.to_vec::<u32>()?).to_vec(),
+        })
+    }
+
+    /// The value of a tensor with one element. Waits for the device.
+    ///
+    /// # Errors
+    /// When there is not exactly one element.
+    pub fn item(&self) -> Result<f64> {
+        match self.to_vec::<f64>()?[..] {
+            [value] => Ok(value),
+            _ => Err(Error::shape("item", "one element", self.dims())),
+        }
+    }
+
+    /// Writes `source` (same dims; the dtype is converted) over this tensor's memory: for parameters and state.
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    pub fn copy_from(&self, source: &Self) -> Result<()> {
+        if source.dims() != self.dims() {
+            return Err(Error::shape("copy_from", format!("{:?}", self.dims()), source.dims()));
+        }
+        self.storage.touch();
+        run_pointwise(&Function::build(|[x]| [x]), &[source], &[], &[self])
+    }
+}

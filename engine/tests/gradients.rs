@@ -1,0 +1,160 @@
+//! Every op's gradient on random shapes, values and views: against central differences in f64, then f32 and bf16
+//! against f64. And the checker itself, against wrong gradients.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the helpers of tests may panic
+
+use flowtape_engine::gradcheck::{Draw, Sample, check_dtype, check_gradient};
+use flowtape_engine::tape::{Forward, InputGradients, Op, apply_one};
+use flowtape_engine::{DType, Device, Error, Gradients, Result, Tape, Tensor, ops};
+use proptest::prelude::*;
+
+fn all_cases(seed: u64, check: impl Fn(&Sample) -> Result<Result<(), String>>) -> Result<(), TestCaseError> {
+    for case in ops::cases() {
+        let fail = |what: String| TestCaseError::fail(format!("{} (seed {seed}): {what}", case.name));
+        let sample = (case.make)(&mut Draw::new(seed)).map_err(|e| fail(e.to_string()))?;
+        check(&sample).map_err(|e| fail(e.to_string()))?.map_err(fail)?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn gradients_match_central_differences(seed: u64) {
+        all_cases(seed, |sample| check_gradient(sample, seed ^ 1))?;
+    }
+
+    #[test]
+    fn f32_matches_f64(seed: u64) {
+        all_cases(seed, |sample| check_dtype(sample, DType::F32, &Device::cpu(), seed ^ 2))?;
+    }
+
+    #[test]
+    fn bf16_is_within_its_rounding(seed: u64) {
+        all_cases(seed, |sample| check_dtype(sample, DType::BF16, &Device::cpu(), seed ^ 3))?;
+    }
+}
+
+/// x^3, with a gradient that is wrong by a factor or forgets an element.
+#[derive(Debug)]
+enum Cube {
+    Right,
+    Factor,
+    Element,
+}
+
+impl Op for Cube {
+    fn name(&self) -> &'static str {
+        "cube"
+    }
+
+    fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        cx.save(&inputs[0]);
+        Ok(vec![inputs[0].square()?.mul(&inputs[0])?])
+    }
+
+    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let right = saved[0].square()?.mul(grad)?.mul_scalar(3.0)?;
+        let dx = match self {
+            Self::Right => right,
+            Self::Factor => right.mul_scalar(1.0001)?,
+            Self::Element => right.narrow(0, 1, right.dims()[0] - 1)?.pad(0, 1, 0)?,
+        };
+        out.set(0, dx);
+        Ok(())
+    }
+}
+
+fn planted(make: fn() -> Cube) -> Result<Result<(), String>> {
+    let input = Draw::new(3).tensor(&[6], 0.5, 2.0)?;
+    let sample = Sample::new(vec![input], move |xs| apply_one(make(), &[&xs[0]]))?;
+    check_gradient(&sample, 5)
+}
+
+#[test]
+fn the_checker_catches_planted_mistakes() -> Result<()> {
+    assert_eq!(planted(|| Cube::Right)?, Ok(()));
+    assert!(planted(|| Cube::Factor)?.is_err());
+    assert!(planted(|| Cube::Element)?.is_err());
+    Ok(())
+}
+
+#[derive(Debug)]
+struct NoGradient;
+
+impl Op for NoGradient {
+    fn name(&self) -> &'static str {
+        "no_gradient"
+    }
+
+    fn forward(&self, _: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn differentiable(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn an_op_without_gradient_in_a_recording_is_an_error() -> Result<()> {
+    let x = Tensor::ones(&[2], DType::F32, &Device::cpu())?;
+    assert!(apply_one(NoGradient, &[&x]).is_ok());
+    assert!(matches!(apply_one(NoGradient, &[&Tape::new().leaf(&x)]), Err(Error::NoBackward { op: "no_gradient" })));
+    Ok(())
+}
+
+#[test]
+fn backward_over_overwritten_storage_is_an_error() -> Result<()> {
+    let tape = Tape::new();
+    let x = tape.leaf(&Tensor::ones(&[2], DType::F32, &Device::cpu())?);
+    let y = x.square()?.sum_all()?;
+    x.copy_from(&Tensor::zeros(&[2], DType::F32, &Device::cpu())?)?;
+    assert!(matches!(tape.backward(&y), Err(Error::Overwritten { .. })));
+    Ok(())
+}
+
+#[test]
+fn checkpointing_gives_the_same_bits() -> Result<()> {
+    let device = Device::cpu();
+    let mut draw = Draw::new(11);
+    let x = draw.standard(&[5, 8])?.to_dtype(DType::F32)?;
+    let w = draw.standard(&[8, 8])?.to_dtype(DType::F32)?;
+    let run = |checkpointed: bool| -> Result<(Vec<f32>, Vec<f32>)> {
+        let tape = Tape::new();
+        let (x, w) = (tape.leaf(&x), tape.leaf(&w));
+        let block = |xs: &[Tensor]| ops::linear(&xs[0], &xs[1], None)?.gelu()?.matmul(&xs[1]);
+        let y =
+            if checkpointed { flowtape_engine::checkpoint(&[&x, &w], block)? } else { block(&[x.clone(), w.clone()])? };
+        let gradients: Gradients = tape.backward(&y.square()?.mean_all()?)?;
+        let of = |t: &Tensor| gradients.of(t).unwrap().to_vec::<f32>();
+        Ok((of(&x)?, of(&w)?))
+    };
+    assert_eq!(run(true)?, run(false)?);
+    assert!(device.same(x.device()));
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_an_error_that_says_what() -> Result<()> {
+    let device = Device::cpu();
+    let t = |dims: &[usize]| Tensor::ones(dims, DType::F32, &device);
+    let message = |r: Result<Tensor>| r.unwrap_err().to_string();
+    assert!(message(t(&[2, 3])?.add(&t(&[4])?)).contains("[2, 3]"));
+    assert!(message(t(&[2, 3])?.matmul(&t(&[2, 3])?)).starts_with("matmul: expected shape"));
+    assert!(message(ops::linear(&t(&[2, 3])?, &t(&[5, 4])?, None)).contains("weight [out, in]"));
+    assert!(message(t(&[2, 3])?.sum(&[2], false)).contains("axis"));
+    assert!(message(t(&[2, 3])?.reshape(&[4])).contains("[4]"));
+    assert!(message(t(&[2, 3])?.narrow(1, 2, 2)).contains("0..3"));
+    assert!(message(t(&[2, 3])?.matmul(&t(&[3, 3])?.to_dtype(DType::BF16)?)).contains("bf16"));
+    assert!(
+        message(ops::attention(&t(&[1, 1, 2, 4])?, &t(&[1, 2, 2, 4])?, &t(&[1, 1, 2, 4])?, None, None))
+            .contains("[1, 2, 2, 4]")
+    );
+    let far = Tensor::from_slice(&[7u32], &[1], &device)?;
+    assert!(message(t(&[2, 3])?.index_select(0, &far)).contains("below 2"));
+    assert!(t(&[2])?.item().unwrap_err().to_string().contains("one element"));
+    assert!(Tensor::from_slice(&[1f32], &[2], &device).is_err());
+    Ok(())
+}

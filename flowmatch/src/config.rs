@@ -1,0 +1,181 @@
+//! The `flow_matching` section of a recipe.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, LossWeighting, Result, TimestepSampling};
+
+/// Everything that the pipeline can be told, with NeMo's names and defaults.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FlowMatchingConfig {
+    /// Which adapter: `simple`, `flux`, …
+    pub adapter_type: String,
+    /// Arguments of the adapter's constructor.
+    pub adapter_kwargs: serde_json::Map<String, serde_json::Value>,
+    /// `uniform`, `logit_normal`, `mode`, `lognorm`, `mix` or `beta`. Another name draws uniformly and is warned of.
+    pub timestep_sampling: String,
+    /// Mean of `logit_normal`.
+    pub logit_mean: f64,
+    /// Standard deviation of `logit_normal`.
+    pub logit_std: f64,
+    /// `s` of `σ = s / (s + (1/u - 1))`, above 0.
+    pub flow_shift: f64,
+    /// Probability that a whole batch draws uniformly instead (not for `uniform`, `beta`, or without sigma noise).
+    pub mix_uniform_ratio: f64,
+    /// α of `beta`.
+    pub beta_alpha: f64,
+    /// β of `beta`.
+    pub beta_beta: f64,
+    /// Without it σ is plainly uniform and not shifted, whatever the strategy.
+    pub use_sigma_noise: bool,
+    /// σ is clamped to this from below.
+    pub sigma_min: f64,
+    /// σ is clamped to this from above.
+    pub sigma_max: f64,
+    /// `T`: timesteps are `σ · T`.
+    pub num_train_timesteps: usize,
+    /// Probability that a batch of videos trains image-to-video.
+    pub i2v_prob: f64,
+    /// Probability that conditioning is dropped.
+    pub cfg_dropout_prob: f64,
+    /// Whether losses are weighted by σ.
+    pub use_loss_weighting: bool,
+    /// `linear` or `bsmntw`.
+    pub loss_weighting_scheme: String,
+    /// Steps between detailed logs.
+    pub log_interval: u64,
+    /// Steps between one-line logs.
+    pub summary_log_interval: u64,
+}
+
+impl Default for FlowMatchingConfig {
+    fn default() -> Self {
+        Self {
+            adapter_type: "simple".to_owned(),
+            adapter_kwargs: serde_json::Map::new(),
+            timestep_sampling: "logit_normal".to_owned(),
+            logit_mean: 0.0,
+            logit_std: 1.0,
+            flow_shift: 3.0,
+            mix_uniform_ratio: 0.1,
+            beta_alpha: 2.5,
+            beta_beta: 1.5,
+            use_sigma_noise: true,
+            sigma_min: 0.0,
+            sigma_max: 1.0,
+            num_train_timesteps: 1000,
+            i2v_prob: 0.3,
+            cfg_dropout_prob: 0.1,
+            use_loss_weighting: true,
+            loss_weighting_scheme: "linear".to_owned(),
+            log_interval: 100,
+            summary_log_interval: 10,
+        }
+    }
+}
+
+impl FlowMatchingConfig {
+    /// The strategy that `timestep_sampling` names, with its parameters.
+    pub fn strategy(&self) -> TimestepSampling {
+        match self.timestep_sampling.as_str() {
+            "uniform" => TimestepSampling::Uniform,
+            "logit_normal" => TimestepSampling::LogitNormal { mean: self.logit_mean, std: self.logit_std },
+            "mode" => TimestepSampling::Mode { scale: TimestepSampling::MODE_SCALE },
+            "lognorm" => TimestepSampling::LogNorm,
+            "mix" => TimestepSampling::Mix,
+            "beta" => TimestepSampling::Beta { alpha: self.beta_alpha, beta: self.beta_beta },
+            other => TimestepSampling::Other(other.to_owned()),
+        }
+    }
+
+    /// The weighting that the configuration asks for.
+    ///
+    /// # Errors
+    /// When the scheme is not known.
+    pub fn weighting(&self) -> Result<LossWeighting> {
+        let Self { use_loss_weighting, loss_weighting_scheme, flow_shift, num_train_timesteps, .. } = self;
+        LossWeighting::new(*use_loss_weighting, loss_weighting_scheme, *flow_shift, *num_train_timesteps)
+    }
+
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// The first value that does not fit: its key, what it takes, what it has.
+    pub fn validate(&self) -> Result<()> {
+        let check = |ok: bool, key: &'static str, expected: &str, got: f64| {
+            if ok { Ok(()) } else { Err(Error::config(key, expected, got)) }
+        };
+        let positive = |x: f64| x > 0.0 && x.is_finite();
+        let unit = |x: f64| (0.0..=1.0).contains(&x);
+        let both = "a positive number (beta_alpha and beta_beta must both be positive)";
+        check(positive(self.beta_alpha), "beta_alpha", both, self.beta_alpha)?;
+        check(positive(self.beta_beta), "beta_beta", both, self.beta_beta)?;
+        check(positive(self.flow_shift), "flow_shift", "a positive number", self.flow_shift)?;
+        check(self.logit_mean.is_finite(), "logit_mean", "a finite number", self.logit_mean)?;
+        let std = self.logit_std;
+        check(std >= 0.0 && std.is_finite(), "logit_std", "a number that is not negative", std)?;
+        for (key, value) in [
+            ("mix_uniform_ratio", self.mix_uniform_ratio),
+            ("i2v_prob", self.i2v_prob),
+            ("cfg_dropout_prob", self.cfg_dropout_prob),
+            ("sigma_min", self.sigma_min),
+            ("sigma_max", self.sigma_max),
+        ] {
+            check(unit(value), key, "a number in [0, 1]", value)?;
+        }
+        let least = format!("at least sigma_min = {}", self.sigma_min);
+        check(self.sigma_min <= self.sigma_max, "sigma_max", &least, self.sigma_max)?;
+        for (key, value) in [
+            ("num_train_timesteps", self.num_train_timesteps as u64),
+            ("log_interval", self.log_interval),
+            ("summary_log_interval", self.summary_log_interval),
+        ] {
+            check(value > 0, key, "a positive number", value as f64)?;
+        }
+        self.weighting().map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_defaults_are_the_references() {
+        let empty: FlowMatchingConfig = serde_json::from_str("{}").unwrap();
+        assert_eq!(empty, FlowMatchingConfig::default());
+        let strategy = TimestepSampling::LogitNormal { mean: 0.0, std: 1.0 };
+        assert_eq!((empty.strategy(), empty.flow_shift, empty.mix_uniform_ratio), (strategy, 3.0, 0.1));
+        empty.validate().unwrap();
+        for name in TimestepSampling::NAMES {
+            let config = FlowMatchingConfig { timestep_sampling: name.to_owned(), ..empty.clone() };
+            assert_eq!(config.strategy().name(), name);
+            assert!(!matches!(config.strategy(), TimestepSampling::Other(_)));
+        }
+        let error = serde_json::from_str::<FlowMatchingConfig>(r#"{"flow_shit": 3}"#).unwrap_err().to_string();
+        assert!(error.contains("flow_shit") && error.contains("flow_shift"), "{error}");
+    }
+
+    #[test]
+    fn every_bad_value_is_an_error_that_names_its_key() {
+        for (json, key) in [
+            (r#"{"beta_alpha": 0}"#, "beta_alpha"),
+            (r#"{"beta_beta": -1}"#, "beta_beta"),
+            (r#"{"flow_shift": 0}"#, "flow_shift"),
+            (r#"{"logit_std": -0.1}"#, "logit_std"),
+            (r#"{"mix_uniform_ratio": 1.1}"#, "mix_uniform_ratio"),
+            (r#"{"i2v_prob": -0.1}"#, "i2v_prob"),
+            (r#"{"cfg_dropout_prob": 2}"#, "cfg_dropout_prob"),
+            (r#"{"sigma_min": 0.6, "sigma_max": 0.5}"#, "sigma_max"),
+            (r#"{"sigma_min": -0.1}"#, "sigma_min"),
+            (r#"{"num_train_timesteps": 0}"#, "num_train_timesteps"),
+            (r#"{"log_interval": 0}"#, "log_interval"),
+            (r#"{"summary_log_interval": 0}"#, "summary_log_interval"),
+            (r#"{"loss_weighting_scheme": "nope"}"#, "loss_weighting_scheme"),
+        ] {
+            let config: FlowMatchingConfig = serde_json::from_str(json).unwrap();
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{key}: expected ")), "{json}: {error}");
+        }
+    }
+}
