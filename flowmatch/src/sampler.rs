@@ -268,13 +268,7 @@ impl FlowMatchEulerDiscrete {
     /// # Errors
     /// Those of the adapter and the model.
     pub fn sample(&self, sampling: &Sampling<'_>, noise: &Tensor, schedule: &EulerSchedule) -> Result<Tensor> {
-        self.integrate(noise, schedule, |x, step| {
-            let positive = sampling.velocity(sampling.batch, x, step)?;
-            match sampling.guidance {
-                Some(g) => guided(&positive, &sampling.velocity(g.negative, x, step)?, g.scale),
-                None => Ok(positive),
-            }
-        })
+        self.integrate(noise, schedule, |x, step| sampling.guided_velocity(x, step))
     }
 }
 
@@ -295,6 +289,18 @@ pub struct Sampling<'a> {
 }
 
 impl Sampling<'_> {
+    /// The velocity of one step, with guidance where there is one, in the shape of `x`.
+    ///
+    /// # Errors
+    /// Those of the adapter and the model.
+    pub fn guided_velocity(&self, x: &Tensor, step: EulerStep) -> Result<Tensor> {
+        let positive = self.velocity(self.batch, x, step)?;
+        match self.guidance {
+            Some(g) => guided(&positive, &self.velocity(g.negative, x, step)?, g.scale),
+            None => Ok(positive),
+        }
+    }
+
     /// The velocity of one step for one conditioning, in the shape of `x`, untracked.
     ///
     /// # Errors

@@ -3,8 +3,7 @@
 
 use std::path::Path;
 
-use flowtape_engine::safetensors::SafeTensors;
-use flowtape_engine::{DType, Device, Tape, Tensor};
+use flowtape_engine::{Tape, Tensor};
 use flowtape_flowmatch::task::determine_task_type;
 use flowtape_flowmatch::time_shift::{
     TimeShift, compute_density_for_timestep_sampling, get_flow_match_loss_weight, time_shift,
@@ -17,112 +16,23 @@ use flowtape_flowmatch::{
 use serde_json::Value;
 
 use crate::Outcome;
-
-pub(crate) type Any<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+use crate::golden::{Any, Golden, collect, exact, max, number, text};
 
 /// All cases of `pipeline_math/` that need no model. `root` is the folder of the goldens.
 pub fn cases(root: &Path) -> Vec<Outcome> {
     let dir = root.join("pipeline_math");
-    let mut out = Vec::new();
-    for (name, run) in [
+    let run = |(name, run): (&str, fn(&Path, &mut Vec<Outcome>) -> Any<()>)| {
+        collect(&format!("pipeline_math/{name}"), |out| run(&dir, out))
+    };
+    [
         ("sample_timesteps", sample_timesteps as fn(&Path, &mut Vec<Outcome>) -> Any<()>),
         ("sigma_statistics", sigma_statistics),
         ("schedule_and_loss", schedule_and_loss),
         ("time_shift", time_shifts),
-    ] {
-        let mut found = Vec::new();
-        if let Err(error) = run(&dir, &mut found) {
-            found.push(broken("aborted", &*error));
-        }
-        out.extend(found.into_iter().map(|o| Outcome { case: format!("pipeline_math/{name}/{}", o.case), ..o }));
-    }
-    out
-}
-
-/// A golden file pair.
-pub(crate) struct Golden {
-    pub(crate) json: Value,
-    tensors: Option<SafeTensors>,
-}
-
-impl Golden {
-    pub(crate) fn open(dir: &Path, name: &str) -> Any<Self> {
-        let path = dir.join(name).with_extension("json");
-        let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let file = dir.join(name).with_extension("safetensors");
-        let tensors = file.exists().then(|| SafeTensors::open(&file)).transpose()?;
-        Ok(Self { json: serde_json::from_str(&text)?, tensors })
-    }
-
-    pub(crate) fn tensor(&self, name: &str) -> Any<Tensor> {
-        let file = self.tensors.as_ref().ok_or("no safetensors beside the JSON")?;
-        Ok(file.get(name, &Device::cpu(), Some(DType::F32))?)
-    }
-
-    pub(crate) fn values(&self, name: &str) -> Any<Vec<f32>> {
-        Ok(self.tensor(name)?.to_vec::<f32>()?)
-    }
-
-    /// Names of the tensors, from the JSON.
-    pub(crate) fn names(&self) -> Vec<String> {
-        self.json["tensors"].as_object().map(|o| o.keys().cloned().collect()).unwrap_or_default()
-    }
-
-    pub(crate) fn list(&self, key: &str) -> Any<&[Value]> {
-        self.json[key].as_array().map(Vec::as_slice).ok_or_else(|| format!("no list `{key}`").into())
-    }
-
-    /// `rtol` and `atol`, for one quantity where the file tells them apart.
-    pub(crate) fn tolerance(&self, quantity: &str) -> Any<Tolerance> {
-        let all = &self.json["tolerance"];
-        let own = if all[quantity].is_object() { &all[quantity] } else { all };
-        Ok(Tolerance { rtol: number(own, "rtol")?, atol: number(own, "atol")? })
-    }
-}
-
-pub(crate) fn number(value: &Value, key: &str) -> Any<f64> {
-    value[key].as_f64().ok_or_else(|| format!("no number `{key}`").into())
-}
-
-pub(crate) fn text<'a>(value: &'a Value, key: &str) -> Any<&'a str> {
-    value[key].as_str().ok_or_else(|| format!("no text `{key}`").into())
-}
-
-#[derive(Clone, Copy)]
-pub(crate) struct Tolerance {
-    pub(crate) rtol: f64,
-    pub(crate) atol: f64,
-}
-
-impl Tolerance {
-    /// `|a - b| <= atol + rtol |b|`, as a relative deviation: `max |a - b| / (|b| + atol / rtol)` against `rtol`.
-    pub(crate) fn worst(self, got: &[f64], want: &[f64]) -> f64 {
-        if got.len() != want.len() {
-            return f64::INFINITY;
-        }
-        let floor = self.atol / self.rtol;
-        got.iter().zip(want).map(|(a, b)| if a == b { 0.0 } else { (a - b).abs() / (b.abs() + floor) }).fold(0.0, max)
-    }
-
-    pub(crate) fn outcome(self, case: impl Into<String>, got: &[f32], want: &[f32]) -> Outcome {
-        let wide = |v: &[f32]| v.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
-        let worst = self.worst(&wide(got), &wide(want));
-        Outcome { case: case.into(), worst, bound: self.rtol, detail: format!("{} values", want.len()) }
-    }
-}
-
-/// The greater, where NaN is the greatest: it must not be passed over.
-fn max(a: f64, b: f64) -> f64 {
-    if a.is_nan() || b.is_nan() { f64::INFINITY } else { a.max(b) }
-}
-
-/// Something that holds or does not.
-pub(crate) fn exact(case: impl Into<String>, holds: bool, detail: impl Into<String>) -> Outcome {
-    Outcome { case: case.into(), worst: f64::from(u8::from(!holds)), bound: 0.0, detail: detail.into() }
-}
-
-pub(crate) fn broken(case: impl Into<String>, error: &dyn std::error::Error) -> Outcome {
-    Outcome { case: case.into(), worst: f64::INFINITY, bound: 0.0, detail: error.to_string() }
+    ]
+    .into_iter()
+    .flat_map(run)
+    .collect()
 }
 
 fn config(kwargs: &Value) -> Any<FlowMatchingConfig> {

@@ -2,20 +2,24 @@
 
 use std::path::Path;
 
+use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::sampler::{calculate_shift, compute_empirical_mu};
-use flowtape_flowmatch::{EulerConfig, FlowMatchEulerDiscrete};
+use flowtape_flowmatch::{
+    Batch, DataType, EulerConfig, EulerSchedule, FlowMatchEulerDiscrete, Guidance, Sampling, TaskType,
+};
+use flowtape_models::checkpoint;
+use flowtape_models::flux::{FluxAdapter, pack_latents};
 use serde_json::Value;
 
 use crate::Outcome;
-use crate::pipeline_math::{Any, Golden, broken, number, text};
+use crate::golden::{Any, Golden, collect, number, relative, text};
 
 /// All cases of the scheduler. `root` is the folder of the goldens.
 pub fn cases(root: &Path) -> Vec<Outcome> {
-    let mut out = Vec::new();
-    if let Err(error) = scheduler(&root.join("sampling"), &mut out) {
-        out.push(broken("aborted", &*error));
-    }
-    out.into_iter().map(|o| Outcome { case: format!("sampling/scheduler/{}", o.case), ..o }).collect()
+    let dir = root.join("sampling");
+    let mut out = collect("sampling/scheduler", |out| scheduler(&dir, out));
+    out.extend(collect("sampling/flux_trajectory", |out| trajectory(root, out)));
+    out
 }
 
 fn scheduler(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
@@ -58,6 +62,55 @@ fn scheduler(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         let (tokens, steps) = (number(row, "image_seq_len")? as usize, number(row, "num_steps")? as usize);
         let got = compute_empirical_mu(tokens, steps);
         out.push(compare(format!("compute_empirical_mu_{tokens}_{steps}"), got, number(row, "mu")?));
+    }
+    Ok(())
+}
+
+/// Euler trajectories of the model of `flux_step/`: the latents after every step.
+fn trajectory(root: &Path, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(&root.join("sampling"), "flux_trajectory")?;
+    let bound = text(&golden.json["tolerance"], "latents")?.rsplit(' ').next().ok_or("a bound")?.parse()?;
+    let model = checkpoint::load(&root.join("flux_step"), DType::F32, &Device::cpu())?;
+    let noise = golden.tensor("latents")?;
+    let batch = |prefix: &str| -> Any<Batch> {
+        let text = golden.tensor(&format!("{prefix}text_embeddings"))?;
+        let pooled = golden.tensor(&format!("{prefix}pooled"))?;
+        let batch = Batch::new(noise.clone(), DataType::Image);
+        Ok(batch.with("text_embeddings", text).with("pooled_prompt_embeds", pooled))
+    };
+    let (positive, negative) = (batch("")?, batch("negative_")?);
+    for run in golden.list("runs")? {
+        let name = text(run, "name")?;
+        let adapter = FluxAdapter { guidance_scale: number(run, "guidance")?, ..FluxAdapter::default() };
+        let sampling = Sampling {
+            adapter: &adapter,
+            model: &*model,
+            batch: &positive,
+            task_type: TaskType::T2V,
+            guidance: run["true_cfg_scale"].as_f64().map(|scale| Guidance { negative: &negative, scale }),
+        };
+        let euler = FlowMatchEulerDiscrete::new(EulerConfig::default())?;
+        let recorded = |what: &str| golden.values(&format!("{name}.{what}"));
+        let schedule = EulerSchedule { sigmas: recorded("sigmas")?, timesteps: recorded("timesteps")? };
+        let mut velocities = Vec::new();
+        let last = euler.integrate(&noise, &schedule, |x, step| {
+            let velocity = sampling.guided_velocity(x, step)?;
+            velocities.push((x.clone(), velocity.clone()));
+            Ok(velocity)
+        })?;
+        let mut compare = |what: String, got: &Tensor, packed: bool| -> Any<()> {
+            let got = if packed { pack_latents(got)? } else { got.clone() };
+            let worst = relative(&got, &golden.tensor(&what)?)?;
+            out.push(Outcome { case: what, worst, bound, detail: String::new() });
+            Ok(())
+        };
+        for (i, (x, velocity)) in velocities.iter().enumerate() {
+            compare(format!("{name}.velocity{i}"), velocity, true)?;
+            if i > 0 {
+                compare(format!("{name}.latents_after{}", i - 1), x, true)?;
+            }
+        }
+        compare(format!("{name}.final"), &last, false)?;
     }
     Ok(())
 }

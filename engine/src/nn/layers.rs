@@ -1,6 +1,7 @@
 //! The layers of transformers.
 
 use super::{Init, ParamBuilder};
+use crate::expr::Expr;
 use crate::ops::{self, pointwise};
 use crate::{Result, Tensor};
 
@@ -102,24 +103,39 @@ impl RmsNorm {
 /// The function between the two products of a feed-forward layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Activation {
-    /// GELU by its tanh approximation.
+    /// GELU by its tanh approximation (diffusers' `gelu-approximate`).
     GeluTanh,
-    /// Exact GELU.
+    /// Exact GELU (`gelu`).
     Gelu,
-    /// x * sigmoid(x).
+    /// x * sigmoid(x) (`linear-silu`).
     Silu,
+    /// The first half times the exact GELU of the second (`geglu`).
+    Geglu,
+    /// The first half times the silu of the second (`swiglu`).
+    Swiglu,
 }
 
 impl Activation {
-    /// Element by element.
+    /// Whether the last axis is halved.
+    fn is_gated(self) -> bool {
+        matches!(self, Self::Geglu | Self::Swiglu)
+    }
+
+    /// Element by element; the gated ones halve the last axis.
     ///
     /// # Errors
-    /// When the dtype is not a float.
+    /// When the dtype is not a float, or the last axis can't be halved.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        let gated = |f: for<'a> fn(Expr<'a>) -> Expr<'a>| {
+            let halves = x.chunk(2, x.rank().saturating_sub(1))?;
+            pointwise([&halves[0], &halves[1]], |[x, gate]| x * f(gate))
+        };
         match self {
             Self::GeluTanh => pointwise([x], |[x]| x.gelu_tanh()),
             Self::Gelu => pointwise([x], |[x]| x.gelu_erf()),
             Self::Silu => pointwise([x], |[x]| x.silu()),
+            Self::Geglu => gated(|gate| gate.gelu_erf()),
+            Self::Swiglu => gated(|gate| gate.silu()),
         }
     }
 }
@@ -139,7 +155,8 @@ impl FeedForward {
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, width: usize, inner: usize, activation: Activation) -> Result<Self> {
         let net = params.sub("net");
-        let input = Linear::new(&net.sub(0).sub("proj"), width, inner, true)?;
+        let wide = if activation.is_gated() { 2 * inner } else { inner };
+        let input = Linear::new(&net.sub(0).sub("proj"), width, wide, true)?;
         Ok(Self { input, activation, output: Linear::new(&net.sub(2), inner, width, true)? })
     }
 

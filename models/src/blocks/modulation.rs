@@ -1,0 +1,47 @@
+//! Modulation by an embedding: adaptive layer normalisation and gates (Peebles and Xie, DiT).
+
+use flowtape_engine::nn::{Linear, ParamBuilder};
+use flowtape_engine::ops::pointwise;
+use flowtape_engine::{Result, Tensor};
+
+/// `linear(silu(embedding))` in equal parts: the `linear` of diffusers' AdaLayerNorms.
+#[derive(Clone, Debug)]
+pub struct Modulation {
+    linear: Linear,
+    parts: usize,
+}
+
+impl Modulation {
+    /// `parts` vectors of `dim` from an embedding of `dim`; `params` is the linear layer's own path.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, dim: usize, parts: usize) -> Result<Self> {
+        Ok(Self { linear: Linear::new(params, dim, parts * dim, true)?, parts })
+    }
+
+    /// The parts `[B, 1, dim]` of an embedding `[B, dim]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn forward(&self, embedding: &Tensor) -> Result<Vec<Tensor>> {
+        let all = self.linear.forward(&pointwise([embedding], |[x]| x.silu())?)?;
+        all.unsqueeze(1)?.chunk(self.parts, 2)
+    }
+}
+
+/// `x (1 + scale) + shift`: x `[B, L, dim]`, both vectors `[B, 1, dim]`.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    pointwise([x, shift, scale], |[x, shift, scale]| x * (scale + 1.0) + shift)
+}
+
+/// `residual + gate y`: `[B, L, dim]`, the gate `[B, 1, dim]`.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn gate(residual: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    pointwise([residual, gate, y], |[residual, gate, y]| residual + gate * y)
+}

@@ -1,0 +1,9 @@
+//! FLUX.1 (Black Forest Labs, 2024).
+
+mod adapter;
+mod config;
+mod model;
+
+pub use adapter::{FluxAdapter, latent_image_ids, pack_latents, unpack_latents};
+pub use config::FluxConfig;
+pub use model::{FluxSingleTransformerBlock, FluxTransformer2DModel, FluxTransformerBlock};

@@ -1,0 +1,246 @@
+//! diffusers' `FluxTransformer2DModel`.
+
+use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params};
+use flowtape_engine::{Result, Tensor};
+use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
+
+use super::FluxConfig;
+use crate::Transformer;
+use crate::blocks::{
+    CombinedTimestepTextProjEmbeddings, Modulation, QkvHeads, RopeTables, attend, gate, modulate, time_proj,
+};
+
+const EPS: f64 = 1e-6;
+/// Base of the rotary frequencies.
+const THETA: f64 = 10_000.0;
+
+/// Normalises without parameters.
+fn norm(params: &ParamBuilder, dim: usize) -> Result<LayerNorm> {
+    LayerNorm::new(params, dim, EPS, false)
+}
+
+/// One stream of a double block: image or text.
+#[derive(Clone, Debug)]
+struct Stream {
+    modulation: Modulation,
+    norm: LayerNorm,
+    qkv: QkvHeads,
+    to_out: Linear,
+    ff: FeedForward,
+}
+
+/// What a stream's modulation sets aside until attention has run.
+struct Modulated {
+    qkv: [Tensor; 3],
+    gate_msa: Tensor,
+    mlp: [Tensor; 3],
+}
+
+impl Stream {
+    fn new(params: &ParamBuilder, text: bool, dim: usize, heads: usize) -> Result<Self> {
+        let attn = params.sub("attn");
+        let (norm1, qkv, out, ff) = if text {
+            let qkv = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"];
+            ("norm1_context", qkv, attn.sub("to_add_out"), "ff_context")
+        } else {
+            ("norm1", ["to_q", "to_k", "to_v", "norm_q", "norm_k"], attn.sub("to_out").sub(0), "ff")
+        };
+        Ok(Self {
+            modulation: Modulation::new(&params.sub(norm1).sub("linear"), dim, 6)?,
+            norm: norm(params, dim)?,
+            qkv: QkvHeads::new(&attn, qkv, dim, heads, EPS)?,
+            to_out: Linear::new(&out, dim, dim, true)?,
+            ff: FeedForward::new(&params.sub(ff), dim, 4 * dim, Activation::GeluTanh)?,
+        })
+    }
+
+    fn before_attention(&self, x: &Tensor, temb: &Tensor) -> Result<Modulated> {
+        let mut parts = self.modulation.forward(temb)?.into_iter();
+        let mut next =
+            || parts.next().ok_or_else(|| flowtape_engine::Error::argument("modulation", "six parts", "fewer"));
+        let (shift_msa, scale_msa, gate_msa) = (next()?, next()?, next()?);
+        let qkv = self.qkv.forward(&modulate(&self.norm.forward(x)?, &shift_msa, &scale_msa)?)?;
+        Ok(Modulated { qkv, gate_msa, mlp: [next()?, next()?, next()?] })
+    }
+
+    fn after_attention(&self, x: &Tensor, attention: &Tensor, m: &Modulated) -> Result<Tensor> {
+        let x = gate(x, &m.gate_msa, &self.to_out.forward(attention)?)?;
+        let [shift, scale, gate_mlp] = &m.mlp;
+        gate(&x, gate_mlp, &self.ff.forward(&modulate(&self.norm.forward(&x)?, shift, scale)?)?)
+    }
+}
+
+/// A double block: text and image have weights of their own and attend to each other.
+#[derive(Clone, Debug)]
+pub struct FluxTransformerBlock {
+    image: Stream,
+    text: Stream,
+}
+
+impl FluxTransformerBlock {
+    /// A block of width `dim`.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, dim: usize, heads: usize) -> Result<Self> {
+        Ok(Self { image: Stream::new(params, false, dim, heads)?, text: Stream::new(params, true, dim, heads)? })
+    }
+
+    /// Text and image `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn forward(&self, text: &Tensor, image: &Tensor, temb: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
+        let (m_text, m_image) = (self.text.before_attention(text, temb)?, self.image.before_attention(image, temb)?);
+        let join = |i: usize| Tensor::cat(&[&m_text.qkv[i], &m_image.qkv[i]], 2);
+        let joint = attend([join(0)?, join(1)?, join(2)?], rope)?;
+        let parts = joint.split(&[text.dim(1)?, image.dim(1)?], 1)?;
+        Ok([
+            self.text.after_attention(text, &parts[0], &m_text)?,
+            self.image.after_attention(image, &parts[1], &m_image)?,
+        ])
+    }
+}
+
+/// A single block: text and image as one sequence, attention and feed-forward side by side.
+#[derive(Clone, Debug)]
+pub struct FluxSingleTransformerBlock {
+    modulation: Modulation,
+    norm: LayerNorm,
+    qkv: QkvHeads,
+    proj_mlp: Linear,
+    proj_out: Linear,
+}
+
+impl FluxSingleTransformerBlock {
+    /// A block of width `dim`.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, dim: usize, heads: usize) -> Result<Self> {
+        let qkv = ["to_q", "to_k", "to_v", "norm_q", "norm_k"];
+        Ok(Self {
+            modulation: Modulation::new(&params.sub("norm").sub("linear"), dim, 3)?,
+            norm: norm(params, dim)?,
+            qkv: QkvHeads::new(&params.sub("attn"), qkv, dim, heads, EPS)?,
+            proj_mlp: Linear::new(&params.sub("proj_mlp"), dim, 4 * dim, true)?,
+            proj_out: Linear::new(&params.sub("proj_out"), 5 * dim, dim, true)?,
+        })
+    }
+
+    /// x `[B, L, dim]`, text first, with the embedding `temb` `[B, dim]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn forward(&self, x: &Tensor, temb: &Tensor, rope: &RopeTables) -> Result<Tensor> {
+        let parts = self.modulation.forward(temb)?;
+        let h = modulate(&self.norm.forward(x)?, &parts[0], &parts[1])?;
+        let mlp = Activation::GeluTanh.forward(&self.proj_mlp.forward(&h)?)?;
+        let attention = attend(self.qkv.forward(&h)?, rope)?;
+        gate(x, &parts[2], &self.proj_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
+    }
+}
+
+/// FLUX.1's transformer.
+///
+/// Inputs, with the reference's names: `hidden_states` `[B, L, in_channels]` (packed latents), `encoder_hidden_states`
+/// `[B, T, joint_attention_dim]`, `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` (0 to 1),
+/// `img_ids` `[L, 3]`, `txt_ids` `[T, 3]` or `[B, T, 3]`, `guidance` `[B]` where the model embeds one. The sinusoidal
+/// projections may be given instead of being made: `timestep_proj`, `guidance_proj` `[B, 256]`. Result
+/// `[B, L, out_channels]`.
+#[derive(Debug)]
+pub struct FluxTransformer2DModel {
+    config: FluxConfig,
+    params: Params,
+    time_text_embed: CombinedTimestepTextProjEmbeddings,
+    context_embedder: Linear,
+    x_embedder: Linear,
+    transformer_blocks: Vec<FluxTransformerBlock>,
+    single_transformer_blocks: Vec<FluxSingleTransformerBlock>,
+    norm_out: (Modulation, LayerNorm),
+    proj_out: Linear,
+}
+
+impl FluxTransformer2DModel {
+    /// A model with PyTorch's starting values.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(config: FluxConfig, root: &ParamBuilder) -> Result<Self> {
+        let (dim, heads) = (config.inner_dim(), config.num_attention_heads);
+        let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
+        let double = |i| FluxTransformerBlock::new(&root.sub("transformer_blocks").sub(i), dim, heads);
+        let single = |i| FluxSingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), dim, heads);
+        Ok(Self {
+            time_text_embed: CombinedTimestepTextProjEmbeddings::new(
+                &root.sub("time_text_embed"),
+                dim,
+                config.pooled_projection_dim,
+                config.guidance_embeds,
+            )?,
+            context_embedder: Linear::new(&root.sub("context_embedder"), config.joint_attention_dim, dim, true)?,
+            x_embedder: Linear::new(&root.sub("x_embedder"), config.in_channels, dim, true)?,
+            transformer_blocks: (0..config.num_layers).map(double).collect::<Result<_>>()?,
+            single_transformer_blocks: (0..config.num_single_layers).map(single).collect::<Result<_>>()?,
+            norm_out: (Modulation::new(&root.sub("norm_out").sub("linear"), dim, 2)?, norm(root, dim)?),
+            proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
+            params: root.params(),
+            config,
+        })
+    }
+
+    /// The embedding of time, guidance and pooled text.
+    fn temb(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<Tensor> {
+        let projection = |given: &str, name: &str| match inputs.optional(given) {
+            Some(projection) => Ok(Some(projection.clone())),
+            None => inputs.optional(name).map(|t| time_proj(&t.mul_scalar(1000.0)?)).transpose(),
+        };
+        let Some(time) = projection("timestep_proj", "timestep")? else {
+            return inputs.tensor("timestep").cloned();
+        };
+        let guidance = projection("guidance_proj", "guidance")?;
+        Ok(self.time_text_embed.forward(&time, guidance.as_ref(), inputs.tensor("pooled_projections")?)?)
+    }
+
+    /// Rotary tables of text and image positions.
+    fn rope(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<RopeTables> {
+        let (txt, img) = (inputs.tensor("txt_ids")?, inputs.tensor("img_ids")?);
+        // All samples have the same positions: those of the first stand for all.
+        let first = |ids: &Tensor| if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0) } else { Ok(ids.clone()) };
+        let mut positions = first(txt)?.to_vec::<f32>()?;
+        positions.extend(first(img)?.to_vec::<f32>()?);
+        Ok(RopeTables::new(&positions, &self.config.axes_dims_rope, THETA, img.device())?)
+    }
+}
+
+impl FlowModel for FluxTransformer2DModel {
+    fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
+        let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
+        let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
+        let (temb, rope) = (self.temb(inputs)?, self.rope(inputs)?);
+        for block in &self.transformer_blocks {
+            [text, image] = block.forward(&text, &image, &temb, &rope)?;
+        }
+        let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
+        let mut x = Tensor::cat(&[&text, &image], 1)?;
+        for block in &self.single_transformer_blocks {
+            x = block.forward(&x, &temb, &rope)?;
+        }
+        let image = x.narrow(1, text_len, image_len)?;
+        let (modulation, norm) = &self.norm_out;
+        // Here, unlike in the blocks, the scale comes first.
+        let parts = modulation.forward(&temb)?;
+        let image = modulate(&norm.forward(&image)?, &parts[1], &parts[0])?;
+        Ok(self.proj_out.forward(&image)?.into())
+    }
+}
+
+impl Transformer for FluxTransformer2DModel {
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn config(&self) -> serde_json::Value {
+        serde_json::json!(self.config)
+    }
+}

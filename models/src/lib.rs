@@ -1,0 +1,31 @@
+//! Native flow-matching transformers, with diffusers' names and checkpoints, and the adapters that train them.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`blocks`] | what the models share: modulation, joint attention, embeddings, rotary tables |
+//! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
+//! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors` |
+//! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`] |
+
+pub mod blocks;
+pub mod checkpoint;
+pub mod flux;
+pub mod registry;
+
+use flowtape_engine::nn::Params;
+use flowtape_flowmatch::FlowModel;
+
+pub use flowtape_flowmatch::{Error, Result};
+pub use registry::{MODELS, ModelKind, create_adapter, create_model};
+
+/// A transformer with parameters of diffusers' names.
+pub trait Transformer: FlowModel {
+    /// All parameters.
+    fn params(&self) -> &Params;
+    /// The configuration, as `config.json` holds it.
+    fn config(&self) -> serde_json::Value;
+    /// Parameters that the loss need not reach.
+    fn parameters_without_gradient(&self) -> Vec<String> {
+        Vec::new()
+    }
+}

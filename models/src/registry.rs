@@ -1,0 +1,88 @@
+//! Every model by name.
+
+use flowtape_engine::nn::ParamBuilder;
+use flowtape_flowmatch::ModelAdapter;
+use serde_json::{Map, Value};
+
+use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
+use crate::{Error, Result, Transformer};
+
+/// Makes an adapter from its `adapter_kwargs`.
+pub type NewAdapter = fn(&Map<String, Value>) -> Result<Box<dyn ModelAdapter>>;
+/// Makes a model from the object of `config.json`.
+pub type NewModel = fn(&Value, &ParamBuilder) -> Result<Box<dyn Transformer>>;
+
+/// A model, its adapter and how both are made.
+#[derive(Debug)]
+pub struct ModelKind {
+    /// The adapter's name in recipes.
+    pub adapter: &'static str,
+    /// diffusers' class, as in `_class_name` of `config.json`.
+    pub class: &'static str,
+    /// Makes the adapter.
+    pub new_adapter: NewAdapter,
+    /// Makes the model.
+    pub new_model: NewModel,
+}
+
+/// All models.
+pub const MODELS: &[ModelKind] = &[ModelKind {
+    adapter: "flux",
+    class: "FluxTransformer2DModel",
+    new_adapter: |kwargs| Ok(Box::new(FluxAdapter::from_kwargs(kwargs)?)),
+    new_model: |config, params| Ok(Box::new(FluxTransformer2DModel::new(FluxConfig::from_json(config)?, params)?)),
+}];
+
+fn names(name: fn(&ModelKind) -> &'static str) -> String {
+    MODELS.iter().map(name).collect::<Vec<_>>().join(", ")
+}
+
+/// The adapter of that name.
+///
+/// # Errors
+/// When there is none (the error lists all), or an argument does not fit.
+pub fn create_adapter(name: &str, kwargs: &Map<String, Value>) -> Result<Box<dyn ModelAdapter>> {
+    match MODELS.iter().find(|m| m.adapter == name) {
+        Some(kind) => (kind.new_adapter)(kwargs),
+        None => Err(Error::config("adapter_type", format!("one of {}", names(|m| m.adapter)), name)),
+    }
+}
+
+/// A model of the object of `config.json`, whose `_class_name` says which.
+///
+/// # Errors
+/// When the class is unknown (the error lists all), or a value does not fit.
+pub fn create_model(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
+    let class = config["_class_name"].as_str().unwrap_or("no _class_name");
+    match MODELS.iter().find(|m| m.class == class) {
+        Some(kind) => (kind.new_model)(config, params),
+        None => Err(Error::config("_class_name", format!("one of {}", names(|m| m.class)), class)),
+    }
+}
+
+/// Reads arguments of an adapter, or another configuration, naming what does not fit.
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(key: &'static str, value: Value) -> Result<T> {
+    serde_json::from_value(value).map_err(|e| Error::Config {
+        key,
+        expected: "known keys and values".into(),
+        got: e.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_unknown_ones_are_listed() {
+        for (i, a) in MODELS.iter().enumerate() {
+            assert!(MODELS[..i].iter().all(|b| b.adapter != a.adapter));
+            assert!(create_adapter(a.adapter, &Map::new()).is_ok());
+        }
+        let Err(error) = create_adapter("fluxx", &Map::new()) else { panic!("an unknown adapter was made") };
+        assert!(error.to_string().contains("flux") && error.to_string().contains("fluxx"), "{error}");
+        let kwargs = Map::from_iter([("guidance".into(), Value::from(1.0))]);
+        let Err(error) = create_adapter("flux", &kwargs) else { panic!("an unknown argument was taken") };
+        assert!(error.to_string().contains("guidance_scale"), "{error}");
+    }
+}

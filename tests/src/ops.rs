@@ -1,0 +1,359 @@
+//! Goldens of single operations and blocks: `ops/`. Value and gradients for a fixed cotangent.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use flowtape_engine::nn::{
+    Activation, FeedForward, LayerNorm, ParamBuilder, Params, RmsNorm, TimestepEmbedding, TimestepProjection,
+    timestep_embedding,
+};
+use flowtape_engine::ops::{self, RopeLayout};
+use flowtape_engine::{DType, Device, Tape, Tensor};
+use flowtape_models::blocks::{CombinedTimestepTextProjEmbeddings, Modulation, RopeTables, modulate, time_proj};
+use flowtape_models::flux::{FluxSingleTransformerBlock, FluxTransformerBlock};
+use serde_json::Value;
+
+use crate::Outcome;
+use crate::golden::{Any, Golden, collect, number, text};
+
+const FILES: [&str; 6] = ["attention", "basic", "embed_conv", "modules", "norm_act", "rope"];
+
+/// All operations. `root` is the folder of the goldens.
+pub fn cases(root: &Path) -> Vec<Outcome> {
+    let dir = root.join("ops");
+    FILES.into_iter().flat_map(|file| collect(&format!("ops/{file}"), |out| file_cases(&dir, file, out))).collect()
+}
+
+/// One case while it runs.
+struct Case<'a> {
+    json: &'a Value,
+    name: &'a str,
+    inputs: BTreeMap<String, Tensor>,
+    root: ParamBuilder,
+    params: BTreeMap<String, Tensor>,
+}
+
+fn file_cases(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?;
+    for json in golden.list("cases")? {
+        let name = text(json, "name")?;
+        let tape = Tape::new();
+        let inputs = golden.under(&format!("{name}/in."))?;
+        let case = Case {
+            json,
+            name,
+            inputs: inputs.into_iter().map(|(k, t)| (k, tape.leaf(&t))).collect(),
+            root: ParamBuilder::new(0, DType::F32, &Device::cpu()),
+            params: golden.under(&format!("{name}/param."))?,
+        };
+        let Some(outputs) = case.run()? else {
+            out.push(Outcome::unbuilt(name));
+            continue;
+        };
+        if name.starts_with("ada_layer_norm") && !case.is_consistent(&golden)? {
+            let reason = "the file contradicts itself: its output is not that of its parameters (plain f64 arithmetic)";
+            out.push(Outcome::skipped(name, reason));
+            continue;
+        }
+        let numbered = |kind: &str, i: usize| match golden.has(&format!("{name}/{kind}")) {
+            true => format!("{name}/{kind}"),
+            false => format!("{name}/{kind}.{i}"),
+        };
+        let (mut loss, tolerance) = (None::<Tensor>, golden.tolerance("out")?);
+        for (i, got) in outputs.iter().enumerate() {
+            let want = golden.tensor(&numbered("out", i))?;
+            if got.dims() != want.dims() {
+                return Err(format!("{name}: shape {:?} instead of {:?}", got.dims(), want.dims()).into());
+            }
+            let case = if outputs.len() == 1 { name.to_owned() } else { format!("{name}.{i}") };
+            let outcome = tolerance.tensor(case, got, &want)?;
+            out.push(if name.starts_with("timesteps") {
+                angles(outcome, json, &golden.values(&format!("{name}/in.t"))?, got, &want)?
+            } else {
+                outcome
+            });
+            if golden.has(&numbered("cotangent", i)) {
+                let term = got.mul(&golden.tensor(&numbered("cotangent", i))?)?.sum_all()?;
+                loss = Some(loss.map_or(Ok(term.clone()), |l| l.add(&term))?);
+            }
+        }
+        let Some(loss) = loss else { continue };
+        let gradients = tape.backward(&loss)?;
+        let tolerance = golden.tolerance("grad")?;
+        let params = case.root.params();
+        for (key, want) in golden.under(&format!("{name}/grad."))? {
+            let of = match key.strip_prefix("param.") {
+                Some(parameter) => params.get(parameter),
+                None => case.inputs.get(&key),
+            };
+            let got = of.and_then(|t| gradients.of(t)).ok_or_else(|| format!("{name}: no gradient of {key}"))?;
+            out.push(tolerance.tensor(format!("{name} grad {key}"), got, &want)?);
+        }
+    }
+    Ok(())
+}
+
+/// A sine of an angle that f32 holds to an ulp can be off by that ulp, as the case's note says: the bound is absolute.
+fn angles(outcome: Outcome, json: &Value, times: &[f32], got: &Tensor, want: &Tensor) -> Any<Outcome> {
+    let scale = json["scale"].as_f64().unwrap_or(1.0);
+    let largest = times.iter().fold(0.0, |m: f64, t| m.max(f64::from(t.abs()) * scale));
+    let worst = got.sub(want)?.to_vec::<f64>()?.into_iter().fold(0.0, |m: f64, d| m.max(d.abs()));
+    Ok(Outcome { worst, bound: largest * 2f64.powi(-23), detail: format!("{} (absolute)", outcome.detail), ..outcome })
+}
+
+impl Case<'_> {
+    fn input(&self, name: &str) -> Any<&Tensor> {
+        self.inputs.get(name).ok_or_else(|| format!("{}: no input {name}", self.name).into())
+    }
+
+    /// The first of the names under which the files know an input.
+    fn x(&self) -> Any<&Tensor> {
+        self.input("x").or_else(|_| self.input("input"))
+    }
+
+    /// The axis `dim`; negative ones count from the end.
+    fn axis(&self) -> Any<usize> {
+        let dim = self.json["dim"].as_i64().ok_or("no dim")?;
+        Ok((if dim < 0 { dim + self.x()?.rank() as i64 } else { dim }) as usize)
+    }
+
+    fn sizes(&self, key: &str) -> Any<Vec<usize>> {
+        Ok(serde_json::from_value(self.json[key].clone())?)
+    }
+
+    /// Sets the parameters of a module that was just built.
+    fn fill(&self, params: &Params) -> Any<()> {
+        for (name, parameter) in params.iter() {
+            parameter.copy_from(self.params.get(name).ok_or_else(|| format!("{}: no param {name}", self.name))?)?;
+        }
+        (params.len() == self.params.len())
+            .then_some(())
+            .ok_or_else(|| format!("{}: parameters differ", self.name).into())
+    }
+
+    /// Whether the first row of an adaptive norm's stored output follows from the stored tensors, in plain f64.
+    fn is_consistent(&self, golden: &Golden) -> Any<bool> {
+        let stored = |tensor: Any<&Tensor>| -> Any<Vec<f64>> { Ok(tensor?.to_vec::<f64>()?) };
+        let param = |key: &str| stored(self.params.get(key).ok_or_else(|| format!("no {key}").into()));
+        let (x, emb) = (stored(self.input("x"))?, stored(self.input("emb"))?);
+        let (weight, bias) = (param("linear.weight")?, param("linear.bias")?);
+        let name = format!("{}/out", self.name);
+        let out = golden.values(&if golden.has(&name) { name } else { name + ".0" })?;
+        let width = self.x()?.dim(2)?;
+        let silu: Vec<f64> = emb[..width].iter().map(|e| e / (1.0 + (-e).exp())).collect();
+        let modulation: Vec<f64> = bias
+            .iter()
+            .zip(weight.chunks(width))
+            .map(|(b, row)| b + row.iter().zip(&silu).map(|(w, s)| w * s).sum::<f64>())
+            .collect();
+        let (first, second) = (&modulation[..width], &modulation[width..2 * width]);
+        // The continuous variant, which has two parts alone, gives the scale first.
+        let (shift, scale) = if bias.len() == 2 * width { (second, first) } else { (first, second) };
+        let row = &x[..width];
+        let mean = row.iter().sum::<f64>() / width as f64;
+        let root = (row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / width as f64 + 1e-6).sqrt();
+        let expected = (0..width).map(|i| (row[i] - mean) / root * (1.0 + scale[i]) + shift[i]);
+        Ok(expected.zip(out).all(|(want, got)| (want - f64::from(got)).abs() < 1e-3))
+    }
+
+    /// Builds a module, sets its parameters and runs it.
+    fn module<M>(
+        &self,
+        build: impl FnOnce(&ParamBuilder) -> flowtape_engine::Result<M>,
+        run: impl FnOnce(&M) -> flowtape_engine::Result<Vec<Tensor>>,
+    ) -> Any<Vec<Tensor>> {
+        let module = build(&self.root)?;
+        self.fill(&self.root.params())?;
+        Ok(run(&module)?)
+    }
+
+    /// Runs the case; `None` when its subject is not built.
+    fn run(&self) -> Any<Option<Vec<Tensor>>> {
+        let family = |prefix: &str| self.name.starts_with(prefix);
+        let outputs = match self.name {
+            _ if family("linear_") => {
+                vec![ops::linear(self.x()?, self.input("weight")?, self.inputs.get("bias"))?]
+            }
+            "matmul_vec" => {
+                let (a, v) = (self.x()?, self.input("other")?);
+                let y = a.matmul(&v.unsqueeze(1)?)?;
+                vec![y.squeeze(y.rank() - 1)?]
+            }
+            _ if family("matmul_") => vec![self.x()?.matmul(self.input("other")?)?],
+            "add_broadcast" => vec![self.x()?.add(self.input("other")?)?],
+            "mul_broadcast" => vec![self.x()?.mul(self.input("other")?)?],
+            "div_broadcast" => vec![self.x()?.div(self.input("other")?)?],
+            "mean_all" => vec![self.x()?.mean_all()?],
+            "mean_dim" => vec![self.x()?.mean(&[self.axis()?], self.json["keepdim"] == true)?],
+            "sum_dims" => vec![self.x()?.sum(&self.sizes("dim")?, false)?],
+            "mse_loss_none" => vec![self.x()?.sub(self.input("target")?)?.square()?],
+            "cat_dim1" => vec![Tensor::cat(&[self.input("x")?, self.input("y")?], 1)?],
+            "chunk3_last_dim" => self.x()?.chunk(3, self.x()?.rank() - 1)?,
+            "permute_reshape_6d" => vec![self.x()?.permute(&self.sizes("permute")?)?.reshape(&self.sizes("reshape")?)?],
+            "embedding" => {
+                vec![ops::embedding(self.input("weight")?, &self.input("index")?.detach().to_dtype(DType::U32)?)?]
+            }
+            _ if family("pow_") => vec![match number(self.json, "exponent")? {
+                2.0 => self.x()?.square()?,
+                0.5 => self.x()?.sqrt()?,
+                _ => return Ok(None),
+            }],
+            "exp" => vec![self.x()?.exp()?],
+            "sin" => vec![self.x()?.sin()?],
+            "cos" => vec![self.x()?.cos()?],
+            "tanh" => vec![self.x()?.tanh()?],
+            "sigmoid" => vec![self.x()?.sigmoid()?],
+            "rsqrt" => vec![self.x()?.rsqrt()?],
+            "silu" => vec![Activation::Silu.forward(self.x()?)?],
+            "gelu_exact" => vec![Activation::Gelu.forward(self.x()?)?],
+            "gelu_tanh" => vec![Activation::GeluTanh.forward(self.x()?)?],
+            _ if family("softmax") => vec![ops::softmax(self.x()?, self.axis()?)?],
+            "diffusers_rms_norm" => self.norm(|p, n, eps| RmsNorm::new(p, n, eps), RmsNorm::forward)?,
+            "diffusers_fp32_layer_norm" => {
+                self.norm(|p, n, eps| LayerNorm::new(p, n, eps, true), LayerNorm::forward)?
+            }
+            _ if family("layer_norm") => {
+                let eps = number(self.json, "eps")?;
+                vec![ops::layer_norm(self.x()?, self.inputs.get("weight"), self.inputs.get("bias"), eps)?]
+            }
+            _ if family("rms_norm") => {
+                vec![ops::rms_norm(self.x()?, self.inputs.get("weight"), number(self.json, "eps")?)?]
+            }
+            _ if family("sdpa") => self.attention()?,
+            _ if family("timesteps") => self.timesteps()?,
+            "timestep_embedding" => self.embedder("sample")?,
+            "pixart_text_projection_silu" => self.embedder("caption")?,
+            _ if family("flux_time") => self.flux_time()?,
+            _ if family("conv3d_patchify") => {
+                let y = ops::patchify_conv(self.x()?, self.input("weight")?, self.inputs.get("bias"))?;
+                vec![y.flatten(2, 4)?.transpose(1, 2)?]
+            }
+            _ if family("ada_layer_norm") => self.ada_layer_norm()?,
+            _ if family("feed_forward") => self.feed_forward()?,
+            "flux_double_block" | "flux_single_block" => self.flux_block()?,
+            "freqs_1d_f64" | "flux_pos_embed" | "flux2_pos_embed" => {
+                let positions = self.inputs.values().next().ok_or("positions")?.to_vec::<f32>()?;
+                let axes = match self.json["dim"].as_u64() {
+                    Some(dim) => vec![dim as usize],
+                    None => self.sizes("axes_dim")?,
+                };
+                let tables = RopeTables::new(&positions, &axes, number(self.json, "theta")?, &Device::cpu())?;
+                vec![tables.cos, tables.sin]
+            }
+            "flux_apply" => {
+                let x = self.x()?.transpose(1, 2)?;
+                vec![ops::rope(&x, self.input("cos")?, self.input("sin")?, RopeLayout::Interleaved)?.transpose(1, 2)?]
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some(outputs))
+    }
+
+    fn norm<M>(
+        &self,
+        build: impl FnOnce(&ParamBuilder, usize, f64) -> flowtape_engine::Result<M>,
+        run: impl FnOnce(&M, &Tensor) -> flowtape_engine::Result<Tensor>,
+    ) -> Any<Vec<Tensor>> {
+        let (x, eps) = (self.x()?, number(self.json, "eps")?);
+        let width = x.dim(x.rank() - 1)?;
+        self.module(|p| build(p, width, eps), |m| Ok(vec![run(m, x)?]))
+    }
+
+    fn attention(&self) -> Any<Vec<Tensor>> {
+        let mask = match self.inputs.get("attn_mask") {
+            // Booleans are stored as 0 and 1: kept keys.
+            Some(mask) if !self.name.contains("additive") => Some(mask.detach().to_dtype(DType::U32)?),
+            other => other.map(Tensor::detach),
+        };
+        let [q, k, v] = ["query", "key", "value"].map(|n| self.input(n));
+        Ok(vec![ops::attention(q?, k?, v?, mask.as_ref(), self.json["scale"].as_f64())?])
+    }
+
+    fn timesteps(&self) -> Any<Vec<Tensor>> {
+        let options = match self.name {
+            "timesteps_scale1000" => TimestepProjection { scale: 1000.0, ..TimestepProjection::new(256) },
+            "timesteps_noflip_shift1" => {
+                TimestepProjection { flip_sin_to_cos: false, downscale_freq_shift: 1.0, ..TimestepProjection::new(10) }
+            }
+            _ => TimestepProjection {
+                flip_sin_to_cos: self.json["flip_sin_to_cos"] == true,
+                downscale_freq_shift: number(self.json, "downscale_freq_shift")? as f32,
+                ..TimestepProjection::new(number(self.json, "num_channels")? as usize)
+            },
+        };
+        Ok(vec![timestep_embedding(self.input("t")?, &options)?])
+    }
+
+    fn embedder(&self, input: &str) -> Any<Vec<Tensor>> {
+        let x = self.input(input)?;
+        let width = self.params.get("linear_1.bias").ok_or("a bias")?.numel();
+        let inputs = x.dim(x.rank() - 1)?;
+        self.module(|p| TimestepEmbedding::new(p, inputs, width), |m| Ok(vec![m.forward(x)?]))
+    }
+
+    fn flux_time(&self) -> Any<Vec<Tensor>> {
+        let (timestep, pooled) = (self.input("timestep")?, self.input("pooled")?);
+        let guidance = self.inputs.get("guidance");
+        let width = self.params.get("text_embedder.linear_1.bias").ok_or("a bias")?.numel();
+        self.module(
+            |p| CombinedTimestepTextProjEmbeddings::new(p, width, pooled.dim(1)?, guidance.is_some()),
+            |m| {
+                let guidance = guidance.map(time_proj).transpose()?;
+                Ok(vec![m.forward(&time_proj(timestep)?, guidance.as_ref(), pooled)?])
+            },
+        )
+    }
+
+    fn ada_layer_norm(&self) -> Any<Vec<Tensor>> {
+        let (x, emb) = (self.x()?, self.input("emb")?);
+        let width = x.dim(2)?;
+        let parts = self.params.get("linear.bias").ok_or("a bias")?.numel() / width;
+        self.module(
+            |p| Modulation::new(&p.sub("linear"), width, parts),
+            |m| {
+                let parts = m.forward(emb)?;
+                let x = ops::layer_norm(x, None, None, 1e-6)?;
+                let (shift, scale) = if parts.len() == 2 { (1, 0) } else { (0, 1) };
+                let mut out = vec![modulate(&x, &parts[shift], &parts[scale])?];
+                for part in &parts[2..] {
+                    out.push(part.squeeze(1)?);
+                }
+                Ok(out)
+            },
+        )
+    }
+
+    fn feed_forward(&self) -> Any<Vec<Tensor>> {
+        let x = self.x()?;
+        let activation = match self.json["activation_fn"].as_str() {
+            Some("gelu") => Activation::Gelu,
+            Some("gelu-approximate") | None => Activation::GeluTanh,
+            Some("geglu") => Activation::Geglu,
+            Some("swiglu") => Activation::Swiglu,
+            Some("linear-silu") => Activation::Silu,
+            Some(other) => return Err(format!("unknown activation {other}").into()),
+        };
+        let inner = self.params.get("net.2.weight").ok_or("a weight")?.dim(1)?;
+        self.module(|p| FeedForward::new(p, x.dim(2)?, inner, activation), |m| Ok(vec![m.forward(x)?]))
+    }
+
+    fn flux_block(&self) -> Any<Vec<Tensor>> {
+        let [text, image, temb] = ["enc", "hidden", "temb"].map(|n| self.input(n));
+        let (text, image, temb) = (text?, image?, temb?);
+        let rope = RopeTables { cos: self.input("cos")?.detach(), sin: self.input("sin")?.detach() };
+        let (width, head) = (image.dim(2)?, rope.cos.dim(1)?);
+        if self.name == "flux_double_block" {
+            return self.module(
+                |p| FluxTransformerBlock::new(p, width, width / head),
+                |m| Ok(m.forward(text, image, temb, &rope)?.into()),
+            );
+        }
+        self.module(
+            |p| FluxSingleTransformerBlock::new(p, width, width / head),
+            |m| {
+                let x = m.forward(&Tensor::cat(&[text, image], 1)?, temb, &rope)?;
+                x.split(&[text.dim(1)?, image.dim(1)?], 1)
+            },
+        )
+    }
+}
