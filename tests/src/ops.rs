@@ -208,7 +208,7 @@ impl Case<'_> {
             "gelu_exact" => vec![Activation::Gelu.forward(self.x()?)?],
             "gelu_tanh" => vec![Activation::GeluTanh.forward(self.x()?)?],
             _ if family("softmax") => vec![ops::softmax(self.x()?, self.axis()?)?],
-            "diffusers_rms_norm" => self.norm(|p, n, eps| RmsNorm::new(p, n, eps), RmsNorm::forward)?,
+            "diffusers_rms_norm" => self.norm(RmsNorm::new, RmsNorm::forward)?,
             "diffusers_fp32_layer_norm" => {
                 self.norm(|p, n, eps| LayerNorm::new(p, n, eps, true), LayerNorm::forward)?
             }

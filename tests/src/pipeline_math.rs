@@ -21,18 +21,16 @@ use crate::golden::{Any, Golden, collect, exact, max, number, text};
 /// All cases of `pipeline_math/` that need no model. `root` is the folder of the goldens.
 pub fn cases(root: &Path) -> Vec<Outcome> {
     let dir = root.join("pipeline_math");
-    let run = |(name, run): (&str, fn(&Path, &mut Vec<Outcome>) -> Any<()>)| {
+    let suite = |name: &str, run: fn(&Path, &mut Vec<Outcome>) -> Any<()>| {
         collect(&format!("pipeline_math/{name}"), |out| run(&dir, out))
     };
     [
-        ("sample_timesteps", sample_timesteps as fn(&Path, &mut Vec<Outcome>) -> Any<()>),
-        ("sigma_statistics", sigma_statistics),
-        ("schedule_and_loss", schedule_and_loss),
-        ("time_shift", time_shifts),
+        suite("sample_timesteps", sample_timesteps),
+        suite("sigma_statistics", sigma_statistics),
+        suite("schedule_and_loss", schedule_and_loss),
+        suite("time_shift", time_shifts),
     ]
-    .into_iter()
-    .flat_map(run)
-    .collect()
+    .concat()
 }
 
 fn config(kwargs: &Value) -> Any<FlowMatchingConfig> {

@@ -1,0 +1,307 @@
+//! Recipes: YAML with NeMo's names where it has them.
+
+use std::path::{Path, PathBuf};
+
+use flowtape_engine::DType;
+use flowtape_engine::optim::{AdamWConfig, LrSchedulerConfig};
+use flowtape_flowmatch::FlowMatchingConfig;
+use serde::{Deserialize, Serialize};
+use serde_yaml_ng::{Mapping, Value};
+
+use crate::error::io;
+use crate::{Error, Result};
+
+/// Everything that a run is made of. The run folder keeps it resolved: all defaults written out.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The first part of the run folder's name.
+    pub name: String,
+    /// The run folder; `runs/<name>-<number>` if none is given.
+    #[serde(default)]
+    pub run_dir: Option<PathBuf>,
+    /// All random numbers follow from it.
+    #[serde(default)]
+    pub seed: u64,
+    /// Weights, activations, gradients and moments: `f32` or `bf16`.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// What is trained on.
+    pub data: Data,
+    /// The object of diffusers' `config.json`; its `_class_name` says which model.
+    pub model: serde_json::Value,
+    /// The pipeline.
+    #[serde(default)]
+    pub flow_matching: FlowMatchingConfig,
+    /// The optimiser.
+    pub optimizer: Optimizer,
+    /// Learning rate by step; constant if the section is absent.
+    #[serde(default)]
+    pub lr_scheduler: Option<LrSchedulerConfig>,
+    /// Gradient clipping; none if the section is absent.
+    #[serde(default)]
+    pub clip_grad_norm: Option<ClipGradNorm>,
+    /// How long, in which batches.
+    pub step_scheduler: StepScheduler,
+    /// Checks that cost time.
+    #[serde(default)]
+    pub performance: Performance,
+    /// Sample grids.
+    #[serde(default)]
+    pub sampling: SamplingConfig,
+    /// The report at the end; none if the section is absent.
+    #[serde(default)]
+    pub report: Option<ReportConfig>,
+}
+
+/// A dtype by its short name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits with the exponent of f32.
+    Bf16,
+}
+
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::BF16,
+        }
+    }
+}
+
+/// A source of training data.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Which: `digits`, the embedded one.
+    pub source: Source,
+    /// Width of the embeddings of caption tokens and of the pooled caption.
+    pub text_dim: usize,
+}
+
+/// The known sources.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// The embedded 8 x 8 digits.
+    Digits,
+}
+
+/// AdamW.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimizer {
+    /// The learning rate.
+    pub lr: f64,
+    /// Decoupled weight decay of all parameters.
+    pub weight_decay: f64,
+    /// Decay rates of the moments.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    pub eps: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        let AdamWConfig { betas, eps } = AdamWConfig::default();
+        Self { lr: 1e-3, weight_decay: 0.01, betas, eps }
+    }
+}
+
+/// Gradient clipping.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClipGradNorm {
+    /// The greatest norm of all gradients together.
+    pub max_norm: f64,
+}
+
+/// Steps and batches.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepScheduler {
+    /// Samples of an optimiser step; a multiple of `local_batch_size`, which it is if left out.
+    #[serde(default)]
+    pub global_batch_size: Option<usize>,
+    /// Samples that go through the model at once.
+    pub local_batch_size: usize,
+    /// Optimiser steps.
+    pub max_steps: u64,
+    /// Steps between checkpoints; 0 for one at the end alone.
+    #[serde(default)]
+    pub ckpt_every_steps: u64,
+}
+
+/// Checks that cost time.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Performance {
+    /// Whether a loss that is NaN or above 100 stops the run.
+    pub check_loss: bool,
+}
+
+/// How grids are sampled.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplingConfig {
+    /// Steps between sample grids; 0 for one at the end alone.
+    pub every_steps: u64,
+    /// Euler steps.
+    pub num_inference_steps: usize,
+    /// Scale of classifier-free guidance; 1 for none.
+    pub guidance_scale: f64,
+}
+
+impl Default for SamplingConfig {
+    fn default() -> Self {
+        Self { every_steps: 0, num_inference_steps: 20, guidance_scale: 2.0 }
+    }
+}
+
+/// What the last report measures.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReportConfig {
+    /// Generated samples of each class.
+    pub samples_per_class: usize,
+}
+
+impl Recipe {
+    /// Reads a file and applies overrides `a.b=value`.
+    ///
+    /// # Errors
+    /// When the file can't be read, a key is unknown (the nearest one is suggested, with line and column), a value does
+    /// not fit, or an override is malformed.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(io(path))?;
+        Self::parse(&text, overrides).map_err(|what| Error::Recipe { path: path.into(), what })
+    }
+
+    fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {
+        // From the text first: only then errors know their line.
+        let mut recipe: Self = serde_yaml_ng::from_str(text).map_err(|e| with_suggestion(&e.to_string()))?;
+        if !overrides.is_empty() {
+            let mut value: Value = serde_yaml_ng::from_str(text).map_err(|e| e.to_string())?;
+            for setting in overrides {
+                set(&mut value, setting).map_err(|e| format!("--set {setting}: {e}"))?;
+            }
+            recipe =
+                serde_yaml_ng::from_value(value).map_err(|e| format!("--set: {}", with_suggestion(&e.to_string())))?;
+        }
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let StepScheduler { local_batch_size: local, max_steps, .. } = self.step_scheduler;
+        let global = self.global_batch_size();
+        if local == 0 || global == 0 || !global.is_multiple_of(local) {
+            return Err(format!(
+                "step_scheduler: global_batch_size must be a positive multiple of local_batch_size, got {global} and {local}"
+            ));
+        }
+        if max_steps == 0 {
+            return Err("step_scheduler.max_steps: expected at least 1, got 0".into());
+        }
+        let positive = [
+            ("optimizer.lr", self.optimizer.lr),
+            ("optimizer.eps", self.optimizer.eps),
+            ("clip_grad_norm.max_norm", self.clip_grad_norm.as_ref().map_or(1.0, |c| c.max_norm)),
+            ("sampling.guidance_scale", self.sampling.guidance_scale),
+            ("sampling.num_inference_steps", self.sampling.num_inference_steps as f64),
+            ("data.text_dim", self.data.text_dim as f64),
+        ];
+        if let Some((key, value)) = positive.into_iter().find(|(_, v)| !(*v > 0.0 && v.is_finite())) {
+            return Err(format!("{key}: expected a positive number, got {value}"));
+        }
+        let (b1, b2) = self.optimizer.betas;
+        if !(0.0..1.0).contains(&b1) || !(0.0..1.0).contains(&b2) {
+            return Err(format!("optimizer.betas: expected two numbers in [0, 1), got [{b1}, {b2}]"));
+        }
+        self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))
+    }
+
+    /// Samples of an optimiser step.
+    pub fn global_batch_size(&self) -> usize {
+        self.step_scheduler.global_batch_size.unwrap_or(self.step_scheduler.local_batch_size)
+    }
+
+    /// The resolved recipe as YAML.
+    pub fn to_yaml(&self) -> String {
+        serde_yaml_ng::to_string(self).unwrap_or_default()
+    }
+}
+
+/// Sets one key of a tree; sections on the way are made where they are missing.
+fn set(root: &mut Value, setting: &str) -> Result<(), String> {
+    let (path, value) = setting.split_once('=').ok_or("expected key=value, such as optimizer.lr=1e-4")?;
+    let value: Value = serde_yaml_ng::from_str(value).map_err(|e| e.to_string())?;
+    let mut at = root;
+    for key in path.split('.') {
+        if at.is_null() {
+            *at = Value::Mapping(Mapping::new());
+        }
+        let map = at.as_mapping_mut().ok_or_else(|| format!("{key} is inside a value, not a section"))?;
+        at = map.entry(Value::from(key)).or_insert(Value::Null);
+    }
+    *at = value;
+    Ok(())
+}
+
+/// Adds the nearest known name to a message about an unknown one.
+fn with_suggestion(message: &str) -> String {
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let unknown = message.contains("unknown field") || message.contains("unknown variant");
+    let Some((wrong, known)) = quoted.split_first().filter(|_| unknown) else { return message.into() };
+    let nearest = known.iter().max_by(|a, b| strsim::jaro(wrong, a).total_cmp(&strsim::jaro(wrong, b)));
+    match nearest.filter(|name| strsim::jaro(wrong, name) > 0.7) {
+        Some(name) => format!("{message}; did you mean `{name}`?"),
+        None => message.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGITS: &str = include_str!("../../recipes/digits.yaml");
+
+    #[test]
+    fn overrides_reach_every_level() {
+        let set = ["optimizer.lr=5e-6", "run_dir=/tmp/x", "model.num_layers=1", "step_scheduler.max_steps=3"];
+        let recipe = Recipe::parse(DIGITS, &set.map(String::from)).unwrap();
+        assert_eq!(recipe.optimizer.lr, 5e-6);
+        assert_eq!(recipe.run_dir.as_deref(), Some(Path::new("/tmp/x")));
+        assert_eq!((recipe.model["num_layers"].as_u64(), recipe.step_scheduler.max_steps), (Some(1), 3));
+    }
+
+    #[test]
+    fn the_resolved_recipe_is_the_same_recipe() {
+        let recipe = Recipe::parse(DIGITS, &[]).unwrap();
+        assert_eq!(Recipe::parse(&recipe.to_yaml(), &[]).unwrap(), recipe);
+    }
+
+    #[test]
+    fn errors_name_key_line_and_nearest() {
+        let error = Recipe::parse(&DIGITS.replace("  lr:", "  lrr:"), &[]).unwrap_err();
+        assert!(error.contains("lrr") && error.contains("line") && error.contains("did you mean `lr`"), "{error}");
+        for (set, part) in [
+            ("optimizer.lr", "key=value"),
+            ("optimizer.lr=fast", "fast"),
+            ("optimizer.lr.x=1", "not a section"),
+            ("optimizer.lr=-1", "optimizer.lr"),
+            ("step_scheduler.local_batch_size=0", "local_batch_size"),
+            ("step_scheduler.global_batch_size=100", "multiple"),
+            ("flow_matching.flow_shift=0", "flow_matching.flow_shift"),
+            ("sampelr.x=1", "did you mean `sampling`"),
+        ] {
+            let error = Recipe::parse(DIGITS, &[set.into()]).unwrap_err();
+            assert!(error.contains(part), "{set}: {error}");
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! The training loop.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::optim::{AdamW, AdamWConfig, LrScheduler, LrSchedulerConfig, clip_grad_norm};
+use flowtape_engine::{DType, Device, Gradients, Philox, Tape};
+use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
+use flowtape_models::{Transformer, create_adapter, create_model};
+use serde::{Deserialize, Serialize};
+
+use crate::digits::{CAPTIONS, Digits};
+use crate::error::io;
+use crate::generate::generate;
+use crate::picture::{save_grid, save_loss_curve};
+use crate::report::{Quality, judge};
+use crate::run::{Line, RunFolder, write_line};
+use crate::text::TokenTable;
+use crate::{Error, Recipe, Result};
+
+/// Streams of random numbers of a run, each its own fork of the seed.
+const DATA: u64 = 1;
+const STEPS: u64 = 2;
+/// Seeds of grids and report: the same in every run, so that pictures can be compared.
+const GRID_SEED: u64 = 1;
+const REPORT_SEED: u64 = 2;
+/// Steps over which losses are averaged for people.
+const WINDOW: usize = 100;
+
+/// Columns of a grid: samples of one class.
+const COLUMNS: usize = 10;
+
+/// What a run came to.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Summary {
+    /// The run folder.
+    pub run_dir: PathBuf,
+    /// Optimiser steps done.
+    pub steps: u64,
+    /// The mean loss of the last 100 steps.
+    pub final_loss: f64,
+    /// Seconds of training, over all parts of a resumed run.
+    pub train_seconds: f64,
+    /// Seconds of everything: training, grids, checkpoints, report.
+    pub total_seconds: f64,
+    /// Whether it was stopped before its last step.
+    pub interrupted: bool,
+    /// Figures of the report, where the recipe asks for one.
+    #[serde(flatten)]
+    pub quality: Option<Quality>,
+}
+
+/// Told how a run goes.
+pub trait Progress {
+    /// The run begins at step `from` of `steps`.
+    fn begin(&mut self, run: &Path, from: u64, steps: u64, parameters: usize);
+    /// A step is done; `mean_loss` is over the last 100.
+    fn step(&mut self, line: &Line, mean_loss: f64);
+    /// Something else happens: a grid, a checkpoint, the report.
+    fn note(&mut self, what: &str);
+}
+
+/// Trains a recipe from its beginning. `stop` ends it after the current step, with a checkpoint.
+///
+/// # Errors
+/// When the recipe, the folder or a step fails.
+pub fn train(recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
+    let trainer = Trainer::new(recipe)?;
+    let run = RunFolder::create(recipe)?;
+    trainer.run(&run, 0, 0.0, progress, stop)
+}
+
+/// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit.
+///
+/// # Errors
+/// When the folder has no checkpoint, or a step fails.
+pub fn resume(path: &Path, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
+    let (run, recipe) = RunFolder::open(path)?;
+    let mut trainer = Trainer::new(&recipe)?;
+    let (step, seconds) = run.load(&*trainer.model, &mut trainer.optimizer)?;
+    trainer.run(&run, step, seconds, progress, stop)
+}
+
+/// Everything that a recipe makes.
+pub struct Trainer<'a> {
+    recipe: &'a Recipe,
+    model: Box<dyn Transformer>,
+    pipeline: FlowMatchingPipeline,
+    optimizer: AdamW,
+    schedule: LrScheduler,
+    digits: Digits,
+    table: TokenTable,
+    device: Device,
+}
+
+impl<'a> Trainer<'a> {
+    /// Model, pipeline, optimiser and data of a recipe.
+    ///
+    /// # Errors
+    /// When a section does not fit.
+    pub fn new(recipe: &'a Recipe) -> Result<Self> {
+        let device = Device::cpu();
+        let flow = &recipe.flow_matching;
+        let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
+        let model = create_model(&recipe.model, &ParamBuilder::new(recipe.seed, recipe.dtype.into(), &device))?;
+        let optimizer = &recipe.optimizer;
+        let constant = LrSchedulerConfig {
+            lr_decay_style: flowtape_engine::optim::DecayStyle::Constant,
+            lr_warmup_steps: Some(0),
+            ..LrSchedulerConfig::default()
+        };
+        let steps = recipe.step_scheduler.max_steps;
+        let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
+        Ok(Self {
+            pipeline: FlowMatchingPipeline::new(flow.clone(), adapter)?,
+            optimizer: AdamW::new(AdamWConfig { betas: optimizer.betas, eps: optimizer.eps }),
+            schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
+            digits: Digits::load(Philox::new(recipe.seed).fork(DATA).state().0)?,
+            table: TokenTable::new(CAPTIONS, recipe.data.text_dim),
+            recipe,
+            model,
+            device,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &dyn Transformer {
+        &*self.model
+    }
+
+    /// One optimiser step, from 0. Its data and its random numbers follow from the seed and the step.
+    ///
+    /// # Errors
+    /// When the loss exploded, or a parameter has no gradient.
+    pub fn step(&mut self, step: u64) -> Result<Line> {
+        let started = Instant::now();
+        let (global, local) = (self.recipe.global_batch_size(), self.recipe.step_scheduler.local_batch_size);
+        let parts = global / local;
+        let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
+        let mut gradients = Gradients::default();
+        let mut loss = 0.0;
+        for part in 0..parts {
+            let from = step as usize * global + part * local;
+            let batch = self.digits.batch(from, local, &self.table, &self.device)?;
+            let tape = Tape::new();
+            let options = StepOptions {
+                dtype: self.recipe.dtype.into(),
+                collect_metrics: false,
+                check_loss: self.recipe.performance.check_loss,
+                ..StepOptions::recorded(&tape)
+            };
+            let output = self.pipeline.step(&*self.model, &batch, step, &mut draws, &options)?;
+            let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
+            loss += share.item()?;
+            gradients.add(tape.backward(&share)?)?;
+        }
+        let params = self.model.params();
+        params.check_gradients(&gradients, &self.model.parameters_without_gradient())?;
+        let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
+        let clipping = clip_grad_norm(&gradients, max_norm)?;
+        let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
+        self.optimizer.step(params, &gradients, lr, weight_decay, clipping.coefficient)?;
+        let samples_per_second = global as f64 / started.elapsed().as_secs_f64();
+        Ok(Line { step: step + 1, loss, lr, grad_norm: clipping.norm, samples_per_second })
+    }
+
+    fn run(
+        mut self,
+        run: &RunFolder,
+        first: u64,
+        seconds_before: f64,
+        progress: &mut dyn Progress,
+        stop: &AtomicBool,
+    ) -> Result<Summary> {
+        let started = Instant::now();
+        let steps = self.recipe.step_scheduler.max_steps;
+        let (mut lines, mut metrics) = run.metrics(first)?;
+        progress.begin(run.path(), first, steps, self.model.params().numel());
+        let mut train_seconds = seconds_before;
+        let mut saved = first;
+        let mut step = first;
+        let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
+        while step < steps && !stop.load(Ordering::Relaxed) {
+            let before = Instant::now();
+            let line = self.step(step)?;
+            train_seconds += before.elapsed().as_secs_f64();
+            step += 1;
+            write_line(&mut metrics, &line).map_err(io(run.path()))?;
+            lines.push(line);
+            let window = &lines[lines.len().saturating_sub(WINDOW)..];
+            progress.step(&lines[lines.len() - 1], mean_loss(window));
+            if due(self.recipe.step_scheduler.ckpt_every_steps, step) && step < steps {
+                self.save(run, step, train_seconds, &mut metrics, progress)?;
+                saved = step;
+            }
+            if due(self.recipe.sampling.every_steps, step) && step < steps {
+                self.grid(run, step, progress)?;
+            }
+        }
+        if saved < step || first == steps {
+            self.save(run, step, train_seconds, &mut metrics, progress)?;
+        }
+        let curve: Vec<(u64, f64)> = lines.iter().map(|l| (l.step, l.loss)).collect();
+        save_loss_curve(&run.curve_path(), &curve)?;
+        let interrupted = step < steps;
+        let mut quality = None;
+        if !interrupted {
+            self.grid(run, step, progress)?;
+            quality = self.report(progress)?;
+        }
+        let summary = Summary {
+            run_dir: run.path().into(),
+            steps: step,
+            final_loss: mean_loss(&lines[lines.len().saturating_sub(WINDOW)..]),
+            train_seconds,
+            total_seconds: seconds_before + started.elapsed().as_secs_f64(),
+            interrupted,
+            quality,
+        };
+        if !interrupted {
+            let text = format!("{:#}\n", serde_json::json!(summary));
+            std::fs::write(run.report_path(), text).map_err(io(run.report_path()))?;
+        }
+        Ok(summary)
+    }
+
+    fn save(
+        &self,
+        run: &RunFolder,
+        step: u64,
+        train_seconds: f64,
+        metrics: &mut impl Write,
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
+        progress.note("saving a checkpoint");
+        metrics.flush().map_err(io(run.path()))?;
+        run.save(&*self.model, &self.optimizer, step, train_seconds)
+    }
+
+    fn images(&self, classes: &[u8], seed: u64) -> Result<Vec<f32>> {
+        let prompts: Vec<&str> = classes.iter().map(|c| CAPTIONS[usize::from(*c)]).collect();
+        generate(&*self.model, self.pipeline.adapter(), &self.table, &prompts, seed, &self.recipe.sampling)
+    }
+
+    /// A row a class.
+    fn grid(&self, run: &RunFolder, step: u64, progress: &mut dyn Progress) -> Result<()> {
+        progress.note("sampling a grid");
+        let images = self.images(&by_class(COLUMNS), GRID_SEED)?;
+        save_grid(&run.grid_path(step), &images, COLUMNS)
+    }
+
+    fn report(&self, progress: &mut dyn Progress) -> Result<Option<Quality>> {
+        let Some(config) = &self.recipe.report else { return Ok(None) };
+        progress.note("sampling for the report");
+        let classes = by_class(config.samples_per_class);
+        Ok(Some(judge(&self.images(&classes, REPORT_SEED)?, &classes, &self.digits)))
+    }
+}
+
+/// Each class `n` times.
+fn by_class(n: usize) -> Vec<u8> {
+    (0..10).flat_map(|class| std::iter::repeat_n(class, n)).collect()
+}
+
+fn mean_loss(lines: &[Line]) -> f64 {
+    lines.iter().map(|l| l.loss).sum::<f64>() / lines.len().max(1) as f64
+}
+
+/// A trained model behind its adapter, for sampling.
+pub struct Trained {
+    model: Box<dyn Transformer>,
+    pipeline: FlowMatchingPipeline,
+    table: TokenTable,
+    /// The run's own settings.
+    pub sampling: crate::recipe::SamplingConfig,
+}
+
+impl Trained {
+    /// From a run folder's newest checkpoint.
+    ///
+    /// # Errors
+    /// When it is not a run folder or has no checkpoint.
+    pub fn load(path: &Path) -> Result<Self> {
+        let (run, recipe) = RunFolder::open(path)?;
+        let dtype: DType = recipe.dtype.into();
+        let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &Device::cpu())?;
+        let flow = &recipe.flow_matching;
+        let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
+        let pipeline = FlowMatchingPipeline::new(flow.clone(), adapter)?;
+        let table = TokenTable::new(CAPTIONS, recipe.data.text_dim);
+        Ok(Self { model, pipeline, table, sampling: recipe.sampling })
+    }
+
+    /// `n` images of a prompt.
+    ///
+    /// # Errors
+    /// When the prompt has an unknown word, or `n` is 0.
+    pub fn sample(&self, prompt: &str, n: usize, seed: u64) -> Result<Vec<f32>> {
+        if n == 0 {
+            return Err(Error::Run { path: "--n".into(), what: "expected at least 1, got 0".into() });
+        }
+        generate(&*self.model, self.pipeline.adapter(), &self.table, &vec![prompt; n], seed, &self.sampling)
+    }
+}
