@@ -8,7 +8,7 @@ use flowtape_flowmatch::Batch;
 use crate::{Error, Result};
 
 /// Any seed would do; it is part of what a model has learnt, so it never changes.
-const SEED: u64 = 0x7461_626c_65;
+const SEED: u64 = 0x0074_6162_6c65;
 
 /// A table of words.
 #[derive(Clone, Debug)]
