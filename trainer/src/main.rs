@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use flowtape_engine::cpu::awake;
 use clap::{Args, Parser, Subcommand};
 use flowtape_trainer::picture::save_grid;
 use flowtape_trainer::train::{Summary, Trained, resume, train};
@@ -82,9 +83,11 @@ fn main() -> Result<()> {
     let cli = Cli::parse();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads.unwrap_or(0)).build()?;
     // All work starts inside the pool: forking from outside it costs many times more.
-    pool.install(|| match cli.command {
-        Command::Train(args) => run_train(&args),
-        Command::Sample(args) => run_sample(&args),
+    pool.install(|| {
+        awake(|| match cli.command {
+            Command::Train(args) => run_train(&args),
+            Command::Sample(args) => run_sample(&args),
+        })
     })
 }
 

@@ -176,6 +176,25 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
         unsafe { self.block::<true>(inputs, rows, cols, sink) }
     }
 
+    /// Lets a register that becomes an output lie in the output itself, where that is a plain run that no input shares.
+    #[inline(always)]
+    fn aim(&mut self, windows: &[Window], inputs: usize, rows: usize, cols: usize) {
+        let program = self.program;
+        for (k, (&slot, window)) in program.outputs.iter().zip(windows).enumerate() {
+            if slot < program.first_register() {
+                continue;
+            }
+            let plain = A::is(window.dtype) && window.is_run(rows, cols);
+            let shared = self.slots[..inputs].iter().any(|p| std::ptr::eq(p.cast(), window.ptr));
+            let once = !program.outputs[..k].contains(&slot);
+            if plain && !shared && once {
+                self.slots[slot] = window.ptr.cast();
+            } else if once {
+                self.slots[slot] = self.scratch[slot * BLOCK..].as_mut_ptr();
+            }
+        }
+    }
+
     #[inline(always)]
     unsafe fn block<const FMA: bool>(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
         let n = rows * cols;
@@ -194,6 +213,9 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
             unsafe { load(window, rows, cols, std::slice::from_raw_parts_mut(own, n)) };
             self.held[i] = Some((*window, rows, cols));
         }
+        if let Sink::Store(windows) = &sink {
+            self.aim(windows, inputs.len(), rows, cols);
+        }
         for step in &self.program.instructions {
             let source = |k: usize| self.slots[step.operands[k]].cast_const();
             // SAFETY: slots hold `n` elements, and the target is a register that the step does not read.
@@ -209,8 +231,10 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
         match sink {
             Sink::Store(windows) => {
                 for (values, window) in blocks.zip(windows) {
-                    // SAFETY: the window is writable.
-                    unsafe { store(window, rows, cols, values) };
+                    if !std::ptr::eq(values.as_ptr().cast(), window.ptr) {
+                        // SAFETY: the window is writable.
+                        unsafe { store(window, rows, cols, values) };
+                    }
                 }
             }
             Sink::Rows(kind, acc) => {

@@ -1,6 +1,7 @@
 //! The CPU backend: SIMD kernels chosen at run time, spread over rayon's threads.
 
 mod attention;
+mod awake;
 mod blocks;
 mod eval;
 mod gemm;
@@ -12,6 +13,7 @@ mod pool;
 
 use std::any::Any;
 
+pub use self::awake::awake;
 use self::isa::isa;
 use self::pool::{CpuBuffer, Pool};
 use crate::backend::{Backend, Buffer, Fused, Ran};

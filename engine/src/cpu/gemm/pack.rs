@@ -196,10 +196,19 @@ unsafe fn panels_of<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, 
                 let out = out.add(j * s.k);
                 let src = s.ptr.add(j * s.ns);
                 if s.ns == 1 && live == W {
+                    // Whole vectors where both sides have room: what spills over is written again by the next k.
+                    const STEP: usize = 8;
+                    let wide = if W % STEP != 0 && j + W.next_multiple_of(STEP) <= s.n { W.next_multiple_of(STEP) } else { W };
                     for k in k0..k1 {
                         let (row, out) = (src.add(k * s.ks), out.add(k * W));
-                        for i in 0..W {
-                            *out.add(i) = (*row.add(i)).widen();
+                        if wide != W && k + 1 < k1 {
+                            for i in 0..W.next_multiple_of(STEP) {
+                                *out.add(i) = (*row.add(i)).widen();
+                            }
+                        } else {
+                            for i in 0..W {
+                                *out.add(i) = (*row.add(i)).widen();
+                            }
                         }
                     }
                     continue;
