@@ -60,11 +60,11 @@ pub fn create_model(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Tra
     }
 }
 
-/// Reads arguments of an adapter, or another configuration, naming what does not fit.
-pub(crate) fn parse<T: serde::de::DeserializeOwned>(key: &'static str, value: Value) -> Result<T> {
-    serde_json::from_value(value).map_err(|e| Error::Config {
-        key,
-        expected: "known keys and values".into(),
+/// Reads arguments of an adapter, or another configuration, naming the key that does not fit.
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(section: &'static str, value: Value) -> Result<T> {
+    serde_path_to_error::deserialize(value).map_err(|e| Error::Config {
+        key: section,
+        expected: "known keys and values that fit".into(),
         got: e.to_string(),
     })
 }

@@ -3,12 +3,13 @@
 mod progress;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use flowtape_engine::cpu::awake;
 use clap::{Args, Parser, Subcommand};
+use flowtape_engine::cpu::awake;
 use flowtape_trainer::picture::save_grid;
 use flowtape_trainer::train::{Summary, Trained, resume, train};
 use flowtape_trainer::{Recipe, recipe::ReportConfig};
@@ -74,7 +75,17 @@ struct Sample {
     out: PathBuf,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     // Logs go to stderr, where RUST_LOG asks for them: flow_matching=debug shows what the pipeline does.
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())

@@ -67,8 +67,8 @@ mod tests {
     fn real_digits_are_right_and_noise_is_far_away() {
         let digits = Digits::load(0).unwrap();
         let real = judge(&digits.pixels[..200 * PIXELS], &digits.labels[..200], &digits);
-        // Each is its own nearest neighbour.
-        assert!(real.accuracy > 0.99 && real.distance_ratio == 0.0, "{real:?}");
+        // Each is its own nearest neighbour; the two others of the vote may err.
+        assert!(real.accuracy > 0.95 && real.distance_ratio == 0.0, "{real:?}");
         let wrong: Vec<u8> = digits.labels[..200].iter().map(|l| (l + 1) % 10).collect();
         assert!(judge(&digits.pixels[..200 * PIXELS], &wrong, &digits).accuracy < 0.01);
         let mut noise = vec![0.0; 100 * PIXELS];

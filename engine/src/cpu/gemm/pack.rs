@@ -183,7 +183,7 @@ unsafe fn panels_avx2<T: Narrow>(width: usize, s: &Source<T>, out: *mut f32) {
 }
 
 /// Rows of k in a block: few enough that all of a block's panels are written in runs, many enough for the TLB.
-const K_RUN: usize = 32;
+const K_RUN: usize = 16;
 
 #[inline(always)]
 unsafe fn panels_of<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, out: *mut f32) {
@@ -198,7 +198,8 @@ unsafe fn panels_of<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, 
                 if s.ns == 1 && live == W {
                     // Whole vectors where both sides have room: what spills over is written again by the next k.
                     const STEP: usize = 8;
-                    let wide = if W % STEP != 0 && j + W.next_multiple_of(STEP) <= s.n { W.next_multiple_of(STEP) } else { W };
+                    let wide =
+                        if W % STEP != 0 && j + W.next_multiple_of(STEP) <= s.n { W.next_multiple_of(STEP) } else { W };
                     for k in k0..k1 {
                         let (row, out) = (src.add(k * s.ks), out.add(k * W));
                         if wide != W && k + 1 < k1 {

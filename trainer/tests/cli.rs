@@ -1,0 +1,175 @@
+//! The binary, used as a stranger would: real input, wrong input, interruptions.
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+const RECIPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes/digits.yaml");
+
+/// A run that takes a second: a small model, few steps, everything else as in the recipe.
+const SMALL: [&str; 10] = [
+    "model.num_layers=1",
+    "model.num_single_layers=1",
+    "model.attention_head_dim=8",
+    "model.axes_dims_rope=[4, 2, 2]",
+    "step_scheduler.local_batch_size=8",
+    "step_scheduler.max_steps=6",
+    "step_scheduler.ckpt_every_steps=2",
+    "sampling.every_steps=3",
+    "sampling.num_inference_steps=2",
+    "report.samples_per_class=1",
+];
+
+fn flowtape(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_flowtape")).args(arguments).output().unwrap()
+}
+
+fn train(run: &Path, more: &[&str]) -> Output {
+    let run_dir = format!("run_dir={}", run.display());
+    let mut arguments = vec!["train", RECIPE, "--set", &run_dir];
+    SMALL.iter().for_each(|s| arguments.extend(["--set", s]));
+    arguments.extend(more);
+    flowtape(&arguments)
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The message of a command that must fail, without a panic.
+fn failure(output: &Output) -> String {
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && !message.contains("panicked"), "{message}");
+    message
+}
+
+fn weights(run: &Path) -> Vec<u8> {
+    std::fs::read(run.join("checkpoint/diffusion_pytorch_model.safetensors")).unwrap()
+}
+
+#[test]
+fn a_run_leaves_everything_and_can_be_sampled() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let out = stdout(&train(&run, &["--json"]));
+    let json: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+    for key in ["accuracy", "distance_ratio", "train_seconds", "total_seconds", "final_loss"] {
+        assert!(json[key].as_f64().is_some_and(f64::is_finite), "{key} in {json}");
+    }
+    assert_eq!((json["steps"].as_u64(), json["run_dir"].as_str()), (Some(6), run.to_str()));
+    let files = [
+        "recipe.yaml",
+        "loss.svg",
+        "report.json",
+        "samples/step_000003.png",
+        "samples/step_000006.png",
+        "checkpoint/config.json",
+        "checkpoint/optimizer.safetensors",
+        "checkpoint/state.json",
+    ];
+    files.iter().for_each(|f| assert!(run.join(f).exists(), "{f} is missing"));
+    assert!(!run.join("checkpoint.new").exists() && !run.join("checkpoint.old").exists());
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let steps: Vec<u64> =
+        metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
+
+    let run = run.to_str().unwrap();
+    let picture = |name: &str, seed: &str| {
+        let path = folder.path().join(name);
+        let out = path.to_str().unwrap();
+        stdout(&flowtape(&[
+            "sample",
+            run,
+            "--prompt",
+            "a handwritten seven",
+            "--n",
+            "5",
+            "--seed",
+            seed,
+            "--out",
+            out,
+        ]));
+        std::fs::read(path).unwrap()
+    };
+    let first = picture("a.png", "1");
+    assert!(first.starts_with(b"\x89PNG") && first == picture("b.png", "1") && first != picture("c.png", "2"));
+
+    // Wrong input: each message says what to do.
+    let sample = |arguments: &[&str]| failure(&flowtape(&[&["sample"], arguments].concat()));
+    assert!(sample(&[run, "--prompt", "a handwritten ten"]).contains("unknown word \"ten\""));
+    assert!(sample(&[run, "--prompt", ""]).contains("known:"));
+    assert!(sample(&[run, "--prompt", "a handwritten six", "--n", "0"]).contains("at least 1"));
+    assert!(sample(&["/no/such/run", "--prompt", "a handwritten six"]).contains("not a run folder"));
+    let again = failure(&train(Path::new(run), &[]));
+    assert!(again.contains("holds a run already") && again.contains("--resume"), "{again}");
+}
+
+#[test]
+fn an_interrupted_run_goes_on_to_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, parts] = ["whole", "parts"].map(|n| folder.path().join(n));
+    stdout(&train(&whole, &[]));
+    stdout(&train(&parts, &[]));
+    // As if the second had been killed after its checkpoint of step 4: take that state, and cut a line in half.
+    let short = folder.path().join("short");
+    stdout(&train(&short, &["--set", "step_scheduler.max_steps=4", "--set", "lr_scheduler.lr_decay_steps=6"]));
+    std::fs::remove_dir_all(parts.join("checkpoint")).unwrap();
+    std::fs::rename(short.join("checkpoint"), parts.join("checkpoint.old")).unwrap();
+    let metrics = parts.join("metrics.jsonl");
+    let text = std::fs::read_to_string(&metrics).unwrap();
+    std::fs::write(&metrics, &text[..text.len() - 20]).unwrap();
+    stdout(&flowtape(&["train", "--resume", parts.to_str().unwrap()]));
+    assert!(weights(&whole) == weights(&parts), "the resumed run has other weights");
+    let losses = |run: &PathBuf| {
+        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!((losses(&parts).len(), losses(&parts)), (6, losses(&whole)));
+}
+
+#[test]
+fn threads_do_not_change_a_training_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |threads: &str| {
+        let run = folder.path().join(threads);
+        // Large enough that work is shared.
+        let batch = ["--set", "step_scheduler.local_batch_size=32", "--set", "model.attention_head_dim=32"];
+        let axes = ["--set", "model.axes_dims_rope=[8, 12, 12]", "--set", "step_scheduler.max_steps=2"];
+        stdout(&train(&run, &[&["--threads", threads], &batch[..], &axes[..]].concat()));
+        weights(&run)
+    };
+    let one = run("1");
+    assert!(one == run("2") && one == run("7"));
+}
+
+#[test]
+fn wrong_recipes_are_errors_that_say_what_and_where() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("recipe.yaml");
+    let text = std::fs::read_to_string(RECIPE).unwrap();
+    let cases = [
+        (text.replace("  max_steps:", "  max_step:"), "did you mean `max_steps`"),
+        (text.replace("lr: 1.0e-3", "lr: fast"), "line"),
+        (text.replace("num_layers: 2", "num_layers: two"), "num_layers"),
+        (text.replace("FluxTransformer2DModel", "FluxTransformer"), "one of FluxTransformer2DModel"),
+        (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),
+        (text.replace("adapter_type: flux", "adapter_type: flex"), "one of flux"),
+        (text.replace("text_dim: 32", "text_dim: 16"), "[.., in]"),
+        ("name: [".into(), "recipe.yaml"),
+    ];
+    for (text, part) in cases {
+        std::fs::write(&path, text).unwrap();
+        let run_dir = format!("run_dir={}", folder.path().join("run").display());
+        let message = failure(&flowtape(&["train", path.to_str().unwrap(), "--set", &run_dir]));
+        assert!(message.contains(part), "expected {part:?} in: {message}");
+        let _ = std::fs::remove_dir_all(folder.path().join("run"));
+    }
+    assert!(failure(&flowtape(&["train", "no/such.yaml"])).contains("no/such.yaml"));
+    assert!(failure(&flowtape(&["train", RECIPE, "--set", "optimizer.lr"])).contains("key=value"));
+    assert!(failure(&flowtape(&["train", "--resume", "no/such"])).contains("not a run folder"));
+    assert!(failure(&flowtape(&["trian"])).contains("train"));
+}
