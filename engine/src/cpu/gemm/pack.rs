@@ -186,6 +186,14 @@ unsafe fn panels_avx2<T: Narrow>(width: usize, s: &Source<T>, out: *mut f32) {
 const K_RUN: usize = 16;
 
 #[inline(always)]
+unsafe fn widen_row<T: Narrow>(from: *const T, n: usize, to: *mut f32) {
+    for i in 0..n {
+        // SAFETY: the caller's promise: both hold n elements.
+        unsafe { *to.add(i) = (*from.add(i)).widen() };
+    }
+}
+
+#[inline(always)]
 unsafe fn panels_of<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, out: *mut f32) {
     // SAFETY: the caller's promise; panels start at multiples of W, and `live` columns of them exist.
     unsafe {
@@ -196,21 +204,14 @@ unsafe fn panels_of<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, 
                 let out = out.add(j * s.k);
                 let src = s.ptr.add(j * s.ns);
                 if s.ns == 1 && live == W {
-                    // Whole vectors where both sides have room: what spills over is written again by the next k.
-                    const STEP: usize = 8;
-                    let wide =
-                        if W % STEP != 0 && j + W.next_multiple_of(STEP) <= s.n { W.next_multiple_of(STEP) } else { W };
-                    for k in k0..k1 {
-                        let (row, out) = (src.add(k * s.ks), out.add(k * W));
-                        if wide != W && k + 1 < k1 {
-                            for i in 0..W.next_multiple_of(STEP) {
-                                *out.add(i) = (*row.add(i)).widen();
-                            }
-                        } else {
-                            for i in 0..W {
-                                *out.add(i) = (*row.add(i)).widen();
-                            }
-                        }
+                    // In whole vectors where the row is long enough: what spills over is the next k's, written after.
+                    let vectors = W.next_multiple_of(8);
+                    let last = if j + vectors <= s.n { k1 - 1 } else { k0 };
+                    for k in k0..last {
+                        widen_row::<T>(src.add(k * s.ks), vectors, out.add(k * W));
+                    }
+                    for k in last..k1 {
+                        widen_row::<T>(src.add(k * s.ks), W, out.add(k * W));
                     }
                     continue;
                 }
