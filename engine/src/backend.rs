@@ -70,6 +70,26 @@ pub enum Fused {
         /// Whether the fourth input is a mask.
         masked: bool,
     },
+    /// Inputs x, then weight and bias `[d]` where there are such; outputs y, then the mean (where centred) and the
+    /// reciprocal deviation of each row, f32 (f64 for f64), with a last axis of size 1.
+    NormForward {
+        /// Whether the mean is taken off: LayerNorm; else RMSNorm.
+        centred: bool,
+        /// Whether there is a weight.
+        weight: bool,
+        /// Whether there is a bias.
+        bias: bool,
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// Inputs x, the gradient of y, the reciprocal deviation, then the mean and the weight where there are such;
+    /// output dx.
+    NormBackward {
+        /// As forward.
+        centred: bool,
+        /// As forward.
+        weight: bool,
+    },
     /// Inputs q, k, v, o, the gradient of o, the log-sum-exp and maybe the mask; outputs dq, dk, dv.
     AttentionBackward {
         /// Factor of the scores.

@@ -8,6 +8,7 @@ mod gemm;
 mod index;
 mod isa;
 mod math;
+mod norm;
 mod pointwise;
 mod pool;
 
@@ -155,6 +156,21 @@ impl Backend for Cpu {
                 }
                 (Fused::AttentionBackward { scale, .. }, [q, k, v, o, go, lse, mask @ ..], [dq, dk, dv]) => {
                     attention::attention_backward(q, k, v, o, go, lse, mask.first(), *scale, dq, dk, dv);
+                }
+                (Fused::NormForward { centred, weight, bias, eps }, [x, affine @ ..], [y, statistics @ ..]) => {
+                    let bias_at = usize::from(*weight);
+                    let affine = [affine.first().filter(|_| *weight), affine.get(bias_at).filter(|_| *bias)];
+                    let (mean, scale) = (statistics.first().filter(|_| *centred), &statistics[usize::from(*centred)]);
+                    if !norm::norm_forward(x, affine, *eps, y, mean, scale) {
+                        return Ok(Ran::Declined);
+                    }
+                }
+                (Fused::NormBackward { centred, weight }, [x, grad, scale, rest @ ..], [dx]) => {
+                    let mean = rest.first().filter(|_| *centred);
+                    let weight = rest.get(usize::from(*centred)).filter(|_| *weight);
+                    if !norm::norm_backward(x, mean, scale, weight, grad, dx) {
+                        return Ok(Ran::Declined);
+                    }
                 }
                 _ => return Ok(Ran::Declined),
             }

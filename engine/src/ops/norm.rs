@@ -1,12 +1,12 @@
 //! Softmax, LayerNorm and RMSNorm over the last axis. Statistics are f32 (f64 for f64).
 
-use crate::backend::common_device;
+use crate::backend::{Fused, Ran, common_device};
 use crate::expr::{Function, Reduce};
 use crate::gradcheck::{Case, Sample};
 use crate::ops::pointwise::{map, run_pointwise};
 use crate::ops::reduce::{accumulator, run_reduce};
 use crate::tape::{Forward, InputGradients, Op, apply_one};
-use crate::{Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
 #[derive(Debug)]
 struct Softmax {
@@ -69,16 +69,60 @@ struct Norm {
 }
 
 impl Norm {
-    /// Weight and bias, or the constants that stand for them.
-    fn affine(&self, x: &Tensor, inputs: &[Tensor]) -> Result<(Tensor, Tensor)> {
-        let weight = if self.weight { inputs[1].clone() } else { Tensor::ones(&[], x.dtype(), x.device())? };
-        let bias = if self.bias {
-            inputs[1 + usize::from(self.weight)].clone()
-        } else {
-            Tensor::zeros(&[], x.dtype(), x.device())?
-        };
-        Ok((weight, bias))
+    /// Weight and bias among the inputs.
+    fn affine<'a>(&self, inputs: &'a [Tensor]) -> (Option<&'a Tensor>, Option<&'a Tensor>) {
+        let at_bias = 1 + usize::from(self.weight);
+        (inputs.get(1).filter(|_| self.weight), inputs.get(at_bias).filter(|_| self.bias))
     }
+
+    /// The composition: y, mean and reciprocal deviation are written by passes over the whole tensor.
+    fn compose(&self, inputs: &[Tensor], y: &Tensor, mean: Option<&Tensor>, scale: &Tensor) -> Result<()> {
+        let x = &inputs[0];
+        let axis = x.rank() - 1;
+        let (wide, n, eps) = (scale.dtype(), x.dims()[axis] as f64, self.eps);
+        let (zero, one) = constants(wide, x)?;
+        if let Some(mean) = mean {
+            let share = Function::build(|[x]| [x / n]);
+            mean.copy_from(&run_reduce(&share, Reduce::Sum, &[x], x.dims(), &[axis], &[wide])?[0])?;
+        }
+        let mean = mean.unwrap_or(&zero);
+        let deviation = Function::build(|[x, m]| [(x - m).square() / n]);
+        let variance = run_reduce(&deviation, Reduce::Sum, &[x, mean], x.dims(), &[axis], &[wide])?.remove(0);
+        run_pointwise(&Function::build(|[v]| [(v + eps).rsqrt()]), &[&variance], &[], &[scale])?;
+        let (weight, bias) = self.affine(inputs);
+        let (weight, bias) = (weight.unwrap_or(&one), bias.unwrap_or(&zero));
+        let function = Function::build(|[x, m, s, w, b]| [(x - m) * s * w + b]);
+        run_pointwise(&function, &[x, mean, scale, weight, bias], &[], &[y])
+    }
+
+    /// The composition of the gradient: `dx = s (gw - mean(gw) - x̂ mean(gw x̂))`; RMSNorm has no middle term.
+    fn compose_backward(&self, saved: &Saved<'_>, grad: &Tensor, dx: &Tensor) -> Result<()> {
+        let Saved { x, mean, scale, weight } = *saved;
+        let axis = x.rank() - 1;
+        let (wide, n) = (scale.dtype(), x.dims()[axis] as f64);
+        let (zero, one) = constants(wide, x)?;
+        let (mean, weight) = (mean.unwrap_or(&zero), weight.unwrap_or(&one));
+        let means = Function::build(|[x, m, s, w, g]| [g * w / n, g * w * (x - m) * s / n]);
+        let inputs = [x, mean, scale, weight, grad];
+        let sums = run_reduce(&means, Reduce::Sum, &inputs, x.dims(), &[axis], &[wide, wide])?;
+        let centre = if self.centred { 1.0 } else { 0.0 };
+        let function = Function::build(|[x, m, s, w, g, a, b]| [s * (g * w - a * centre - (x - m) * s * b)]);
+        run_pointwise(&function, &[x, mean, scale, weight, grad, &sums[0], &sums[1]], &[], &[dx])
+    }
+}
+
+/// What stands for a missing mean or bias, and for a missing weight.
+fn constants(dtype: DType, like: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((Tensor::zeros(&[], dtype, like.device())?, Tensor::ones(&[], dtype, like.device())?))
+}
+
+/// What forward keeps.
+#[derive(Clone, Copy)]
+struct Saved<'a> {
+    x: &'a Tensor,
+    mean: Option<&'a Tensor>,
+    scale: &'a Tensor,
+    weight: Option<&'a Tensor>,
 }
 
 impl Op for Norm {
@@ -88,49 +132,46 @@ impl Op for Norm {
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let x = &inputs[0];
-        let axis = x.rank() - 1;
-        let (wide, n) = (accumulator(x.dtype()), x.dims()[axis] as f64);
-        let mean = if self.centred {
-            let share = Function::build(|[x]| [x / n]);
-            run_reduce(&share, Reduce::Sum, &[x], x.dims(), &[axis], &[wide])?.remove(0)
-        } else {
-            Tensor::zeros(&[], wide, x.device())?
-        };
-        let deviation = Function::build(|[x, m]| [(x - m).square() / n]);
-        let variance = run_reduce(&deviation, Reduce::Sum, &[x, &mean], x.dims(), &[axis], &[wide])?.remove(0);
-        let eps = self.eps;
-        let scale = map(wide, [&variance], |[v]| (v + eps).rsqrt())?;
-        let (weight, bias) = self.affine(x, inputs)?;
-        let y = map(x.dtype(), [x, &mean, &scale, &weight, &bias], |[x, m, s, w, b]| (x - m) * s * w + b)?;
-        [x, &mean, &scale, &weight].into_iter().for_each(|t| cx.save(t));
+        let mut rows = x.dims().to_vec();
+        rows[x.rank() - 1] = 1;
+        let statistic = || Tensor::empty(&rows, accumulator(x.dtype()), x.device());
+        let y = Tensor::empty_like(x, x.dims(), x.dtype())?;
+        let mean = if self.centred { Some(statistic()?) } else { None };
+        let scale = statistic()?;
+        let Self { centred, eps, weight, bias } = *self;
+        let fused = Fused::NormForward { centred, weight, bias, eps };
+        let outputs: Vec<&Tensor> = [Some(&y), mean.as_ref(), Some(&scale)].into_iter().flatten().collect();
+        if x.device().backend().fused(&fused, &inputs.iter().collect::<Vec<_>>(), &outputs)? == Ran::Declined {
+            self.compose(inputs, &y, mean.as_ref(), &scale)?;
+        }
+        let kept = [Some(x), Some(&scale), mean.as_ref(), self.affine(inputs).0];
+        kept.into_iter().flatten().for_each(|t| cx.save(t));
         Ok(vec![y])
     }
 
     fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let Some(grad) = &grads[0] else { return Ok(()) };
-        let [x, mean, scale, weight] = saved else {
-            return Err(Error::argument("norm", "four saved tensors", saved.len()));
-        };
-        let axis = x.rank() - 1;
-        let (wide, n) = (accumulator(x.dtype()), x.dims()[axis] as f64);
+        let (Some(grad), [x, scale, rest @ ..]) = (&grads[0], saved) else { return Ok(()) };
+        let mean = rest.first().filter(|_| self.centred);
+        let weight = rest.get(usize::from(self.centred)).filter(|_| self.weight);
         if out.needs(0) {
-            // dx = s (gw - mean(gw) - xhat mean(gw xhat)); RMSNorm has no middle term.
-            let means = Function::build(|[x, m, s, w, g]| [g * w / n, g * w * (x - m) * s / n]);
-            let inputs = [x, mean, scale, weight, grad];
-            let sums = run_reduce(&means, Reduce::Sum, &inputs, x.dims(), &[axis], &[wide, wide])?;
             let dx = Tensor::empty_like(x, x.dims(), x.dtype())?;
-            let centre = if self.centred { 1.0 } else { 0.0 };
-            let function = Function::build(|[x, m, s, w, g, a, b]| [s * (g * w - a * centre - (x - m) * s * b)]);
-            run_pointwise(&function, &[x, mean, scale, weight, grad, &sums[0], &sums[1]], &[], &[&dx])?;
+            let fused = Fused::NormBackward { centred: self.centred, weight: self.weight };
+            let inputs: Vec<&Tensor> = [Some(x), Some(grad), Some(scale), mean, weight].into_iter().flatten().collect();
+            if x.device().backend().fused(&fused, &inputs, &[&dx])? == Ran::Declined {
+                self.compose_backward(&Saved { x, mean, scale, weight }, grad, &dx)?;
+            }
             out.set(0, dx);
         }
-        let (at_weight, at_bias) = (1, 1 + usize::from(self.weight));
+        let axis = x.rank() - 1;
         let lead: Vec<usize> = (0..axis).collect();
-        if self.weight && out.needs(at_weight) {
+        if let Some(weight) = weight.filter(|_| out.needs(1)) {
+            let zero = constants(scale.dtype(), x)?.0;
             let rows = Function::build(|[x, m, s, g]| [g * (x - m) * s]);
-            let sums = run_reduce(&rows, Reduce::Sum, &[x, mean, scale, grad], x.dims(), &lead, &[weight.dtype()])?;
-            out.set(at_weight, sums[0].reshape(&x.dims()[axis..])?);
+            let inputs = [x, mean.unwrap_or(&zero), scale, grad];
+            let sums = run_reduce(&rows, Reduce::Sum, &inputs, x.dims(), &lead, &[weight.dtype()])?;
+            out.set(1, sums[0].reshape(&x.dims()[axis..])?);
         }
+        let at_bias = 1 + usize::from(self.weight);
         if self.bias && out.needs(at_bias) {
             let identity = Function::build(|[g]| [g]);
             let sums = run_reduce(&identity, Reduce::Sum, &[grad], x.dims(), &lead, &[grad.dtype()])?;
