@@ -11,6 +11,8 @@ use crate::{Error, Result};
 
 /// Pixels of the picture per pixel of an image.
 const ZOOM: usize = 6;
+/// Steps on each side over which the smooth curve averages.
+const SMOOTH: usize = 10;
 /// Pixels between images.
 const GAP: usize = 4;
 
@@ -55,14 +57,11 @@ pub fn save_loss_curve(path: &Path, losses: &[(u64, f64)]) -> Result<()> {
     sorted.sort_by(f64::total_cmp);
     // The first few losses are far above the rest: the scale leaves out one in fifty.
     let top = sorted.get(sorted.len() * 49 / 50).map_or(1.0, |v| v * 1.15);
-    let mut mean = losses.first().map_or(0.0, |l| l.1);
-    let smooth: Vec<(u64, f64)> = losses
-        .iter()
-        .map(|&(step, loss)| {
-            mean += 0.05 * (loss - mean);
-            (step, mean)
-        })
-        .collect();
+    let around = |i: usize| {
+        let window = &losses[i.saturating_sub(SMOOTH)..losses.len().min(i + SMOOTH + 1)];
+        (losses[i].0, window.iter().map(|l| l.1).sum::<f64>() / window.len() as f64)
+    };
+    let smooth: Vec<(u64, f64)> = (0..losses.len()).map(around).collect();
     whole(path, |partial| {
         let area = SVGBackend::new(partial, (900, 420)).into_drawing_area();
         area.fill(&WHITE).map_err(|e| failed(&e))?;
