@@ -94,6 +94,14 @@ impl Function {
         self.0.nodes.contains(&Node::Input(i as u32))
     }
 
+    /// The input that an output is, unchanged.
+    pub fn passes(&self, output: usize) -> Option<usize> {
+        match self.0.nodes[*self.0.outputs.get(output)? as usize] {
+            Node::Input(i) => Some(i as usize),
+            _ => None,
+        }
+    }
+
     pub(super) fn nodes(&self) -> &[Node] {
         &self.0.nodes
     }

@@ -21,6 +21,8 @@ use crate::DType;
 const KC: usize = 320;
 /// Rows of A that are packed at once: they stay in the second-level cache.
 const MC: usize = 144;
+/// Rows or depth up to which an operand is read where it lies: packing would cost more than it saves.
+const SMALL: usize = 64;
 /// Greatest tile of one task.
 const TILE: (usize, usize) = (8 * MC, 512);
 /// Floating-point operations below which a second thread costs more than it saves.
@@ -203,35 +205,43 @@ unsafe fn product(isa: Isa, set: &Kernels, p: &Product, m: usize, n: usize) {
         for piece in 0..pieces {
             let from = piece * depth;
             let k = depth.min(p.k - from);
-            with_narrow!(p.b.dtype, T => panels(isa, set.nr, &p.b.at(from, 0).source::<T>(k, n), packed_b.ptr()));
+            let b = p.b.at(from, 0);
+            let (b_ptr, b_stride, b_step) =
+                if b.dtype == DType::F32 && b.cols == 1 && m <= SMALL && n.is_multiple_of(set.nr) {
+                    (b.ptr.cast::<f32>().cast_const(), b.rows, 1)
+                } else {
+                    with_narrow!(b.dtype, T => panels(isa, set.nr, &b.source::<T>(k, n), packed_b.ptr()));
+                    (packed_b.ptr().cast_const(), set.nr, k)
+                };
             for i in (0..m).step_by(MC) {
                 let high = MC.min(m - i);
                 let a = p.a.at(i, from);
                 let by_rows = a.cols == 1;
-                let (a_ptr, a_rows) = match (by_rows, a.dtype) {
-                    (true, DType::F32) => (a.ptr.cast::<f32>().cast_const(), a.rows),
-                    (true, _) => {
-                        with_narrow!(a.dtype, T => rows(isa, &a.flipped().source::<T>(k, high), packed_a.ptr(), k));
-                        (packed_a.ptr().cast_const(), k)
-                    }
-                    (false, _) => {
-                        let source = a.flipped();
-                        with_narrow!(a.dtype, T => panels(isa, set.mr, &source.source::<T>(k, high), packed_a.ptr()));
-                        (packed_a.ptr().cast_const(), k)
-                    }
+                let wide = a.dtype == DType::F32;
+                let (a_ptr, a_stride, a_step) = if by_rows && wide {
+                    (a.ptr.cast::<f32>().cast_const(), a.rows, a.rows)
+                } else if by_rows {
+                    with_narrow!(a.dtype, T => rows(isa, &a.flipped().source::<T>(k, high), packed_a.ptr(), k));
+                    (packed_a.ptr().cast_const(), k, k)
+                } else if wide && a.rows == 1 && k <= SMALL {
+                    (a.ptr.cast::<f32>().cast_const(), a.cols, 1)
+                } else {
+                    let source = a.flipped();
+                    with_narrow!(a.dtype, T => panels(isa, set.mr, &source.source::<T>(k, high), packed_a.ptr()));
+                    (packed_a.ptr().cast_const(), set.mr, k)
                 };
                 let tile = Tile {
                     k,
                     a: a_ptr,
-                    a_stride: if by_rows { a_rows } else { set.mr },
-                    b: packed_b.ptr(),
-                    b_stride: set.nr,
+                    a_stride,
+                    b: b_ptr,
+                    b_stride,
                     c: c.at(i, 0).ptr.cast(),
                     c_stride: c.rows,
                     add: p.accumulate || piece > 0,
                     bias: bias.as_ref().filter(|_| piece == 0).map_or(std::ptr::null(), |s| s.ptr().cast_const()),
                 };
-                strip(set, &tile, by_rows, a_rows, high, n);
+                strip(set, &tile, by_rows, (a_step, b_step), high, n);
             }
         }
         if !direct {
@@ -240,8 +250,9 @@ unsafe fn product(isa: Isa, set: &Kernels, p: &Product, m: usize, n: usize) {
     }
 }
 
-/// All micro-tiles of up to [`MC`] packed rows; `first` is the one at the origin.
-unsafe fn strip(set: &Kernels, first: &Tile, by_rows: bool, a_rows: usize, m: usize, n: usize) {
+/// All micro-tiles of up to [`MC`] rows; `first` is the one at the origin, and `steps` are what A moves by from row to
+/// row and B from column to column.
+unsafe fn strip(set: &Kernels, first: &Tile, by_rows: bool, steps: (usize, usize), m: usize, n: usize) {
     let mut edge = [0f32; 12 * 32];
     // SAFETY: the caller's promise; the last panel of B is filled up, and its results go through `edge`.
     unsafe {
@@ -251,8 +262,8 @@ unsafe fn strip(set: &Kernels, first: &Tile, by_rows: bool, a_rows: usize, m: us
                 let high = set.mr.min(m - i);
                 let c = first.c.add(i * first.c_stride + j);
                 let mut tile = Tile {
-                    a: first.a.add(i * a_rows),
-                    b: first.b.add(j * first.k),
+                    a: first.a.add(i * steps.0),
+                    b: first.b.add(j * steps.1),
                     c,
                     bias: if first.bias.is_null() { first.bias } else { first.bias.add(j) },
                     ..*first
@@ -264,7 +275,7 @@ unsafe fn strip(set: &Kernels, first: &Tile, by_rows: bool, a_rows: usize, m: us
                 }
                 tile.c = edge.as_mut_ptr();
                 tile.c_stride = set.nr;
-                for row in 0..high {
+                for row in 0..if tile.add { high } else { 0 } {
                     std::ptr::copy_nonoverlapping(c.add(row * first.c_stride), tile.c.add(row * set.nr), live);
                 }
                 kernel(&tile);

@@ -185,6 +185,19 @@ unsafe fn panels_avx2<T: Narrow>(width: usize, s: &Source<T>, out: *mut f32) {
 /// Rows of k in a block: few enough that all of a block's panels are written in runs, many enough for the TLB.
 const K_RUN: usize = 16;
 
+/// Asks for rows that are packed next: each is too short a run for the machine to see it coming.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch<T>(s: &Source<T>, from: usize, to: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for k in from..to {
+        for j in (0..s.n).step_by(64 / size_of::<T>()) {
+            // SAFETY: a hint; no address is invalid.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(s.ptr.wrapping_add(k * s.ks + j).cast()) };
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn widen_row<T: Narrow>(from: *const T, n: usize, to: *mut f32) {
     for i in 0..n {
@@ -199,6 +212,10 @@ unsafe fn panels_of<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, 
     unsafe {
         for k0 in (0..s.k).step_by(K_RUN) {
             let k1 = (k0 + K_RUN).min(s.k);
+            #[cfg(target_arch = "x86_64")]
+            if s.ns == 1 {
+                prefetch(s, k1, (k1 + K_RUN).min(s.k));
+            }
             for j in (0..s.n).step_by(W) {
                 let live = W.min(s.n - j);
                 let out = out.add(j * s.k);
