@@ -187,7 +187,7 @@ fn filled(scratch: &Scratch, len: usize, value: f32) -> &mut [f32] {
 }
 
 fn spread(tasks: usize, flops: usize, work: impl Fn(usize) + Sync + Send) {
-    if flops < 1_000_000 || rayon::current_num_threads() == 1 {
+    if flops < 200_000 || rayon::current_num_threads() == 1 {
         (0..tasks).for_each(work);
     } else {
         (0..tasks).into_par_iter().for_each(work);

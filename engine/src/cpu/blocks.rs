@@ -43,6 +43,15 @@ impl Space {
         }
     }
 
+    /// Takes off the axis that makes the largest block together with one of `width`: the innermost of the best.
+    pub fn pop_rows(&mut self, width: usize) -> (usize, Vec<usize>) {
+        let rows = |axis: usize| self.dims[axis].min(BLOCK / width);
+        match (0..self.dims.len()).max_by_key(|&axis| rows(axis)) {
+            Some(axis) => (self.dims.remove(axis), self.strides.iter_mut().map(|s| s.remove(axis)).collect()),
+            None => (1, vec![0; self.strides.len()]),
+        }
+    }
+
     /// Number of positions.
     pub fn len(&self) -> usize {
         self.dims.iter().product()

@@ -246,9 +246,7 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
             }
             Sink::Cols(kind, acc) => {
                 for (values, acc) in blocks.zip(acc.chunks_exact_mut(cols)) {
-                    for row in values.chunks_exact(cols) {
-                        acc.iter_mut().zip(row).for_each(|(a, x)| *a = combine(kind, *a, x.to_f64()));
-                    }
+                    fold_rows(kind, values, acc);
                 }
             }
         }
@@ -278,11 +276,10 @@ pub(super) fn combine(kind: Reduce, a: f64, b: f64) -> f64 {
     }
 }
 
-/// A run into one number: 16 lanes, then a tree. At most [`BLOCK`] elements, so f32 lanes lose little.
+/// The same in the arithmetic of a program.
 #[inline(always)]
-fn fold<A: Real>(kind: Reduce, values: &[A]) -> f64 {
-    const LANES: usize = 16;
-    let join = |a: A, b: A| match kind {
+fn join<A: Real>(kind: Reduce, a: A, b: A) -> A {
+    match kind {
         Reduce::Sum => a.add(b),
         Reduce::Max => {
             if a > b || a != a {
@@ -291,7 +288,34 @@ fn fold<A: Real>(kind: Reduce, values: &[A]) -> f64 {
                 b
             }
         }
-    };
+    }
+}
+
+/// Rows into one, `acc.len()` columns: down a block in the program's own arithmetic, since a block is few rows.
+#[inline(always)]
+fn fold_rows<A: Real>(kind: Reduce, values: &[A], acc: &mut [f64]) {
+    const LANES: usize = 16;
+    let cols = acc.len();
+    let (whole, rest) = acc.as_chunks_mut::<LANES>();
+    for (at, acc) in whole.iter_mut().enumerate() {
+        let mut lanes = [A::from_f64(neutral(kind)); LANES];
+        for row in values.chunks_exact(cols) {
+            let row = &row[at * LANES..][..LANES];
+            lanes.iter_mut().zip(row).for_each(|(a, &x)| *a = join(kind, *a, x));
+        }
+        acc.iter_mut().zip(lanes).for_each(|(a, x)| *a = combine(kind, *a, x.to_f64()));
+    }
+    let from = whole.len() * LANES;
+    for row in values.chunks_exact(cols) {
+        rest.iter_mut().zip(&row[from..]).for_each(|(a, x)| *a = combine(kind, *a, x.to_f64()));
+    }
+}
+
+/// A run into one number: 16 lanes, then a tree. At most [`BLOCK`] elements, so f32 lanes lose little.
+#[inline(always)]
+fn fold<A: Real>(kind: Reduce, values: &[A]) -> f64 {
+    const LANES: usize = 16;
+    let join = |a, b| join(kind, a, b);
     let mut lanes = [A::from_f64(neutral(kind)); LANES];
     let chunks = values.chunks_exact(LANES);
     let rest = chunks.remainder();

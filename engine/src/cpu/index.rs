@@ -8,7 +8,7 @@ use super::blocks::Space;
 use crate::DType;
 
 /// Bytes below which one thread copies alone.
-const GRAIN: usize = 64 * 1024;
+const GRAIN: usize = 16 * 1024;
 /// Side of the tiles of a transposing copy: a tile's lines of both sides stay in the first cache.
 const TILE: usize = 32;
 

@@ -11,7 +11,7 @@ use super::math::Real;
 use crate::DType;
 
 /// Elements of one task.
-const GRAIN: usize = 32 * 1024;
+const GRAIN: usize = 4 * 1024;
 /// Numbers that a loop takes at once.
 const LANES: usize = 16;
 
@@ -36,7 +36,7 @@ impl<'a, const N: usize> Rows<'a, N> {
     /// Runs `work` on all rows, several threads where there is enough of it.
     fn spread(&self, work: impl Fn(std::ops::Range<usize>) + Sync + Send) {
         let rows = self.space.len();
-        let tasks = (rows * self.width / GRAIN).clamp(1, 4 * rayon::current_num_threads()).min(rows.max(1));
+        let tasks = (rows * self.width / GRAIN).clamp(1, 2 * rayon::current_num_threads()).min(rows.max(1));
         if tasks == 1 || rayon::current_num_threads() == 1 {
             return work(0..rows);
         }

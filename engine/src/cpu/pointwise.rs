@@ -10,7 +10,7 @@ use crate::DType;
 use crate::expr::{Program, Reduce};
 
 /// Elements below which a thread's start costs more than it saves.
-const GRAIN: usize = 16 * 1024;
+const GRAIN: usize = 4 * 1024;
 
 /// Whether a program runs in f64: when any operand holds f64.
 fn is_wide(views: &[View<'_>]) -> bool {
@@ -19,7 +19,7 @@ fn is_wide(views: &[View<'_>]) -> bool {
 
 /// Runs `work` on `0..pieces`, in several threads where there are `elements` enough.
 fn spread(pieces: usize, elements: usize, work: impl Fn(std::ops::Range<usize>) + Sync + Send) {
-    let tasks = (elements / GRAIN).clamp(1, 4 * rayon::current_num_threads()).min(pieces);
+    let tasks = (elements / GRAIN).clamp(1, 2 * rayon::current_num_threads()).min(pieces);
     if tasks <= 1 || rayon::current_num_threads() == 1 {
         return work(0..pieces);
     }
@@ -55,7 +55,7 @@ unsafe fn pointwise_in<A: Arithmetic>(program: &Program, count: usize, scalars: 
     let mut outer = Space::new(target.dims, &strides, memory_order(target.strides));
     let elements = outer.len();
     let (width, col_strides) = outer.pop();
-    let (height, row_strides) = if width < BLOCK { outer.pop() } else { (1, vec![0; views.len()]) };
+    let (height, row_strides) = if width < BLOCK { outer.pop_rows(width) } else { (1, vec![0; views.len()]) };
     let cols = Cut::new(width, BLOCK, 16);
     let rows = Cut::new(height, BLOCK / width.min(BLOCK), 1);
     let pieces = outer.len() * rows.pieces() * cols.pieces();
@@ -126,7 +126,7 @@ unsafe fn reduce_in<A: Arithmetic>(
     // The innermost axis is a block's columns, the innermost of the other kind its rows.
     let along_cols = inner.is_none_or(reduced);
     let (width, col_strides) = if along_cols { summed.pop() } else { kept.pop() };
-    let (height, row_strides) = if along_cols { kept.pop() } else { summed.pop() };
+    let (height, row_strides) = if along_cols { kept.pop_rows(width) } else { summed.pop_rows(width) };
     let cols = Cut::new(width, BLOCK, 16);
     let rows = Cut::new(height, BLOCK / width.min(BLOCK), 1);
     let (kept_cut, summed_cut) = if along_cols { (rows, cols) } else { (cols, rows) };

@@ -26,7 +26,7 @@ const SMALL: usize = 64;
 /// Greatest tile of one task.
 const TILE: (usize, usize) = (8 * MC, 512);
 /// Floating-point operations below which a second thread costs more than it saves.
-const GRAIN: usize = 1_000_000;
+const GRAIN: usize = 200_000;
 
 /// One matrix: `(i, j)` is at `ptr + (i * rows + j * cols) * size`.
 #[derive(Clone, Copy)]
