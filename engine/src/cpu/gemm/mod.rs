@@ -162,7 +162,7 @@ pub(super) unsafe fn matmul(a: &View<'_>, b: &View<'_>, bias: Option<&View<'_>>,
 fn cut(set: &Kernels, batch: usize, m: usize, n: usize, threads: usize) -> (usize, usize) {
     let even = |size: usize, parts: usize, unit: usize| size.div_ceil(parts).next_multiple_of(unit);
     let (mut down, mut across) = (m.div_ceil(TILE.0), n.div_ceil(TILE.1));
-    while threads > 1 && batch * down * across < 2 * threads {
+    while batch * down * across < threads {
         // Rather rows than columns: what is packed twice then is the narrower side.
         if m / down >= 2 * n / across && m / down >= 8 * set.mr {
             down *= 2;
