@@ -89,15 +89,21 @@ fn prepared(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     let golden = Golden::open(dir, "adapter_inputs")?;
     for case in golden.list("cases")? {
         let name = text(case, "name")?;
-        // The file states the arguments in words only.
+        // The file states the arguments in words only; sizes and the scale are read off the results.
+        let size = || Ok::<_, Box<dyn std::error::Error>>(golden.tensor(&format!("{name}/hidden_states"))?.dim(0)?);
         let plain = FluxAdapter::default();
         let inputs = match name {
-            "flux_dropout" => prepare(&golden, &plain, 0.3, 4, Some("pooled_prompt_embeds"))?,
-            "flux_clip_pooled_alias" => {
-                let adapter = FluxAdapter { guidance_scale: 1.0, ..plain };
-                prepare(&golden, &adapter, 0.0, 4, Some("clip_pooled"))?
+            "flux_dropout" => {
+                let below = text(case, "note")?.split("draw < ").nth(1).and_then(|s| s.split(';').next());
+                let probability = below.ok_or("a probability in the note")?.parse()?;
+                prepare(&golden, &plain, probability, size()?, Some("pooled_prompt_embeds"))?
             }
-            "flux_without_pooled" => prepare(&golden, &plain, 0.0, 1, None)?,
+            "flux_clip_pooled_alias" => {
+                let scale = golden.tensor(&format!("{name}/guidance"))?.narrow(0, 0, 1)?.item()?;
+                let adapter = FluxAdapter { guidance_scale: scale, ..plain };
+                prepare(&golden, &adapter, 0.0, size()?, Some("clip_pooled"))?
+            }
+            "flux_without_pooled" => prepare(&golden, &plain, 0.0, size()?, None)?,
             _ => {
                 out.push(Outcome::unbuilt(name));
                 continue;

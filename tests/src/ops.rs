@@ -27,6 +27,8 @@ pub fn cases(root: &Path) -> Vec<Outcome> {
 /// One case while it runs.
 struct Case<'a> {
     json: &'a Value,
+    /// Dims of the first output, where a case does not state a size of its own.
+    out: Vec<usize>,
     name: &'a str,
     inputs: BTreeMap<String, Tensor>,
     root: ParamBuilder,
@@ -39,8 +41,11 @@ fn file_cases(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
         let name = text(json, "name")?;
         let tape = Tape::new();
         let inputs = golden.under(&format!("{name}/in."))?;
+        let first = [format!("{name}/out"), format!("{name}/out.0")];
+        let out_name = first.iter().find(|n| golden.has(n)).ok_or_else(|| format!("{name}: no output"))?;
         let case = Case {
             json,
+            out: golden.tensor(out_name)?.dims().to_vec(),
             name,
             inputs: inputs.into_iter().map(|(k, t)| (k, tape.leaf(&t))).collect(),
             root: ParamBuilder::new(0, DType::F32, &Device::cpu()),
@@ -270,16 +275,13 @@ impl Case<'_> {
     }
 
     fn timesteps(&self) -> Any<Vec<Tensor>> {
-        let options = match self.name {
-            "timesteps_scale1000" => TimestepProjection { scale: 1000.0, ..TimestepProjection::new(256) },
-            "timesteps_noflip_shift1" => {
-                TimestepProjection { flip_sin_to_cos: false, downscale_freq_shift: 1.0, ..TimestepProjection::new(10) }
-            }
-            _ => TimestepProjection {
-                flip_sin_to_cos: self.json["flip_sin_to_cos"] == true,
-                downscale_freq_shift: number(self.json, "downscale_freq_shift")? as f32,
-                ..TimestepProjection::new(number(self.json, "num_channels")? as usize)
-            },
+        let flips = !self.name.contains("noflip") && self.json["flip_sin_to_cos"] != false;
+        let shift = if self.name.contains("shift1") { 1.0 } else { 0.0 };
+        let options = TimestepProjection {
+            dim: self.out[1],
+            flip_sin_to_cos: flips,
+            downscale_freq_shift: self.json["downscale_freq_shift"].as_f64().unwrap_or(shift) as f32,
+            scale: self.json["scale"].as_f64().unwrap_or(1.0) as f32,
         };
         Ok(vec![timestep_embedding(self.input("t")?, &options)?])
     }
