@@ -9,7 +9,7 @@ pub(crate) enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
-    /// AVX-512 F beside all of [`Isa::Avx2`].
+    /// AVX-512 F, BW, DQ and VL beside all of [`Isa::Avx2`].
     Avx512,
 }
 
@@ -31,7 +31,11 @@ pub(crate) fn isa() -> Isa {
 fn detect() -> Isa {
     if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")) {
         Isa::Portable
-    } else if is_x86_feature_detected!("avx512f") {
+    } else if is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+    {
         Isa::Avx512
     } else {
         Isa::Avx2
