@@ -17,6 +17,7 @@ pub mod cpu;
 mod dtype;
 mod error;
 pub mod expr;
+pub mod files;
 pub mod gradcheck;
 pub mod nn;
 pub mod ops;

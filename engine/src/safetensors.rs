@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, SafeTensorError, TensorView, serialize_to_file};
 
+use crate::files::write_whole;
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// An open file: its tensors are read when asked for.
@@ -120,21 +121,12 @@ pub fn save(path: impl AsRef<Path>, tensors: &[(String, Tensor)], text: &BTreeMa
     });
     let views: Vec<_> = views.collect::<Result<_>>()?;
     let text: Option<HashMap<_, _>> = (!text.is_empty()).then(|| text.clone().into_iter().collect());
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let written = serialize_to_file(views, text, &partial)
-        .map_err(|e| match e {
+    write_whole(path, |partial| {
+        serialize_to_file(views, text, partial).map_err(|e| match e {
             SafeTensorError::IoError(source) => io(source),
             other => format_error(path, other),
         })
-        .and_then(|()| File::open(&partial).and_then(|f| f.sync_all()).map_err(io))
-        .and_then(|()| std::fs::rename(&partial, path).map_err(io));
-    if written.is_err() {
-        // The older file stays; what was begun is of no use.
-        let _ = std::fs::remove_file(&partial);
-    }
-    written
+    })
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use flowtape_engine::files::write_whole;
 use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::safetensors::SafeTensors;
 use flowtape_engine::{DType, Device, Error as EngineError};
@@ -40,14 +41,9 @@ pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Tran
 /// # Errors
 /// When the folder can't be written.
 pub fn save(model: &dyn Transformer, folder: &Path) -> Result<()> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| EngineError::Io { path, source }
-    };
-    std::fs::create_dir_all(folder).map_err(io(folder))?;
+    let io = |source| EngineError::Io { path: folder.into(), source };
+    std::fs::create_dir_all(folder).map_err(io)?;
     model.params().save(folder.join(WEIGHTS))?;
-    let (path, partial) = (folder.join(CONFIG), folder.join("config.json.partial"));
     let text = format!("{:#}\n", model.config());
-    std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, &path)).map_err(io(&path))?;
-    Ok(())
+    write_whole(&folder.join(CONFIG), |partial| Ok(std::fs::write(partial, text).map_err(io)?))
 }

@@ -3,6 +3,7 @@
 use std::io::BufWriter;
 use std::path::Path;
 
+use flowtape_engine::files::write_whole;
 use plotters::prelude::{ChartBuilder, Color, IntoDrawingArea, LineSeries, RGBColor, SVGBackend, WHITE};
 
 use crate::digits::{PIXELS, SIDE};
@@ -35,7 +36,7 @@ pub fn save_grid(path: &Path, images: &[f32], columns: usize) -> Result<()> {
             }
         }
     }
-    whole(path, |partial| {
+    write_whole(path, |partial| {
         let file = std::fs::File::create(partial).map_err(io(path))?;
         let mut encoder = png::Encoder::new(BufWriter::new(file), width as u32, height as u32);
         encoder.set_color(png::ColorType::Grayscale);
@@ -62,7 +63,7 @@ pub fn save_loss_curve(path: &Path, losses: &[(u64, f64)]) -> Result<()> {
         (losses[i].0, window.iter().map(|l| l.1).sum::<f64>() / window.len() as f64)
     };
     let smooth: Vec<(u64, f64)> = (0..losses.len()).map(around).collect();
-    whole(path, |partial| {
+    write_whole(path, |partial| {
         let area = SVGBackend::new(partial, (900, 420)).into_drawing_area();
         area.fill(&WHITE).map_err(|e| failed(&e))?;
         let mut chart = ChartBuilder::on(&area)
@@ -79,16 +80,6 @@ pub fn save_loss_curve(path: &Path, losses: &[(u64, f64)]) -> Result<()> {
         chart.draw_series(LineSeries::new(inside(losses.to_vec()), pale.stroke_width(1))).map_err(|e| failed(&e))?;
         chart.draw_series(LineSeries::new(inside(smooth), strong.stroke_width(2))).map_err(|e| failed(&e))?;
         area.present().map_err(|e| failed(&e))
-    })
-}
-
-/// Lets `write` make a file beside `path` and moves it there when it is whole.
-fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = Path::new(&partial);
-    write(partial).and_then(|()| std::fs::rename(partial, path).map_err(io(path))).inspect_err(|_| {
-        let _ = std::fs::remove_file(partial);
     })
 }
 
