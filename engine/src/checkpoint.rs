@@ -1,13 +1,9 @@
 //! Activation checkpointing: keep a block's inputs, run it again in backward.
 
-use std::sync::Arc;
+use crate::tape::{self, Block, Forward, Op};
+use crate::{Result, Tensor};
 
-use crate::tape::{self, Forward, GradientSink, InputGradients, Op};
-use crate::{Gradients, Result, Tape, Tensor};
-
-type Block = Arc<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
-
-struct Checkpoint(Block);
+struct Checkpoint(Box<Block>);
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -22,29 +18,11 @@ impl Op for Checkpoint {
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         inputs.iter().for_each(|t| cx.save(t));
-        Ok(vec![(self.0)(inputs)?])
+        (self.0)(inputs)
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let Some(grad) = &grads[0] else { return Ok(()) };
-        let tape = Tape::new();
-        let inputs: Vec<Tensor> = saved
-            .iter()
-            .enumerate()
-            .map(|(i, t)| if out.needs(i) && t.dtype().is_float() { tape.leaf(t) } else { tape.attach(t) })
-            .collect();
-        let output = (self.0)(&inputs)?;
-        let mut inner = Gradients::default();
-        tape.backward_with(&output, grad, &mut inner as &mut dyn GradientSink)?;
-        for (i, input) in inputs.iter().enumerate() {
-            if let Some(gradient) = input.var().and_then(|v| inner.remove(v)) {
-                out.set(i, gradient);
-            }
-        }
-        // What is left are parameters that the block captured.
-        let captured: Vec<_> = inner.iter().map(|(v, g)| (v, g.clone())).collect();
-        captured.into_iter().for_each(|(v, g)| out.captured(v, g));
-        Ok(())
+    fn replay(&self) -> Option<&Block> {
+        Some(&*self.0)
     }
 }
 
@@ -57,8 +35,8 @@ impl Op for Checkpoint {
 /// What the block returns.
 pub fn checkpoint(
     inputs: &[&Tensor],
-    block: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
-) -> Result<Tensor> {
+    block: impl Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+) -> Result<Vec<Tensor>> {
     let Some(tape) = inputs.iter().find_map(|t| t.tape().cloned()) else {
         return block(&inputs.iter().map(|t| t.detach()).collect::<Vec<_>>());
     };
@@ -67,6 +45,5 @@ pub fn checkpoint(
     let mut all: Vec<&Tensor> = inputs.to_vec();
     all.push(&marker);
     let count = inputs.len();
-    let output = tape::apply_one(Checkpoint(Arc::new(move |xs: &[Tensor]| block(&xs[..count]))), &all)?;
-    Ok(output)
+    tape::apply(Checkpoint(Box::new(move |xs: &[Tensor]| block(&xs[..count]))), &all)
 }

@@ -161,7 +161,7 @@ fn evaluate_at(sample: &Sample, inputs: &[Tensor], dtype: DType, device: &Device
     let weights = Tensor::from_vec(cotangent(values.len()), output.dims(), &Device::cpu())?.to_dtype(output.dtype())?;
     let weights = Tensor::from_bytes(&weights.to_bytes()?, output.dims(), output.dtype(), device)?;
     let mut gradients = crate::Gradients::default();
-    tape.backward_with(&output, &weights, &mut gradients)?;
+    tape.backward_with(&[(&output, &weights)], &mut gradients)?;
     let gradient = |x: &Tensor| match gradients.of(x) {
         Some(g) => g.to_vec::<f64>(),
         None => Ok(vec![0.0; x.numel()]),

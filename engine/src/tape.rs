@@ -36,7 +36,14 @@ pub trait Op: Debug + Send + Sync + 'static {
     fn differentiable(&self) -> bool {
         true
     }
+    /// For an op that runs again instead of having a `backward`: what it runs on its inputs, all of which it saved.
+    fn replay(&self) -> Option<&Block> {
+        None
+    }
 }
+
+/// A function of tensors that may run more than once, always with the same result.
+pub type Block = dyn Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync;
 
 /// What a running op may ask and keep.
 #[derive(Debug)]
@@ -69,7 +76,6 @@ impl Forward {
 pub struct InputGradients {
     needs: Vec<bool>,
     gradients: Vec<Option<Tensor>>,
-    captured: Vec<(VarId, Tensor)>,
 }
 
 impl InputGradients {
@@ -83,11 +89,6 @@ impl InputGradients {
         if self.needs(i) {
             self.gradients[i] = Some(gradient);
         }
-    }
-
-    /// The gradient of a variable that is not an input (a parameter used inside a block).
-    pub(crate) fn captured(&mut self, var: VarId, gradient: Tensor) {
-        self.captured.push((var, gradient));
     }
 }
 
@@ -201,17 +202,22 @@ impl Tape {
             return Err(Error::shape("backward", "one element", loss.dims()));
         }
         let mut gradients = Gradients::default();
-        self.backward_with(loss, &Tensor::ones(loss.dims(), loss.dtype(), loss.device())?, &mut gradients)?;
+        let one = Tensor::ones(loss.dims(), loss.dtype(), loss.device())?;
+        self.backward_with(&[(loss, &one)], &mut gradients)?;
         Ok(gradients)
     }
 
-    /// The same from any output and its cotangent; each gradient goes to `sink` as soon as it is final.
-    pub fn backward_with(&self, output: &Tensor, cotangent: &Tensor, sink: &mut dyn GradientSink) -> Result<()> {
-        let var = output.var().ok_or_else(|| {
-            Error::argument("backward", "an output that depends on a leaf or parameter", "a constant")
-        })?;
-        if cotangent.dims() != output.dims() {
-            return Err(Error::shape("backward", format!("a cotangent of {:?}", output.dims()), cotangent.dims()));
+    /// The same from any outputs and their cotangents; each gradient goes to `sink` as soon as it is final.
+    pub fn backward_with(&self, outputs: &[(&Tensor, &Tensor)], sink: &mut dyn GradientSink) -> Result<()> {
+        let mut pending = HashMap::new();
+        for (output, cotangent) in outputs {
+            let var = output.var().ok_or_else(|| {
+                Error::argument("backward", "an output that depends on a leaf or parameter", "a constant")
+            })?;
+            if cotangent.dims() != output.dims() {
+                return Err(Error::shape("backward", format!("a cotangent of {:?}", output.dims()), cotangent.dims()));
+            }
+            add_gradient(&mut pending, var, cotangent.detach())?;
         }
         let Inner { mut records, produced } = std::mem::take(&mut *self.lock());
         // The earliest record that reads a variable is the last to add to its gradient.
@@ -221,12 +227,8 @@ impl Tape {
                 first_use.entry(*input).or_insert(index);
             }
         }
-        let mut pending: HashMap<VarId, Tensor> = HashMap::from([(var, cotangent.detach())]);
         while let Some(record) = records.pop() {
-            let grads: Vec<_> = record.outputs.iter().map(|v| pending.remove(v)).collect();
-            if grads.iter().any(Option::is_some) {
-                run_backward(&record, &grads, &mut pending)?;
-            }
+            run_backward(&record, &mut pending)?;
             for input in record.inputs.iter().flatten() {
                 if first_use.get(input) == Some(&records.len())
                     && !produced.contains(input)
@@ -243,22 +245,56 @@ impl Tape {
     }
 }
 
-fn run_backward(record: &Record, grads: &[Option<Tensor>], pending: &mut HashMap<VarId, Tensor>) -> Result<()> {
+/// Takes the gradients of a record's outputs out of `pending`, and adds those of its inputs.
+fn run_backward(record: &Record, pending: &mut HashMap<VarId, Tensor>) -> Result<()> {
+    let grads: Vec<_> = record.outputs.iter().map(|v| pending.remove(v)).collect();
+    if grads.iter().all(Option::is_none) {
+        return Ok(());
+    }
     if record.saved.iter().any(|(t, version)| t.storage().version() != *version) {
         return Err(Error::Overwritten { op: record.op.name() });
     }
+    if let Some(block) = record.op.replay() {
+        return replay(block, record, grads, pending);
+    }
     let saved: Vec<Tensor> = record.saved.iter().map(|(t, _)| t.clone()).collect();
     let needs: Vec<bool> = record.inputs.iter().map(Option::is_some).collect();
-    let mut out = InputGradients { gradients: vec![None; needs.len()], needs, captured: Vec::new() };
-    record.op.backward(&saved, grads, &mut out)?;
+    let mut out = InputGradients { gradients: vec![None; needs.len()], needs };
+    record.op.backward(&saved, &grads, &mut out)?;
     let inputs = record.inputs.iter().zip(out.gradients).filter_map(|(v, g)| Some(((*v)?, g?)));
-    for (var, gradient) in inputs.chain(out.captured) {
-        let sum = match pending.remove(&var) {
-            Some(before) => before.add(&gradient)?,
-            None => gradient,
-        };
-        pending.insert(var, sum);
+    inputs.into_iter().try_for_each(|(var, gradient)| add_gradient(pending, var, gradient))
+}
+
+/// Records a block anew and runs its backward. Its records add to the slots of the variables outside, so the bits are
+/// those of a run that kept everything.
+fn replay(
+    block: &Block,
+    record: &Record,
+    grads: Vec<Option<Tensor>>,
+    pending: &mut HashMap<VarId, Tensor>,
+) -> Result<()> {
+    let tape = Tape::new();
+    let inputs = record.saved.iter().zip(&record.inputs);
+    let inputs: Vec<_> = inputs.map(|((t, _), var)| t.clone().tracked(*var, Some(tape.clone()))).collect();
+    for (output, grad) in block(&inputs)?.iter().zip(grads) {
+        // An output that depends on nothing has no variable, and its gradient goes nowhere.
+        if let (Some(var), Some(grad)) = (output.var(), grad) {
+            add_gradient(pending, var, grad)?;
+        }
     }
+    let mut records = std::mem::take(&mut *tape.lock()).records;
+    while let Some(record) = records.pop() {
+        run_backward(&record, pending)?;
+    }
+    Ok(())
+}
+
+fn add_gradient(pending: &mut HashMap<VarId, Tensor>, var: VarId, gradient: Tensor) -> Result<()> {
+    let sum = match pending.remove(&var) {
+        Some(before) => before.add(&gradient)?,
+        None => gradient,
+    };
+    pending.insert(var, sum);
     Ok(())
 }
 

@@ -17,7 +17,7 @@ fn run(inputs: &[&Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>, g: &Tensor) 
     let leaves: Vec<Tensor> = inputs.iter().map(|t| tape.leaf(t)).collect();
     let y = f(&leaves)?;
     let mut gradients = flowtape_engine::Gradients::default();
-    tape.backward_with(&y, g, &mut gradients)?;
+    tape.backward_with(&[(&y, g)], &mut gradients)?;
     let all = leaves.iter().map(|t| gradients.of(t).unwrap().to_vec()).collect::<Result<_>>()?;
     Ok((y.to_vec()?, all))
 }

@@ -124,10 +124,15 @@ fn checkpointing_gives_the_same_bits() -> Result<()> {
     let run = |checkpointed: bool| -> Result<(Vec<f32>, Vec<f32>)> {
         let tape = Tape::new();
         let (x, w) = (tape.leaf(&x), tape.leaf(&w));
-        let block = |xs: &[Tensor]| ops::linear(&xs[0], &xs[1], None)?.gelu()?.matmul(&xs[1]);
+        let block = |xs: &[Tensor]| -> Result<Vec<Tensor>> {
+            let hidden = ops::linear(&xs[0], &xs[1], None)?.gelu()?;
+            Ok(vec![hidden.matmul(&xs[1])?, hidden.square()?, hidden.neg()?])
+        };
         let y =
             if checkpointed { flowtape_engine::checkpoint(&[&x, &w], block)? } else { block(&[x.clone(), w.clone()])? };
-        let gradients: Gradients = tape.backward(&y.square()?.mean_all()?)?;
+        // The last output is not used; the block's inputs are read outside, too.
+        let outside = x.mul(&w.narrow(0, 0, 5)?)?;
+        let gradients: Gradients = tape.backward(&y[0].square()?.mul(&y[1])?.add(&outside)?.mean_all()?)?;
         let of = |t: &Tensor| gradients.of(t).unwrap().to_vec::<f32>();
         Ok((of(&x)?, of(&w)?))
     };

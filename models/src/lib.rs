@@ -28,4 +28,10 @@ pub trait Transformer: FlowModel {
     fn parameters_without_gradient(&self) -> Vec<String> {
         Vec::new()
     }
+    /// Whether each block keeps its inputs alone and runs again in backward: less memory for a second forward. The
+    /// gradients are the same, bit for bit.
+    fn set_gradient_checkpointing(&mut self, on: bool);
+    /// Parameters that DiT starts at zero (Peebles and Xie 2022, adaLN-Zero): what makes shifts, scales and gates, and the
+    /// output projection. A new model adds nothing to its residual stream then, and predicts zero.
+    fn zero_init_parameters(&self) -> Vec<String>;
 }

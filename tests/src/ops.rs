@@ -9,7 +9,7 @@ use flowtape_engine::nn::{
 };
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::{DType, Device, Tape, Tensor};
-use flowtape_models::blocks::{CombinedTimestepTextProjEmbeddings, Modulation, RopeTables, modulate, time_proj};
+use flowtape_models::blocks::{CombinedTimestepTextProjEmbeddings, Modulation, RopePrecision, RopeTables, modulate};
 use flowtape_models::flux::{FluxSingleTransformerBlock, FluxTransformerBlock};
 use serde_json::Value;
 
@@ -242,7 +242,13 @@ impl Case<'_> {
                     Some(dim) => vec![dim as usize],
                     None => self.sizes("axes_dim")?,
                 };
-                let tables = RopeTables::new(&positions, &axes, number(self.json, "theta")?, &Device::cpu())?;
+                let tables = RopeTables::new(
+                    &positions,
+                    &axes,
+                    number(self.json, "theta")?,
+                    RopePrecision::F64,
+                    &Device::cpu(),
+                )?;
                 vec![tables.cos, tables.sin]
             }
             "flux_apply" => {
@@ -300,8 +306,9 @@ impl Case<'_> {
         self.module(
             |p| CombinedTimestepTextProjEmbeddings::new(p, width, pooled.dim(1)?, guidance.is_some()),
             |m| {
-                let guidance = guidance.map(time_proj).transpose()?;
-                Ok(vec![m.forward(&time_proj(timestep)?, guidance.as_ref(), pooled)?])
+                let project = |times: &Tensor| timestep_embedding(times, &TimestepProjection::new(256));
+                let guidance = guidance.map(project).transpose()?;
+                Ok(vec![m.forward(&project(timestep)?, guidance.as_ref(), pooled)?])
             },
         )
     }
@@ -342,7 +349,11 @@ impl Case<'_> {
     fn flux_block(&self) -> Any<Vec<Tensor>> {
         let [text, image, temb] = ["enc", "hidden", "temb"].map(|n| self.input(n));
         let (text, image, temb) = (text?, image?, temb?);
-        let rope = RopeTables { cos: self.input("cos")?.detach(), sin: self.input("sin")?.detach() };
+        let rope = RopeTables {
+            cos: self.input("cos")?.detach(),
+            sin: self.input("sin")?.detach(),
+            layout: RopeLayout::Interleaved,
+        };
         let (width, head) = (image.dim(2)?, rope.cos.dim(1)?);
         if self.name == "flux_double_block" {
             return self.module(

@@ -1,17 +1,18 @@
 //! Goldens of whole training steps: every folder `*_step`, by its `case.json`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use flowtape_engine::{DType, Device, Tape, Tensor};
+use flowtape_engine::{DType, Device, Gradients, Tape, Tensor};
 use flowtape_flowmatch::{
     Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, FlowModel, ModelAdapter, ModelInputs, ModelOutput,
-    RecordedDraws, StepOptions, StepOutput, TaskType, TimestepSample,
+    Recorded as Draw, RecordedDraws, StepOptions, StepOutput, TaskType, TimestepSample,
 };
 use flowtape_models::{MODELS, Transformer, checkpoint, create_adapter};
 use serde_json::Value;
 
 use crate::Outcome;
-use crate::golden::{Any, Golden, Tolerance, collect, max, number, relative, text};
+use crate::golden::{Any, Golden, Tolerance, collect, exact, max, number, relative, text};
 
 /// All steps. `root` is the folder of the goldens.
 pub fn cases(root: &Path) -> Vec<Outcome> {
@@ -28,7 +29,7 @@ pub fn cases(root: &Path) -> Vec<Outcome> {
 struct Overridden<'a> {
     model: &'a dyn FlowModel,
     removed: Vec<String>,
-    given: Vec<(&'static str, Tensor)>,
+    given: BTreeMap<String, Tensor>,
 }
 
 impl FlowModel for Overridden<'_> {
@@ -56,18 +57,31 @@ pub(crate) struct Recorded {
     pub(crate) batch: Batch,
     pub(crate) noise: Tensor,
     pub(crate) sample: TimestepSample,
+    pub(crate) draws: RecordedDraws,
 }
 
 impl Recorded {
     pub(crate) fn read(golden: &Golden, prefix: &str, data_type: DataType, method: &str) -> Any<Self> {
-        let batch = Batch::from_tensors(golden.under(&format!("{prefix}batch."))?, Some(data_type))?;
+        let mut tensors = golden.under(&format!("{prefix}batch."))?;
+        // `context_latents.0`, `.1`, … are an ordered list; names sort so up to ten of them.
+        let numbered =
+            |name: &str| Some(name.rsplit_once('.').filter(|(_, n)| n.parse::<usize>().is_ok())?.0.to_owned());
+        let mut lists: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
+        for (name, tensor) in tensors.extract_if(.., |name, _| numbered(name).is_some()) {
+            lists.entry(numbered(&name).unwrap_or(name)).or_default().push(tensor);
+        }
+        let batch = Batch { lists, ..Batch::from_tensors(tensors, Some(data_type))? };
         let values = |name: &str| golden.values(&format!("{prefix}{name}"));
         let sample = TimestepSample { sigma: values("sigma")?, timesteps: values("timesteps")?, method: method.into() };
-        Ok(Self { batch, noise: golden.tensor(&format!("{prefix}noise"))?, sample })
+        // The noise of a second stream is drawn by its adapter.
+        let audio = format!("{prefix}audio_noise");
+        let audio = golden.has(&audio).then(|| golden.tensor(&audio)).transpose()?;
+        let draws = RecordedDraws::new(audio.map(Draw::Noise));
+        Ok(Self { batch, noise: golden.tensor(&format!("{prefix}noise"))?, sample, draws })
     }
 
     pub(crate) fn run(
-        self,
+        mut self,
         pipeline: &FlowMatchingPipeline,
         model: &dyn FlowModel,
         task_type: TaskType,
@@ -75,7 +89,7 @@ impl Recorded {
     ) -> Any<StepOutput> {
         let options = StepOptions { latents_require_grad: true, ..StepOptions::recorded(tape) };
         let noised = pipeline.with_noise(&self.batch, DType::F32, task_type, self.sample, self.noise)?;
-        Ok(pipeline.step_from(model, &self.batch, noised, 0, &mut RecordedDraws::default(), &options)?)
+        Ok(pipeline.step_from(model, &self.batch, noised, 0, &mut self.draws, &options)?)
     }
 }
 
@@ -86,22 +100,34 @@ fn step(folder: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         out.push(Outcome::unbuilt(format!("step ({adapter})")));
         return Ok(());
     }
-    let model = checkpoint::load(folder, DType::F32, &Device::cpu())?;
+    let mut model = checkpoint::load(folder, DType::F32, &Device::cpu())?;
     let files = Files::open(folder)?;
-    let bounds = &case["tolerance"]["accept"];
-    compare(&case, &*model, &files, Vec::new(), "", (number(bounds, "outputs")?, number(bounds, "grads")?), out)?;
+    let accept = Bounds::read(&case["tolerance"]["accept"])?;
+    let plain = Run::new(&case, &*model, &files, BTreeMap::new())?;
+    plain.compare(&case, &*model, &files, "", accept, out)?;
     // What a rounding of the frequencies moves is gone when the recorded projections are fed in.
-    let mut given = Vec::new();
-    for (name, tensor) in
-        [("timestep_proj", "time_text_embed.time_proj"), ("guidance_proj", "time_text_embed.time_proj#1")]
-    {
-        if files.intermediates.has(tensor) {
-            given.push((name, files.intermediates.tensor(tensor)?));
-        }
+    let mut given = files.intermediates.under("")?;
+    let projection = |name: &str| name.ends_with("time_proj") || name.ends_with("timesteps_proj");
+    given.retain(|name, _| name.split('#').next().is_some_and(projection));
+    let tight = Bounds::read(&case["tolerance"]["with_recorded_timestep_projections"])?;
+    let injected = Run::new(&case, &*model, &files, given)?;
+    injected.compare(&case, &*model, &files, " (recorded projections)", tight, out)?;
+    model.set_gradient_checkpointing(true);
+    let replayed = Run::new(&case, &*model, &files, BTreeMap::new())?;
+    out.push(replayed.same_bits(&plain, &*model)?);
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct Bounds {
+    outputs: f64,
+    grads: f64,
+}
+
+impl Bounds {
+    fn read(json: &Value) -> Any<Self> {
+        Ok(Self { outputs: number(json, "outputs")?, grads: number(json, "grads")? })
     }
-    let bounds = &case["tolerance"]["with_recorded_timestep_projections"];
-    let bounds = (number(bounds, "outputs")?, number(bounds, "grads")?);
-    compare(&case, &*model, &files, given, " (recorded projections)", bounds, out)
 }
 
 struct Files {
@@ -127,100 +153,116 @@ impl Files {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // a test's table
-fn compare(
-    case: &Value,
-    model: &dyn Transformer,
-    files: &Files,
-    given: Vec<(&'static str, Tensor)>,
-    suffix: &str,
-    (output_bound, grad_bound): (f64, f64),
-    out: &mut Vec<Outcome>,
-) -> Any<()> {
-    let pipeline = pipeline(case, create_adapter(text(case, "adapter")?, &kwargs(case, "adapter_kwargs"))?)?;
-    let non_tensors = kwargs(case, "prepared_non_tensors");
-    let removed = non_tensors.iter().filter(|(_, v)| v.is_null()).map(|(k, _)| k.clone()).collect();
-    let tape = Tape::new();
-    let task = [TaskType::T2V, TaskType::I2V].into_iter().find(|t| case["task_type"] == t.as_str()).ok_or("a task")?;
-    let recorded = Recorded::read(&files.inputs, "", text(case, "data_type")?.into(), text(case, "sampling_method")?)?;
-    let sigma = recorded.sample.sigma.clone();
-    let overridden = Overridden { model, removed, given };
-    let step = recorded.run(&pipeline, &overridden, task, &tape)?;
+/// A step of ours and its gradients.
+struct Run {
+    step: StepOutput,
+    grad_pred: Tensor,
+    gradients: Gradients,
+}
 
-    let mut push = |name: String, worst: f64, bound: f64, detail: String| {
-        out.push(Outcome { case: format!("{name}{suffix}"), worst, bound, detail });
-    };
-    let mut worst = 0.0;
-    for (name, want) in files.prepared.under("")? {
-        worst = max(worst, relative(step.inputs.tensor(&name)?, &want)?);
+impl Run {
+    fn new(case: &Value, model: &dyn Transformer, files: &Files, given: BTreeMap<String, Tensor>) -> Any<Self> {
+        let pipeline = pipeline(case, create_adapter(text(case, "adapter")?, &kwargs(case, "adapter_kwargs"))?)?;
+        let non_tensors = kwargs(case, "prepared_non_tensors");
+        let removed = non_tensors.iter().filter(|(_, v)| v.is_null()).map(|(k, _)| k.clone()).collect();
+        let task = [TaskType::T2V, TaskType::I2V].into_iter().find(|t| case["task_type"] == t.as_str());
+        let recorded =
+            Recorded::read(&files.inputs, "", text(case, "data_type")?.into(), text(case, "sampling_method")?)?;
+        let sigma = recorded.sample.sigma.clone();
+        let tape = Tape::new();
+        let step = recorded.run(&pipeline, &Overridden { model, removed, given }, task.ok_or("a task")?, &tape)?;
+        let tail = Tape::new();
+        let pred = tail.leaf(step.model_pred());
+        let loss = pipeline.compute_loss(&pred, &step.target, &sigma, None)?.average_weighted_loss;
+        let grad_pred = tail.backward(&loss)?.of(&pred).ok_or("no gradient of the prediction")?.clone();
+        Ok(Self { gradients: tape.backward(&step.loss)?, step, grad_pred })
     }
-    // Data movement is exact; the timestep is divided, which may round once.
-    push("prepared inputs".into(), worst, 2f64.powi(-23), String::new());
-    let outputs = [
-        ("noisy_latents", &step.noisy_latents),
-        ("target", &step.target),
-        ("model_pred", step.model_pred()),
-        ("unweighted_loss", &step.parts.unweighted_loss),
-        ("loss_weight", &step.parts.loss_weight),
-        ("weighted_loss", &step.parts.weighted_loss),
-        ("average_unweighted_loss", &step.parts.average_unweighted_loss),
-        ("average_weighted_loss", &step.parts.average_weighted_loss),
-    ];
-    for (name, got) in outputs {
-        push(name.into(), relative(got, &files.outputs.tensor(name)?)?, output_bound, String::new());
-    }
-    let (mut worst, mut count) = (0.0, 0);
-    for (name, want) in case["metrics"].as_object().into_iter().flatten() {
-        let Some(want) = want.as_f64() else { continue };
-        let got = step.metrics.get_number(name).unwrap_or(f64::NAN);
-        worst = max(worst, Tolerance { rtol: 1.0, atol: 1e-6 }.worst(&[got], &[want]));
-        count += 1;
-    }
-    push("metrics".into(), worst, output_bound, format!("{count} metrics"));
 
-    let tail = Tape::new();
-    let pred = tail.leaf(step.model_pred());
-    let loss = pipeline.compute_loss(&pred, &step.target, &sigma, None)?.average_weighted_loss;
-    let grad = tail.backward(&loss)?;
-    let grad = grad.of(&pred).ok_or("no gradient of the prediction")?;
-    push(
-        "grad model_pred".into(),
-        relative(grad, &files.input_grads.tensor("model_pred")?)?,
-        grad_bound,
-        String::new(),
-    );
-    let gradients = tape.backward(&step.loss)?;
-    let noisy = gradients.of(&step.noisy_latents).ok_or("no gradient of the noisy latents")?;
-    push(
-        "grad noisy_latents".into(),
-        relative(noisy, &files.input_grads.tensor("noisy_latents")?)?,
-        grad_bound,
-        String::new(),
-    );
-
-    let zero: Vec<&str> =
-        case["mathematically_zero_gradients"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let without: Vec<String> = serde_json::from_value(case["parameters_without_gradient"].clone())?;
-    model.params().check_gradients(&gradients, &without)?;
-    let wanted = files.grads.under("")?;
-    let (mut worst, mut at) = (0.0, String::new());
-    for (name, parameter) in model.params().iter() {
-        let Some(want) = wanted.get(name) else {
-            if !without.iter().any(|n| n == name) {
-                return Err(format!("no golden gradient of {name}").into());
-            }
-            continue;
+    fn compare(
+        &self,
+        case: &Value,
+        model: &dyn Transformer,
+        files: &Files,
+        suffix: &str,
+        bounds: Bounds,
+        out: &mut Vec<Outcome>,
+    ) -> Any<()> {
+        let Self { step, grad_pred, gradients } = self;
+        let mut push = |name: &str, worst: f64, bound: f64, detail: String| {
+            out.push(Outcome { case: format!("{name}{suffix}"), worst, bound, detail });
         };
-        let got = gradients.of(parameter).ok_or_else(|| format!("no gradient of {name}"))?;
-        let deviation = if zero.contains(&name) {
-            got.to_vec::<f64>()?.into_iter().fold(0.0, |m, v| max(m, v.abs()))
-        } else {
-            relative(got, want)?
-        };
-        if deviation >= worst {
-            (worst, at) = (deviation, name.to_owned());
+        let mut worst = 0.0;
+        for (name, want) in files.prepared.under("")? {
+            worst = max(worst, relative(step.inputs.tensor(&name)?, &want)?);
         }
+        // Data movement is exact; the timestep is divided, which may round once.
+        push("prepared inputs", worst, 2f64.powi(-23), String::new());
+        let outputs = [
+            ("noisy_latents", &step.noisy_latents),
+            ("target", &step.target),
+            ("model_pred", step.model_pred()),
+            ("unweighted_loss", &step.parts.unweighted_loss),
+            ("loss_weight", &step.parts.loss_weight),
+            ("weighted_loss", &step.parts.weighted_loss),
+            ("average_unweighted_loss", &step.parts.average_unweighted_loss),
+            ("average_weighted_loss", &step.parts.average_weighted_loss),
+        ];
+        let outputs = outputs.map(|(name, tensor)| (name.to_owned(), tensor));
+        let auxiliary = step.auxiliary_losses.iter().map(|(name, loss)| (format!("aux.{name}"), loss));
+        for (name, got) in outputs.into_iter().chain(auxiliary) {
+            push(&name, relative(got, &files.outputs.tensor(&name)?)?, bounds.outputs, String::new());
+        }
+        let (mut worst, mut count) = (0.0, 0);
+        for (name, want) in case["metrics"].as_object().into_iter().flatten() {
+            let Some(want) = want.as_f64() else { continue };
+            let got = step.metrics.get_number(name).unwrap_or(f64::NAN);
+            worst = max(worst, Tolerance { rtol: 1.0, atol: 1e-6 }.worst(&[got], &[want]));
+            count += 1;
+        }
+        push("metrics", worst, bounds.outputs, format!("{count} metrics"));
+        let noisy = gradients.of(&step.noisy_latents).ok_or("no gradient of the noisy latents")?;
+        for (name, got) in [("model_pred", grad_pred), ("noisy_latents", noisy)] {
+            let worst = relative(got, &files.input_grads.tensor(name)?)?;
+            push(&format!("grad {name}"), worst, bounds.grads, String::new());
+        }
+
+        let zero: Vec<String> = serde_json::from_value(case["mathematically_zero_gradients"].clone())?;
+        let mut without: Vec<String> = serde_json::from_value(case["parameters_without_gradient"].clone())?;
+        let mut ours = model.parameters_without_gradient();
+        without.sort();
+        ours.sort();
+        push("parameters without gradient", f64::from(u8::from(ours != without)), 0.0, format!("{}", without.len()));
+        model.params().check_gradients(gradients, &without)?;
+        let wanted = files.grads.under("")?;
+        let (mut worst, mut at) = (0.0, String::new());
+        for (name, parameter) in model.params().iter().filter(|(name, _)| !without.iter().any(|n| n == name)) {
+            let want = wanted.get(name).ok_or_else(|| format!("no golden gradient of {name}"))?;
+            let got = gradients.of(parameter).ok_or_else(|| format!("no gradient of {name}"))?;
+            let deviation = if zero.iter().any(|n| n == name) {
+                got.to_vec::<f64>()?.into_iter().fold(0.0, |m, v| max(m, v.abs()))
+            } else {
+                relative(got, want)?
+            };
+            if deviation >= worst {
+                (worst, at) = (deviation, name.to_owned());
+            }
+        }
+        push(&format!("grads of {} parameters", wanted.len()), worst, bounds.grads, format!("worst: {at}"));
+        Ok(())
     }
-    push(format!("grads of {} parameters", wanted.len()), worst, grad_bound, format!("worst: {at}"));
-    Ok(())
+
+    /// Whether loss and all gradients have the bits of another run of the model.
+    fn same_bits(&self, other: &Self, model: &dyn Transformer) -> Any<Outcome> {
+        let mut different = Vec::new();
+        if self.step.loss.to_bytes()? != other.step.loss.to_bytes()? {
+            different.push("loss");
+        }
+        for (name, parameter) in model.params().iter() {
+            let bytes = |run: &Self| run.gradients.of(parameter).map(Tensor::to_bytes).transpose();
+            if bytes(self)? != bytes(other)? {
+                different.push(name);
+            }
+        }
+        Ok(exact("gradient checkpointing keeps the bits", different.is_empty(), different.join(", ")))
+    }
 }

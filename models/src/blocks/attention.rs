@@ -1,4 +1,4 @@
-//! Attention with normalised queries and keys.
+//! Projections to queries, keys and values, and attention over them.
 
 use flowtape_engine::nn::{Linear, ParamBuilder, RmsNorm};
 use flowtape_engine::ops::attention;
@@ -6,24 +6,74 @@ use flowtape_engine::{Result, Tensor};
 
 use super::RopeTables;
 
-/// The projections of one stream to queries, keys and values of several heads; queries and keys go through RMSNorm.
+/// diffusers' names of the projections and norms of a stream's own attention.
+pub const QKV: [&str; 5] = ["to_q", "to_k", "to_v", "norm_q", "norm_k"];
+/// The same of the stream that is added to it: the text.
+pub const ADDED_QKV: [&str; 5] = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"];
+
+/// How queries and keys are normalised by their root mean square.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum QkNorm {
+    /// Not at all.
+    None,
+    /// Each head by itself, after the split.
+    PerHead,
+    /// All heads together, before the split.
+    AcrossHeads,
+}
+
+/// Sizes and options of [`QkvHeads`].
+#[derive(Clone, Copy, Debug)]
+pub struct QkvConfig {
+    /// Width of what queries are made of.
+    pub query_dim: usize,
+    /// Width of what keys and values are made of.
+    pub context_dim: usize,
+    /// Number of heads.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Whether the projections have a bias.
+    pub bias: bool,
+    /// The norm of queries and keys.
+    pub norm: QkNorm,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+impl QkvConfig {
+    /// Attention of `dim` to itself, normalised per head: what the double-stream models have.
+    pub fn joint(dim: usize, heads: usize) -> Self {
+        let head_dim = dim / heads;
+        Self { query_dim: dim, context_dim: dim, heads, head_dim, bias: true, norm: QkNorm::PerHead, eps: 1e-6 }
+    }
+}
+
+/// Projections to the queries of one sequence and the keys and values of the same or another.
 #[derive(Clone, Debug)]
 pub struct QkvHeads {
     projections: [Linear; 3],
-    norms: [RmsNorm; 2],
-    heads: usize,
+    norms: Option<[RmsNorm; 2]>,
+    config: QkvConfig,
 }
 
 impl QkvHeads {
-    /// `names` are those of the three projections and the two norms.
+    /// `names` are those of the three projections and the two norms, such as [`QKV`].
     ///
     /// # Errors
     /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, names: [&str; 5], dim: usize, heads: usize, eps: f64) -> Result<Self> {
-        let linear = |name| Linear::new(&params.sub(name), dim, dim, true);
-        let norm = |name| RmsNorm::new(&params.sub(name), dim / heads, eps);
+    pub fn new(params: &ParamBuilder, names: [&str; 5], config: QkvConfig) -> Result<Self> {
         let [q, k, v, norm_q, norm_k] = names;
-        Ok(Self { projections: [linear(q)?, linear(k)?, linear(v)?], norms: [norm(norm_q)?, norm(norm_k)?], heads })
+        let inner = config.heads * config.head_dim;
+        let linear = |name, width| Linear::new(&params.sub(name), width, inner, config.bias);
+        let norm = |name, width| RmsNorm::new(&params.sub(name), width, config.eps);
+        let norms = match config.norm {
+            QkNorm::None => None,
+            QkNorm::PerHead => Some([norm(norm_q, config.head_dim)?, norm(norm_k, config.head_dim)?]),
+            QkNorm::AcrossHeads => Some([norm(norm_q, inner)?, norm(norm_k, inner)?]),
+        };
+        let (queries, context) = (config.query_dim, config.context_dim);
+        Ok(Self { projections: [linear(q, queries)?, linear(k, context)?, linear(v, context)?], norms, config })
     }
 
     /// Queries, keys and values `[B, H, L, D]` of x `[B, L, dim]`.
@@ -31,21 +81,52 @@ impl QkvHeads {
     /// # Errors
     /// When the shape does not fit.
     pub fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
-        let (batch, len) = (x.dim(0)?, x.dim(1)?);
-        let split = |linear: &Linear| {
-            let y = linear.forward(x)?;
-            y.reshape(&[batch, len, self.heads, y.dim(2)? / self.heads])
+        let queries = self.queries(x)?;
+        let [keys, values] = self.keys_values(x)?;
+        Ok([queries, keys, values])
+    }
+
+    /// Queries `[B, H, L, D]` of x `[B, L, query_dim]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn queries(&self, x: &Tensor) -> Result<Tensor> {
+        self.heads(self.projections[0].forward(x)?, self.norms.as_ref().map(|n| &n[0]))
+    }
+
+    /// Keys and values `[B, H, T, D]` of a context `[B, T, context_dim]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn keys_values(&self, context: &Tensor) -> Result<[Tensor; 2]> {
+        let keys = self.heads(self.projections[1].forward(context)?, self.norms.as_ref().map(|n| &n[1]))?;
+        Ok([keys, self.heads(self.projections[2].forward(context)?, None)?])
+    }
+
+    fn heads(&self, projected: Tensor, norm: Option<&RmsNorm>) -> Result<Tensor> {
+        let normalised = |x: Tensor, wanted| match norm {
+            Some(norm) if self.config.norm == wanted => norm.forward(&x),
+            _ => Ok(x),
         };
-        let [q, k, v] = &self.projections;
-        let (q, k) = (self.norms[0].forward(&split(q)?)?, self.norms[1].forward(&split(k)?)?);
-        Ok([q.transpose(1, 2)?, k.transpose(1, 2)?, split(v)?.transpose(1, 2)?])
+        let projected = normalised(projected, QkNorm::AcrossHeads)?;
+        normalised(split_heads(&projected, self.config.heads)?, QkNorm::PerHead)?.transpose(1, 2)
     }
 }
 
-/// Attention over `[B, H, L, D]` with rotated queries and keys, its heads joined to `[B, L, dim]`.
+/// `[B, L, H D]` to `[B, L, H, D]`.
+fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    x.reshape(&[x.dim(0)?, x.dim(1)?, heads, x.dim(2)? / heads])
+}
+
+/// Attention over `[B, H, L, D]`, with rotated queries and keys where there are tables, its heads joined to
+/// `[B, L, H D]`. The mask is added to the scores.
 ///
 /// # Errors
 /// When the shapes do not fit.
-pub fn attend([q, k, v]: [Tensor; 3], rope: &RopeTables) -> Result<Tensor> {
-    attention(&rope.apply(&q)?, &rope.apply(&k)?, &v, None, None)?.transpose(1, 2)?.flatten(2, 3)
+pub fn attend([q, k, v]: [Tensor; 3], rope: Option<&RopeTables>, mask: Option<&Tensor>) -> Result<Tensor> {
+    let (q, k) = match rope {
+        Some(rope) => (rope.apply(&q)?, rope.apply(&k)?),
+        None => (q, k),
+    };
+    attention(&q, &k, &v, mask, None)?.transpose(1, 2)?.flatten(2, 3)
 }

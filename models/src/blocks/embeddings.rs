@@ -2,9 +2,10 @@
 
 use flowtape_engine::nn::{ParamBuilder, TimestepEmbedding, TimestepProjection, timestep_embedding};
 use flowtape_engine::{Error, Result, Tensor};
+use flowtape_flowmatch::ModelInputs;
 
 /// Channels of the sinusoidal projections.
-const CHANNELS: usize = 256;
+pub(crate) const CHANNELS: usize = 256;
 
 /// diffusers' `CombinedTimestepTextProjEmbeddings`, or `CombinedTimestepGuidanceTextProjEmbeddings` where there is a
 /// guidance embedder: the sum of the embeddings of time, guidance and pooled text.
@@ -15,12 +16,17 @@ pub struct CombinedTimestepTextProjEmbeddings {
     text_embedder: TimestepEmbedding,
 }
 
-/// The sinusoidal projection `[B, 256]` of times `[B]` (0 to 1000).
+/// The sinusoidal projection `[N, dim]` of times `[N]` (0 to 1000). A projection that the inputs hold under `module`,
+/// diffusers' path of the layer that makes it, is taken instead: its angles are so large that two right ways of
+/// rounding them differ in the fifth digit.
 ///
 /// # Errors
 /// When memory runs out.
-pub fn time_proj(times: &Tensor) -> Result<Tensor> {
-    timestep_embedding(times, &TimestepProjection::new(CHANNELS))
+pub fn time_proj(inputs: &ModelInputs, module: &str, times: &Tensor, options: &TimestepProjection) -> Result<Tensor> {
+    match inputs.optional(module) {
+        Some(given) => Ok(given.clone()),
+        None => timestep_embedding(times, options),
+    }
 }
 
 impl CombinedTimestepTextProjEmbeddings {

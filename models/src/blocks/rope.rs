@@ -1,39 +1,75 @@
-//! Tables of rotary position embeddings, made on the host in f64.
+//! Tables of rotary position embeddings, made on the host.
 
 use flowtape_engine::ops::{RopeLayout, rope};
 use flowtape_engine::{Device, Result, Tensor};
 
-/// Cosines and sines `[L, D]`, f32, each angle at both places of its pair `(2i, 2i + 1)`.
+/// The numbers in which angles are computed. A reference that works in f32 is met to the last digits in f32 alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RopePrecision {
+    /// 32 bits.
+    F32,
+    /// 64 bits.
+    F64,
+}
+
+impl RopePrecision {
+    /// Cosine and sine of `position · theta^(-2 i / dim)`.
+    fn rotation(self, position: f32, theta: f64, i: usize, dim: usize) -> (f32, f32) {
+        let exponent = (2 * i) as f64 / dim as f64;
+        match self {
+            Self::F32 => {
+                let frequency = 1.0 / (theta as f32).powf(exponent as f32);
+                let (sin, cos) = (position * frequency).sin_cos();
+                (cos, sin)
+            }
+            Self::F64 => {
+                let (sin, cos) = (f64::from(position) * theta.powf(-exponent)).sin_cos();
+                (cos as f32, sin as f32)
+            }
+        }
+    }
+}
+
+/// Cosines and sines `[L, D]`, f32, each angle at both places of its pair.
 #[derive(Clone, Debug)]
 pub struct RopeTables {
     /// Cosines.
     pub cos: Tensor,
     /// Sines.
     pub sin: Tensor,
+    /// Which elements make a pair.
+    pub layout: RopeLayout,
 }
 
 impl RopeTables {
-    /// Of positions `[L, axes]` (row-major): axis `a` fills `axes_dim[a]` columns with `position / theta^(2i / dim)`.
+    /// Of positions `[L, axes]` (row-major), for pairs `(2i, 2i + 1)`: axis `a` fills `axes_dim[a]` columns with
+    /// `position / theta^(2i / dim)`.
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn new(positions: &[f32], axes_dim: &[usize], theta: f64, device: &Device) -> Result<Self> {
-        let width: usize = axes_dim.iter().sum();
-        let frequencies: Vec<(usize, f64)> = axes_dim
-            .iter()
-            .enumerate()
-            .flat_map(|(axis, &dim)| (0..dim / 2).map(move |i| (axis, theta.powf(-2.0 * i as f64 / dim as f64))))
-            .collect();
+    pub fn new(
+        positions: &[f32],
+        axes_dim: &[usize],
+        theta: f64,
+        precision: RopePrecision,
+        device: &Device,
+    ) -> Result<Self> {
+        let columns: Vec<(usize, usize)> =
+            axes_dim.iter().enumerate().flat_map(|(axis, &dim)| (0..dim / 2).map(move |i| (axis, i))).collect();
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for position in positions.chunks(axes_dim.len()) {
-            for &(axis, frequency) in &frequencies {
-                let (s, c) = (f64::from(position[axis]) * frequency).sin_cos();
-                cos.extend([c as f32; 2]);
-                sin.extend([s as f32; 2]);
+            for &(axis, i) in &columns {
+                let (c, s) = precision.rotation(position[axis], theta, i, axes_dim[axis]);
+                cos.extend([c; 2]);
+                sin.extend([s; 2]);
             }
         }
-        let dims = [positions.len() / axes_dim.len(), width];
-        Ok(Self { cos: Tensor::from_vec(cos, &dims, device)?, sin: Tensor::from_vec(sin, &dims, device)? })
+        let dims = [positions.len() / axes_dim.len(), axes_dim.iter().sum()];
+        Ok(Self {
+            cos: Tensor::from_vec(cos, &dims, device)?,
+            sin: Tensor::from_vec(sin, &dims, device)?,
+            layout: RopeLayout::Interleaved,
+        })
     }
 
     /// Rotates x `[B, H, L, D]`.
@@ -41,6 +77,6 @@ impl RopeTables {
     /// # Errors
     /// When the shape does not fit.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        rope(x, &self.cos, &self.sin, RopeLayout::Interleaved)
+        rope(x, &self.cos, &self.sin, self.layout)
     }
 }

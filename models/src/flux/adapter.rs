@@ -6,7 +6,7 @@ use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, Mo
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::registry::parse;
+use crate::registry::parse_kwargs;
 use crate::{Error, Result};
 
 /// Width of CLIP's pooled embedding, which stands in as zeros where a batch has none.
@@ -36,7 +36,7 @@ impl FluxAdapter {
     /// # Errors
     /// When an argument is unknown or of another type.
     pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
-        parse("adapter_kwargs", Value::Object(kwargs.clone()))
+        parse_kwargs(kwargs)
     }
 }
 

@@ -3,21 +3,13 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::registry::parse;
+use crate::registry::{check_sizes, parse_config};
 use crate::{Error, Result};
 
 /// `config.json`, with diffusers' defaults (those of FLUX.1-schnell).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FluxConfig {
-    #[serde(rename = "_class_name", skip_deserializing)]
-    class_name: &'static str,
-    /// Written by diffusers; not used.
-    #[serde(rename = "_diffusers_version", skip_serializing_if = "Option::is_none")]
-    diffusers_version: Option<String>,
-    /// Where a folder of diffusers came from; not used.
-    #[serde(rename = "_name_or_path", skip_serializing)]
-    name_or_path: Option<String>,
     /// Side of a patch; the model takes packed latents, so 1.
     pub patch_size: usize,
     /// Channels of a packed token.
@@ -45,9 +37,6 @@ pub struct FluxConfig {
 impl Default for FluxConfig {
     fn default() -> Self {
         Self {
-            class_name: "FluxTransformer2DModel",
-            diffusers_version: None,
-            name_or_path: None,
             patch_size: 1,
             in_channels: 64,
             out_channels: None,
@@ -69,27 +58,22 @@ impl FluxConfig {
     /// # Errors
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let mut value = value.clone();
-        value.as_object_mut().map(|o| o.remove("_class_name"));
-        let config: Self = parse("config.json", value)?;
+        let config: Self = parse_config(value)?;
         let axes: usize = config.axes_dims_rope.iter().sum();
         let odd = config.axes_dims_rope.iter().any(|d| d % 2 != 0);
         if axes != config.attention_head_dim || config.axes_dims_rope.len() != 3 || odd {
             let expected = format!("three even numbers with the sum {}", config.attention_head_dim);
             return Err(Error::config("axes_dims_rope", expected, &config.axes_dims_rope));
         }
-        let sizes = [
+        check_sizes([
             ("patch_size", config.patch_size),
             ("in_channels", config.in_channels),
             ("attention_head_dim", config.attention_head_dim),
             ("num_attention_heads", config.num_attention_heads),
             ("joint_attention_dim", config.joint_attention_dim),
             ("pooled_projection_dim", config.pooled_projection_dim),
-        ];
-        match sizes.into_iter().find(|(_, size)| *size == 0) {
-            Some((key, size)) => Err(Error::config(key, "at least 1", size)),
-            None => Ok(config),
-        }
+        ])?;
+        Ok(config)
     }
 
     /// Width of the model.

@@ -1,14 +1,16 @@
 //! diffusers' `FluxTransformer2DModel`.
 
-use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params};
+use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
 use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
-    CombinedTimestepTextProjEmbeddings, Modulation, QkvHeads, RopeTables, attend, gate, modulate, time_proj,
+    ADDED_QKV, CHANNELS, CombinedTimestepTextProjEmbeddings, Modulation, QKV, QkvConfig, QkvHeads, RopePrecision,
+    RopeTables, attend, gate, modulate, run_block, time_proj,
 };
+use crate::registry::config_json;
 
 const EPS: f64 = 1e-6;
 /// Base of the rotary frequencies.
@@ -40,15 +42,14 @@ impl Stream {
     fn new(params: &ParamBuilder, text: bool, dim: usize, heads: usize) -> Result<Self> {
         let attn = params.sub("attn");
         let (norm1, qkv, out, ff) = if text {
-            let qkv = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"];
-            ("norm1_context", qkv, attn.sub("to_add_out"), "ff_context")
+            ("norm1_context", ADDED_QKV, attn.sub("to_add_out"), "ff_context")
         } else {
-            ("norm1", ["to_q", "to_k", "to_v", "norm_q", "norm_k"], attn.sub("to_out").sub(0), "ff")
+            ("norm1", QKV, attn.sub("to_out").sub(0), "ff")
         };
         Ok(Self {
             modulation: Modulation::new(&params.sub(norm1).sub("linear"), dim, 6)?,
             norm: norm(params, dim)?,
-            qkv: QkvHeads::new(&attn, qkv, dim, heads, EPS)?,
+            qkv: QkvHeads::new(&attn, qkv, QkvConfig::joint(dim, heads))?,
             to_out: Linear::new(&out, dim, dim, true)?,
             ff: FeedForward::new(&params.sub(ff), dim, 4 * dim, Activation::GeluTanh)?,
         })
@@ -93,7 +94,7 @@ impl FluxTransformerBlock {
     pub fn forward(&self, text: &Tensor, image: &Tensor, temb: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
         let (m_text, m_image) = (self.text.before_attention(text, temb)?, self.image.before_attention(image, temb)?);
         let join = |i: usize| Tensor::cat(&[&m_text.qkv[i], &m_image.qkv[i]], 2);
-        let joint = attend([join(0)?, join(1)?, join(2)?], rope)?;
+        let joint = attend([join(0)?, join(1)?, join(2)?], Some(rope), None)?;
         let parts = joint.split(&[text.dim(1)?, image.dim(1)?], 1)?;
         Ok([
             self.text.after_attention(text, &parts[0], &m_text)?,
@@ -118,11 +119,10 @@ impl FluxSingleTransformerBlock {
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, dim: usize, heads: usize) -> Result<Self> {
-        let qkv = ["to_q", "to_k", "to_v", "norm_q", "norm_k"];
         Ok(Self {
             modulation: Modulation::new(&params.sub("norm").sub("linear"), dim, 3)?,
             norm: norm(params, dim)?,
-            qkv: QkvHeads::new(&params.sub("attn"), qkv, dim, heads, EPS)?,
+            qkv: QkvHeads::new(&params.sub("attn"), QKV, QkvConfig::joint(dim, heads))?,
             proj_mlp: Linear::new(&params.sub("proj_mlp"), dim, 4 * dim, true)?,
             proj_out: Linear::new(&params.sub("proj_out"), 5 * dim, dim, true)?,
         })
@@ -136,7 +136,7 @@ impl FluxSingleTransformerBlock {
         let parts = self.modulation.forward(temb)?;
         let h = modulate(&self.norm.forward(x)?, &parts[0], &parts[1])?;
         let mlp = Activation::GeluTanh.forward(&self.proj_mlp.forward(&h)?)?;
-        let attention = attend(self.qkv.forward(&h)?, rope)?;
+        let attention = attend(self.qkv.forward(&h)?, Some(rope), None)?;
         gate(x, &parts[2], &self.proj_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
     }
 }
@@ -145,8 +145,7 @@ impl FluxSingleTransformerBlock {
 ///
 /// Inputs, with the reference's names: `hidden_states` `[B, L, in_channels]` (packed latents), `encoder_hidden_states`
 /// `[B, T, joint_attention_dim]`, `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` (0 to 1),
-/// `img_ids` `[L, 3]`, `txt_ids` `[T, 3]` or `[B, T, 3]`, `guidance` `[B]` where the model embeds one. The sinusoidal
-/// projections may be given instead of being made: `timestep_proj`, `guidance_proj` `[B, 256]`. Result
+/// `img_ids` `[L, 3]`, `txt_ids` `[T, 3]` or `[B, T, 3]`, `guidance` `[B]` where the model embeds one. Result
 /// `[B, L, out_channels]`.
 #[derive(Debug)]
 pub struct FluxTransformer2DModel {
@@ -159,6 +158,7 @@ pub struct FluxTransformer2DModel {
     single_transformer_blocks: Vec<FluxSingleTransformerBlock>,
     norm_out: (Modulation, LayerNorm),
     proj_out: Linear,
+    gradient_checkpointing: bool,
 }
 
 impl FluxTransformer2DModel {
@@ -185,20 +185,19 @@ impl FluxTransformer2DModel {
             norm_out: (Modulation::new(&root.sub("norm_out").sub("linear"), dim, 2)?, norm(root, dim)?),
             proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
             params: root.params(),
+            gradient_checkpointing: false,
             config,
         })
     }
 
     /// The embedding of time, guidance and pooled text.
     fn temb(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<Tensor> {
-        let projection = |given: &str, name: &str| match inputs.optional(given) {
-            Some(projection) => Ok(Some(projection.clone())),
-            None => inputs.optional(name).map(|t| time_proj(&t.mul_scalar(1000.0)?)).transpose(),
+        let project = |module: &str, times: &Tensor| {
+            let times = times.mul_scalar(1000.0)?;
+            time_proj(inputs, module, &times, &TimestepProjection::new(CHANNELS))
         };
-        let Some(time) = projection("timestep_proj", "timestep")? else {
-            return inputs.tensor("timestep").cloned();
-        };
-        let guidance = projection("guidance_proj", "guidance")?;
+        let time = project("time_text_embed.time_proj", inputs.tensor("timestep")?)?;
+        let guidance = inputs.optional("guidance").map(|g| project("time_text_embed.time_proj#1", g)).transpose()?;
         Ok(self.time_text_embed.forward(&time, guidance.as_ref(), inputs.tensor("pooled_projections")?)?)
     }
 
@@ -209,7 +208,7 @@ impl FluxTransformer2DModel {
         let first = |ids: &Tensor| if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0) } else { Ok(ids.clone()) };
         let mut positions = first(txt)?.to_vec::<f32>()?;
         positions.extend(first(img)?.to_vec::<f32>()?);
-        Ok(RopeTables::new(&positions, &self.config.axes_dims_rope, THETA, img.device())?)
+        Ok(RopeTables::new(&positions, &self.config.axes_dims_rope, THETA, RopePrecision::F64, img.device())?)
     }
 }
 
@@ -218,13 +217,18 @@ impl FlowModel for FluxTransformer2DModel {
         let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let (temb, rope) = (self.temb(inputs)?, self.rope(inputs)?);
+        let checkpointing = self.gradient_checkpointing;
         for block in &self.transformer_blocks {
-            [text, image] = block.forward(&text, &image, &temb, &rope)?;
+            let (block, rope) = (block.clone(), rope.clone());
+            let run = move |[text, image, temb]: [&Tensor; 3]| block.forward(text, image, temb, &rope);
+            [text, image] = run_block(checkpointing, [&text, &image, &temb], run)?;
         }
         let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
         let mut x = Tensor::cat(&[&text, &image], 1)?;
         for block in &self.single_transformer_blocks {
-            x = block.forward(&x, &temb, &rope)?;
+            let (block, rope) = (block.clone(), rope.clone());
+            let run = move |[x, temb]: [&Tensor; 2]| Ok([block.forward(x, temb, &rope)?]);
+            [x] = run_block(checkpointing, [&x, &temb], run)?;
         }
         let image = x.narrow(1, text_len, image_len)?;
         let (modulation, norm) = &self.norm_out;
@@ -241,6 +245,20 @@ impl Transformer for FluxTransformer2DModel {
     }
 
     fn config(&self) -> serde_json::Value {
-        serde_json::json!(self.config)
+        config_json("FluxTransformer2DModel", &self.config)
+    }
+
+    fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.gradient_checkpointing = on;
+    }
+
+    fn zero_init_parameters(&self) -> Vec<String> {
+        let zero = |name: &&str| {
+            name.contains(".norm1")
+                || name.contains(".norm.linear.")
+                || name.starts_with("norm_out.")
+                || name.starts_with("proj_out.")
+        };
+        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
     }
 }
