@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`blocks`] | what the models share: modulation, joint attention, embeddings, rotary tables |
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
+//! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors` |
 //! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`] |
 
@@ -11,6 +12,7 @@ pub mod blocks;
 pub mod checkpoint;
 pub mod flux;
 pub mod registry;
+pub mod wan;
 
 use flowtape_engine::nn::Params;
 use flowtape_flowmatch::FlowModel;

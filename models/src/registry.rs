@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
+use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
 
 /// Makes an adapter from its `adapter_kwargs`.
@@ -27,13 +28,21 @@ pub struct ModelKind {
     pub new_model: NewModel,
 }
 
-/// All models.
-pub const MODELS: &[ModelKind] = &[ModelKind {
-    adapter: "flux",
-    class: "FluxTransformer2DModel",
-    new_adapter: |kwargs| Ok(Box::new(FluxAdapter::from_kwargs(kwargs)?)),
-    new_model: |config, params| Ok(Box::new(FluxTransformer2DModel::new(FluxConfig::from_json(config)?, params)?)),
-}];
+/// All models. Adapters of one class share its model.
+pub const MODELS: &[ModelKind] = &[
+    ModelKind {
+        adapter: "simple",
+        class: "WanTransformer3DModel",
+        new_adapter: |kwargs| Ok(Box::new(SimpleAdapter::from_kwargs(kwargs)?)),
+        new_model: |config, params| Ok(Box::new(WanTransformer3DModel::new(WanConfig::from_json(config)?, params)?)),
+    },
+    ModelKind {
+        adapter: "flux",
+        class: "FluxTransformer2DModel",
+        new_adapter: |kwargs| Ok(Box::new(FluxAdapter::from_kwargs(kwargs)?)),
+        new_model: |config, params| Ok(Box::new(FluxTransformer2DModel::new(FluxConfig::from_json(config)?, params)?)),
+    },
+];
 
 fn names(name: fn(&ModelKind) -> &'static str) -> String {
     MODELS.iter().map(name).collect::<Vec<_>>().join(", ")

@@ -9,8 +9,11 @@ use flowtape_engine::nn::{
 };
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::{DType, Device, Tape, Tensor};
-use flowtape_models::blocks::{CombinedTimestepTextProjEmbeddings, Modulation, RopePrecision, RopeTables, modulate};
+use flowtape_models::blocks::{
+    ChannelOrder, CombinedTimestepTextProjEmbeddings, Modulation, RopePrecision, RopeTables, modulate, unpatchify,
+};
 use flowtape_models::flux::{FluxSingleTransformerBlock, FluxTransformerBlock};
+use flowtape_models::wan::{WanAttention, WanConfig};
 use serde_json::Value;
 
 use crate::Outcome;
@@ -226,13 +229,29 @@ impl Case<'_> {
             }
             _ if family("sdpa") => self.attention()?,
             _ if family("timesteps") => self.timesteps()?,
-            "timestep_embedding" => self.embedder("sample")?,
-            "pixart_text_projection_silu" => self.embedder("caption")?,
+            _ if family("timestep_embedding") => self.embedder("sample", Activation::Silu)?,
+            "pixart_text_projection_silu" => self.embedder("caption", Activation::Silu)?,
+            "pixart_text_projection_gelu_tanh" => self.embedder("caption", Activation::GeluTanh)?,
             _ if family("flux_time") => self.flux_time()?,
             _ if family("conv3d_patchify") => {
-                let y = ops::patchify_conv(self.x()?, self.input("weight")?, self.inputs.get("bias"))?;
-                vec![y.flatten(2, 4)?.transpose(1, 2)?]
+                vec![ops::patchify_conv(self.x()?, self.input("weight")?, self.inputs.get("bias"))?]
             }
+            "wan_unpatchify" | "hunyuan_unpatchify" => {
+                let order = if family("wan") { ChannelOrder::Fastest } else { ChannelOrder::Slowest };
+                vec![unpatchify(self.x()?, &self.sizes("grid")?, &self.sizes("patch")?, order)?]
+            }
+            "wan_rope" => {
+                let config = WanConfig {
+                    attention_head_dim: self.json["attention_head_dim"].as_u64().ok_or("a head dim")? as usize,
+                    ..WanConfig::default()
+                };
+                let patch = self.sizes("patch_size")?;
+                let grid: Vec<usize> = self.sizes("latent_fhw")?.iter().zip(patch).map(|(size, p)| size / p).collect();
+                let tables = config.rope(&grid, &Device::cpu())?;
+                let dims = [1, tables.cos.dim(0)?, 1, config.attention_head_dim];
+                vec![tables.cos.reshape(&dims)?, tables.sin.reshape(&dims)?]
+            }
+            "wan_self_attention" => self.wan_attention()?,
             _ if family("ada_layer_norm") => self.ada_layer_norm()?,
             _ if family("feed_forward") => self.feed_forward()?,
             "flux_double_block" | "flux_single_block" => self.flux_block()?,
@@ -292,11 +311,24 @@ impl Case<'_> {
         Ok(vec![timestep_embedding(self.input("t")?, &options)?])
     }
 
-    fn embedder(&self, input: &str) -> Any<Vec<Tensor>> {
+    fn embedder(&self, input: &str, activation: Activation) -> Any<Vec<Tensor>> {
         let x = self.input(input)?;
-        let width = self.params.get("linear_1.bias").ok_or("a bias")?.numel();
-        let inputs = x.dim(x.rank() - 1)?;
-        self.module(|p| TimestepEmbedding::new(p, inputs, width), |m| Ok(vec![m.forward(x)?]))
+        let width = self.params.get("linear_1.weight").ok_or("a weight")?.dim(0)?;
+        let (inputs, bias) = (x.dim(x.rank() - 1)?, self.params.contains_key("linear_1.bias"));
+        self.module(|p| TimestepEmbedding::with(p, inputs, width, activation, bias), |m| Ok(vec![m.forward(x)?]))
+    }
+
+    fn wan_attention(&self) -> Any<Vec<Tensor>> {
+        let x = self.x()?;
+        let (heads, head_dim) = (number(self.json, "heads")? as usize, number(self.json, "dim_head")? as usize);
+        let table = |name: &str| -> flowtape_engine::Result<Tensor> {
+            self.inputs[name].detach().reshape(&[x.dim(1)?, head_dim])
+        };
+        let rope = RopeTables { cos: table("cos")?, sin: table("sin")?, layout: RopeLayout::Interleaved };
+        self.module(
+            |p| WanAttention::new(p, heads * head_dim, heads, 1e-6, None),
+            |m| Ok(vec![m.self_attention(x, &rope)?]),
+        )
     }
 
     fn flux_time(&self) -> Any<Vec<Tensor>> {

@@ -1,7 +1,6 @@
 //! Embeddings of a time.
 
-use super::{Linear, ParamBuilder};
-use crate::ops::pointwise;
+use super::{Activation, Linear, ParamBuilder};
 use crate::{Result, Tensor};
 
 /// Options of diffusers' `get_timestep_embedding`.
@@ -47,31 +46,44 @@ pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Resul
     Ok(Tensor::from_vec(out, &[times_host.len(), options.dim], times.device())?.on_tape_of(times))
 }
 
-/// diffusers' `TimestepEmbedding` (and `PixArtAlphaTextProjection` with silu): `linear_1`, silu, `linear_2`.
+/// diffusers' `TimestepEmbedding` and `PixArtAlphaTextProjection`: `linear_1`, an activation, `linear_2`.
 #[derive(Clone, Debug)]
 pub struct TimestepEmbedding {
     linear_1: Linear,
+    activation: Activation,
     linear_2: Linear,
 }
 
 impl TimestepEmbedding {
-    /// `inputs` to `width`.
+    /// `inputs` to `width`, with silu and biases.
     ///
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, inputs: usize, width: usize) -> Result<Self> {
-        Ok(Self {
-            linear_1: Linear::new(&params.sub("linear_1"), inputs, width, true)?,
-            linear_2: Linear::new(&params.sub("linear_2"), width, width, true)?,
-        })
+        Self::with(params, inputs, width, Activation::Silu, true)
     }
 
-    /// x `[N, inputs]` to `[N, width]`.
+    /// With an activation that keeps the width, and with or without biases.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn with(
+        params: &ParamBuilder,
+        inputs: usize,
+        width: usize,
+        activation: Activation,
+        bias: bool,
+    ) -> Result<Self> {
+        let linear_1 = Linear::new(&params.sub("linear_1"), inputs, width, bias)?;
+        Ok(Self { linear_1, activation, linear_2: Linear::new(&params.sub("linear_2"), width, width, bias)? })
+    }
+
+    /// x `[.., inputs]` to `[.., width]`.
     ///
     /// # Errors
     /// When the shape does not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.linear_2.forward(&pointwise([&self.linear_1.forward(x)?], |[x]| x.silu())?)
+        self.linear_2.forward(&self.activation.forward(&self.linear_1.forward(x)?)?)
     }
 }
 

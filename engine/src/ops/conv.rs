@@ -3,26 +3,20 @@
 use crate::gradcheck::{Case, Sample};
 use crate::{Error, Result, Tensor, ops::linear};
 
-/// Patchify convolution in n dimensions: x `[B, C, s...]`, weight `[out, C, k...]`, bias `[out]`, stride = kernel.
-/// Result `[B, out, s/k...]`.
+/// Patches as tokens: x `[B, C, s..]` to `[B, L, C k..]`, the grid's last axis fastest, a patch's channel slowest.
 ///
 /// # Errors
-/// When a size is no multiple of its kernel or the shapes do not fit.
-pub fn patchify_conv(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let n = weight.rank().saturating_sub(2);
+/// When the ranks differ or a size is no multiple of its kernel.
+pub fn patchify(x: &Tensor, kernel: &[usize]) -> Result<Tensor> {
+    let n = kernel.len();
     let fits = n > 0
-        && x.rank() == weight.rank()
-        && x.dims()[1] == weight.dims()[1]
-        && (2..x.rank()).all(|a| weight.dims()[a] > 0 && x.dims()[a].is_multiple_of(weight.dims()[a]));
+        && x.rank() == n + 2
+        && kernel.iter().zip(&x.dims()[2..]).all(|(k, size)| *k > 0 && size.is_multiple_of(*k));
     if !fits {
-        return Err(Error::shape(
-            "patchify_conv",
-            "x [B, C, s..] and weight [out, C, k..] with s a multiple of k",
-            (x.dims(), weight.dims()),
-        ));
+        let expected = format!("x [B, C, s..] with s a multiple of {kernel:?}");
+        return Err(Error::shape("patchify", expected, x.dims()));
     }
-    let (batch, channels, out) = (x.dims()[0], x.dims()[1], weight.dims()[0]);
-    let kernel = &weight.dims()[2..];
+    let (batch, channels) = (x.dims()[0], x.dims()[1]);
     let grid: Vec<usize> = (0..n).map(|i| x.dims()[i + 2] / kernel[i]).collect();
     // [B, C, g0, k0, g1, k1, ..] -> [B, g0, g1, .., C, k0, k1, ..]
     let mut dims = vec![batch, channels];
@@ -30,10 +24,21 @@ pub fn patchify_conv(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     let axes: Vec<usize> =
         [0].into_iter().chain((0..n).map(|i| 2 + 2 * i)).chain([1]).chain((0..n).map(|i| 3 + 2 * i)).collect();
     let width = channels * kernel.iter().product::<usize>();
-    let tokens: usize = grid.iter().product();
-    let patches = x.reshape(&dims)?.permute(&axes)?.reshape(&[batch, tokens, width])?;
-    let y = linear(&patches, &weight.on_tape_of(x).reshape(&[out, width])?, bias)?;
-    y.transpose(1, 2)?.reshape(&[&[batch, out], &grid[..]].concat())
+    x.reshape(&dims)?.permute(&axes)?.reshape(&[batch, grid.iter().product(), width])
+}
+
+/// Patchify convolution in n dimensions: x `[B, C, s..]`, weight `[out, C, k..]`, bias `[out]`, stride = kernel. The
+/// result is tokens `[B, L, out]`, the grid's last axis fastest.
+///
+/// # Errors
+/// When a size is no multiple of its kernel or the shapes do not fit.
+pub fn patchify_conv(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let kernel = weight.dims().get(2..).unwrap_or_default();
+    if x.dims().get(1) != weight.dims().get(1) {
+        return Err(Error::shape("patchify_conv", "x [B, C, s..] and weight [out, C, k..]", (x.dims(), weight.dims())));
+    }
+    let patches = patchify(x, kernel)?;
+    linear(&patches, &weight.on_tape_of(x).reshape(&[weight.dims()[0], patches.dims()[2]])?, bias)
 }
 
 /// Gradient-check cases.

@@ -12,12 +12,12 @@ pub mod rope;
 pub mod view;
 
 pub use attention::attention;
-pub use conv::patchify_conv;
+pub use conv::{patchify, patchify_conv};
 pub use index::embedding;
 pub use loss::{dropout, mse};
 pub use matmul::linear;
 pub use norm::{layer_norm, rms_norm, softmax};
-pub use pointwise::pointwise;
+pub use pointwise::{pointwise, pointwise_to};
 pub use rope::{RopeLayout, rope};
 
 /// The gradient-check cases of all ops.

@@ -2,7 +2,7 @@
 
 use flowtape_engine::nn::{Linear, ParamBuilder, RmsNorm};
 use flowtape_engine::ops::attention;
-use flowtape_engine::{Result, Tensor};
+use flowtape_engine::{Error, Result, Tensor};
 
 use super::RopeTables;
 
@@ -47,13 +47,19 @@ impl QkvConfig {
         let head_dim = dim / heads;
         Self { query_dim: dim, context_dim: dim, heads, head_dim, bias: true, norm: QkNorm::PerHead, eps: 1e-6 }
     }
+
+    /// Width of all heads together.
+    pub fn inner_dim(&self) -> usize {
+        self.heads * self.head_dim
+    }
 }
 
 /// Projections to the queries of one sequence and the keys and values of the same or another.
 #[derive(Clone, Debug)]
 pub struct QkvHeads {
-    projections: [Linear; 3],
-    norms: Option<[RmsNorm; 2]>,
+    query: Option<(Linear, Option<RmsNorm>)>,
+    key: (Linear, Option<RmsNorm>),
+    value: Linear,
     config: QkvConfig,
 }
 
@@ -64,16 +70,34 @@ impl QkvHeads {
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, names: [&str; 5], config: QkvConfig) -> Result<Self> {
         let [q, k, v, norm_q, norm_k] = names;
-        let inner = config.heads * config.head_dim;
-        let linear = |name, width| Linear::new(&params.sub(name), width, inner, config.bias);
-        let norm = |name, width| RmsNorm::new(&params.sub(name), width, config.eps);
-        let norms = match config.norm {
+        let query = Self::projection(params, q, norm_q, config.query_dim, config)?;
+        Ok(Self { query: Some(query), ..Self::context_only(params, [k, v, norm_k], config)? })
+    }
+
+    /// Keys and values alone, for queries that are made elsewhere; the names of their projections and of the keys' norm.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn context_only(params: &ParamBuilder, names: [&str; 3], config: QkvConfig) -> Result<Self> {
+        let [k, v, norm_k] = names;
+        let key = Self::projection(params, k, norm_k, config.context_dim, config)?;
+        let value = Linear::new(&params.sub(v), config.context_dim, config.inner_dim(), config.bias)?;
+        Ok(Self { query: None, key, value, config })
+    }
+
+    fn projection(
+        params: &ParamBuilder,
+        name: &str,
+        norm: &str,
+        width: usize,
+        config: QkvConfig,
+    ) -> Result<(Linear, Option<RmsNorm>)> {
+        let norm = match config.norm {
             QkNorm::None => None,
-            QkNorm::PerHead => Some([norm(norm_q, config.head_dim)?, norm(norm_k, config.head_dim)?]),
-            QkNorm::AcrossHeads => Some([norm(norm_q, inner)?, norm(norm_k, inner)?]),
+            QkNorm::PerHead => Some(RmsNorm::new(&params.sub(norm), config.head_dim, config.eps)?),
+            QkNorm::AcrossHeads => Some(RmsNorm::new(&params.sub(norm), config.inner_dim(), config.eps)?),
         };
-        let (queries, context) = (config.query_dim, config.context_dim);
-        Ok(Self { projections: [linear(q, queries)?, linear(k, context)?, linear(v, context)?], norms, config })
+        Ok((Linear::new(&params.sub(name), width, config.inner_dim(), config.bias)?, norm))
     }
 
     /// Queries, keys and values `[B, H, L, D]` of x `[B, L, dim]`.
@@ -89,9 +113,11 @@ impl QkvHeads {
     /// Queries `[B, H, L, D]` of x `[B, L, query_dim]`.
     ///
     /// # Errors
-    /// When the shape does not fit.
+    /// When the shape does not fit, or there are keys and values alone.
     pub fn queries(&self, x: &Tensor) -> Result<Tensor> {
-        self.heads(self.projections[0].forward(x)?, self.norms.as_ref().map(|n| &n[0]))
+        let query = self.query.as_ref();
+        let (linear, norm) = query.ok_or_else(|| Error::argument("queries", "a projection to queries", "none"))?;
+        self.heads(linear.forward(x)?, norm.as_ref())
     }
 
     /// Keys and values `[B, H, T, D]` of a context `[B, T, context_dim]`.
@@ -99,8 +125,9 @@ impl QkvHeads {
     /// # Errors
     /// When the shape does not fit.
     pub fn keys_values(&self, context: &Tensor) -> Result<[Tensor; 2]> {
-        let keys = self.heads(self.projections[1].forward(context)?, self.norms.as_ref().map(|n| &n[1]))?;
-        Ok([keys, self.heads(self.projections[2].forward(context)?, None)?])
+        let (linear, norm) = &self.key;
+        let keys = self.heads(linear.forward(context)?, norm.as_ref())?;
+        Ok([keys, self.heads(self.value.forward(context)?, None)?])
     }
 
     fn heads(&self, projected: Tensor, norm: Option<&RmsNorm>) -> Result<Tensor> {

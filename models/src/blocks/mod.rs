@@ -2,13 +2,17 @@
 
 mod attention;
 mod checkpointing;
+mod conditioning;
 mod embeddings;
 mod modulation;
+mod patch;
 mod rope;
 
 pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend};
 pub use checkpointing::run_block;
+pub use conditioning::with_batch_axis;
 pub(crate) use embeddings::CHANNELS;
 pub use embeddings::{CombinedTimestepTextProjEmbeddings, time_proj};
 pub use modulation::{Modulation, gate, modulate};
+pub use patch::{ChannelOrder, PatchEmbed, unpatchify};
 pub use rope::{RopePrecision, RopeTables};

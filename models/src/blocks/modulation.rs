@@ -1,7 +1,7 @@
 //! Modulation by an embedding: adaptive layer normalisation and gates (Peebles and Xie, DiT).
 
 use flowtape_engine::nn::{Linear, ParamBuilder};
-use flowtape_engine::ops::pointwise;
+use flowtape_engine::ops::{pointwise, pointwise_to};
 use flowtape_engine::{Result, Tensor};
 
 /// `linear(silu(embedding))` in equal parts: the `linear` of diffusers' AdaLayerNorms.
@@ -30,18 +30,18 @@ impl Modulation {
     }
 }
 
-/// `x (1 + scale) + shift`: x `[B, L, dim]`, both vectors `[B, 1, dim]`.
+/// `x (1 + scale) + shift` in the dtype of x `[B, L, dim]`; both vectors `[B, 1, dim]`, or one per token.
 ///
 /// # Errors
 /// When the shapes do not fit.
 pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    pointwise([x, shift, scale], |[x, shift, scale]| x * (scale + 1.0) + shift)
+    pointwise_to(x.dtype(), [x, shift, scale], |[x, shift, scale]| x * (scale + 1.0) + shift)
 }
 
-/// `residual + gate y`: `[B, L, dim]`, the gate `[B, 1, dim]`.
+/// `residual + gate y` in the dtype of the residual `[B, L, dim]`; the gate `[B, 1, dim]`, or one per token.
 ///
 /// # Errors
 /// When the shapes do not fit.
 pub fn gate(residual: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
-    pointwise([residual, gate, y], |[residual, gate, y]| residual + gate * y)
+    pointwise_to(residual.dtype(), [residual, gate, y], |[residual, gate, y]| residual + gate * y)
 }

@@ -6,6 +6,7 @@ use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, Mo
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::blocks::with_batch_axis;
 use crate::registry::parse_kwargs;
 use crate::{Error, Result};
 
@@ -74,12 +75,6 @@ pub fn latent_image_ids(height: usize, width: usize, device: &Device) -> Result<
     let (rows, cols) = (height / 2, width / 2);
     let ids = (0..rows * cols).flat_map(|i| [0.0, (i / cols) as f32, (i % cols) as f32]).collect();
     Ok(Tensor::from_vec(ids, &[rows * cols, 3], device)?)
-}
-
-/// A tensor of the batch with a batch axis, in the compute dtype.
-fn with_batch_axis(tensor: &Tensor, rank: usize, dtype: DType) -> Result<Tensor> {
-    let tensor = if tensor.rank() + 1 == rank { tensor.unsqueeze(0)? } else { tensor.clone() };
-    Ok(tensor.to_dtype(dtype)?)
 }
 
 impl ModelAdapter for FluxAdapter {

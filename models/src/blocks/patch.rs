@@ -1,0 +1,67 @@
+//! Patches of latents as tokens, and back.
+
+use flowtape_engine::nn::{Init, ParamBuilder};
+use flowtape_engine::ops::patchify_conv;
+use flowtape_engine::{Error, Result, Tensor};
+
+/// A convolution whose stride is its kernel; parameters `weight` `[out, C, k..]` and `bias` `[out]`.
+#[derive(Clone, Debug)]
+pub struct PatchEmbed {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl PatchEmbed {
+    /// `channels` to `width`, uniform in +-1/sqrt(fan in), as PyTorch starts it.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, channels: usize, width: usize, patch: &[usize]) -> Result<Self> {
+        let fan_in = channels * patch.iter().product::<usize>();
+        let init = Init::Uniform { bound: 1.0 / (fan_in as f64).sqrt() };
+        let weight = params.get("weight", &[&[width, channels], patch].concat(), init)?;
+        Ok(Self { weight, bias: params.get("bias", &[width], init)? })
+    }
+
+    /// Latents `[B, C, s..]` to tokens `[B, L, width]`.
+    ///
+    /// # Errors
+    /// When a side is no multiple of the patch.
+    pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+        patchify_conv(latents, &self.weight, Some(&self.bias))
+    }
+}
+
+/// Where a token's channels lie among the places of its patch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ChannelOrder {
+    /// `(places, channel)`: Wan.
+    Fastest,
+    /// `(channel, places)`: FLUX, Qwen-Image, HunyuanVideo.
+    Slowest,
+}
+
+/// Tokens `[B, L, C p..]` of a grid to latents `[B, C, g p..]`.
+///
+/// # Errors
+/// When the tokens are not those of such a grid and patch.
+pub fn unpatchify(tokens: &Tensor, grid: &[usize], patch: &[usize], order: ChannelOrder) -> Result<Tensor> {
+    let (n, places) = (grid.len(), patch.iter().product::<usize>());
+    let &[batch, _, width] = tokens.dims() else {
+        return Err(Error::shape("unpatchify", "tokens [B, L, C p..]", tokens.dims()));
+    };
+    let channels = width / places.max(1);
+    // [B, g.., p.., C] or [B, g.., C, p..] -> [B, C, g0, p0, g1, p1, ..]
+    let (channel, place) = match order {
+        ChannelOrder::Fastest => (1 + 2 * n, 1 + n),
+        ChannelOrder::Slowest => (1 + n, 2 + n),
+    };
+    let inner = match order {
+        ChannelOrder::Fastest => [patch, &[channels]].concat(),
+        ChannelOrder::Slowest => [&[channels], patch].concat(),
+    };
+    let axes: Vec<usize> = [0, channel].into_iter().chain((0..n).flat_map(|i| [1 + i, place + i])).collect();
+    let sides = grid.iter().zip(patch).map(|(g, p)| g * p);
+    let dims: Vec<usize> = [batch, channels].into_iter().chain(sides).collect();
+    tokens.reshape(&[&[batch], grid, &inner[..]].concat())?.permute(&axes)?.reshape(&dims)
+}

@@ -1,0 +1,300 @@
+//! diffusers' `WanTransformer3DModel`.
+
+use flowtape_engine::nn::{
+    Activation, FeedForward, Init, LayerNorm, Linear, ParamBuilder, Params, TimestepEmbedding, TimestepProjection,
+};
+use flowtape_engine::ops::{pointwise, pointwise_to};
+use flowtape_engine::{DType, Result, Tensor};
+use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
+
+use super::WanConfig;
+use crate::blocks::{
+    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, attend, gate, modulate, run_block,
+    time_proj, unpatchify,
+};
+use crate::registry::config_json;
+use crate::{Error, Transformer};
+
+/// A learned table of `parts` vectors, to which an embedding of time is added.
+#[derive(Clone, Debug)]
+struct ScaleShiftTable {
+    table: Tensor,
+    parts: usize,
+}
+
+impl ScaleShiftTable {
+    fn new(params: &ParamBuilder, parts: usize, dim: usize) -> Result<Self> {
+        let init = Init::Normal { std: 1.0 / (dim as f64).sqrt() };
+        Ok(Self { table: params.get("scale_shift_table", &[1, parts, dim], init)?, parts })
+    }
+
+    /// The parts `[B, L, dim]`, f32, of an embedding `[B, L, parts, dim]` or `[B, L, 1, dim]`, where L is 1 or the tokens.
+    fn forward(&self, embedding: &Tensor) -> Result<Vec<Tensor>> {
+        let all = pointwise_to(DType::F32.promote(embedding.dtype()), [&self.table, embedding], |[t, e]| t + e)?;
+        all.chunk(self.parts, 2)?.iter().map(|part| part.squeeze(2)).collect()
+    }
+}
+
+/// Attention of the video to itself, or to text and maybe an image.
+#[derive(Clone, Debug)]
+pub struct WanAttention {
+    qkv: QkvHeads,
+    /// Keys and values of an image, and the norm of the keys.
+    added: Option<QkvHeads>,
+    to_out: Linear,
+}
+
+impl WanAttention {
+    /// Attention of width `dim`; `added` is the width of image embeddings, where there are such.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, dim: usize, heads: usize, eps: f64, added: Option<usize>) -> Result<Self> {
+        let config = QkvConfig { norm: QkNorm::AcrossHeads, eps, ..QkvConfig::joint(dim, heads) };
+        let names = ["add_k_proj", "add_v_proj", "norm_added_k"];
+        let added = added.map(|context_dim| QkvHeads::context_only(params, names, QkvConfig { context_dim, ..config }));
+        Ok(Self {
+            qkv: QkvHeads::new(params, QKV, config)?,
+            added: added.transpose()?,
+            to_out: Linear::new(&params.sub("to_out").sub(0), dim, dim, true)?,
+        })
+    }
+
+    /// x `[B, L, dim]` attends to itself.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn self_attention(&self, x: &Tensor, rope: &RopeTables) -> Result<Tensor> {
+        self.to_out.forward(&attend(self.qkv.forward(x)?, Some(rope), None)?)
+    }
+
+    /// x `[B, L, dim]` attends to a text `[B, T, dim]` and, by itself, to an image `[B, I, dim]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn cross_attention(&self, x: &Tensor, text: &Tensor, image: Option<&Tensor>) -> Result<Tensor> {
+        let queries = self.qkv.queries(x)?;
+        let [keys, values] = self.qkv.keys_values(text)?;
+        let mut result = attend([queries.clone(), keys, values], None, None)?;
+        if let (Some(added), Some(image)) = (&self.added, image) {
+            let [keys, values] = added.keys_values(image)?;
+            result = result.add(&attend([queries, keys, values], None, None)?)?;
+        }
+        self.to_out.forward(&result)
+    }
+}
+
+/// One block: self-attention and feed-forward modulated by time, cross-attention between them.
+#[derive(Clone, Debug)]
+pub struct WanTransformerBlock {
+    scale_shift_table: ScaleShiftTable,
+    norm: LayerNorm,
+    attn1: WanAttention,
+    norm2: Option<LayerNorm>,
+    attn2: WanAttention,
+    ffn: FeedForward,
+}
+
+impl WanTransformerBlock {
+    /// A block of a model of this configuration.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, config: &WanConfig) -> Result<Self> {
+        let (dim, heads, eps) = (config.inner_dim(), config.num_attention_heads, config.eps);
+        let norm2 = || LayerNorm::new(&params.sub("norm2"), dim, eps, true);
+        Ok(Self {
+            scale_shift_table: ScaleShiftTable::new(params, 6, dim)?,
+            norm: LayerNorm::new(params, dim, eps, false)?,
+            attn1: WanAttention::new(&params.sub("attn1"), dim, heads, eps, None)?,
+            norm2: config.cross_attn_norm.then(norm2).transpose()?,
+            attn2: WanAttention::new(&params.sub("attn2"), dim, heads, eps, config.added_kv_proj_dim)?,
+            ffn: FeedForward::new(&params.sub("ffn"), dim, config.ffn_dim, Activation::GeluTanh)?,
+        })
+    }
+
+    /// x `[B, L, dim]` with text `[B, T, dim]`, maybe an image `[B, I, dim]`, and the modulation of time
+    /// `[B, 1 or L, 6, dim]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        text: &Tensor,
+        image: Option<&Tensor>,
+        time: &Tensor,
+        rope: &RopeTables,
+    ) -> Result<Tensor> {
+        let parts = self.scale_shift_table.forward(time)?;
+        let h = modulate(&self.norm.forward(x)?, &parts[0], &parts[1])?;
+        let x = gate(x, &parts[2], &self.attn1.self_attention(&h, rope)?)?;
+        let h = self.norm2.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(&x))?;
+        let x = x.add(&self.attn2.cross_attention(&h, text, image)?)?;
+        let h = modulate(&self.norm.forward(&x)?, &parts[3], &parts[4])?;
+        gate(&x, &parts[5], &self.ffn.forward(&h)?)
+    }
+}
+
+/// Image embeddings as a context: norm, feed-forward, norm, with learned positions where they have any.
+#[derive(Clone, Debug)]
+struct ImageEmbedding {
+    pos_embed: Option<Tensor>,
+    norm1: LayerNorm,
+    ff: [Linear; 2],
+    norm2: LayerNorm,
+}
+
+impl ImageEmbedding {
+    const EPS: f64 = 1e-5;
+
+    fn new(params: &ParamBuilder, inputs: usize, dim: usize, positions: Option<usize>) -> Result<Self> {
+        let net = params.sub("ff").sub("net");
+        Ok(Self {
+            pos_embed: positions.map(|n| params.get("pos_embed", &[1, n, inputs], Init::Zeros)).transpose()?,
+            norm1: LayerNorm::new(&params.sub("norm1"), inputs, Self::EPS, true)?,
+            ff: [
+                Linear::new(&net.sub(0).sub("proj"), inputs, inputs, true)?,
+                Linear::new(&net.sub(2), inputs, dim, true)?,
+            ],
+            norm2: LayerNorm::new(&params.sub("norm2"), dim, Self::EPS, true)?,
+        })
+    }
+
+    fn forward(&self, image: &Tensor) -> Result<Tensor> {
+        let mut x = image.clone();
+        if let Some(positions) = &self.pos_embed {
+            // Two images, one after the other on the batch axis, are one context.
+            let (len, width) = (positions.dim(1)?, x.dim(2)?);
+            let pairs = x.numel() / (2 * len * width);
+            x = x.reshape(&[pairs, 2 * len, width])?.add(positions)?;
+        }
+        let hidden = Activation::Gelu.forward(&self.ff[0].forward(&self.norm1.forward(&x)?)?)?;
+        self.norm2.forward(&self.ff[1].forward(&hidden)?)
+    }
+}
+
+/// Wan's transformer.
+///
+/// Inputs, with the reference's names: `hidden_states` `[B, C, F, H, W]`, `timestep` `[B]` or one per token `[B, L]` (0 to
+/// 1000), `encoder_hidden_states` `[B, T, text_dim]`, and `encoder_hidden_states_image` `[B, I, image_dim]` where the
+/// model takes images. Result `[B, out_channels, F, H, W]`.
+#[derive(Debug)]
+pub struct WanTransformer3DModel {
+    config: WanConfig,
+    params: Params,
+    patch_embedding: PatchEmbed,
+    time_embedder: TimestepEmbedding,
+    time_proj: Linear,
+    text_embedder: TimestepEmbedding,
+    image_embedder: Option<ImageEmbedding>,
+    blocks: Vec<WanTransformerBlock>,
+    norm_out: LayerNorm,
+    scale_shift_table: ScaleShiftTable,
+    proj_out: Linear,
+    gradient_checkpointing: bool,
+}
+
+impl WanTransformer3DModel {
+    /// A model with diffusers' starting values.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(config: WanConfig, root: &ParamBuilder) -> Result<Self> {
+        let dim = config.inner_dim();
+        let outputs = config.out_channels.unwrap_or(config.in_channels) * config.patch_size.iter().product::<usize>();
+        let condition = root.sub("condition_embedder");
+        let image = |width| ImageEmbedding::new(&condition.sub("image_embedder"), width, dim, config.pos_embed_seq_len);
+        let block = |i| WanTransformerBlock::new(&root.sub("blocks").sub(i), &config);
+        let text = condition.sub("text_embedder");
+        Ok(Self {
+            patch_embedding: PatchEmbed::new(
+                &root.sub("patch_embedding"),
+                config.in_channels,
+                dim,
+                &config.patch_size,
+            )?,
+            time_embedder: TimestepEmbedding::new(&condition.sub("time_embedder"), config.freq_dim, dim)?,
+            time_proj: Linear::new(&condition.sub("time_proj"), dim, 6 * dim, true)?,
+            text_embedder: TimestepEmbedding::with(&text, config.text_dim, dim, Activation::GeluTanh, true)?,
+            image_embedder: config.image_dim.map(image).transpose()?,
+            blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
+            norm_out: LayerNorm::new(root, dim, config.eps, false)?,
+            scale_shift_table: ScaleShiftTable::new(root, 2, dim)?,
+            proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
+            params: root.params(),
+            gradient_checkpointing: false,
+            config,
+        })
+    }
+
+    /// The embedding of time `[B, 1 or L, dim]`.
+    fn temb(&self, inputs: &ModelInputs, dtype: DType) -> flowtape_flowmatch::Result<Tensor> {
+        let timestep = inputs.tensor("timestep")?;
+        let (batch, len) = (timestep.dim(0)?, if timestep.rank() == 2 { timestep.dim(1)? } else { 1 });
+        let options = TimestepProjection::new(self.config.freq_dim);
+        let projection =
+            time_proj(inputs, "condition_embedder.timesteps_proj", &timestep.reshape(&[batch * len])?, &options)?;
+        let temb = self.time_embedder.forward(&projection.to_dtype(dtype)?)?;
+        Ok(temb.reshape(&[batch, len, self.config.inner_dim()])?)
+    }
+}
+
+impl FlowModel for WanTransformer3DModel {
+    fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
+        let latents = inputs.tensor("hidden_states")?;
+        if latents.rank() != 5 {
+            let got = format!("{:?}", latents.dims());
+            return Err(Error::adapter("WanTransformer3DModel", "latents [B, C, F, H, W]", got));
+        }
+        let patch = &self.config.patch_size;
+        let grid: Vec<usize> = latents.dims()[2..].iter().zip(patch).map(|(size, p)| size / p).collect();
+        let rope = self.config.rope(&grid, latents.device())?;
+        let mut x = self.patch_embedding.forward(latents)?;
+
+        let temb = self.temb(inputs, latents.dtype())?;
+        let (batch, len, dim) = (temb.dim(0)?, temb.dim(1)?, self.config.inner_dim());
+        let time = self.time_proj.forward(&pointwise([&temb], |[t]| t.silu())?)?.reshape(&[batch, len, 6, dim])?;
+        let text = self.text_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
+        let image = self.image_embedder.as_ref().zip(inputs.optional("encoder_hidden_states_image"));
+        let image = image.map(|(embedder, image)| embedder.forward(image)).transpose()?;
+        for block in &self.blocks {
+            let (block, rope) = (block.clone(), rope.clone());
+            [x] = match &image {
+                None => run_block(self.gradient_checkpointing, [&x, &text, &time], move |[x, text, time]| {
+                    Ok([block.forward(x, text, None, time, &rope)?])
+                }),
+                Some(image) => {
+                    run_block(self.gradient_checkpointing, [&x, &text, image, &time], move |[x, text, image, time]| {
+                        Ok([block.forward(x, text, Some(image), time, &rope)?])
+                    })
+                }
+            }?;
+        }
+        let parts = self.scale_shift_table.forward(&temb.unsqueeze(2)?)?;
+        let x = self.proj_out.forward(&modulate(&self.norm_out.forward(&x)?, &parts[0], &parts[1])?)?;
+        Ok(unpatchify(&x, &grid, patch, ChannelOrder::Fastest)?.into())
+    }
+}
+
+impl Transformer for WanTransformer3DModel {
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn config(&self) -> serde_json::Value {
+        config_json("WanTransformer3DModel", &self.config)
+    }
+
+    fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.gradient_checkpointing = on;
+    }
+
+    fn zero_init_parameters(&self) -> Vec<String> {
+        let zero = |name: &&str| {
+            name.ends_with("scale_shift_table")
+                || ["condition_embedder.time_proj.", "proj_out."].iter().any(|prefix| name.starts_with(prefix))
+        };
+        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+    }
+}
