@@ -14,6 +14,10 @@ use crate::{Error, Result, Tensor};
 pub trait Backend: Debug + Send + Sync {
     /// Its name, such as `cpu`.
     fn name(&self) -> &str;
+    /// Whether its tensors hold values: a backend that only plans has none, and values need not be made for it.
+    fn has_data(&self) -> bool {
+        true
+    }
     /// Uninitialised memory of at least `bytes` bytes.
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
     /// Writes `bytes` to the start of `buffer`.

@@ -19,6 +19,7 @@ mod error;
 pub mod expr;
 pub mod files;
 pub mod gradcheck;
+pub mod meta;
 pub mod nn;
 pub mod ops;
 pub mod optim;

@@ -5,12 +5,15 @@
 //! | [`blocks`] | what the models share: modulation, joint attention, embeddings, rotary tables |
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
-//! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors` |
+//! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
+//! | [`presets`], [`inspect`] | configurations of published checkpoints; what a model is made of |
 //! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`] |
 
 pub mod blocks;
 pub mod checkpoint;
 pub mod flux;
+pub mod inspect;
+pub mod presets;
 pub mod registry;
 pub mod wan;
 
@@ -29,6 +32,11 @@ pub trait Transformer: FlowModel {
     /// Parameters that the loss need not reach.
     fn parameters_without_gradient(&self) -> Vec<String> {
         Vec::new()
+    }
+    /// Whether a key of a checkpoint is of no use to the model and may be there: published files have some.
+    fn is_ignored_key(&self, key: &str) -> bool {
+        let _ = key;
+        false
     }
     /// Whether each block keeps its inputs alone and runs again in backward: less memory for a second forward. The
     /// gradients are the same, bit for bit.

@@ -9,11 +9,13 @@
 //! | [`generate`] | images from prompts |
 //! | [`report`] | how good generated digits are, by their real neighbours |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
+//! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 
 pub mod digits;
 mod error;
 pub mod generate;
+pub mod inspect;
 pub mod picture;
 pub mod recipe;
 pub mod report;

@@ -2,6 +2,7 @@
 
 mod progress;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use flowtape_engine::cpu::awake;
+use flowtape_trainer::inspect::inspect;
 use flowtape_trainer::picture::save_grid;
 use flowtape_trainer::train::{Summary, Trained, resume, train};
 use flowtape_trainer::{Recipe, recipe::ReportConfig};
@@ -33,6 +35,17 @@ enum Command {
     Train(Train),
     /// Generate images with a trained run.
     Sample(Sample),
+    /// Show a model's architecture and counts without its weights in memory.
+    Inspect(Inspect),
+}
+
+#[derive(Args)]
+struct Inspect {
+    /// A preset such as flux.1-dev, a config.json, a diffusers folder, a safetensors file, or a run folder.
+    target: String,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -98,6 +111,7 @@ fn run() -> Result<()> {
         awake(|| match cli.command {
             Command::Train(args) => run_train(&args),
             Command::Sample(args) => run_sample(&args),
+            Command::Inspect(args) => run_inspect(&args),
         })
     })
 }
@@ -142,6 +156,19 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     }
     println!("look at         {run}/samples, {run}/loss.svg");
     println!("sample it       flowtape sample {run} --prompt \"a handwritten seven\" --n 16 --seed 1 --out sevens.png");
+}
+
+fn run_inspect(args: &Inspect) -> Result<()> {
+    let found = inspect(&args.target)?;
+    if args.json { say(format_args!("{}\n", serde_json::to_string(&found)?)) } else { say(format_args!("{found}")) }
+}
+
+/// Prints to stdout. A reader that has gone away, such as `head`, is no error.
+fn say(text: std::fmt::Arguments<'_>) -> Result<()> {
+    match std::io::stdout().write_fmt(text) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 fn run_sample(args: &Sample) -> Result<()> {

@@ -164,7 +164,7 @@ impl RunFolder {
             _ => Ok(()),
         };
         remove(&new)?;
-        checkpoint::save(model, &new)?;
+        checkpoint::save(model, &new, checkpoint::MAX_SHARD_SIZE)?;
         optimizer.save(model.params(), new.join(OPTIMIZER))?;
         let state = serde_json::json!(State { step, train_seconds });
         std::fs::write(new.join("state.json"), format!("{state}\n")).map_err(io(&new))?;
@@ -182,7 +182,7 @@ impl RunFolder {
     /// When there is none, or it does not fit the model.
     pub fn load(&self, model: &dyn Transformer, optimizer: &mut AdamW) -> Result<(u64, f64)> {
         let folder = self.checkpoint()?;
-        model.params().load(&SafeTensors::open(folder.join(checkpoint::WEIGHTS))?)?;
+        model.params().load(&checkpoint::open_weights(&folder)?)?;
         optimizer.load(model.params(), &SafeTensors::open(folder.join(OPTIMIZER))?)?;
         let path = folder.join("state.json");
         let text = std::fs::read(&path).map_err(io(&path))?;

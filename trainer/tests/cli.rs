@@ -173,3 +173,32 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
     assert!(failure(&flowtape(&["train", "--resume", "no/such"])).contains("not a run folder"));
     assert!(failure(&flowtape(&["trian"])).contains("train"));
 }
+
+#[test]
+fn inspect_counts_presets_configurations_folders_files_and_runs() {
+    let json =
+        |target: &str| -> Value { serde_json::from_str(&stdout(&flowtape(&["inspect", target, "--json"]))).unwrap() };
+    let preset = json("flux.1-dev");
+    assert_eq!((preset["parameters"].as_u64(), preset["tensors"].as_u64()), (Some(11_901_408_320), Some(1160)));
+    assert_eq!(preset["bytes"]["bf16"].as_u64(), Some(2 * 11_901_408_320));
+    assert!(stdout(&flowtape(&["inspect", "flux.1-dev"])).contains("11,901,408,320 in 1160 tensors"));
+
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/goldens/flux_step");
+    let folder = json(golden);
+    assert_eq!(folder["class"], "FluxTransformer2DModel");
+    assert_eq!(folder["bytes"]["f32"].as_u64().unwrap(), 4 * folder["parameters"].as_u64().unwrap());
+    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        let found = json(&format!("{golden}/{file}"));
+        assert_eq!((&found["parameters"], &found["tensors"]), (&folder["parameters"], &folder["tensors"]), "{file}");
+    }
+
+    let scratch = tempfile::tempdir().unwrap();
+    let run = scratch.path().join("run");
+    stdout(&train(&run, &[]));
+    assert!(json(run.to_str().unwrap())["parameters"].as_u64().unwrap() > 1000);
+
+    assert!(failure(&flowtape(&["inspect", "flux.1"])).contains("flux.1-dev"));
+    let broken = scratch.path().join("config.json");
+    std::fs::write(&broken, r#"{"_class_name": "FluxTransformer2DModel", "num_layer": 3}"#).unwrap();
+    assert!(failure(&flowtape(&["inspect", broken.to_str().unwrap()])).contains("num_layers"));
+}

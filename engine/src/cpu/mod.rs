@@ -16,6 +16,7 @@ use std::any::Any;
 
 pub use self::awake::awake;
 use self::isa::isa;
+pub(crate) use self::pool::class as size_class;
 use self::pool::{CpuBuffer, Pool};
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::expr::{Program, Reduce};

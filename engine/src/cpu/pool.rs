@@ -52,8 +52,8 @@ pub(super) struct CpuBuffer {
 
 impl Buffer for CpuBuffer {}
 
-/// Eight classes an octave: at most an eighth is wasted.
-fn class(bytes: usize) -> Option<usize> {
+/// What a block of `bytes` bytes takes: eight classes an octave, so at most an eighth is wasted.
+pub(crate) fn class(bytes: usize) -> Option<usize> {
     let bytes = bytes.max(ALIGN);
     let step = (bytes.checked_next_power_of_two()? / 16).max(ALIGN);
     bytes.checked_next_multiple_of(step)

@@ -1,10 +1,10 @@
 //! Parameters by path name: how they are made, loaded, saved and checked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::safetensors::{SafeTensors, save};
+use crate::safetensors::{Shards, save_sharded};
 use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
 
 /// How a parameter starts.
@@ -60,7 +60,16 @@ impl Params {
     ///
     /// # Errors
     /// When names or shapes differ (one error lists them all; nothing is changed then), or the file can't be read.
-    pub fn load(&self, file: &SafeTensors) -> Result<()> {
+    pub fn load(&self, file: &Shards) -> Result<()> {
+        self.check_keys(file, |_| false)?;
+        self.iter().try_for_each(|(name, tensor)| tensor.copy_from(&file.get(name, tensor.device(), None)?))
+    }
+
+    /// Checks that a file has these parameters and no others, but for those that `ignored` names.
+    ///
+    /// # Errors
+    /// One error lists all that is missing, unexpected or of another shape.
+    pub fn check_keys(&self, file: &Shards, ignored: impl Fn(&str) -> bool) -> Result<()> {
         let (mut missing, mut mismatched) = (Vec::new(), Vec::new());
         for (name, tensor) in self.iter() {
             match file.dims(name) {
@@ -71,20 +80,23 @@ impl Params {
                 Some(_) => {}
             }
         }
-        let unexpected: Vec<String> = file.names().into_iter().filter(|n| self.get(n).is_none()).collect();
+        let known: HashSet<&str> = self.iter().map(|(name, _)| name).collect();
+        let unexpected = file.names().filter(|n| !known.contains(n) && !ignored(n));
+        let unexpected: Vec<String> = unexpected.map(String::from).collect();
         if missing.len() + mismatched.len() + unexpected.len() > 0 {
             return Err(Error::Keys { path: file.path().into(), missing, unexpected, mismatched });
         }
-        self.iter().try_for_each(|(name, tensor)| tensor.copy_from(&file.get(name, tensor.device(), None)?))
+        Ok(())
     }
 
-    /// Writes all parameters, whole or not at all.
+    /// Writes all parameters to `<stem>.safetensors` of a folder, or to several files of at most about `max_bytes` with an
+    /// index.
     ///
     /// # Errors
-    /// When the file can't be written.
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+    /// When a file can't be written.
+    pub fn save(&self, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
         // diffusers and transformers read this key.
-        save(path, &self.0, &BTreeMap::from([("format".into(), "pt".into())]))
+        save_sharded(folder, stem, &self.0, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
     }
 
     /// Checks that every parameter has a gradient, but for those named in `allowed`.
@@ -107,13 +119,21 @@ pub struct ParamBuilder {
     random: Philox,
     dtype: DType,
     device: Device,
+    file: Option<Arc<Shards>>,
     made: Arc<Mutex<Params>>,
 }
 
 impl ParamBuilder {
     /// A builder at the root.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
-        Self { path: String::new(), random: Philox::new(seed), dtype, device: device.clone(), made: Arc::default() }
+        let (random, device) = (Philox::new(seed), device.clone());
+        Self { path: String::new(), random, dtype, device, file: None, made: Arc::default() }
+    }
+
+    /// A builder whose parameters are a file's tensors of their names, converted to `dtype` one by one. What does not fit
+    /// gets no memory: check [`Params::check_keys`] before use.
+    pub fn from_file(file: Arc<Shards>, dtype: DType, device: &Device) -> Self {
+        Self { file: Some(file), ..Self::new(0, dtype, device) }
     }
 
     /// A builder one step down the path.
@@ -139,21 +159,29 @@ impl ParamBuilder {
         if made.get(&path).is_some() {
             return Err(Error::argument("parameter", "a new name", path));
         }
-        // FNV-1a: any fixed hash would do.
-        let stream =
-            path.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        let mut random = self.random.fork(stream);
-        let value = match init {
-            Init::Zeros => Tensor::zeros(dims, self.dtype, &self.device)?,
-            Init::Ones => Tensor::ones(dims, self.dtype, &self.device)?,
-            Init::Uniform { bound } => {
-                random.uniform(dims, &self.device)?.mul_scalar(2.0 * bound)?.add_scalar(-bound)?
-            }
-            Init::Normal { std } => random.normal(dims, &self.device)?.mul_scalar(std)?,
+        let value = match &self.file {
+            Some(file) if file.dims(&path) == Some(dims) => file.get(&path, &self.device, Some(self.dtype))?,
+            None if self.device.backend().has_data() => self.start(&path, dims, init)?,
+            None => Tensor::empty(dims, self.dtype, &self.device)?,
+            Some(_) => Tensor::zeros(&[], self.dtype, &self.device)?.shape_only(dims),
         };
         let parameter = value.to_dtype(self.dtype)?.with_var(VarId::fresh());
         made.0.push((path, parameter.clone()));
         Ok(parameter)
+    }
+
+    /// Starting values of a parameter.
+    fn start(&self, path: &str, dims: &[usize], init: Init) -> Result<Tensor> {
+        // FNV-1a: any fixed hash would do.
+        let stream =
+            path.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let mut random = self.random.fork(stream);
+        match init {
+            Init::Zeros => Tensor::zeros(dims, self.dtype, &self.device),
+            Init::Ones => Tensor::ones(dims, self.dtype, &self.device),
+            Init::Uniform { bound } => random.uniform(dims, &self.device)?.mul_scalar(2.0 * bound)?.add_scalar(-bound),
+            Init::Normal { std } => random.normal(dims, &self.device)?.mul_scalar(std),
+        }
     }
 
     /// All parameters made so far, by this builder and those below it.
@@ -178,16 +206,16 @@ mod tests {
     #[test]
     fn saved_parameters_load_and_wrong_ones_are_named() -> Result<()> {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("p.safetensors");
+        let open = || Shards::open(folder.path(), "p");
         let (first, second) = (two()?, two()?);
         first.get("b.0.bias").unwrap().copy_from(&Tensor::ones(&[4], DType::F32, &Device::cpu())?)?;
-        first.save(&path)?;
-        second.load(&SafeTensors::open(&path)?)?;
+        first.save(folder.path(), "p", usize::MAX)?;
+        second.load(&open()?)?;
         assert_eq!(second.get("b.0.bias").unwrap().to_vec::<f32>()?, [1.0; 4]);
         let root = ParamBuilder::new(1, DType::F32, &Device::cpu());
         root.sub("a").get("weight", &[3, 2], Init::Ones)?;
         root.get("c", &[1], Init::Ones)?;
-        let message = root.params().load(&SafeTensors::open(&path)?).unwrap_err().to_string();
+        let message = root.params().load(&open()?).unwrap_err().to_string();
         for part in ["missing: [c]", "unexpected: [b.0.bias]", "a.weight expected [3, 2], got [2, 3]"] {
             assert!(message.contains(part), "{message}");
         }

@@ -286,6 +286,10 @@ impl Transformer for WanTransformer3DModel {
         config_json("WanTransformer3DModel", &self.config)
     }
 
+    fn is_ignored_key(&self, key: &str) -> bool {
+        key.contains("norm_added_q")
+    }
+
     fn set_gradient_checkpointing(&mut self, on: bool) {
         self.gradient_checkpointing = on;
     }

@@ -1,11 +1,18 @@
 //! Checkpoints in the safetensors format: read from mapped memory, written whole or not at all.
 
+mod sharded;
+
+use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use safetensors::tensor::{Metadata, SafeTensorError, TensorView, serialize_to_file};
+use safetensors::View;
+use safetensors::tensor::{Metadata, SafeTensorError, serialize_to_file};
+
+pub use sharded::{Shards, save_sharded};
 
 use crate::files::write_whole;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -65,6 +72,16 @@ impl SafeTensors {
         self.metadata.info(name).map(|i| &i.shape[..])
     }
 
+    /// The dtype of a tensor as the file names it, such as `BF16`.
+    pub fn dtype_name(&self, name: &str) -> Option<String> {
+        self.metadata.info(name).map(|i| i.dtype.to_string())
+    }
+
+    /// Bytes of a tensor.
+    pub fn bytes(&self, name: &str) -> Option<usize> {
+        self.metadata.info(name).map(|i| i.data_offsets.1 - i.data_offsets.0)
+    }
+
     /// A tensor, converted to `dtype` if one is given. Integers and booleans become u32.
     ///
     /// # Errors
@@ -97,35 +114,54 @@ impl SafeTensors {
     }
 }
 
+/// A tensor on its way into a file: it leaves its device when its turn comes, so one at a time is in memory twice.
+struct Outgoing<'a> {
+    tensor: &'a Tensor,
+    failed: &'a RefCell<Option<Error>>,
+}
+
+impl View for Outgoing<'_> {
+    fn dtype(&self) -> safetensors::Dtype {
+        match self.tensor.dtype() {
+            DType::F32 => safetensors::Dtype::F32,
+            DType::BF16 => safetensors::Dtype::BF16,
+            DType::F16 => safetensors::Dtype::F16,
+            DType::F64 => safetensors::Dtype::F64,
+            DType::U32 => safetensors::Dtype::U32,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.tensor.dims()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(self.tensor.to_bytes().unwrap_or_else(|error| {
+            self.failed.replace(Some(error));
+            vec![0; self.data_len()]
+        }))
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * self.tensor.dtype().size()
+    }
+}
+
 /// Writes tensors and free text. The file appears whole, in place of an older one, or not at all.
 ///
 /// # Errors
 /// When the folder can't be written.
 pub fn save(path: impl AsRef<Path>, tensors: &[(String, Tensor)], text: &BTreeMap<String, String>) -> Result<()> {
     let path = path.as_ref();
-    let io = |source| Error::Io { path: path.into(), source };
-    let mut data = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        data.push((name, tensor.dims().to_vec(), tensor.dtype(), tensor.to_bytes()?));
-    }
-    let views = data.iter().map(|(name, dims, dtype, bytes)| {
-        let dtype = match dtype {
-            DType::F32 => safetensors::Dtype::F32,
-            DType::BF16 => safetensors::Dtype::BF16,
-            DType::F16 => safetensors::Dtype::F16,
-            DType::F64 => safetensors::Dtype::F64,
-            DType::U32 => safetensors::Dtype::U32,
-        };
-        let view = TensorView::new(dtype, dims.clone(), bytes).map_err(|e| format_error(path, e))?;
-        Ok((name.as_str(), view))
-    });
-    let views: Vec<_> = views.collect::<Result<_>>()?;
+    let failed = RefCell::new(None);
+    let views = tensors.iter().map(|(name, tensor)| (name.as_str(), Outgoing { tensor, failed: &failed }));
     let text: Option<HashMap<_, _>> = (!text.is_empty()).then(|| text.clone().into_iter().collect());
     write_whole(path, |partial| {
         serialize_to_file(views, text, partial).map_err(|e| match e {
-            SafeTensorError::IoError(source) => io(source),
+            SafeTensorError::IoError(source) => Error::Io { path: path.into(), source },
             other => format_error(path, other),
-        })
+        })?;
+        failed.take().map_or(Ok(()), Err)
     })
 }
 

@@ -1,0 +1,109 @@
+//! What a model is made of, without its weights in memory.
+
+use std::collections::BTreeMap;
+
+use flowtape_engine::meta::Meta;
+use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::safetensors::Shards;
+use flowtape_engine::{DType, Result as EngineResult};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{Result, create_model};
+
+/// A model's tensors, counted.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Summary {
+    /// diffusers' class, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class: Option<String>,
+    /// The whole configuration, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config: Option<Value>,
+    /// Elements of all tensors.
+    pub parameters: usize,
+    /// Number of tensors.
+    pub tensors: usize,
+    /// Bytes by dtype: as stored or, for a configuration, what it would take in each.
+    pub bytes: BTreeMap<String, usize>,
+    /// Parts by their place in the model.
+    pub modules: Vec<Module>,
+}
+
+/// Tensors under one name; those of numbered layers together.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Module {
+    /// The first part of the tensors' names.
+    pub name: String,
+    /// Number of numbered layers, or 0.
+    pub layers: usize,
+    /// Elements of all its tensors.
+    pub parameters: usize,
+    /// Number of tensors.
+    pub tensors: usize,
+}
+
+impl Summary {
+    /// Of a model of this configuration.
+    ///
+    /// # Errors
+    /// When the class is unknown or a value does not fit.
+    pub fn of_config(config: &Value) -> Result<Self> {
+        let model = create_model(config, &ParamBuilder::new(0, DType::F32, &Meta::default().device()))?;
+        let config = model.config();
+        let tensors = model.params().iter().map(|(name, tensor)| (name, tensor.numel()));
+        let mut summary = Self::of_tensors(tensors);
+        let sizes = [DType::F32, DType::BF16].map(|dtype| (dtype.to_string(), summary.parameters * dtype.size()));
+        summary.bytes = sizes.into();
+        summary.class = config["_class_name"].as_str().map(String::from);
+        summary.config = Some(config);
+        Ok(summary)
+    }
+
+    /// Of stored weights.
+    ///
+    /// # Errors
+    /// When a name that the file lists is not in it.
+    pub fn of_weights(weights: &Shards) -> EngineResult<Self> {
+        let numel = |name| weights.dims(name).map_or(0, |dims: &[usize]| dims.iter().product());
+        let mut summary = Self::of_tensors(weights.names().map(|name| (name, numel(name))));
+        for name in weights.names() {
+            let dtype = weights.dtype_name(name).unwrap_or_default();
+            *summary.bytes.entry(dtype.to_lowercase()).or_default() += weights.bytes(name)?;
+        }
+        Ok(summary)
+    }
+
+    fn of_tensors<'a>(tensors: impl Iterator<Item = (&'a str, usize)>) -> Self {
+        let (mut modules, mut layers) = (Vec::<Module>::new(), BTreeMap::<String, Vec<String>>::new());
+        for (path, numel) in tensors {
+            let mut parts = path.split('.');
+            let name = parts.next().unwrap_or_default();
+            let index = match modules.iter().position(|m| m.name == name) {
+                Some(index) => index,
+                None => {
+                    modules.push(Module { name: name.into(), layers: 0, parameters: 0, tensors: 0 });
+                    modules.len() - 1
+                }
+            };
+            let module = &mut modules[index];
+            module.parameters += numel;
+            module.tensors += 1;
+            if let Some(number) = parts.next().filter(|p| p.parse::<usize>().is_ok()) {
+                let numbers = layers.entry(name.into()).or_default();
+                if !numbers.iter().any(|n| n == number) {
+                    numbers.push(number.into());
+                }
+                module.layers = numbers.len();
+            }
+        }
+        Self {
+            class: None,
+            config: None,
+            parameters: modules.iter().map(|m| m.parameters).sum(),
+            tensors: modules.iter().map(|m| m.tensors).sum(),
+            bytes: BTreeMap::new(),
+            modules,
+        }
+    }
+}

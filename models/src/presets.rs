@@ -1,0 +1,79 @@
+//! Configurations of published checkpoints.
+
+use serde_json::{Value, json};
+
+use crate::{Error, Result};
+
+/// A published checkpoint.
+#[derive(Debug)]
+pub struct Preset {
+    /// Its name.
+    pub name: &'static str,
+    /// What differs from the class's defaults, with `_class_name`: as in `config.json`.
+    pub config: fn() -> Value,
+    /// How many transformers of that configuration it has.
+    pub transformers: usize,
+}
+
+/// All of them. What `config` leaves out is diffusers' default.
+pub const PRESETS: &[Preset] = &[
+    Preset {
+        name: "flux.1-dev",
+        config: || json!({"_class_name": "FluxTransformer2DModel", "guidance_embeds": true}),
+        transformers: 1,
+    },
+    Preset { name: "flux.1-schnell", config: || json!({"_class_name": "FluxTransformer2DModel"}), transformers: 1 },
+    Preset {
+        name: "wan2.1-1.3b",
+        config: || json!({"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+        transformers: 1,
+    },
+    Preset { name: "wan2.1-14b", config: || json!({"_class_name": "WanTransformer3DModel"}), transformers: 1 },
+    // One for high noise, one for low noise.
+    Preset { name: "wan2.2-a14b", config: || json!({"_class_name": "WanTransformer3DModel"}), transformers: 2 },
+];
+
+/// The preset of that name.
+///
+/// # Errors
+/// When there is none: the error lists all.
+pub fn preset(name: &str) -> Result<&'static Preset> {
+    let names = || PRESETS.iter().map(|p| p.name).collect::<Vec<_>>().join(", ");
+    let found = PRESETS.iter().find(|p| p.name == name);
+    found.ok_or_else(|| Error::config("preset", format!("one of {}", names()), name))
+}
+
+#[cfg(test)]
+mod tests {
+    use flowtape_engine::DType;
+    use flowtape_engine::meta::Meta;
+    use flowtape_engine::nn::ParamBuilder;
+
+    use super::*;
+    use crate::create_model;
+
+    /// Elements and tensors that PyTorch counts for diffusers' classes on its meta device.
+    const COUNTS: &[(&str, usize, usize)] = &[
+        ("flux.1-dev", 11_901_408_320, 1160),
+        ("flux.1-schnell", 11_891_178_560, 1156),
+        ("flux.2-dev", 32_223_281_152, 331),
+        ("qwen-image", 20_430_401_088, 1933),
+        ("qwen-image-edit-2511", 20_430_401_088, 1933),
+        ("hunyuanvideo-1.5", 8_326_608_160, 1801),
+        ("wan2.1-1.3b", 1_418_996_800, 825),
+        ("wan2.1-14b", 14_288_491_584, 1095),
+        ("wan2.2-a14b", 14_288_491_584, 1095),
+        ("ltx-2.3", 18_988_838_144, 4186),
+    ];
+
+    #[test]
+    fn published_models_have_the_parameters_that_pytorch_counts() {
+        for preset in PRESETS {
+            let params = ParamBuilder::new(0, DType::BF16, &Meta::default().device());
+            let model = create_model(&(preset.config)(), &params).unwrap();
+            let (name, numel, tensors) = COUNTS.iter().find(|c| c.0 == preset.name).expect(preset.name);
+            assert_eq!((model.params().numel(), model.params().len()), (*numel, *tensors), "{name}");
+        }
+        assert!(preset("flux.1").unwrap_err().to_string().contains("flux.1-dev"));
+    }
+}
