@@ -4,10 +4,8 @@
 use std::io::Read;
 
 use flate2::read::GzDecoder;
-use flowtape_engine::{Device, Philox, Tensor};
-use flowtape_flowmatch::{Batch, DataType};
+use flowtape_engine::Philox;
 
-use crate::text::TokenTable;
 use crate::{Error, Result};
 
 static CSV: &[u8] = include_bytes!("../data/digits.csv.gz");
@@ -79,25 +77,17 @@ impl Digits {
         &self.pixels[index * PIXELS..][..PIXELS]
     }
 
-    /// The images `from..from + size` of the endless sequence of shuffled epochs: it depends on the seed alone, so a
-    /// resumed run sees what an uninterrupted one would have seen.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn batch(&self, from: usize, size: usize, table: &TokenTable, device: &Device) -> Result<Batch> {
+    /// Indices of the images `from..from + size` of the endless sequence of shuffled epochs.
+    pub fn sequence(&self, from: usize, size: usize) -> Vec<usize> {
         let (mut order, mut epoch) = (Vec::new(), usize::MAX);
-        let (mut pixels, mut captions) = (Vec::with_capacity(size * PIXELS), Vec::with_capacity(size));
-        for place in from..from + size {
+        let mut at = |place: usize| {
             if place / self.len() != epoch {
                 epoch = place / self.len();
                 order = self.order(epoch);
             }
-            let index = order[place % self.len()];
-            pixels.extend_from_slice(self.image(index));
-            captions.push(CAPTIONS[usize::from(self.labels[index])]);
-        }
-        let latents = Tensor::from_vec(pixels, &[size, 1, SIDE, SIDE], device)?;
-        table.embed(Batch::new(latents, DataType::Image), &captions, device)
+            order[place % self.len()]
+        };
+        (from..from + size).map(&mut at).collect()
     }
 
     fn order(&self, epoch: usize) -> Vec<usize> {
@@ -128,12 +118,9 @@ mod tests {
     }
 
     #[test]
-    fn batches_go_on_over_the_end_of_an_epoch() -> Result<()> {
-        let (digits, cpu) = (Digits::load(3)?, Device::cpu());
-        let table = TokenTable::new(CAPTIONS, 4);
-        let across = digits.batch(1790, 14, &table, &cpu)?.latents.to_vec::<f32>()?;
-        let after = digits.batch(1797, 7, &table, &cpu)?.latents.to_vec::<f32>()?;
-        assert_eq!(across[7 * 64..], after);
+    fn the_sequence_goes_on_over_the_end_of_an_epoch() -> Result<()> {
+        let digits = Digits::load(3)?;
+        assert_eq!(digits.sequence(1790, 14)[7..], digits.sequence(1797, 7));
         Ok(())
     }
 }

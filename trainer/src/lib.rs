@@ -3,19 +3,22 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`recipe`] | [`Recipe`]: what a YAML file says, with overrides and helpful errors |
-//! | [`digits`] | the embedded handwritten digits and their captions |
+//! | [`digits`], [`moving`] | the embedded handwritten digits and their captions; videos of them |
+//! | [`data`] | [`data::Data`]: what a run trains on, batch by batch |
 //! | [`text`] | [`text::TokenTable`]: captions to embeddings, without a text encoder |
 //! | [`train`] | the loop: [`train::train`], and [`train::resume`] |
-//! | [`generate`] | images from prompts |
+//! | [`generate`] | images and videos from prompts |
 //! | [`report`] | how good generated digits are, by their real neighbours |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 
+pub mod data;
 pub mod digits;
 mod error;
 pub mod generate;
 pub mod inspect;
+pub mod moving;
 pub mod picture;
 pub mod recipe;
 pub mod report;

@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use flowtape_engine::cpu::awake;
+use flowtape_trainer::digits::SIDE;
 use flowtape_trainer::inspect::inspect;
-use flowtape_trainer::picture::save_grid;
-use flowtape_trainer::train::{Summary, Trained, resume, train};
+use flowtape_trainer::picture::load_grey;
+use flowtape_trainer::train::{Summary, Trained, resume, save_samples, train};
 use flowtape_trainer::{Recipe, recipe::ReportConfig};
 
 use crate::progress::Terminal;
@@ -83,7 +84,10 @@ struct Sample {
     /// Scale of classifier-free guidance; the run's own by default.
     #[arg(long)]
     guidance: Option<f64>,
-    /// The PNG to write.
+    /// A grey PNG of a frame's size, from which the videos go on: for models trained on image-to-video.
+    #[arg(long, value_name = "PNG")]
+    first_frame: Option<PathBuf>,
+    /// The PNG to write; videos are animated, and their frames stand beside it in <name>_frames.png.
     #[arg(long, default_value = "samples.png")]
     out: PathBuf,
 }
@@ -152,7 +156,15 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     if let Some(q) = s.quality {
         let each = report.map_or(String::new(), |r| format!(", {} a class", r.samples_per_class));
         println!("accuracy        {:.1} %  (3 nearest real digits; {} samples{each})", 100.0 * q.accuracy, q.samples);
+        if let Some(error) = q.background_error {
+            println!("background      {error:.4}  (mean squared distance from black)");
+        }
         println!("distance ratio  {:.3}  (to the nearest real digit, over real to real)", q.distance_ratio);
+    }
+    if let Some(i2v) = s.image_to_video {
+        let (quality, first) = (i2v.quality, i2v.first_frame);
+        println!("image to video  accuracy {:.1} %", 100.0 * quality.accuracy);
+        println!("first frame     error {:.4}, against another's {:.4}", first.error, first.error_shuffled);
     }
     println!("look at         {run}/samples, {run}/loss.svg");
     println!("sample it       flowtape sample {run} --prompt \"a handwritten seven\" --n 16 --seed 1 --out sevens.png");
@@ -179,8 +191,12 @@ fn run_sample(args: &Sample) -> Result<()> {
     if let Some(scale) = args.guidance {
         trained.sampling.guidance_scale = scale;
     }
-    let images = trained.sample(&args.prompt, args.n, args.seed)?;
-    save_grid(&args.out, &images, (args.n as f64).sqrt().ceil() as usize)?;
+    let sides = trained.data.video.map_or((SIDE, SIDE), |size| (size.height, size.width));
+    let first_frame = args.first_frame.as_ref().map(|path| load_grey(path, sides)).transpose()?;
+    let samples = trained.sample(&args.prompt, args.n, args.seed, first_frame.as_deref())?;
+    let name = args.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let path = |kind: &str| args.out.with_file_name(format!("{name}{kind}.png"));
+    save_samples(&samples, &trained.data, (args.n as f64).sqrt().ceil() as usize, path)?;
     println!("{}", args.out.display());
     Ok(())
 }

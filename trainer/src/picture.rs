@@ -1,13 +1,13 @@
 //! Pictures of a run: grids of samples and the loss curve.
 
-use std::io::BufWriter;
+use std::io::{BufReader, BufWriter};
 use std::path::Path;
 
 use flowtape_engine::files::write_whole;
 use plotters::prelude::{ChartBuilder, Color, IntoDrawingArea, LineSeries, RGBColor, SVGBackend, WHITE};
 
-use crate::digits::{PIXELS, SIDE};
 use crate::error::io;
+use crate::moving::VideoSize;
 use crate::{Error, Result};
 
 /// Pixels of the picture per pixel of an image.
@@ -17,34 +17,98 @@ const SMOOTH: usize = 10;
 /// Pixels between images.
 const GAP: usize = 4;
 
-/// Writes images (grey, -1 black to 1 white, [`PIXELS`] each) as a grid with `columns` columns.
+/// Milliseconds that a frame of an animation is shown.
+const FRAME_TIME: u16 = 120;
+
+/// Grey images of one size as one picture.
+struct Canvas {
+    grey: Vec<u8>,
+    width: usize,
+    height: usize,
+}
+
+impl Canvas {
+    /// Images (-1 black to 1 white) of `sides` (rows, columns), `columns` of them side by side.
+    fn new<'a>(images: impl ExactSizeIterator<Item = &'a [f32]>, sides: (usize, usize), columns: usize) -> Self {
+        let columns = columns.clamp(1, images.len().max(1));
+        let rows = images.len().div_ceil(columns);
+        let cell = (sides.0 * ZOOM + GAP, sides.1 * ZOOM + GAP);
+        let (width, height) = (columns * cell.1 + GAP, rows * cell.0 + GAP);
+        let mut grey = vec![40u8; width * height];
+        for (i, image) in images.enumerate() {
+            let (top, left) = (GAP + i / columns * cell.0, GAP + i % columns * cell.1);
+            for y in 0..sides.0 * ZOOM {
+                for x in 0..sides.1 * ZOOM {
+                    let value = image[y / ZOOM * sides.1 + x / ZOOM];
+                    grey[(top + y) * width + left + x] = ((value.clamp(-1.0, 1.0) + 1.0) * 127.5).round() as u8;
+                }
+            }
+        }
+        Self { grey, width, height }
+    }
+}
+
+/// Writes images (grey, -1 black to 1 white) of `sides` (rows, columns) as a grid with `columns` columns.
 ///
 /// # Errors
 /// When the file can't be written.
-pub fn save_grid(path: &Path, images: &[f32], columns: usize) -> Result<()> {
-    let count = images.len() / PIXELS;
-    let columns = columns.clamp(1, count.max(1));
-    let (cell, rows) = (SIDE * ZOOM + GAP, count.div_ceil(columns));
-    let (width, height) = (columns * cell + GAP, rows * cell + GAP);
-    let mut grey = vec![40u8; width * height];
-    for (i, image) in images.chunks_exact(PIXELS).enumerate() {
-        let (left, top) = (GAP + i % columns * cell, GAP + i / columns * cell);
-        for y in 0..SIDE * ZOOM {
-            for x in 0..SIDE * ZOOM {
-                let value = image[y / ZOOM * SIDE + x / ZOOM];
-                grey[(top + y) * width + left + x] = ((value.clamp(-1.0, 1.0) + 1.0) * 127.5).round() as u8;
-            }
-        }
-    }
+pub fn save_grid(path: &Path, images: &[f32], sides: (usize, usize), columns: usize) -> Result<()> {
+    save_png(path, &[Canvas::new(images.chunks_exact(sides.0 * sides.1), sides, columns)])
+}
+
+/// Writes videos as a grid with `columns` columns: an animated PNG in which all of them play.
+///
+/// # Errors
+/// When the file can't be written.
+pub fn save_animation(path: &Path, videos: &[f32], size: &VideoSize, columns: usize) -> Result<()> {
+    let videos: Vec<&[f32]> = videos.chunks_exact(size.pixels()).collect();
+    let frame = |i: usize| videos.iter().map(move |v| &v[i * size.frame()..][..size.frame()]);
+    let frames = (0..size.frames).map(|i| Canvas::new(frame(i), (size.height, size.width), columns));
+    save_png(path, &frames.collect::<Vec<_>>())
+}
+
+/// Writes one picture, or several of one size as an animation.
+fn save_png(path: &Path, frames: &[Canvas]) -> Result<()> {
+    let Some(Canvas { width, height, .. }) = frames.first() else { return Ok(()) };
+    let failed = |e: png::EncodingError| Error::Picture { path: path.into(), what: e.to_string() };
     write_whole(path, |partial| {
         let file = std::fs::File::create(partial).map_err(io(path))?;
-        let mut encoder = png::Encoder::new(BufWriter::new(file), width as u32, height as u32);
+        let mut encoder = png::Encoder::new(BufWriter::new(file), *width as u32, *height as u32);
         encoder.set_color(png::ColorType::Grayscale);
-        let failed = |e: png::EncodingError| Error::Picture { path: path.into(), what: e.to_string() };
+        if frames.len() > 1 {
+            encoder.set_animated(frames.len() as u32, 0).map_err(failed)?;
+            encoder.set_frame_delay(FRAME_TIME, 1000).map_err(failed)?;
+        }
         let mut writer = encoder.write_header().map_err(failed)?;
-        writer.write_image_data(&grey).map_err(failed)?;
+        for frame in frames {
+            writer.write_image_data(&frame.grey).map_err(failed)?;
+        }
         writer.finish().map_err(failed)
     })
+}
+
+/// Reads a grey PNG of `sides` (rows, columns) as numbers from -1 (black) to 1 (white).
+///
+/// # Errors
+/// When it can't be read, or has another size or more than one colour channel.
+pub fn load_grey(path: &Path, sides: (usize, usize)) -> Result<Vec<f32>> {
+    let failed = |what: String| Error::Picture { path: path.into(), what };
+    let file = std::fs::File::open(path).map_err(io(path))?;
+    let mut decoder = png::Decoder::new(BufReader::new(file));
+    decoder.set_transformations(png::Transformations::normalize_to_color8());
+    let mut reader = decoder.read_info().map_err(|e| failed(e.to_string()))?;
+    let mut grey = vec![0; reader.output_buffer_size().unwrap_or(0)];
+    let info = reader.next_frame(&mut grey).map_err(|e| failed(e.to_string()))?;
+    let got = (info.height as usize, info.width as usize);
+    if got != sides || info.color_type != png::ColorType::Grayscale {
+        let (rows, columns) = sides;
+        let what = format!(
+            "expected a grey picture of {columns} x {rows} pixels, got {:?} of {} x {}",
+            info.color_type, got.1, got.0
+        );
+        return Err(failed(what));
+    }
+    Ok(grey[..got.0 * got.1].iter().map(|g| f32::from(*g) / 127.5 - 1.0).collect())
 }
 
 /// Writes the losses by step, and their running mean, as an SVG.
@@ -86,13 +150,42 @@ pub fn save_loss_curve(path: &Path, losses: &[(u64, f64)]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digits::{PIXELS, SIDE};
+
+    #[test]
+    fn videos_play_side_by_side_and_grey_pictures_are_read_back() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("videos.png");
+        let size = VideoSize { frames: 3, height: 2, width: 3 };
+        // Two videos: one grows bright, the other dark.
+        let level = |i: usize| i as f32 - 1.0;
+        let video = |f: &dyn Fn(usize) -> f32| (0..3).flat_map(|i| vec![f(i); 6]).collect::<Vec<f32>>();
+        save_animation(&path, &[video(&level), video(&|i| -level(i))].concat(), &size, 2)?;
+        let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap()));
+        let mut reader = decoder.read_info().unwrap();
+        assert_eq!(reader.info().animation_control().unwrap().num_frames, 3);
+        let mut grey = vec![0; reader.output_buffer_size().unwrap()];
+        for expected in [(0, 255), (128, 128), (255, 0)] {
+            let width = reader.next_frame(&mut grey).unwrap().width as usize;
+            let row = &grey[(GAP + 1) * width..];
+            assert_eq!((row[GAP + 1], row[GAP + 3 * ZOOM + GAP + 1]), expected);
+        }
+        let still = folder.path().join("grey.png");
+        let canvas = Canvas { grey: vec![0, 255, 51, 0, 0, 0], width: 3, height: 2 };
+        save_png(&still, &[canvas])?;
+        assert_eq!(load_grey(&still, (2, 3))?[..3], [-1.0, 1.0, -0.6]);
+        let error = load_grey(&still, (3, 3)).unwrap_err().to_string();
+        assert!(error.contains("3 x 3") && error.contains("3 x 2"), "{error}");
+        assert!(load_grey(&folder.path().join("none.png"), (1, 1)).is_err());
+        Ok(())
+    }
 
     #[test]
     fn a_grid_shows_each_image_at_its_place() -> Result<()> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("grid.png");
         let images = [vec![-1.0; PIXELS], vec![1.0; PIXELS], vec![0.0; PIXELS]].concat();
-        save_grid(&path, &images, 2)?;
+        save_grid(&path, &images, (SIDE, SIDE), 2)?;
         let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap()));
         let mut reader = decoder.read_info().unwrap();
         let mut grey = vec![0; reader.output_buffer_size().unwrap()];
@@ -102,7 +195,7 @@ mod tests {
         let at =
             |row: usize, column: usize| grey[(GAP + row * cell + 1) * info.width as usize + GAP + column * cell + 1];
         assert_eq!((at(0, 0), at(0, 1), at(1, 0), at(1, 1)), (0, 255, 128, 40));
-        assert!(save_grid(&folder.path().join("no/grid.png"), &images, 2).is_err());
+        assert!(save_grid(&folder.path().join("no/grid.png"), &images, (SIDE, SIDE), 2).is_err());
         Ok(())
     }
 

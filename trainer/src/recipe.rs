@@ -8,7 +8,9 @@ use flowtape_flowmatch::FlowMatchingConfig;
 use serde::{Deserialize, Serialize};
 use serde_yaml_ng::{Mapping, Value};
 
+use crate::digits::SIDE;
 use crate::error::io;
+use crate::moving::VideoSize;
 use crate::{Error, Result};
 
 /// Everything that a run is made of. The run folder keeps it resolved: all defaults written out.
@@ -27,9 +29,12 @@ pub struct Recipe {
     #[serde(default)]
     pub dtype: Dtype,
     /// What is trained on.
-    pub data: Data,
+    pub data: DataConfig,
     /// The object of diffusers' `config.json`; its `_class_name` says which model.
     pub model: serde_json::Value,
+    /// How the model starts.
+    #[serde(default)]
+    pub init: Init,
     /// The pipeline.
     #[serde(default)]
     pub flow_matching: FlowMatchingConfig,
@@ -43,7 +48,7 @@ pub struct Recipe {
     pub clip_grad_norm: Option<ClipGradNorm>,
     /// How long, in which batches.
     pub step_scheduler: StepScheduler,
-    /// Checks that cost time.
+    /// What is traded for time.
     #[serde(default)]
     pub performance: Performance,
     /// Sample grids.
@@ -77,19 +82,66 @@ impl From<Dtype> for DType {
 /// A source of training data.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Data {
-    /// Which: `digits`, the embedded one.
+pub struct DataConfig {
+    /// Which.
     pub source: Source,
     /// Width of the embeddings of caption tokens and of the pooled caption.
     pub text_dim: usize,
+    /// Sizes of the videos, for a source of videos.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub video: Option<VideoSize>,
+    /// Share of the samples whose caption is dropped, for guidance: the adapters of video models drop none themselves.
+    #[serde(default)]
+    pub caption_dropout_prob: f64,
 }
 
 /// The known sources.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Source {
     /// The embedded 8 x 8 digits.
     Digits,
+    /// The same, moving over a larger canvas and bouncing off its edges.
+    MovingDigits,
+}
+
+impl DataConfig {
+    /// Still digits, with embeddings of `text_dim`.
+    pub fn digits(text_dim: usize) -> Self {
+        Self { source: Source::Digits, text_dim, video: None, caption_dropout_prob: 0.0 }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let fits = |v: &VideoSize| v.frames > 0 && v.height >= SIDE && v.width >= SIDE;
+        match (self.source, &self.video) {
+            (Source::MovingDigits, Some(video)) if fits(video) => {}
+            (Source::MovingDigits, _) => {
+                return Err(format!(
+                    "data.video: moving_digits needs frames (at least 1), height and width (at least {SIDE})"
+                ));
+            }
+            (Source::Digits, Some(_)) => {
+                return Err("data.video: digits are images; did you mean moving_digits?".into());
+            }
+            (Source::Digits, None) => {}
+        }
+        if !(0.0..=1.0).contains(&self.caption_dropout_prob) {
+            let got = self.caption_dropout_prob;
+            return Err(format!("data.caption_dropout_prob: expected a number in [0, 1], got {got}"));
+        }
+        Ok(())
+    }
+}
+
+/// Starting values of a new model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// As diffusers: PyTorch's linear initialisation everywhere.
+    #[default]
+    Diffusers,
+    /// The same, but modulations, gates and the output projection start at zero, as in DiT.
+    AdalnZero,
 }
 
 /// AdamW.
@@ -137,12 +189,14 @@ pub struct StepScheduler {
     pub ckpt_every_steps: u64,
 }
 
-/// Checks that cost time.
+/// What is traded for time.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Performance {
     /// Whether a loss that is NaN or above 100 stops the run.
     pub check_loss: bool,
+    /// Whether blocks run again in backward instead of keeping their activations: less memory, the same results.
+    pub activation_checkpointing: bool,
 }
 
 /// How grids are sampled.
@@ -155,11 +209,13 @@ pub struct SamplingConfig {
     pub num_inference_steps: usize,
     /// Scale of classifier-free guidance; 1 for none.
     pub guidance_scale: f64,
+    /// Whether grids and the report also show videos that go on from a given first frame.
+    pub image_to_video: bool,
 }
 
 impl Default for SamplingConfig {
     fn default() -> Self {
-        Self { every_steps: 0, num_inference_steps: 20, guidance_scale: 2.0 }
+        Self { every_steps: 0, num_inference_steps: 20, guidance_scale: 2.0, image_to_video: false }
     }
 }
 
@@ -222,6 +278,13 @@ impl Recipe {
         let (b1, b2) = self.optimizer.betas;
         if !(0.0..1.0).contains(&b1) || !(0.0..1.0).contains(&b2) {
             return Err(format!("optimizer.betas: expected two numbers in [0, 1), got [{b1}, {b2}]"));
+        }
+        self.data.check()?;
+        let adapter = &self.flow_matching.adapter_type;
+        if self.sampling.image_to_video && (self.data.video.is_none() || adapter != "hunyuan") {
+            return Err(format!(
+                "sampling.image_to_video: expected a source of videos and the adapter hunyuan, got {adapter}"
+            ));
         }
         self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))
     }
@@ -299,6 +362,11 @@ mod tests {
             ("step_scheduler.global_batch_size=100", "multiple"),
             ("flow_matching.flow_shift=0", "flow_matching.flow_shift"),
             ("sampelr.x=1", "did you mean `sampling`"),
+            ("data.source=moving_digits", "data.video"),
+            ("data.video={frames: 2, height: 9, width: 9}", "moving_digits"),
+            ("data.caption_dropout_prob=2", "[0, 1]"),
+            ("sampling.image_to_video=true", "hunyuan"),
+            ("init=zero", "adaln_zero"),
         ] {
             let error = Recipe::parse(DIGITS, &[set.into()]).unwrap_err();
             assert!(error.contains(part), "{set}: {error}");

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `recipe.yaml` | the resolved recipe |
 //! | `metrics.jsonl` | a line a step |
-//! | `samples/step_*.png` | sample grids |
+//! | `samples/step_*.png` | sample grids; videos as animated PNGs, and their frames side by side in `step_*_frames.png` |
 //! | `loss.svg` | the loss curve |
 //! | `checkpoint/` | diffusers' `config.json` and weights, `optimizer.safetensors`, `state.json` |
 //! | `report.json` | the figures of the end |
@@ -98,9 +98,9 @@ impl RunFolder {
         self.0.join("recipe.yaml")
     }
 
-    /// The grid of a step.
-    pub fn grid_path(&self, step: u64) -> PathBuf {
-        self.0.join("samples").join(format!("step_{step:06}.png"))
+    /// A picture of a step's samples; `kind` tells several of one step apart.
+    pub fn samples_path(&self, step: u64, kind: &str) -> PathBuf {
+        self.0.join("samples").join(format!("step_{step:06}{kind}.png"))
     }
 
     /// The loss curve.

@@ -7,18 +7,19 @@ use std::time::Instant;
 
 use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::optim::{AdamW, AdamWConfig, LrScheduler, LrSchedulerConfig, clip_grad_norm};
-use flowtape_engine::{DType, Device, Gradients, Philox, Tape};
+use flowtape_engine::{DType, Device, Gradients, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_models::{Transformer, create_adapter, create_model};
 use serde::{Deserialize, Serialize};
 
-use crate::digits::{CAPTIONS, Digits};
+use crate::data::Data;
+use crate::digits::{CAPTIONS, SIDE};
 use crate::error::io;
-use crate::generate::generate;
-use crate::picture::{save_grid, save_loss_curve};
-use crate::report::{Quality, judge};
+use crate::generate::{Request, generate};
+use crate::picture::{save_animation, save_grid, save_loss_curve};
+use crate::recipe::Init;
+use crate::report::{FirstFrame, Quality, judge, judge_first_frames, judge_videos};
 use crate::run::{Line, RunFolder, write_line};
-use crate::text::TokenTable;
 use crate::{Error, Recipe, Result};
 
 /// Streams of random numbers of a run, each its own fork of the seed.
@@ -32,6 +33,8 @@ const WINDOW: usize = 100;
 
 /// Columns of a grid: samples of one class.
 const COLUMNS: usize = 10;
+/// The same for videos, which are larger.
+const VIDEO_COLUMNS: usize = 4;
 
 /// What a run came to.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -51,6 +54,19 @@ pub struct Summary {
     /// Figures of the report, where the recipe asks for one.
     #[serde(flatten)]
     pub quality: Option<Quality>,
+    /// Figures of videos that go on from a given frame, where the recipe asks for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_to_video: Option<ImageToVideo>,
+}
+
+/// Figures of videos that go on from a given first frame.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ImageToVideo {
+    /// Of all frames.
+    #[serde(flatten)]
+    pub quality: Quality,
+    /// Of the first one.
+    pub first_frame: FirstFrame,
 }
 
 /// Told how a run goes.
@@ -91,8 +107,7 @@ pub struct Trainer<'a> {
     pipeline: FlowMatchingPipeline,
     optimizer: AdamW,
     schedule: LrScheduler,
-    digits: Digits,
-    table: TokenTable,
+    data: Data,
     device: Device,
 }
 
@@ -105,7 +120,15 @@ impl<'a> Trainer<'a> {
         let device = Device::cpu();
         let flow = &recipe.flow_matching;
         let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
-        let model = create_model(&recipe.model, &ParamBuilder::new(recipe.seed, recipe.dtype.into(), &device))?;
+        let mut model = create_model(&recipe.model, &ParamBuilder::new(recipe.seed, recipe.dtype.into(), &device))?;
+        model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
+        if recipe.init == Init::AdalnZero {
+            let names = model.zero_init_parameters();
+            let chosen = model.params().iter().filter(|(name, _)| names.iter().any(|n| n == name));
+            chosen
+                .map(|(_, p)| p.copy_from(&Tensor::zeros(p.dims(), p.dtype(), &device)?))
+                .collect::<Result<(), _>>()?;
+        }
         let optimizer = &recipe.optimizer;
         let constant = LrSchedulerConfig {
             lr_decay_style: flowtape_engine::optim::DecayStyle::Constant,
@@ -118,8 +141,7 @@ impl<'a> Trainer<'a> {
             pipeline: FlowMatchingPipeline::new(flow.clone(), adapter)?,
             optimizer: AdamW::new(AdamWConfig { betas: optimizer.betas, eps: optimizer.eps }),
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
-            digits: Digits::load(Philox::new(recipe.seed).fork(DATA).state().0)?,
-            table: TokenTable::new(CAPTIONS, recipe.data.text_dim),
+            data: Data::new(&recipe.data, Philox::new(recipe.seed).fork(DATA).state().0)?,
             recipe,
             model,
             device,
@@ -144,7 +166,7 @@ impl<'a> Trainer<'a> {
         let mut loss = 0.0;
         for part in 0..parts {
             let from = step as usize * global + part * local;
-            let batch = self.digits.batch(from, local, &self.table, &self.device)?;
+            let batch = self.data.batch(from, local, &self.device)?;
             let tape = Tape::new();
             let options = StepOptions {
                 dtype: self.recipe.dtype.into(),
@@ -206,10 +228,15 @@ impl<'a> Trainer<'a> {
         let curve: Vec<(u64, f64)> = lines.iter().map(|l| (l.step, l.loss)).collect();
         save_loss_curve(&run.curve_path(), &curve)?;
         let interrupted = step < steps;
-        let mut quality = None;
+        let (mut quality, mut image_to_video) = (None, None);
         if !interrupted {
             self.grid(run, step, progress)?;
-            quality = self.report(progress)?;
+            if let Some(config) = &self.recipe.report {
+                progress.note("sampling for the report");
+                let classes = by_class(config.samples_per_class);
+                quality = Some(self.judge(&self.samples(&classes, REPORT_SEED, None)?, &classes));
+                image_to_video = self.judge_image_to_video(&classes)?;
+            }
         }
         let summary = Summary {
             run_dir: run.path().into(),
@@ -219,6 +246,7 @@ impl<'a> Trainer<'a> {
             total_seconds: seconds_before + started.elapsed().as_secs_f64(),
             interrupted,
             quality,
+            image_to_video,
         };
         if !interrupted {
             let text = format!("{:#}\n", serde_json::json!(summary));
@@ -240,24 +268,56 @@ impl<'a> Trainer<'a> {
         run.save(&*self.model, &self.optimizer, step, train_seconds)
     }
 
-    fn images(&self, classes: &[u8], seed: u64) -> Result<Vec<f32>> {
+    fn samples(&self, classes: &[u8], seed: u64, first_frames: Option<&[f32]>) -> Result<Vec<f32>> {
         let prompts: Vec<&str> = classes.iter().map(|c| CAPTIONS[usize::from(*c)]).collect();
-        generate(&*self.model, self.pipeline.adapter(), &self.table, &prompts, seed, &self.recipe.sampling)
+        let request = Request { prompts: &prompts, first_frames, seed };
+        generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.recipe.sampling)
     }
 
     /// A row a class.
     fn grid(&self, run: &RunFolder, step: u64, progress: &mut dyn Progress) -> Result<()> {
         progress.note("sampling a grid");
-        let images = self.images(&by_class(COLUMNS), GRID_SEED)?;
-        save_grid(&run.grid_path(step), &images, COLUMNS)
+        let columns = if self.data.video.is_some() { VIDEO_COLUMNS } else { COLUMNS };
+        let classes = by_class(columns);
+        save_samples(&self.samples(&classes, GRID_SEED, None)?, &self.data, columns, |kind| {
+            run.samples_path(step, kind)
+        })?;
+        if self.recipe.sampling.image_to_video {
+            let given = self.data.first_frames(&classes, GRID_SEED)?;
+            let samples = self.samples(&classes, GRID_SEED, Some(&given))?;
+            save_samples(&samples, &self.data, columns, |kind| run.samples_path(step, &format!("_i2v{kind}")))?;
+        }
+        Ok(())
     }
 
-    fn report(&self, progress: &mut dyn Progress) -> Result<Option<Quality>> {
-        let Some(config) = &self.recipe.report else { return Ok(None) };
-        progress.note("sampling for the report");
-        let classes = by_class(config.samples_per_class);
-        Ok(Some(judge(&self.images(&classes, REPORT_SEED)?, &classes, &self.digits)))
+    fn judge(&self, samples: &[f32], classes: &[u8]) -> Quality {
+        match &self.data.video {
+            Some(size) => judge_videos(samples, size, classes, &self.data.digits),
+            None => judge(samples, classes, &self.data.digits),
+        }
     }
+
+    fn judge_image_to_video(&self, classes: &[u8]) -> Result<Option<ImageToVideo>> {
+        let Some(size) = self.data.video.filter(|_| self.recipe.sampling.image_to_video) else { return Ok(None) };
+        let given = self.data.first_frames(classes, REPORT_SEED)?;
+        let samples = self.samples(classes, REPORT_SEED, Some(&given))?;
+        let first_frame = judge_first_frames(&samples, &given, &size);
+        Ok(Some(ImageToVideo { quality: self.judge(&samples, classes), first_frame }))
+    }
+}
+
+/// Writes samples as a grid; videos as one that plays, and the frames of each row's first one side by side. `path` says
+/// where, from a suffix of the name.
+///
+/// # Errors
+/// When a file can't be written.
+pub fn save_samples(samples: &[f32], data: &Data, columns: usize, path: impl Fn(&str) -> PathBuf) -> Result<()> {
+    let Some(size) = &data.video else {
+        return save_grid(&path(""), samples, (SIDE, SIDE), columns);
+    };
+    save_animation(&path(""), samples, size, columns)?;
+    let firsts: Vec<f32> = samples.chunks_exact(size.pixels()).step_by(columns).flatten().copied().collect();
+    save_grid(&path("_frames"), &firsts, (size.height, size.width), size.frames)
 }
 
 /// Each class `n` times.
@@ -273,7 +333,8 @@ fn mean_loss(lines: &[Line]) -> f64 {
 pub struct Trained {
     model: Box<dyn Transformer>,
     pipeline: FlowMatchingPipeline,
-    table: TokenTable,
+    /// What it was trained on.
+    pub data: Data,
     /// The run's own settings.
     pub sampling: crate::recipe::SamplingConfig,
 }
@@ -290,18 +351,23 @@ impl Trained {
         let flow = &recipe.flow_matching;
         let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
         let pipeline = FlowMatchingPipeline::new(flow.clone(), adapter)?;
-        let table = TokenTable::new(CAPTIONS, recipe.data.text_dim);
-        Ok(Self { model, pipeline, table, sampling: recipe.sampling })
+        Ok(Self { model, pipeline, data: Data::new(&recipe.data, recipe.seed)?, sampling: recipe.sampling })
     }
 
-    /// `n` images of a prompt.
+    /// `n` samples of a prompt; videos may go on from a given first frame.
     ///
     /// # Errors
-    /// When the prompt has an unknown word, or `n` is 0.
-    pub fn sample(&self, prompt: &str, n: usize, seed: u64) -> Result<Vec<f32>> {
+    /// When the prompt has an unknown word, `n` is 0, or the model takes no first frame.
+    pub fn sample(&self, prompt: &str, n: usize, seed: u64, first_frame: Option<&[f32]>) -> Result<Vec<f32>> {
+        let refused = |path: &str, what: &str| Err(Error::Run { path: path.into(), what: what.into() });
         if n == 0 {
-            return Err(Error::Run { path: "--n".into(), what: "expected at least 1, got 0".into() });
+            return refused("--n", "expected at least 1, got 0");
         }
-        generate(&*self.model, self.pipeline.adapter(), &self.table, &vec![prompt; n], seed, &self.sampling)
+        if first_frame.is_some() && (self.data.video.is_none() || self.pipeline.adapter().name() != "hunyuan") {
+            return refused("--first-frame", "only video models of the adapter hunyuan go on from a frame");
+        }
+        let first_frames = first_frame.map(|frame| frame.repeat(n));
+        let request = Request { prompts: &vec![prompt; n], first_frames: first_frames.as_deref(), seed };
+        generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.sampling)
     }
 }

@@ -1,0 +1,127 @@
+//! Digits that move in straight lines over a canvas and bounce off its edges.
+
+use flowtape_engine::Philox;
+use serde::{Deserialize, Serialize};
+
+use crate::digits::SIDE;
+
+/// The greatest speed, in pixels a frame on each axis.
+const SPEED: i64 = 2;
+
+/// Sizes of a video.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VideoSize {
+    /// Number of frames.
+    pub frames: usize,
+    /// Rows of a frame.
+    pub height: usize,
+    /// Columns of a frame.
+    pub width: usize,
+}
+
+impl VideoSize {
+    /// Pixels of a frame.
+    pub fn frame(&self) -> usize {
+        self.height * self.width
+    }
+
+    /// Pixels of all frames.
+    pub fn pixels(&self) -> usize {
+        self.frames * self.frame()
+    }
+
+    /// A video `[F, H, W]` of a digit: its start and its velocity come from `random`, the ground is black (-1).
+    ///
+    /// The canvas must be at least as large as the digit.
+    pub fn animate(&self, digit: &[f32], random: &mut Philox) -> Vec<f32> {
+        let mut below = |n: usize| (random.next_f64() * n as f64) as i64;
+        let room = [self.height - SIDE, self.width - SIDE];
+        let start = room.map(|r| below(r + 1));
+        let velocity = loop {
+            let v = [0; 2].map(|_: i64| below(2 * SPEED as usize + 1) - SPEED);
+            if v != [0, 0] {
+                break v;
+            }
+        };
+        let mut video = vec![-1.0; self.pixels()];
+        for (time, frame) in video.chunks_exact_mut(self.frame()).enumerate() {
+            let at = |axis: usize| bounce(start[axis] + velocity[axis] * time as i64, room[axis]);
+            let (top, left) = (at(0), at(1));
+            for (y, row) in digit.chunks_exact(SIDE).enumerate() {
+                frame[(top + y) * self.width + left..][..SIDE].copy_from_slice(row);
+            }
+        }
+        video
+    }
+
+    /// All crops of a digit's size, row by row.
+    pub fn crops<'a>(&self, frame: &'a [f32]) -> impl Iterator<Item = Crop<'a>> {
+        let (height, width) = (self.height, self.width);
+        (0..=height - SIDE).flat_map(move |top| (0..=width - SIDE).map(move |left| Crop { frame, width, top, left }))
+    }
+}
+
+/// Where a point is that bounces between 0 and `room`.
+fn bounce(position: i64, room: usize) -> usize {
+    if room == 0 {
+        return 0;
+    }
+    let room = room as i64;
+    let folded = position.rem_euclid(2 * room);
+    (if folded > room { 2 * room - folded } else { folded }) as usize
+}
+
+/// A window of a digit's size on a frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Crop<'a> {
+    frame: &'a [f32],
+    width: usize,
+    top: usize,
+    left: usize,
+}
+
+impl Crop<'_> {
+    /// Its pixels.
+    pub fn pixels(&self) -> Vec<f32> {
+        let rows = (self.top..self.top + SIDE).map(|y| &self.frame[y * self.width + self.left..][..SIDE]);
+        rows.flatten().copied().collect()
+    }
+
+    /// The mean squared distance of all pixels outside from black.
+    pub fn background_error(&self) -> f64 {
+        let square = |v: &f32| f64::from(v + 1.0).powi(2);
+        let all: f64 = self.frame.iter().map(square).sum();
+        let inside: f64 = self.pixels().iter().map(square).sum();
+        (all - inside).max(0.0) / (self.frame.len() - SIDE * SIDE).max(1) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digits_stay_whole_move_and_bounce() {
+        let size = VideoSize { frames: 12, height: 11, width: 14 };
+        let digit: Vec<f32> = (0..64).map(|i| i as f32 / 64.0).collect();
+        let mut random = Philox::new(5);
+        for _ in 0..50 {
+            let video = size.animate(&digit, &mut random);
+            let places: Vec<(usize, usize)> = video
+                .chunks_exact(size.frame())
+                .map(|frame| {
+                    let whole: Vec<_> = size.crops(frame).filter(|c| c.pixels() == digit).collect();
+                    assert_eq!(whole.len(), 1);
+                    assert!(whole[0].background_error() < 1e-12);
+                    (whole[0].top, whole[0].left)
+                })
+                .collect();
+            assert!(places.windows(2).any(|p| p[0] != p[1]), "{places:?}");
+            let step = |a: usize, b: usize| a.abs_diff(b) <= SPEED as usize;
+            assert!(places.windows(2).all(|p| step(p[0].0, p[1].0) && step(p[0].1, p[1].1)), "{places:?}");
+        }
+        assert_eq!([-1, 0, 2, 3, 4, 6, 7].map(|p| bounce(p, 3)), [1, 0, 2, 3, 2, 0, 1]);
+        assert_eq!(bounce(5, 0), 0);
+    }
+}
