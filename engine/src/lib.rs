@@ -23,9 +23,11 @@ pub mod meta;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod pool;
 pub mod random;
 pub mod safetensors;
 pub mod shape;
+pub mod space;
 pub mod tape;
 mod tensor;
 

@@ -3,8 +3,10 @@
 //! A closure on [`Expr`] builds a [`Function`]; its gradient is another `Function`, derived symbolically; a
 //! [`Program`] is what a backend evaluates in blocks or prints as a kernel.
 
+mod elementary;
 mod function;
 mod gradient;
+mod lower;
 mod program;
 
 use std::cell::RefCell;
@@ -12,6 +14,7 @@ use std::collections::HashMap;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
 pub use function::Function;
+pub use lower::{Lowered, Step, Value};
 pub use program::{Instruction, Opcode, Program};
 
 /// How a reduction combines elements.

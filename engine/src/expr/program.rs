@@ -1,9 +1,10 @@
 //! Functions as straight-line programs over slots.
 
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
-use super::{Binary, Function, Id, Node, Unary};
+use super::{Binary, Function, Id, Lowered, Node, Unary};
 
 /// What an instruction does with its operands.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -46,6 +47,8 @@ pub struct Program {
     pub instructions: Vec<Instruction>,
     /// The slot of each output.
     pub outputs: Vec<usize>,
+    id: u64,
+    lowered: OnceLock<Lowered>,
 }
 
 type Cache = Mutex<HashMap<Function, Arc<Program>>>;
@@ -56,6 +59,16 @@ impl Program {
         static CACHE: LazyLock<Cache> = LazyLock::new(Cache::default);
         let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
         cache.entry(function.clone()).or_insert_with(|| Arc::new(Self::compile(function))).clone()
+    }
+
+    /// A number of its own in the process: backends keep kernels by it.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The program in steps that every machine has, for backends that print kernels.
+    pub fn lowered(&self) -> &Lowered {
+        self.lowered.get_or_init(|| Lowered::of(self))
     }
 
     /// The first slot of scalars and constants.
@@ -123,7 +136,9 @@ impl Program {
             );
         }
         let outputs = function.output_ids().iter().map(|&id| slots[id as usize]).collect();
-        Self { inputs, scalars, constants, registers, instructions, outputs }
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self { inputs, scalars, constants, registers, instructions, outputs, id, lowered: OnceLock::new() }
     }
 }
 

@@ -125,7 +125,7 @@ pub(super) unsafe fn matmul(a: &View<'_>, b: &View<'_>, bias: Option<&View<'_>>,
     let lead = rank - 2;
     let strides = [&a.strides[..lead], &b.strides[..lead], &out.strides[..lead]];
     let batch = Space::new(&out.dims[..lead], &strides, 0..lead);
-    if m == 0 || n == 0 || batch.len() == 0 {
+    if m == 0 || n == 0 || batch.is_empty() {
         return;
     }
     let bias = bias.map(|v| Matrix { ptr: v.ptr, dtype: v.dtype, rows: 0, cols: v.strides[0] });

@@ -1,0 +1,12 @@
+//! Flowtape on GPUs: backends behind the engine's [`Backend`](flowtape_engine::backend::Backend).
+//!
+//! | feature | what it reaches |
+//! |---|---|
+//! | `wgpu` (default) | any GPU with Vulkan, Metal or DirectX 12 |
+//! | `cuda` | NVIDIA GPUs, through the driver alone |
+
+mod report;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
+
+pub use report::{DeviceReport, reports};
