@@ -5,6 +5,7 @@
 //! | [`blocks`] | what the models share: modulation, joint attention, embeddings, rotary tables |
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
+//! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`presets`], [`inspect`] | configurations of published checkpoints; what a model is made of |
 //! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`] |
@@ -12,9 +13,12 @@
 pub mod blocks;
 pub mod checkpoint;
 pub mod flux;
+pub mod flux2;
 pub mod inspect;
 pub mod presets;
 pub mod registry;
+#[cfg(test)]
+mod testing;
 pub mod wan;
 
 use flowtape_engine::nn::Params;

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
+use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
 
@@ -41,6 +42,14 @@ pub const MODELS: &[ModelKind] = &[
         class: "FluxTransformer2DModel",
         new_adapter: |kwargs| Ok(Box::new(FluxAdapter::from_kwargs(kwargs)?)),
         new_model: |config, params| Ok(Box::new(FluxTransformer2DModel::new(FluxConfig::from_json(config)?, params)?)),
+    },
+    ModelKind {
+        adapter: "flux2",
+        class: "Flux2Transformer2DModel",
+        new_adapter: |kwargs| Ok(Box::new(Flux2Adapter::from_kwargs(kwargs)?)),
+        new_model: |config, params| {
+            Ok(Box::new(Flux2Transformer2DModel::new(Flux2Config::from_json(config)?, params)?))
+        },
     },
 ];
 

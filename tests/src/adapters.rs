@@ -5,7 +5,7 @@ use std::path::Path;
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingContext, Recorded as Draw, RecordedDraws, TaskType};
 use flowtape_models::flux::{latent_image_ids, pack_latents, unpack_latents};
-use flowtape_models::{MODELS, create_adapter};
+use flowtape_models::{MODELS, create_adapter, flux2};
 use serde_json::{Map, Value, json};
 
 use crate::Outcome;
@@ -31,6 +31,20 @@ fn packing(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     families.dedup();
     for family in families {
         let tensor = |name: &str| golden.tensor(&format!("{family}.{name}"));
+        if family == "flux2" {
+            let (latents, ids) = (tensor("latents")?, tensor("txt_ids")?);
+            let (batch, height, width) = (latents.dim(0)?, latents.dim(2)?, latents.dim(3)?);
+            let packed = flux2::pack_latents(&latents)?;
+            for (name, got) in [
+                ("unpacked", flux2::unpack_latents(&packed, height, width)?),
+                ("packed", packed),
+                ("img_ids", flux2::latent_ids(height, width, batch)?),
+                ("txt_ids", flux2::text_ids(ids.dim(1)?, batch)?),
+            ] {
+                out.push(same(format!("{family}.{name}"), &got, &tensor(name)?)?);
+            }
+            continue;
+        }
         // FLUX and Qwen-Image pack alike.
         if !["flux", "qwen", "qwen_edit"].contains(&&*family) {
             out.push(Outcome::unbuilt(family));

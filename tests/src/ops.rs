@@ -13,6 +13,7 @@ use flowtape_models::blocks::{
     ChannelOrder, CombinedTimestepTextProjEmbeddings, Modulation, RopePrecision, RopeTables, modulate, unpatchify,
 };
 use flowtape_models::flux::{FluxSingleTransformerBlock, FluxTransformerBlock};
+use flowtape_models::flux2;
 use flowtape_models::wan::{WanAttention, WanConfig};
 use serde_json::Value;
 
@@ -254,6 +255,17 @@ impl Case<'_> {
             "wan_self_attention" => self.wan_attention()?,
             _ if family("ada_layer_norm") => self.ada_layer_norm()?,
             _ if family("feed_forward") => self.feed_forward()?,
+            "flux2_feed_forward" => {
+                let inner = self.params.get("linear_out.weight").ok_or("a weight")?.dim(1)?;
+                let x = self.x()?;
+                self.module(|p| flux2::feed_forward(p, x.dim(2)?, inner), |m| Ok(vec![m.forward(x)?]))?
+            }
+            "flux2_modulation" => {
+                let emb = self.input("emb")?;
+                let (width, parts) = (emb.dim(1)?, self.out[1] / emb.dim(1)?);
+                let build = |p: &ParamBuilder| Modulation::with(&p.sub("linear"), width, parts, false);
+                self.module(build, |m| Ok(vec![m.together(emb)?.squeeze(1)?]))?
+            }
             "flux_double_block" | "flux_single_block" => self.flux_block()?,
             "freqs_1d_f64" | "flux_pos_embed" | "flux2_pos_embed" => {
                 let positions = self.inputs.values().next().ok_or("positions")?.to_vec::<f32>()?;

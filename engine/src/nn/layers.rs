@@ -113,12 +113,14 @@ pub enum Activation {
     Geglu,
     /// The first half times the silu of the second (`swiglu`).
     Swiglu,
+    /// The silu of the first half times the second (FLUX.2's).
+    SwigluGateFirst,
 }
 
 impl Activation {
     /// Whether the last axis is halved.
     fn is_gated(self) -> bool {
-        matches!(self, Self::Geglu | Self::Swiglu)
+        matches!(self, Self::Geglu | Self::Swiglu | Self::SwigluGateFirst)
     }
 
     /// Element by element; the gated ones halve the last axis.
@@ -126,16 +128,18 @@ impl Activation {
     /// # Errors
     /// When the dtype is not a float, or the last axis can't be halved.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
-        let gated = |f: for<'a> fn(Expr<'a>) -> Expr<'a>| {
+        // Where the value and its gate stand.
+        let gated = |[value, gate]: [usize; 2], f: for<'a> fn(Expr<'a>) -> Expr<'a>| {
             let halves = x.chunk(2, x.rank().saturating_sub(1))?;
-            pointwise([&halves[0], &halves[1]], |[x, gate]| x * f(gate))
+            pointwise([&halves[value], &halves[gate]], |[x, gate]| x * f(gate))
         };
         match self {
             Self::GeluTanh => pointwise([x], |[x]| x.gelu_tanh()),
             Self::Gelu => pointwise([x], |[x]| x.gelu_erf()),
             Self::Silu => pointwise([x], |[x]| x.silu()),
-            Self::Geglu => gated(|gate| gate.gelu_erf()),
-            Self::Swiglu => gated(|gate| gate.silu()),
+            Self::Geglu => gated([0, 1], |gate| gate.gelu_erf()),
+            Self::Swiglu => gated([0, 1], |gate| gate.silu()),
+            Self::SwigluGateFirst => gated([1, 0], |gate| gate.silu()),
         }
     }
 }
@@ -158,6 +162,11 @@ impl FeedForward {
         let wide = if activation.is_gated() { 2 * inner } else { inner };
         let input = Linear::new(&net.sub(0).sub("proj"), width, wide, true)?;
         Ok(Self { input, activation, output: Linear::new(&net.sub(2), inner, width, true)? })
+    }
+
+    /// Of products that have other names; a gated activation halves what `input` gives.
+    pub fn from_parts(input: Linear, activation: Activation, output: Linear) -> Self {
+        Self { input, activation, output }
     }
 
     /// x `[.., width]`.

@@ -141,7 +141,10 @@ impl QkvHeads {
 }
 
 /// `[B, L, H D]` to `[B, L, H, D]`.
-fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+///
+/// # Errors
+/// When the shape does not fit.
+pub fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     x.reshape(&[x.dim(0)?, x.dim(1)?, heads, x.dim(2)? / heads])
 }
 

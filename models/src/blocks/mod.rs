@@ -8,7 +8,7 @@ mod modulation;
 mod patch;
 mod rope;
 
-pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend};
+pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, split_heads};
 pub use checkpointing::run_block;
 pub use conditioning::with_batch_axis;
 pub(crate) use embeddings::CHANNELS;

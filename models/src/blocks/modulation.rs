@@ -17,7 +17,15 @@ impl Modulation {
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, dim: usize, parts: usize) -> Result<Self> {
-        Ok(Self { linear: Linear::new(params, dim, parts * dim, true)?, parts })
+        Self::with(params, dim, parts, true)
+    }
+
+    /// With or without a bias.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn with(params: &ParamBuilder, dim: usize, parts: usize, bias: bool) -> Result<Self> {
+        Ok(Self { linear: Linear::new(params, dim, parts * dim, bias)?, parts })
     }
 
     /// The parts `[B, 1, dim]` of an embedding `[B, dim]`.
@@ -25,8 +33,15 @@ impl Modulation {
     /// # Errors
     /// When the shape does not fit.
     pub fn forward(&self, embedding: &Tensor) -> Result<Vec<Tensor>> {
-        let all = self.linear.forward(&pointwise([embedding], |[x]| x.silu())?)?;
-        all.unsqueeze(1)?.chunk(self.parts, 2)
+        self.together(embedding)?.chunk(self.parts, 2)
+    }
+
+    /// The parts side by side, `[B, 1, parts dim]`: one tensor to hand to the blocks that share it.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn together(&self, embedding: &Tensor) -> Result<Tensor> {
+        self.linear.forward(&pointwise([embedding], |[x]| x.silu())?)?.unsqueeze(1)
     }
 }
 

@@ -1,0 +1,9 @@
+//! FLUX.2 (Black Forest Labs, 2025).
+
+mod adapter;
+mod config;
+mod model;
+
+pub use adapter::{Flux2Adapter, latent_ids, pack_latents, text_ids, unpack_latents};
+pub use config::Flux2Config;
+pub use model::{Flux2SingleTransformerBlock, Flux2Transformer2DModel, Flux2TransformerBlock, feed_forward};

@@ -1,0 +1,410 @@
+//! diffusers' `Flux2Transformer2DModel`. No layer has a bias, and all blocks of a kind share one modulation.
+
+use flowtape_engine::nn::{
+    Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params, RmsNorm, TimestepEmbedding, TimestepProjection,
+};
+use flowtape_engine::{Result, Tensor};
+use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
+
+use super::Flux2Config;
+use super::config::AXES;
+use crate::blocks::{
+    ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, RopePrecision, RopeTables, attend, gate, modulate, run_block,
+    split_heads, time_proj,
+};
+use crate::registry::config_json;
+use crate::{Error, Transformer};
+
+/// A linear layer without bias.
+fn linear(params: &ParamBuilder, inputs: usize, outputs: usize) -> Result<Linear> {
+    Linear::new(params, inputs, outputs, false)
+}
+
+/// diffusers' `Flux2FeedForward`: `linear_in`, silu of the first half times the second, `linear_out`.
+///
+/// # Errors
+/// When a parameter can't be made.
+pub fn feed_forward(params: &ParamBuilder, dim: usize, inner: usize) -> Result<FeedForward> {
+    let linear_in = linear(&params.sub("linear_in"), dim, 2 * inner)?;
+    let linear_out = linear(&params.sub("linear_out"), inner, dim)?;
+    Ok(FeedForward::from_parts(linear_in, Activation::SwigluGateFirst, linear_out))
+}
+
+/// One stream of a double block: image or text.
+#[derive(Clone, Debug)]
+struct Stream {
+    norm: LayerNorm,
+    qkv: QkvHeads,
+    to_out: Linear,
+    ff: FeedForward,
+}
+
+impl Stream {
+    fn new(params: &ParamBuilder, config: &Flux2Config, text: bool) -> Result<Self> {
+        let (dim, heads, eps) = (config.inner_dim(), config.num_attention_heads, config.eps);
+        let attn = params.sub("attn");
+        let (qkv, out, ff) = match text {
+            true => (ADDED_QKV, attn.sub("to_add_out"), "ff_context"),
+            false => (QKV, attn.sub("to_out").sub(0), "ff"),
+        };
+        Ok(Self {
+            norm: LayerNorm::new(params, dim, eps, false)?,
+            qkv: QkvHeads::new(&attn, qkv, QkvConfig { bias: false, eps, ..QkvConfig::joint(dim, heads) })?,
+            to_out: linear(&out, dim, dim)?,
+            ff: feed_forward(&params.sub(ff), dim, config.mlp_dim())?,
+        })
+    }
+
+    /// Queries, keys and values; of the six vectors the first two.
+    fn before_attention(&self, x: &Tensor, vectors: &[Tensor]) -> Result<[Tensor; 3]> {
+        self.qkv.forward(&modulate(&self.norm.forward(x)?, &vectors[0], &vectors[1])?)
+    }
+
+    fn after_attention(&self, x: &Tensor, attention: &Tensor, vectors: &[Tensor]) -> Result<Tensor> {
+        let x = gate(x, &vectors[2], &self.to_out.forward(attention)?)?;
+        let h = modulate(&self.norm.forward(&x)?, &vectors[3], &vectors[4])?;
+        gate(&x, &vectors[5], &self.ff.forward(&h)?)
+    }
+}
+
+/// A double block: text and image have weights of their own and attend to each other.
+#[derive(Clone, Debug)]
+pub struct Flux2TransformerBlock {
+    image: Stream,
+    text: Stream,
+}
+
+impl Flux2TransformerBlock {
+    /// A block of a model of this configuration.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, config: &Flux2Config) -> Result<Self> {
+        Ok(Self { image: Stream::new(params, config, false)?, text: Stream::new(params, config, true)? })
+    }
+
+    /// Text and image `[B, L, dim]`, each with its modulation `[B, 1, 6 dim]`: shift, scale and gate for attention, then
+    /// for the feed-forward layer. Returns both.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn forward(&self, [text, image]: [&Tensor; 2], m: [&Tensor; 2], rope: &RopeTables) -> Result<[Tensor; 2]> {
+        let (m_text, m_image) = (m[0].chunk(6, 2)?, m[1].chunk(6, 2)?);
+        let qkv_text = self.text.before_attention(text, &m_text)?;
+        let qkv_image = self.image.before_attention(image, &m_image)?;
+        let join = |i: usize| Tensor::cat(&[&qkv_text[i], &qkv_image[i]], 2);
+        let joint = attend([join(0)?, join(1)?, join(2)?], Some(rope), None)?;
+        let parts = joint.split(&[text.dim(1)?, image.dim(1)?], 1)?;
+        Ok([
+            self.text.after_attention(text, &parts[0], &m_text)?,
+            self.image.after_attention(image, &parts[1], &m_image)?,
+        ])
+    }
+}
+
+/// A single block: text and image as one sequence; attention and feed-forward side by side share their projections (a
+/// parallel block, as in ViT-22B).
+#[derive(Clone, Debug)]
+pub struct Flux2SingleTransformerBlock {
+    norm: LayerNorm,
+    to_qkv_mlp_proj: Linear,
+    norm_q: RmsNorm,
+    norm_k: RmsNorm,
+    to_out: Linear,
+    /// Queries, keys, values, and the feed-forward layer's gate and values.
+    widths: [usize; 4],
+    heads: usize,
+}
+
+impl Flux2SingleTransformerBlock {
+    /// A block of a model of this configuration.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, config: &Flux2Config) -> Result<Self> {
+        let (dim, mlp, attn) = (config.inner_dim(), config.mlp_dim(), params.sub("attn"));
+        let head_norm = |name| RmsNorm::new(&attn.sub(name), config.attention_head_dim, config.eps);
+        Ok(Self {
+            norm: LayerNorm::new(params, dim, config.eps, false)?,
+            to_qkv_mlp_proj: linear(&attn.sub("to_qkv_mlp_proj"), dim, 3 * dim + 2 * mlp)?,
+            norm_q: head_norm("norm_q")?,
+            norm_k: head_norm("norm_k")?,
+            to_out: linear(&attn.sub("to_out"), dim + mlp, dim)?,
+            widths: [dim, dim, dim, 2 * mlp],
+            heads: config.num_attention_heads,
+        })
+    }
+
+    /// x `[B, L, dim]`, text first, with its modulation `[B, 1, 3 dim]`: shift, scale and gate.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &RopeTables) -> Result<Tensor> {
+        let m = modulation.chunk(3, 2)?;
+        let h = modulate(&self.norm.forward(x)?, &m[0], &m[1])?;
+        let parts = self.to_qkv_mlp_proj.forward(&h)?.split(&self.widths, 2)?;
+        let heads = |i: usize| split_heads(&parts[i], self.heads);
+        let (q, k) = (self.norm_q.forward(&heads(0)?)?, self.norm_k.forward(&heads(1)?)?);
+        let qkv = [q.transpose(1, 2)?, k.transpose(1, 2)?, heads(2)?.transpose(1, 2)?];
+        let attention = attend(qkv, Some(rope), None)?;
+        let mlp = Activation::SwigluGateFirst.forward(&parts[3])?;
+        gate(x, &m[2], &self.to_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
+    }
+}
+
+/// The embedding of time, and of guidance where the model has one: diffusers' `Flux2TimestepGuidanceEmbeddings`.
+#[derive(Clone, Debug)]
+struct TimeGuidanceEmbed {
+    timestep_embedder: TimestepEmbedding,
+    guidance_embedder: Option<TimestepEmbedding>,
+    projection: TimestepProjection,
+}
+
+impl TimeGuidanceEmbed {
+    fn new(params: &ParamBuilder, config: &Flux2Config) -> Result<Self> {
+        let channels = config.timestep_guidance_channels;
+        let embedder =
+            |name| TimestepEmbedding::with(&params.sub(name), channels, config.inner_dim(), Activation::Silu, false);
+        Ok(Self {
+            timestep_embedder: embedder("timestep_embedder")?,
+            guidance_embedder: config.guidance_embeds.then(|| embedder("guidance_embedder")).transpose()?,
+            projection: TimestepProjection::new(channels),
+        })
+    }
+
+    /// `[B, dim]` in the dtype of the latents. A guidance is passed over where nothing embeds it, as in the reference.
+    fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<Tensor> {
+        let dtype = inputs.tensor("hidden_states")?.dtype();
+        let embed = |embedder: &TimestepEmbedding, module: &str, times: &Tensor| {
+            let projection = time_proj(inputs, module, &times.mul_scalar(1000.0)?, &self.projection)?;
+            embedder.forward(&projection.to_dtype(dtype)?)
+        };
+        let time = embed(&self.timestep_embedder, "time_guidance_embed.time_proj", inputs.tensor("timestep")?)?;
+        Ok(match (&self.guidance_embedder, inputs.optional("guidance")) {
+            (Some(embedder), Some(guidance)) => {
+                time.add(&embed(embedder, "time_guidance_embed.time_proj#1", guidance)?)?
+            }
+            _ => time,
+        })
+    }
+}
+
+/// FLUX.2's transformer.
+///
+/// Inputs, with the reference's names: `hidden_states` `[B, L, in_channels]` (latents as tokens), `encoder_hidden_states`
+/// `[B, T, joint_attention_dim]`, `timestep` `[B]` (0 to 1), `img_ids` `[L, 4]` or `[B, L, 4]` and `txt_ids` `[T, 4]` or
+/// `[B, T, 4]` (alike in all samples; best on the host, where they are read), `guidance` `[B]` where there is one. Result
+/// `[B, L, out_channels]`.
+#[derive(Debug)]
+pub struct Flux2Transformer2DModel {
+    config: Flux2Config,
+    params: Params,
+    time_guidance_embed: TimeGuidanceEmbed,
+    double_stream_modulation_img: Modulation,
+    double_stream_modulation_txt: Modulation,
+    single_stream_modulation: Modulation,
+    x_embedder: Linear,
+    context_embedder: Linear,
+    transformer_blocks: Vec<Flux2TransformerBlock>,
+    single_transformer_blocks: Vec<Flux2SingleTransformerBlock>,
+    norm_out: (Modulation, LayerNorm),
+    proj_out: Linear,
+    gradient_checkpointing: bool,
+}
+
+impl Flux2Transformer2DModel {
+    /// A model with PyTorch's starting values.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(config: Flux2Config, root: &ParamBuilder) -> Result<Self> {
+        let dim = config.inner_dim();
+        let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
+        let modulation = |name, parts| Modulation::with(&root.sub(name).sub("linear"), dim, parts, false);
+        let double = |i| Flux2TransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config);
+        let single = |i| Flux2SingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), &config);
+        Ok(Self {
+            time_guidance_embed: TimeGuidanceEmbed::new(&root.sub("time_guidance_embed"), &config)?,
+            double_stream_modulation_img: modulation("double_stream_modulation_img", 6)?,
+            double_stream_modulation_txt: modulation("double_stream_modulation_txt", 6)?,
+            single_stream_modulation: modulation("single_stream_modulation", 3)?,
+            x_embedder: linear(&root.sub("x_embedder"), config.in_channels, dim)?,
+            context_embedder: linear(&root.sub("context_embedder"), config.joint_attention_dim, dim)?,
+            transformer_blocks: (0..config.num_layers).map(double).collect::<Result<_>>()?,
+            single_transformer_blocks: (0..config.num_single_layers).map(single).collect::<Result<_>>()?,
+            norm_out: (modulation("norm_out", 2)?, LayerNorm::new(root, dim, config.eps, false)?),
+            proj_out: linear(&root.sub("proj_out"), dim, outputs)?,
+            params: root.params(),
+            gradient_checkpointing: false,
+            config,
+        })
+    }
+
+    /// Rotary tables of text and image positions.
+    fn rope(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<RopeTables> {
+        let mut positions = Vec::new();
+        for name in ["txt_ids", "img_ids"] {
+            let ids = inputs.tensor(name)?;
+            // All samples have the same positions: those of the first stand for all.
+            let ids = if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0)? } else { ids.clone() };
+            if ids.rank() != 2 || ids.dim(1)? != AXES {
+                return Err(Error::Input {
+                    name: name.into(),
+                    expected: "positions [L, 4]",
+                    got: format!("{:?}", ids.dims()),
+                });
+            }
+            positions.extend(ids.to_vec::<f32>()?);
+        }
+        let Flux2Config { axes_dims_rope, rope_theta, .. } = &self.config;
+        let device = inputs.tensor("hidden_states")?.device();
+        Ok(RopeTables::new(&positions, axes_dims_rope, *rope_theta as f64, RopePrecision::F64, device)?)
+    }
+}
+
+impl FlowModel for Flux2Transformer2DModel {
+    fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
+        let checkpointing = self.gradient_checkpointing;
+        let temb = self.time_guidance_embed.forward(inputs)?;
+        let rope = self.rope(inputs)?;
+        let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
+        let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
+        let m_text = self.double_stream_modulation_txt.together(&temb)?;
+        let m_image = self.double_stream_modulation_img.together(&temb)?;
+        for block in &self.transformer_blocks {
+            let (block, rope) = (block.clone(), rope.clone());
+            let run = move |[text, image, m_text, m_image]: [&Tensor; 4]| {
+                block.forward([text, image], [m_text, m_image], &rope)
+            };
+            [text, image] = run_block(checkpointing, [&text, &image, &m_text, &m_image], run)?;
+        }
+        let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
+        let mut x = Tensor::cat(&[&text, &image], 1)?;
+        let m = self.single_stream_modulation.together(&temb)?;
+        for block in &self.single_transformer_blocks {
+            let (block, rope) = (block.clone(), rope.clone());
+            let run = move |[x, m]: [&Tensor; 2]| Ok([block.forward(x, m, &rope)?]);
+            [x] = run_block(checkpointing, [&x, &m], run)?;
+        }
+        let image = x.narrow(1, text_len, image_len)?;
+        let (modulation, norm) = &self.norm_out;
+        // Here, unlike in the blocks, the scale comes first.
+        let parts = modulation.forward(&temb)?;
+        let image = modulate(&norm.forward(&image)?, &parts[1], &parts[0])?;
+        Ok(self.proj_out.forward(&image)?.into())
+    }
+}
+
+impl Transformer for Flux2Transformer2DModel {
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn config(&self) -> serde_json::Value {
+        config_json("Flux2Transformer2DModel", &self.config)
+    }
+
+    fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.gradient_checkpointing = on;
+    }
+
+    fn zero_init_parameters(&self) -> Vec<String> {
+        let zero = |name: &&str| {
+            name.contains("_modulation") || name.starts_with("norm_out.") || name.starts_with("proj_out.")
+        };
+        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowtape_engine::{DType, Device, Tape};
+    use serde_json::json;
+
+    use super::super::{latent_ids, text_ids};
+    use super::*;
+    use crate::testing::normal;
+
+    fn model(guidance_embeds: bool, dtype: DType) -> Flux2Transformer2DModel {
+        let config = json!({
+            "in_channels": 6, "out_channels": 4, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8,
+            "num_attention_heads": 2, "joint_attention_dim": 7, "timestep_guidance_channels": 10, "mlp_ratio": 2.5,
+            "axes_dims_rope": [2, 2, 2, 2], "guidance_embeds": guidance_embeds,
+        });
+        let config = Flux2Config::from_json(&config).unwrap();
+        Flux2Transformer2DModel::new(config, &ParamBuilder::new(3, dtype, &Device::cpu())).unwrap()
+    }
+
+    fn inputs(dtype: DType) -> ModelInputs {
+        let times = |value| Tensor::full(&[2], value, DType::F32, &Device::cpu()).unwrap();
+        ModelInputs::new()
+            .with("hidden_states", normal(&[2, 6, 6]).to_dtype(dtype).unwrap())
+            .with("encoder_hidden_states", normal(&[2, 3, 7]).to_dtype(dtype).unwrap())
+            .with("timestep", times(0.25))
+            .with("img_ids", latent_ids(2, 3, 2).unwrap())
+            .with("txt_ids", text_ids(3, 2).unwrap())
+            .with("guidance", times(3.5))
+    }
+
+    fn predict(model: &Flux2Transformer2DModel, inputs: &ModelInputs) -> Vec<f32> {
+        let sample = model.forward(inputs).unwrap().sample;
+        assert_eq!(sample.dims(), [2, 6, 4]);
+        sample.to_vec().unwrap()
+    }
+
+    #[test]
+    fn guidance_counts_where_it_is_embedded() {
+        let (with, without) = (inputs(DType::F32), {
+            let mut inputs = inputs(DType::F32);
+            inputs.remove("guidance");
+            inputs
+        });
+        let embeds = model(true, DType::F32);
+        assert_ne!(predict(&embeds, &with), predict(&embeds, &without));
+        let plain = model(false, DType::F32);
+        assert_eq!(predict(&plain, &with), predict(&plain, &without));
+        assert!(plain.params().iter().all(|(name, _)| !name.contains("guidance_embedder")));
+    }
+
+    #[test]
+    fn samples_may_share_their_positions() {
+        let model = model(true, DType::F32);
+        let shared = inputs(DType::F32)
+            .with("img_ids", latent_ids(2, 3, 1).unwrap().squeeze(0).unwrap())
+            .with("txt_ids", text_ids(3, 1).unwrap().squeeze(0).unwrap());
+        assert_eq!(predict(&model, &shared), predict(&model, &inputs(DType::F32)));
+        let error = model.forward(&shared.with("img_ids", normal(&[6, 3]))).unwrap_err().to_string();
+        assert!(error.contains("img_ids") && error.contains("[6, 3]"), "{error}");
+    }
+
+    #[test]
+    fn bf16_flows_through_and_is_near_f32() {
+        let (wide, narrow) = (model(true, DType::F32), model(true, DType::BF16));
+        let tape = Tape::new();
+        let mut given = inputs(DType::BF16);
+        given.attach(&tape);
+        let sample = narrow.forward(&given).unwrap().sample;
+        assert_eq!(sample.dtype(), DType::BF16);
+        let (got, want) = (sample.to_vec::<f32>().unwrap(), predict(&wide, &inputs(DType::F32)));
+        let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+        // A bf16 number is off by 2^-9 of itself; some ten roundings lie one behind the other.
+        let worst = got.iter().zip(&want).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(worst < largest * 10.0 / 512.0, "{worst} of {largest}");
+        let gradients = tape.backward(&sample.to_dtype(DType::F32).unwrap().square().unwrap().sum_all().unwrap());
+        narrow.params().check_gradients(&gradients.unwrap(), &[]).unwrap();
+    }
+
+    #[test]
+    fn from_a_zero_start_it_predicts_zero() {
+        let model = model(true, DType::F32);
+        let names = model.zero_init_parameters();
+        let modulations = ["double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"];
+        let modulations = modulations.map(|name| format!("{name}.linear.weight"));
+        assert_eq!(names, [&modulations[..], &["norm_out.linear.weight".into(), "proj_out.weight".into()]].concat());
+        for name in &names {
+            let parameter = model.params().get(name).unwrap();
+            parameter.copy_from(&parameter.mul_scalar(0.0).unwrap()).unwrap();
+        }
+        assert!(predict(&model, &inputs(DType::F32)).iter().all(|v| *v == 0.0));
+    }
+}
