@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`blocks`] | what the models share: modulation, joint attention, embeddings, rotary tables |
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
+//! | [`hunyuan_video`] | [`hunyuan_video::HunyuanVideo15Transformer3DModel`] and [`hunyuan_video::HunyuanAdapter`] |
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`presets`], [`inspect`] | configurations of published checkpoints; what a model is made of |
@@ -12,6 +13,7 @@
 pub mod blocks;
 pub mod checkpoint;
 pub mod flux;
+pub mod hunyuan_video;
 pub mod inspect;
 pub mod presets;
 pub mod registry;

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
+use crate::hunyuan_video::{self, HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
 
@@ -41,6 +42,14 @@ pub const MODELS: &[ModelKind] = &[
         class: "FluxTransformer2DModel",
         new_adapter: |kwargs| Ok(Box::new(FluxAdapter::from_kwargs(kwargs)?)),
         new_model: |config, params| Ok(Box::new(FluxTransformer2DModel::new(FluxConfig::from_json(config)?, params)?)),
+    },
+    ModelKind {
+        adapter: "hunyuan",
+        class: hunyuan_video::CLASS,
+        new_adapter: |kwargs| Ok(Box::new(HunyuanAdapter::from_kwargs(kwargs)?)),
+        new_model: |config, params| {
+            Ok(Box::new(HunyuanVideo15Transformer3DModel::new(HunyuanVideo15Config::from_json(config)?, params)?))
+        },
     },
 ];
 

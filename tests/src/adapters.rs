@@ -5,6 +5,7 @@ use std::path::Path;
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingContext, Recorded as Draw, RecordedDraws, TaskType};
 use flowtape_models::flux::{latent_image_ids, pack_latents, unpack_latents};
+use flowtape_models::hunyuan_video::condition_latents;
 use flowtape_models::{MODELS, create_adapter};
 use serde_json::{Map, Value, json};
 
@@ -31,6 +32,14 @@ fn packing(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     families.dedup();
     for family in families {
         let tensor = |name: &str| golden.tensor(&format!("{family}.{name}"));
+        if family == "hunyuan" {
+            for task in [TaskType::T2V, TaskType::I2V] {
+                let name = format!("condition_latents_{}", task.as_str());
+                let got = condition_latents(&tensor("latents")?, task)?;
+                out.push(same(format!("{family}.{name}"), &got, &tensor(&name)?)?);
+            }
+            continue;
+        }
         // FLUX and Qwen-Image pack alike.
         if !["flux", "qwen", "qwen_edit"].contains(&&*family) {
             out.push(Outcome::unbuilt(family));
