@@ -24,6 +24,11 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset { name: "flux.1-schnell", config: || json!({"_class_name": "FluxTransformer2DModel"}), transformers: 1 },
     Preset {
+        name: "hunyuanvideo-1.5",
+        config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
+        transformers: 1,
+    },
+    Preset {
         name: "wan2.1-1.3b",
         config: || json!({"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
         transformers: 1,

@@ -5,6 +5,7 @@ use std::path::Path;
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingContext, Recorded as Draw, RecordedDraws, TaskType};
 use flowtape_models::flux::{latent_image_ids, pack_latents, unpack_latents};
+use flowtape_models::hunyuan_video::condition_latents;
 use flowtape_models::{MODELS, create_adapter, flux2};
 use serde_json::{Map, Value, json};
 
@@ -42,6 +43,14 @@ fn packing(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
                 ("txt_ids", flux2::text_ids(ids.dim(1)?, batch)?),
             ] {
                 out.push(same(format!("{family}.{name}"), &got, &tensor(name)?)?);
+            }
+            continue;
+        }
+        if family == "hunyuan" {
+            for task in [TaskType::T2V, TaskType::I2V] {
+                let name = format!("condition_latents_{}", task.as_str());
+                let got = condition_latents(&tensor("latents")?, task)?;
+                out.push(same(format!("{family}.{name}"), &got, &tensor(&name)?)?);
             }
             continue;
         }

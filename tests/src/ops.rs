@@ -252,6 +252,16 @@ impl Case<'_> {
                 let dims = [1, tables.cos.dim(0)?, 1, config.attention_head_dim];
                 vec![tables.cos.reshape(&dims)?, tables.sin.reshape(&dims)?]
             }
+            "hunyuan15_rope" => {
+                let tables = RopeTables::of_grid(
+                    &self.sizes("latent_fhw")?,
+                    &self.sizes("rope_dim_thw")?,
+                    number(self.json, "theta")?,
+                    RopePrecision::F32,
+                    &Device::cpu(),
+                )?;
+                vec![tables.cos, tables.sin]
+            }
             "wan_self_attention" => self.wan_attention()?,
             _ if family("ada_layer_norm") => self.ada_layer_norm()?,
             _ if family("feed_forward") => self.feed_forward()?,

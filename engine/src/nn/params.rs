@@ -149,6 +149,11 @@ impl ParamBuilder {
         &self.device
     }
 
+    /// The dims that a parameter has in the file that is read, where one is read: for widths that no configuration states.
+    pub fn stored_dims(&self, name: &str) -> Option<&[usize]> {
+        self.file.as_ref()?.dims(&self.sub(name).path)
+    }
+
     /// Makes a parameter.
     ///
     /// # Errors

@@ -146,15 +146,17 @@ impl Op for Pointwise {
         inputs.push(grad);
         for (axes, mut members) in patterns {
             if axes.is_empty() {
-                // A sum hands its gradient on: no kernel, the same tensor.
-                members.retain(|&i| {
+                // A sum hands its gradient on: no kernel, the same elements.
+                let handed_on = |&i: &usize| {
                     let same = saved[i].dtype() == grad.dtype();
-                    let handed_on = same && self.function.gradient(&[i]).passes(0) == Some(saved.len());
-                    if handed_on {
-                        out.set(i, grad.clone());
-                    }
-                    !handed_on
-                });
+                    same && self.function.gradient(&[i]).passes(0) == Some(saved.len())
+                };
+                let (handed, rest): (Vec<_>, Vec<_>) = members.into_iter().partition(handed_on);
+                for i in handed {
+                    // Leading axes of size 1 may be the result's alone.
+                    out.set(i, grad.reshape(saved[i].dims())?);
+                }
+                members = rest;
                 if members.is_empty() {
                     continue;
                 }
@@ -361,6 +363,16 @@ pub const CASES: &[Case] = &[
                 let mixed = pointwise([&xs[0], &xs[1], &xs[2]], |[x, s, b]| x * (s + 1.0) + b)?;
                 mixed.sub(&xs[1])?.mul(&xs[2])?.add(&xs[0])
             })
+        },
+    },
+    Case {
+        name: "a sum whose result has more axes of size 1",
+        make: |draw| {
+            let lead = draw.size(1, 2);
+            let width = draw.size(1, 5);
+            let dims = [&[1, 1][..lead], &[width]].concat();
+            let inputs = vec![draw.standard(&dims)?, draw.standard(&[width + 1])?];
+            Sample::new(inputs, move |xs| xs[0].add(&xs[1].narrow(0, 1, width)?)?.square())
         },
     },
     Case {

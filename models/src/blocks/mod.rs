@@ -7,6 +7,7 @@ mod embeddings;
 mod modulation;
 mod patch;
 mod rope;
+mod stream;
 
 pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, split_heads};
 pub use checkpointing::run_block;
@@ -16,3 +17,4 @@ pub use embeddings::{CombinedTimestepTextProjEmbeddings, time_proj};
 pub use modulation::{Modulation, gate, modulate};
 pub use patch::{ChannelOrder, PatchEmbed, unpatchify};
 pub use rope::{RopePrecision, RopeTables};
+pub use stream::{Modulated, Stream, StreamKind};

@@ -72,6 +72,24 @@ impl RopeTables {
         })
     }
 
+    /// Of the places of a grid, the last axis fastest: a position axis for each axis of the grid.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn of_grid(
+        grid: &[usize],
+        axes_dim: &[usize],
+        theta: f64,
+        precision: RopePrecision,
+        device: &Device,
+    ) -> Result<Self> {
+        // How many places one step along an axis passes.
+        let stride = |axis: usize| grid[axis + 1..].iter().product::<usize>();
+        let place = |i: usize| (0..grid.len()).map(move |axis| (i / stride(axis) % grid[axis]) as f32);
+        let positions: Vec<f32> = (0..grid.iter().product()).flat_map(place).collect();
+        Self::new(&positions, axes_dim, theta, precision, device)
+    }
+
     /// Rotates x `[B, H, L, D]`.
     ///
     /// # Errors

@@ -1,14 +1,14 @@
 //! diffusers' `FluxTransformer2DModel`.
 
-use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
+use flowtape_engine::nn::{Activation, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
 use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
-    ADDED_QKV, CHANNELS, CombinedTimestepTextProjEmbeddings, Modulation, QKV, QkvConfig, QkvHeads, RopePrecision,
-    RopeTables, attend, gate, modulate, run_block, time_proj,
+    CHANNELS, CombinedTimestepTextProjEmbeddings, Modulation, QKV, QkvConfig, QkvHeads, RopePrecision, RopeTables,
+    Stream, StreamKind, attend, gate, modulate, run_block, time_proj,
 };
 use crate::registry::config_json;
 
@@ -19,56 +19,6 @@ const THETA: f64 = 10_000.0;
 /// Normalises without parameters.
 fn norm(params: &ParamBuilder, dim: usize) -> Result<LayerNorm> {
     LayerNorm::new(params, dim, EPS, false)
-}
-
-/// One stream of a double block: image or text.
-#[derive(Clone, Debug)]
-struct Stream {
-    modulation: Modulation,
-    norm: LayerNorm,
-    qkv: QkvHeads,
-    to_out: Linear,
-    ff: FeedForward,
-}
-
-/// What a stream's modulation sets aside until attention has run.
-struct Modulated {
-    qkv: [Tensor; 3],
-    gate_msa: Tensor,
-    mlp: [Tensor; 3],
-}
-
-impl Stream {
-    fn new(params: &ParamBuilder, text: bool, dim: usize, heads: usize) -> Result<Self> {
-        let attn = params.sub("attn");
-        let (norm1, qkv, out, ff) = if text {
-            ("norm1_context", ADDED_QKV, attn.sub("to_add_out"), "ff_context")
-        } else {
-            ("norm1", QKV, attn.sub("to_out").sub(0), "ff")
-        };
-        Ok(Self {
-            modulation: Modulation::new(&params.sub(norm1).sub("linear"), dim, 6)?,
-            norm: norm(params, dim)?,
-            qkv: QkvHeads::new(&attn, qkv, QkvConfig::joint(dim, heads))?,
-            to_out: Linear::new(&out, dim, dim, true)?,
-            ff: FeedForward::new(&params.sub(ff), dim, 4 * dim, Activation::GeluTanh)?,
-        })
-    }
-
-    fn before_attention(&self, x: &Tensor, temb: &Tensor) -> Result<Modulated> {
-        let mut parts = self.modulation.forward(temb)?.into_iter();
-        let mut next =
-            || parts.next().ok_or_else(|| flowtape_engine::Error::argument("modulation", "six parts", "fewer"));
-        let (shift_msa, scale_msa, gate_msa) = (next()?, next()?, next()?);
-        let qkv = self.qkv.forward(&modulate(&self.norm.forward(x)?, &shift_msa, &scale_msa)?)?;
-        Ok(Modulated { qkv, gate_msa, mlp: [next()?, next()?, next()?] })
-    }
-
-    fn after_attention(&self, x: &Tensor, attention: &Tensor, m: &Modulated) -> Result<Tensor> {
-        let x = gate(x, &m.gate_msa, &self.to_out.forward(attention)?)?;
-        let [shift, scale, gate_mlp] = &m.mlp;
-        gate(&x, gate_mlp, &self.ff.forward(&modulate(&self.norm.forward(&x)?, shift, scale)?)?)
-    }
 }
 
 /// A double block: text and image have weights of their own and attend to each other.
@@ -84,7 +34,8 @@ impl FluxTransformerBlock {
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, dim: usize, heads: usize) -> Result<Self> {
-        Ok(Self { image: Stream::new(params, false, dim, heads)?, text: Stream::new(params, true, dim, heads)? })
+        let stream = |kind| Stream::new(params, kind, dim, heads, 4 * dim);
+        Ok(Self { image: stream(StreamKind::Latents)?, text: stream(StreamKind::Context)? })
     }
 
     /// Text and image `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both.

@@ -110,10 +110,6 @@ impl WanConfig {
         }
         let side = 2 * (self.attention_head_dim / 6);
         let axes = [self.attention_head_dim - 2 * side, side, side];
-        let (rows, columns) = (grid[1], grid[2]);
-        let positions: Vec<f32> = (0..grid.iter().product())
-            .flat_map(|i: usize| [i / (rows * columns), i / columns % rows, i % columns].map(|p| p as f32))
-            .collect();
-        Ok(RopeTables::new(&positions, &axes, THETA, RopePrecision::F64, device)?)
+        Ok(RopeTables::of_grid(grid, &axes, THETA, RopePrecision::F64, device)?)
     }
 }

@@ -1,0 +1,144 @@
+//! The configuration of diffusers' `HunyuanVideo15Transformer3DModel`.
+
+use flowtape_engine::Device;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::blocks::{RopePrecision, RopeTables};
+use crate::registry::{check_sizes, parse_config};
+use crate::{Error, Result};
+
+/// Width inside the projection of the second text, in diffusers.
+const BYT5_HIDDEN_DIM: usize = 2048;
+
+fn is_diffusers_width(width: &usize) -> bool {
+    *width == BYT5_HIDDEN_DIM
+}
+
+/// `config.json`, with diffusers' defaults (those of HunyuanVideo-1.5).
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HunyuanVideo15Config {
+    /// Channels of the input: noisy latents, and condition latents with one channel more.
+    pub in_channels: usize,
+    /// Channels of the result; `in_channels` if none.
+    pub out_channels: Option<usize>,
+    /// Number of heads.
+    pub num_attention_heads: usize,
+    /// Width of a head.
+    pub attention_head_dim: usize,
+    /// Double-stream blocks.
+    pub num_layers: usize,
+    /// Blocks that refine the text.
+    pub num_refiner_layers: usize,
+    /// Width inside the blocks' feed-forward layers, over the width of the model.
+    pub mlp_ratio: f64,
+    /// Side of a patch.
+    pub patch_size: usize,
+    /// Frames of a patch.
+    pub patch_size_t: usize,
+    /// Normalisation of queries and keys: `rms_norm`.
+    pub qk_norm: String,
+    /// Width of the text embeddings.
+    pub text_embed_dim: usize,
+    /// Width of the second text embeddings (byT5).
+    pub text_embed_2_dim: usize,
+    /// Width inside the projection of the second text. diffusers fixes it at 2048 and does not write it: another one is read
+    /// off the weights.
+    #[serde(skip_serializing_if = "is_diffusers_width")]
+    pub byt5_hidden_dim: usize,
+    /// Width of the image embeddings.
+    pub image_embed_dim: usize,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Columns of the axes frame, row and column in the rotary tables; together a head's width.
+    pub rope_axes_dim: Vec<usize>,
+    /// Pixels of a side that the checkpoint is for; not used.
+    pub target_size: usize,
+    /// What the checkpoint is for, `t2v` or `i2v`; not used.
+    pub task_type: String,
+    /// Whether a second time is embedded (MeanFlow).
+    pub use_meanflow: bool,
+}
+
+impl Default for HunyuanVideo15Config {
+    fn default() -> Self {
+        Self {
+            in_channels: 65,
+            out_channels: Some(32),
+            num_attention_heads: 16,
+            attention_head_dim: 128,
+            num_layers: 54,
+            num_refiner_layers: 2,
+            mlp_ratio: 4.0,
+            patch_size: 1,
+            patch_size_t: 1,
+            qk_norm: "rms_norm".into(),
+            text_embed_dim: 3584,
+            text_embed_2_dim: 1472,
+            byt5_hidden_dim: BYT5_HIDDEN_DIM,
+            image_embed_dim: 1152,
+            rope_theta: 256.0,
+            rope_axes_dim: vec![16, 56, 56],
+            target_size: 640,
+            task_type: "i2v".into(),
+            use_meanflow: false,
+        }
+    }
+}
+
+impl HunyuanVideo15Config {
+    /// Reads and checks the object of `config.json`.
+    ///
+    /// # Errors
+    /// When a key is unknown or a value does not fit.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        let config: Self = parse_config(value)?;
+        let axes: usize = config.rope_axes_dim.iter().sum();
+        let odd = config.rope_axes_dim.iter().any(|d| d % 2 != 0);
+        if axes != config.attention_head_dim || config.rope_axes_dim.len() != 3 || odd {
+            let expected = format!("three even numbers with the sum {}", config.attention_head_dim);
+            return Err(Error::config("rope_axes_dim", expected, &config.rope_axes_dim));
+        }
+        if config.qk_norm != "rms_norm" {
+            return Err(Error::config("qk_norm", "rms_norm", &config.qk_norm));
+        }
+        check_sizes([
+            ("in_channels", config.in_channels),
+            ("attention_head_dim", config.attention_head_dim),
+            ("num_attention_heads", config.num_attention_heads),
+            ("num_layers", config.num_layers),
+            ("patch_size", config.patch_size),
+            ("patch_size_t", config.patch_size_t),
+            ("text_embed_dim", config.text_embed_dim),
+            ("text_embed_2_dim", config.text_embed_2_dim),
+            ("byt5_hidden_dim", config.byt5_hidden_dim),
+            ("image_embed_dim", config.image_embed_dim),
+            ("mlp_ratio times the width of the model", config.mlp_dim()),
+        ])?;
+        Ok(config)
+    }
+
+    /// Width of the model.
+    pub fn inner_dim(&self) -> usize {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// Width inside the feed-forward layers.
+    pub fn mlp_dim(&self) -> usize {
+        (self.inner_dim() as f64 * self.mlp_ratio) as usize
+    }
+
+    /// Frames, rows and columns of a patch.
+    pub fn patch(&self) -> [usize; 3] {
+        [self.patch_size_t, self.patch_size, self.patch_size]
+    }
+
+    /// Rotary tables of a grid of patches: frames, rows and columns.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn rope(&self, grid: [usize; 3], device: &Device) -> Result<RopeTables> {
+        Ok(RopeTables::of_grid(&grid, &self.rope_axes_dim, self.rope_theta, RopePrecision::F32, device)?)
+    }
+}
