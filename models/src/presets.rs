@@ -28,6 +28,12 @@ pub const PRESETS: &[Preset] = &[
         config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
         transformers: 1,
     },
+    Preset { name: "flux.2-dev", config: || json!({"_class_name": "Flux2Transformer2DModel"}), transformers: 1 },
+    Preset {
+        name: "hunyuanvideo-1.5",
+        config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
+        transformers: 1,
+    },
     Preset {
         name: "wan2.1-1.3b",
         config: || json!({"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
