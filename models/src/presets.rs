@@ -23,7 +23,6 @@ pub const PRESETS: &[Preset] = &[
         transformers: 1,
     },
     Preset { name: "flux.1-schnell", config: || json!({"_class_name": "FluxTransformer2DModel"}), transformers: 1 },
-    Preset { name: "flux.2-dev", config: || json!({"_class_name": "Flux2Transformer2DModel"}), transformers: 1 },
     Preset {
         name: "hunyuanvideo-1.5",
         config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
