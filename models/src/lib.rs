@@ -7,6 +7,7 @@
 //! | [`hunyuan_video`] | [`hunyuan_video::HunyuanVideo15Transformer3DModel`] and [`hunyuan_video::HunyuanAdapter`] |
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
+//! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`presets`], [`inspect`] | configurations of published checkpoints; what a model is made of |
 //! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`] |
@@ -18,6 +19,7 @@ pub mod flux2;
 pub mod hunyuan_video;
 pub mod inspect;
 pub mod presets;
+pub mod qwen_image;
 pub mod registry;
 #[cfg(test)]
 mod testing;

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
 use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
 use crate::hunyuan_video::{self, HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
+use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
 
@@ -60,7 +61,23 @@ pub const MODELS: &[ModelKind] = &[
             Ok(Box::new(HunyuanVideo15Transformer3DModel::new(HunyuanVideo15Config::from_json(config)?, params)?))
         },
     },
+    ModelKind {
+        adapter: "qwen_image",
+        class: "QwenImageTransformer2DModel",
+        new_adapter: |kwargs| Ok(Box::new(QwenImageAdapter::from_kwargs(kwargs)?)),
+        new_model: new_qwen_image,
+    },
+    ModelKind {
+        adapter: "qwen_image_edit",
+        class: "QwenImageTransformer2DModel",
+        new_adapter: |kwargs| Ok(Box::new(QwenImageEditAdapter::from_kwargs(kwargs)?)),
+        new_model: new_qwen_image,
+    },
 ];
+
+fn new_qwen_image(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
+    Ok(Box::new(QwenImageTransformer2DModel::new(QwenImageConfig::from_json(config)?, params)?))
+}
 
 fn names(name: fn(&ModelKind) -> &'static str) -> String {
     MODELS.iter().map(name).collect::<Vec<_>>().join(", ")

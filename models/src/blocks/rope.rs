@@ -83,11 +83,7 @@ impl RopeTables {
         precision: RopePrecision,
         device: &Device,
     ) -> Result<Self> {
-        // How many places one step along an axis passes.
-        let stride = |axis: usize| grid[axis + 1..].iter().product::<usize>();
-        let place = |i: usize| (0..grid.len()).map(move |axis| (i / stride(axis) % grid[axis]) as f32);
-        let positions: Vec<f32> = (0..grid.iter().product()).flat_map(place).collect();
-        Self::new(&positions, axes_dim, theta, precision, device)
+        Self::new(&grid_positions(grid), axes_dim, theta, precision, device)
     }
 
     /// Rotates x `[B, H, L, D]`.
@@ -97,4 +93,12 @@ impl RopeTables {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         rope(x, &self.cos, &self.sin, self.layout)
     }
+}
+
+/// Positions `[places, axes]`, row-major, of the places of a grid, the last axis fastest.
+pub fn grid_positions(grid: &[usize]) -> Vec<f32> {
+    // How many places one step along an axis passes.
+    let stride = |axis: usize| grid[axis + 1..].iter().product::<usize>();
+    let place = |i: usize| (0..grid.len()).map(move |axis| (i / stride(axis) % grid[axis]) as f32);
+    (0..grid.iter().product()).flat_map(place).collect()
 }

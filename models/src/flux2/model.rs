@@ -9,8 +9,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::Flux2Config;
 use super::config::AXES;
 use crate::blocks::{
-    ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, RopePrecision, RopeTables, attend, gate, modulate, run_block,
-    split_heads, time_proj,
+    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopePrecision, RopeTables, StreamKind, attend, gate,
+    modulate, run_block, split_heads, time_proj,
 };
 use crate::registry::config_json;
 use crate::{Error, Transformer};
@@ -30,76 +30,14 @@ pub fn feed_forward(params: &ParamBuilder, dim: usize, inner: usize) -> Result<F
     Ok(FeedForward::from_parts(linear_in, Activation::SwigluGateFirst, linear_out))
 }
 
-/// One stream of a double block: image or text.
-#[derive(Clone, Debug)]
-struct Stream {
-    norm: LayerNorm,
-    qkv: QkvHeads,
-    to_out: Linear,
-    ff: FeedForward,
-}
-
-impl Stream {
-    fn new(params: &ParamBuilder, config: &Flux2Config, text: bool) -> Result<Self> {
-        let (dim, heads, eps) = (config.inner_dim(), config.num_attention_heads, config.eps);
-        let attn = params.sub("attn");
-        let (qkv, out, ff) = match text {
-            true => (ADDED_QKV, attn.sub("to_add_out"), "ff_context"),
-            false => (QKV, attn.sub("to_out").sub(0), "ff"),
-        };
-        Ok(Self {
-            norm: LayerNorm::new(params, dim, eps, false)?,
-            qkv: QkvHeads::new(&attn, qkv, QkvConfig { bias: false, eps, ..QkvConfig::joint(dim, heads) })?,
-            to_out: linear(&out, dim, dim)?,
-            ff: feed_forward(&params.sub(ff), dim, config.mlp_dim())?,
-        })
-    }
-
-    /// Queries, keys and values; of the six vectors the first two.
-    fn before_attention(&self, x: &Tensor, vectors: &[Tensor]) -> Result<[Tensor; 3]> {
-        self.qkv.forward(&modulate(&self.norm.forward(x)?, &vectors[0], &vectors[1])?)
-    }
-
-    fn after_attention(&self, x: &Tensor, attention: &Tensor, vectors: &[Tensor]) -> Result<Tensor> {
-        let x = gate(x, &vectors[2], &self.to_out.forward(attention)?)?;
-        let h = modulate(&self.norm.forward(&x)?, &vectors[3], &vectors[4])?;
-        gate(&x, &vectors[5], &self.ff.forward(&h)?)
-    }
-}
-
-/// A double block: text and image have weights of their own and attend to each other.
-#[derive(Clone, Debug)]
-pub struct Flux2TransformerBlock {
-    image: Stream,
-    text: Stream,
-}
-
-impl Flux2TransformerBlock {
-    /// A block of a model of this configuration.
-    ///
-    /// # Errors
-    /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, config: &Flux2Config) -> Result<Self> {
-        Ok(Self { image: Stream::new(params, config, false)?, text: Stream::new(params, config, true)? })
-    }
-
-    /// Text and image `[B, L, dim]`, each with its modulation `[B, 1, 6 dim]`: shift, scale and gate for attention, then
-    /// for the feed-forward layer. Returns both.
-    ///
-    /// # Errors
-    /// When a shape does not fit.
-    pub fn forward(&self, [text, image]: [&Tensor; 2], m: [&Tensor; 2], rope: &RopeTables) -> Result<[Tensor; 2]> {
-        let (m_text, m_image) = (m[0].chunk(6, 2)?, m[1].chunk(6, 2)?);
-        let qkv_text = self.text.before_attention(text, &m_text)?;
-        let qkv_image = self.image.before_attention(image, &m_image)?;
-        let join = |i: usize| Tensor::cat(&[&qkv_text[i], &qkv_image[i]], 2);
-        let joint = attend([join(0)?, join(1)?, join(2)?], Some(rope), None)?;
-        let parts = joint.split(&[text.dim(1)?, image.dim(1)?], 1)?;
-        Ok([
-            self.text.after_attention(text, &parts[0], &m_text)?,
-            self.image.after_attention(image, &parts[1], &m_image)?,
-        ])
-    }
+/// A double block of a model of this configuration.
+fn double_block(params: &ParamBuilder, config: &Flux2Config) -> Result<DoubleStream> {
+    let dim = config.inner_dim();
+    let qkv = QkvConfig { bias: false, eps: config.eps, ..QkvConfig::joint(dim, config.num_attention_heads) };
+    DoubleStream::new(params, qkv, |kind| {
+        let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
+        feed_forward(&params.sub(name), dim, config.mlp_dim())
+    })
 }
 
 /// A single block: text and image as one sequence; attention and feed-forward side by side share their projections (a
@@ -205,9 +143,9 @@ pub struct Flux2Transformer2DModel {
     single_stream_modulation: Modulation,
     x_embedder: Linear,
     context_embedder: Linear,
-    transformer_blocks: Vec<Flux2TransformerBlock>,
+    transformer_blocks: Vec<DoubleStream>,
     single_transformer_blocks: Vec<Flux2SingleTransformerBlock>,
-    norm_out: (Modulation, LayerNorm),
+    norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
     gradient_checkpointing: bool,
 }
@@ -221,7 +159,7 @@ impl Flux2Transformer2DModel {
         let dim = config.inner_dim();
         let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
         let modulation = |name, parts| Modulation::with(&root.sub(name).sub("linear"), dim, parts, false);
-        let double = |i| Flux2TransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config);
+        let double = |i| double_block(&root.sub("transformer_blocks").sub(i), &config);
         let single = |i| Flux2SingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), &config);
         Ok(Self {
             time_guidance_embed: TimeGuidanceEmbed::new(&root.sub("time_guidance_embed"), &config)?,
@@ -232,7 +170,7 @@ impl Flux2Transformer2DModel {
             context_embedder: linear(&root.sub("context_embedder"), config.joint_attention_dim, dim)?,
             transformer_blocks: (0..config.num_layers).map(double).collect::<Result<_>>()?,
             single_transformer_blocks: (0..config.num_single_layers).map(single).collect::<Result<_>>()?,
-            norm_out: (modulation("norm_out", 2)?, LayerNorm::new(root, dim, config.eps, false)?),
+            norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, config.eps, false)?,
             proj_out: linear(&root.sub("proj_out"), dim, outputs)?,
             params: root.params(),
             gradient_checkpointing: false,
@@ -274,7 +212,7 @@ impl FlowModel for Flux2Transformer2DModel {
         for block in &self.transformer_blocks {
             let (block, rope) = (block.clone(), rope.clone());
             let run = move |[text, image, m_text, m_image]: [&Tensor; 4]| {
-                block.forward([text, image], [m_text, m_image], &rope)
+                block.forward([text, image], [m_text, m_image], &rope, None)
             };
             [text, image] = run_block(checkpointing, [&text, &image, &m_text, &m_image], run)?;
         }
@@ -287,11 +225,7 @@ impl FlowModel for Flux2Transformer2DModel {
             [x] = run_block(checkpointing, [&x, &m], run)?;
         }
         let image = x.narrow(1, text_len, image_len)?;
-        let (modulation, norm) = &self.norm_out;
-        // Here, unlike in the blocks, the scale comes first.
-        let parts = modulation.forward(&temb)?;
-        let image = modulate(&norm.forward(&image)?, &parts[1], &parts[0])?;
-        Ok(self.proj_out.forward(&image)?.into())
+        Ok(self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?.into())
     }
 }
 
