@@ -79,8 +79,11 @@ fn new_qwen_image(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Trans
     Ok(Box::new(QwenImageTransformer2DModel::new(QwenImageConfig::from_json(config)?, params)?))
 }
 
+/// All of these names, each once.
 fn names(name: fn(&ModelKind) -> &'static str) -> String {
-    MODELS.iter().map(name).collect::<Vec<_>>().join(", ")
+    let mut names: Vec<_> = MODELS.iter().map(name).collect();
+    names.dedup();
+    names.join(", ")
 }
 
 /// The adapter of that name.

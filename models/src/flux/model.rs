@@ -8,7 +8,7 @@ use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
     AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, DoubleStream, Modulation, QKV, QkvConfig,
-    QkvHeads, RopePrecision, RopeTables, StreamKind, attend, gate, modulate, run_block, time_proj,
+    QkvHeads, RopeTables, StreamKind, attend, gate, modulate, run_block, time_proj,
 };
 use crate::registry::config_json;
 
@@ -155,23 +155,13 @@ impl FluxTransformer2DModel {
         let guidance = inputs.optional("guidance").map(|g| project("time_text_embed.time_proj#1", g)).transpose()?;
         Ok(self.time_text_embed.forward(&time, guidance.as_ref(), inputs.tensor("pooled_projections")?)?)
     }
-
-    /// Rotary tables of text and image positions.
-    fn rope(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<RopeTables> {
-        let (txt, img) = (inputs.tensor("txt_ids")?, inputs.tensor("img_ids")?);
-        // All samples have the same positions: those of the first stand for all.
-        let first = |ids: &Tensor| if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0) } else { Ok(ids.clone()) };
-        let mut positions = first(txt)?.to_vec::<f32>()?;
-        positions.extend(first(img)?.to_vec::<f32>()?);
-        Ok(RopeTables::new(&positions, &self.config.axes_dims_rope, THETA, RopePrecision::F64, img.device())?)
-    }
 }
 
 impl FlowModel for FluxTransformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
-        let (temb, rope) = (self.temb(inputs)?, self.rope(inputs)?);
+        let (temb, rope) = (self.temb(inputs)?, RopeTables::of_ids(inputs, &self.config.axes_dims_rope, THETA)?);
         let checkpointing = self.gradient_checkpointing;
         for block in &self.transformer_blocks {
             let (block, rope) = (block.clone(), rope.clone());

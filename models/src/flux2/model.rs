@@ -7,13 +7,12 @@ use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::Flux2Config;
-use super::config::AXES;
 use crate::blocks::{
-    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopePrecision, RopeTables, StreamKind, attend, gate,
-    modulate, run_block, split_heads, time_proj,
+    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, attend, gate, modulate,
+    run_block, split_heads, time_proj,
 };
 use crate::registry::config_json;
-use crate::{Error, Transformer};
+use crate::{Transformer, parameters_under};
 
 /// A linear layer without bias.
 fn linear(params: &ParamBuilder, inputs: usize, outputs: usize) -> Result<Linear> {
@@ -177,34 +176,13 @@ impl Flux2Transformer2DModel {
             config,
         })
     }
-
-    /// Rotary tables of text and image positions.
-    fn rope(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<RopeTables> {
-        let mut positions = Vec::new();
-        for name in ["txt_ids", "img_ids"] {
-            let ids = inputs.tensor(name)?;
-            // All samples have the same positions: those of the first stand for all.
-            let ids = if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0)? } else { ids.clone() };
-            if ids.rank() != 2 || ids.dim(1)? != AXES {
-                return Err(Error::Input {
-                    name: name.into(),
-                    expected: "positions [L, 4]",
-                    got: format!("{:?}", ids.dims()),
-                });
-            }
-            positions.extend(ids.to_vec::<f32>()?);
-        }
-        let Flux2Config { axes_dims_rope, rope_theta, .. } = &self.config;
-        let device = inputs.tensor("hidden_states")?.device();
-        Ok(RopeTables::new(&positions, axes_dims_rope, *rope_theta as f64, RopePrecision::F64, device)?)
-    }
 }
 
 impl FlowModel for Flux2Transformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let checkpointing = self.gradient_checkpointing;
         let temb = self.time_guidance_embed.forward(inputs)?;
-        let rope = self.rope(inputs)?;
+        let rope = RopeTables::of_ids(inputs, &self.config.axes_dims_rope, self.config.rope_theta as f64)?;
         let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let m_text = self.double_stream_modulation_txt.together(&temb)?;
@@ -236,6 +214,21 @@ impl Transformer for Flux2Transformer2DModel {
 
     fn config(&self) -> serde_json::Value {
         config_json("Flux2Transformer2DModel", &self.config)
+    }
+
+    /// The embedder of a guidance without one, and the modulation of blocks where there are none.
+    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+        let mut unread = Vec::new();
+        if inputs.get("guidance").is_none() {
+            unread.push("time_guidance_embed.guidance_embedder.".into());
+        }
+        if self.config.num_layers == 0 {
+            unread.push("double_stream_modulation_".into());
+        }
+        if self.config.num_single_layers == 0 {
+            unread.push("single_stream_modulation.".into());
+        }
+        parameters_under(&self.params, &unread)
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
@@ -301,6 +294,31 @@ mod tests {
     }
 
     #[test]
+    fn what_the_inputs_do_not_reach_needs_no_gradient() {
+        let mut plain = inputs(DType::F32);
+        plain.remove("guidance");
+        let check = |model: &Flux2Transformer2DModel, inputs: &ModelInputs| {
+            let (tape, mut given) = (Tape::new(), inputs.clone());
+            given.attach(&tape);
+            let loss = model.forward(&given).unwrap().sample.square().unwrap().sum_all().unwrap();
+            let gradients = tape.backward(&loss).unwrap();
+            let without = model.parameters_without_gradient(inputs);
+            model.params().check_gradients(&gradients, &without).unwrap();
+            let reached = |name: &String| gradients.of(model.params().get(name).unwrap()).is_some();
+            assert!(!without.iter().any(reached), "{without:?}");
+            without.len()
+        };
+        let embeds = model(true, DType::F32);
+        assert_eq!((check(&embeds, &inputs(DType::F32)), check(&embeds, &plain)), (0, 2));
+        let of = |config: Flux2Config| {
+            Flux2Transformer2DModel::new(config, &ParamBuilder::new(3, DType::F32, &Device::cpu())).unwrap()
+        };
+        let config = &embeds.config;
+        assert_eq!(check(&of(Flux2Config { num_single_layers: 0, ..config.clone() }), &plain), 2 + 1);
+        assert_eq!(check(&of(Flux2Config { num_layers: 0, ..config.clone() }), &plain), 2 + 2);
+    }
+
+    #[test]
     fn samples_may_share_their_positions() {
         let model = model(true, DType::F32);
         let shared = inputs(DType::F32)
@@ -308,7 +326,7 @@ mod tests {
             .with("txt_ids", text_ids(3, 1).unwrap().squeeze(0).unwrap());
         assert_eq!(predict(&model, &shared), predict(&model, &inputs(DType::F32)));
         let error = model.forward(&shared.with("img_ids", normal(&[6, 3]))).unwrap_err().to_string();
-        assert!(error.contains("img_ids") && error.contains("[6, 3]"), "{error}");
+        assert!(error.contains("img_ids") && error.contains("[6, 3] for 4 axes"), "{error}");
     }
 
     #[test]

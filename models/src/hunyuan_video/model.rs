@@ -6,10 +6,10 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::context::{Context, TimeEmbedding};
 use super::{CLASS, HunyuanVideo15Config};
-use crate::Transformer;
 use crate::blocks::{AdaLayerNormContinuous, ChannelOrder, PatchEmbed, key_mask, run_block, unpatchify};
 use crate::flux::FluxTransformerBlock;
 use crate::registry::config_json;
+use crate::{Transformer, parameters_under};
 
 /// Epsilon of the norm before the output projection.
 const EPS: f64 = 1e-6;
@@ -100,17 +100,15 @@ impl Transformer for HunyuanVideo15Transformer3DModel {
         config_json(CLASS, &self.config)
     }
 
-    /// What the last block makes of the context, which nothing reads, and the embedder of a second time, which the adapter
-    /// does not give.
-    fn parameters_without_gradient(&self) -> Vec<String> {
-        let last = format!("transformer_blocks.{}.", self.config.num_layers - 1);
-        let unread = |name: &&str| {
-            let part = name.strip_prefix(&last).unwrap_or_default();
-            part.starts_with("attn.to_add_out.")
-                || part.starts_with("ff_context.")
-                || name.starts_with("time_embed.timestep_embedder_r.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(unread).map(String::from).collect()
+    /// What the last block makes of the context, which nothing reads, and the embedder of a second time without one.
+    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+        let last = self.config.num_layers - 1;
+        let read_by_none = ["attn.to_add_out", "ff_context"].map(|layer| format!("transformer_blocks.{last}.{layer}."));
+        let mut unread = read_by_none.to_vec();
+        if inputs.get("timestep_r").is_none() {
+            unread.push("time_embed.timestep_embedder_r.".into());
+        }
+        parameters_under(&self.params, &unread)
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

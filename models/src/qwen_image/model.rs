@@ -13,7 +13,7 @@ use crate::blocks::{
     time_proj,
 };
 use crate::registry::config_json;
-use crate::{Error, Transformer};
+use crate::{Error, Transformer, parameters_under};
 
 const EPS: f64 = 1e-6;
 /// Factor of the angles: times are 0 to 1.
@@ -225,13 +225,10 @@ impl Transformer for QwenImageTransformer2DModel {
     }
 
     /// What the last block makes of the text, which nothing reads.
-    fn parameters_without_gradient(&self) -> Vec<String> {
-        let last = format!("transformer_blocks.{}.", self.config.num_layers - 1);
-        let unread = |name: &&str| {
-            let part = name.strip_prefix(&last).unwrap_or_default();
-            part.starts_with("attn.to_add_out.") || part.starts_with("txt_mlp.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(unread).map(String::from).collect()
+    fn parameters_without_gradient(&self, _: &ModelInputs) -> Vec<String> {
+        let last = self.config.num_layers - 1;
+        let unread = ["attn.to_add_out", "txt_mlp"].map(|layer| format!("transformer_blocks.{last}.{layer}."));
+        parameters_under(&self.params, &unread)
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

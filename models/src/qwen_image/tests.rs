@@ -68,7 +68,7 @@ fn padding_changes_neither_prediction_nor_gradients() {
     let (got, want) = (got.to_vec::<f32>().unwrap(), want.to_vec::<f32>().unwrap());
     assert!(deviation(&got, &want) < 2e-6, "{}", deviation(&got, &want));
     assert!(deviation(&unmasked, &want) > 1e-3);
-    let without = model.parameters_without_gradient();
+    let without = model.parameters_without_gradient(&short);
     for (name, parameter) in model.params().iter().filter(|(name, _)| !without.iter().any(|n| n == name)) {
         let of = |gradients: &Gradients| gradients.of(parameter).unwrap().to_vec::<f32>().unwrap();
         let (got, want) = (of(&got_grads), of(&want_grads));
@@ -120,7 +120,7 @@ fn a_layered_model_takes_a_flag() {
     let half = zero.len() / 2;
     assert!(zero[..half] == one[..half] && zero[half..] != one[half..]);
     let (_, gradients) = gradients(&model, &flagged([0, 1]));
-    model.params().check_gradients(&gradients, &model.parameters_without_gradient()).unwrap();
+    model.params().check_gradients(&gradients, &model.parameters_without_gradient(&flagged([0, 1]))).unwrap();
 }
 
 #[test]
