@@ -9,7 +9,7 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::optim::{AdamW, AdamWConfig, LrScheduler, LrSchedulerConfig, clip_grad_norm};
 use flowtape_engine::{DType, Device, Gradients, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, create_adapter, create_model};
+use flowtape_models::{Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
@@ -118,8 +118,6 @@ impl<'a> Trainer<'a> {
     /// When a section does not fit.
     pub fn new(recipe: &'a Recipe) -> Result<Self> {
         let device = Device::cpu();
-        let flow = &recipe.flow_matching;
-        let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
         let mut model = create_model(&recipe.model, &ParamBuilder::new(recipe.seed, recipe.dtype.into(), &device))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if recipe.init == Init::AdalnZero {
@@ -137,7 +135,7 @@ impl<'a> Trainer<'a> {
         let steps = recipe.step_scheduler.max_steps;
         let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
         Ok(Self {
-            pipeline: FlowMatchingPipeline::new(flow.clone(), adapter)?,
+            pipeline: create_pipeline(recipe.flow_matching.clone())?,
             optimizer: AdamW::new(AdamWConfig { betas: optimizer.betas, eps: optimizer.eps }),
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             data: Data::new(&recipe.data, Philox::new(recipe.seed).fork(DATA).state().0)?,
@@ -349,9 +347,7 @@ impl Trained {
         let (run, recipe) = RunFolder::open(path)?;
         let dtype: DType = recipe.dtype.into();
         let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &Device::cpu())?;
-        let flow = &recipe.flow_matching;
-        let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
-        let pipeline = FlowMatchingPipeline::new(flow.clone(), adapter)?;
+        let pipeline = create_pipeline(recipe.flow_matching)?;
         Ok(Self { model, pipeline, data: Data::new(&recipe.data, recipe.seed)?, sampling: recipe.sampling })
     }
 
