@@ -14,7 +14,7 @@ pub use checkpointing::run_block;
 pub use conditioning::with_batch_axis;
 pub(crate) use embeddings::CHANNELS;
 pub use embeddings::{CombinedTimestepTextProjEmbeddings, time_proj};
-pub use modulation::{Modulation, gate, modulate};
+pub use modulation::{Modulation, ScaleShiftTable, gate, modulate};
 pub use patch::{ChannelOrder, PatchEmbed, unpatchify};
 pub use rope::{RopePrecision, RopeTables};
 pub use stream::{Modulated, Stream, StreamKind};

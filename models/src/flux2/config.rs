@@ -65,11 +65,6 @@ impl Default for Flux2Config {
 }
 
 impl Flux2Config {
-    /// The published `flux.2-dev`.
-    pub fn flux_2_dev() -> Self {
-        Self::default()
-    }
-
     /// Reads and checks the object of `config.json`.
     ///
     /// # Errors
@@ -113,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_configuration_comes_back_and_a_wrong_one_is_named() {
-        let dev = Flux2Config::flux_2_dev();
+        let dev = Flux2Config::default();
         assert_eq!((dev.inner_dim(), dev.mlp_dim()), (6144, 18432));
         assert_eq!(Flux2Config::from_json(&json!(dev)).unwrap(), dev);
         // Rounded down, as Python's `int` does.
