@@ -4,7 +4,8 @@ use flowtape_engine::gradcheck::{Draw, check_dtype};
 use flowtape_engine::ops::pointwise;
 use flowtape_engine::{DType, Device, Error, Philox, Result, Tape, Tensor, ops};
 use flowtape_gpu::wgpu::{Wgpu, WgpuOptions};
-use flowtape_tests::devices::gpus;
+use flowtape_tests::devices::{gpus, say};
+use flowtape_tests::{Outcome, goldens, sampling, step};
 
 fn all_cases(device: &Device, dtype: DType, seeds: u64) {
     let mut wrong = Vec::new();
@@ -136,4 +137,19 @@ fn what_does_not_fit_is_an_error_that_names_its_size() -> Result<()> {
         assert!(matches!(Tensor::ones(&[2], DType::F64, device).unwrap_err(), Error::DType { .. }));
     }
     Ok(())
+}
+
+/// The goldens' training steps and trajectories, of every model.
+#[test]
+fn model_goldens_are_met() {
+    for device in gpus() {
+        let root = goldens();
+        let outcomes: Vec<Outcome> =
+            step::cases_on(&root, device).into_iter().chain(sampling::trajectories_on(&root, device)).collect();
+        let failed: Vec<String> =
+            outcomes.iter().filter(|o| !o.is_skipped() && !o.passed()).map(Outcome::to_string).collect();
+        let passed = outcomes.iter().filter(|o| o.passed()).count();
+        say(format_args!("{}: {passed} goldens passed, {} failed", device.backend().name(), failed.len()));
+        assert!(failed.is_empty() && passed > 0, "{}", failed.join("\n"));
+    }
 }
