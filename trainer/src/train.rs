@@ -89,12 +89,14 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) ->
     trainer.run(&run, 0, 0.0, progress, stop)
 }
 
-/// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit.
+/// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit,
+/// unless another `device` than the recipe's is named.
 ///
 /// # Errors
-/// When the folder has no checkpoint, or a step fails.
-pub fn resume(path: &Path, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
-    let (run, recipe) = RunFolder::open(path)?;
+/// When the device is not there, the folder has no checkpoint, or a step fails.
+pub fn resume(path: &Path, device: Option<&str>, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
+    let (run, mut recipe) = RunFolder::open(path)?;
+    recipe.device = device.map_or(recipe.device, str::to_owned);
     let mut trainer = Trainer::new(&recipe)?;
     let (step, seconds) = run.load(&*trainer.model, &mut trainer.optimizer)?;
     trainer.run(&run, step, seconds, progress, stop)
@@ -117,7 +119,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// When a section does not fit.
     pub fn new(recipe: &'a Recipe) -> Result<Self> {
-        let device = Device::cpu();
+        let device = flowtape_gpu::device(&recipe.device)?;
         let mut model = create_model(&recipe.model, &ParamBuilder::new(recipe.seed, recipe.dtype.into(), &device))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if recipe.init == Init::AdalnZero {
@@ -269,7 +271,7 @@ impl<'a> Trainer<'a> {
 
     fn samples(&self, classes: &[u8], seed: u64, first_frames: Option<&[f32]>) -> Result<Vec<f32>> {
         let prompts: Vec<&str> = classes.iter().map(|c| CAPTIONS[usize::from(*c)]).collect();
-        let request = Request { prompts: &prompts, first_frames, seed };
+        let request = Request { prompts: &prompts, first_frames, seed, device: &self.device };
         generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.recipe.sampling)
     }
 
@@ -336,19 +338,21 @@ pub struct Trained {
     pub data: Data,
     /// The run's own settings.
     pub sampling: crate::recipe::SamplingConfig,
+    device: Device,
 }
 
 impl Trained {
-    /// From a run folder's newest checkpoint.
+    /// From a run folder's newest checkpoint, on the recipe's device or another.
     ///
     /// # Errors
-    /// When it is not a run folder or has no checkpoint.
-    pub fn load(path: &Path) -> Result<Self> {
+    /// When the device is not there, it is not a run folder or has no checkpoint.
+    pub fn load(path: &Path, device: Option<&str>) -> Result<Self> {
         let (run, recipe) = RunFolder::open(path)?;
+        let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
         let dtype: DType = recipe.dtype.into();
-        let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &Device::cpu())?;
+        let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &device)?;
         let pipeline = create_pipeline(recipe.flow_matching)?;
-        Ok(Self { model, pipeline, data: Data::new(&recipe.data, recipe.seed)?, sampling: recipe.sampling })
+        Ok(Self { model, pipeline, data: Data::new(&recipe.data, recipe.seed)?, sampling: recipe.sampling, device })
     }
 
     /// `n` samples of a prompt; videos may go on from a given first frame.
@@ -364,7 +368,8 @@ impl Trained {
             return refused("--first-frame", "only video models of the adapter hunyuan go on from a frame");
         }
         let first_frames = first_frame.map(|frame| frame.repeat(n));
-        let request = Request { prompts: &vec![prompt; n], first_frames: first_frames.as_deref(), seed };
+        let prompts = vec![prompt; n];
+        let request = Request { prompts: &prompts, first_frames: first_frames.as_deref(), seed, device: &self.device };
         generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.sampling)
     }
 }
