@@ -3,7 +3,7 @@
 //! Each file of `ops` lists its [`Case`]s. A case draws sizes, values and views; the checks run it.
 
 use crate::random::Philox;
-use crate::{DType, Device, Result, Tape, Tensor};
+use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// A named way to draw inputs and a function of them.
 #[derive(Clone, Copy, Debug)]
@@ -163,6 +163,8 @@ fn evaluate_at(sample: &Sample, inputs: &[Tensor], dtype: DType, device: &Device
     let mut gradients = crate::Gradients::default();
     tape.backward_with(&[(&output, &weights)], &mut gradients)?;
     let gradient = |x: &Tensor| match gradients.of(x) {
+        // An optimiser would meet it beside its parameter.
+        Some(g) if g.dims() != x.dims() => Err(Error::shape("gradient", format!("{:?}", x.dims()), g.dims())),
         Some(g) => g.to_vec::<f64>(),
         None => Ok(vec![0.0; x.numel()]),
     };

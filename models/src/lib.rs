@@ -5,6 +5,7 @@
 //! | [`blocks`] | what the models share: modulation, joint attention, embeddings, rotary tables |
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
 //! | [`hunyuan_video`] | [`hunyuan_video::HunyuanVideo15Transformer3DModel`] and [`hunyuan_video::HunyuanAdapter`] |
+//! | [`ltx2`] | [`ltx2::LTX2VideoTransformer3DModel`] and [`ltx2::LTX2Adapter`] |
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
@@ -18,6 +19,7 @@ pub mod flux;
 pub mod flux2;
 pub mod hunyuan_video;
 pub mod inspect;
+pub mod ltx2;
 pub mod presets;
 pub mod qwen_image;
 pub mod registry;

@@ -43,6 +43,22 @@ pub const PRESETS: &[Preset] = &[
     Preset { name: "wan2.1-14b", config: || json!({"_class_name": "WanTransformer3DModel"}), transformers: 1 },
     // One for high noise, one for low noise.
     Preset { name: "wan2.2-a14b", config: || json!({"_class_name": "WanTransformer3DModel"}), transformers: 2 },
+    Preset {
+        name: "ltx-2.3",
+        config: || {
+            json!({
+                "_class_name": "LTX2VideoTransformer3DModel",
+                "gated_attn": true,
+                "cross_attn_mod": true,
+                "audio_gated_attn": true,
+                "audio_cross_attn_mod": true,
+                "rope_type": "split",
+                "use_prompt_embeddings": false,
+                "perturbed_attn": true,
+            })
+        },
+        transformers: 1,
+    },
 ];
 
 /// The preset of that name.

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
 use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
 use crate::hunyuan_video::{self, HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
+use crate::ltx2::{LTX2Adapter, LTX2Config, LTX2VideoTransformer3DModel};
 use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
@@ -72,6 +73,14 @@ pub const MODELS: &[ModelKind] = &[
         class: "QwenImageTransformer2DModel",
         new_adapter: |kwargs| Ok(Box::new(QwenImageEditAdapter::from_kwargs(kwargs)?)),
         new_model: new_qwen_image,
+    },
+    ModelKind {
+        adapter: "ltx2",
+        class: "LTX2VideoTransformer3DModel",
+        new_adapter: |kwargs| Ok(Box::new(LTX2Adapter::from_kwargs(kwargs)?)),
+        new_model: |config, params| {
+            Ok(Box::new(LTX2VideoTransformer3DModel::new(LTX2Config::from_json(config)?, params)?))
+        },
     },
 ];
 

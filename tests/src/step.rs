@@ -205,7 +205,7 @@ impl Run {
             ("loss_weight", &step.parts.loss_weight),
             ("weighted_loss", &step.parts.weighted_loss),
             ("average_unweighted_loss", &step.parts.average_unweighted_loss),
-            ("average_weighted_loss", &step.parts.average_weighted_loss),
+            ("average_weighted_loss", &step.loss),
         ];
         let outputs = outputs.map(|(name, tensor)| (name.to_owned(), tensor));
         let auxiliary = step.auxiliary_losses.iter().map(|(name, loss)| (format!("aux.{name}"), loss));

@@ -3,36 +3,21 @@
 use flowtape_engine::nn::{
     Activation, FeedForward, Init, LayerNorm, Linear, ParamBuilder, Params, TimestepEmbedding, TimestepProjection,
 };
-use flowtape_engine::ops::{pointwise, pointwise_to};
+use flowtape_engine::ops::pointwise;
 use flowtape_engine::{DType, Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::WanConfig;
 use crate::blocks::{
-    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, attend, gate, modulate, run_block,
-    time_proj, unpatchify,
+    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, modulate,
+    run_block, time_proj, unpatchify,
 };
 use crate::registry::config_json;
 use crate::{Error, Transformer, parameters_under};
 
-/// A learned table of `parts` vectors, to which an embedding of time is added.
-#[derive(Clone, Debug)]
-struct ScaleShiftTable {
-    table: Tensor,
-    parts: usize,
-}
-
-impl ScaleShiftTable {
-    fn new(params: &ParamBuilder, parts: usize, dim: usize) -> Result<Self> {
-        let init = Init::Normal { std: 1.0 / (dim as f64).sqrt() };
-        Ok(Self { table: params.get("scale_shift_table", &[1, parts, dim], init)?, parts })
-    }
-
-    /// The parts `[B, L, dim]`, f32, of an embedding `[B, L, parts, dim]` or `[B, L, 1, dim]`, where L is 1 or the tokens.
-    fn forward(&self, embedding: &Tensor) -> Result<Vec<Tensor>> {
-        let all = pointwise_to(DType::F32.promote(embedding.dtype()), [&self.table, embedding], |[t, e]| t + e)?;
-        all.chunk(self.parts, 2)?.iter().map(|part| part.squeeze(2)).collect()
-    }
+/// Vectors for shift, scale and gate that start as PixArt's do.
+fn scale_shift_table(params: &ParamBuilder, parts: usize, dim: usize) -> Result<ScaleShiftTable> {
+    ScaleShiftTable::new(params, "scale_shift_table", &[1, parts, dim], (dim as f64).powf(-0.5))
 }
 
 /// Attention of the video to itself, or to text and maybe an image.
@@ -104,7 +89,7 @@ impl WanTransformerBlock {
         let (dim, heads, eps) = (config.inner_dim(), config.num_attention_heads, config.eps);
         let norm2 = || LayerNorm::new(&params.sub("norm2"), dim, eps, true);
         Ok(Self {
-            scale_shift_table: ScaleShiftTable::new(params, 6, dim)?,
+            scale_shift_table: scale_shift_table(params, 6, dim)?,
             norm: LayerNorm::new(params, dim, eps, false)?,
             attn1: WanAttention::new(&params.sub("attn1"), dim, heads, eps, None)?,
             norm2: config.cross_attn_norm.then(norm2).transpose()?,
@@ -220,7 +205,7 @@ impl WanTransformer3DModel {
             image_embedder: config.image_dim.map(image).transpose()?,
             blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
             norm_out: LayerNorm::new(root, dim, config.eps, false)?,
-            scale_shift_table: ScaleShiftTable::new(root, 2, dim)?,
+            scale_shift_table: scale_shift_table(root, 2, dim)?,
             proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
             params: root.params(),
             gradient_checkpointing: false,
