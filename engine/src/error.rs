@@ -36,6 +36,24 @@ pub enum Error {
         /// What it was given.
         got: String,
     },
+    /// A device has no memory left for a tensor.
+    #[error("{device}: out of memory for a tensor of {bytes} bytes ({reason}); make the batch smaller")]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// What was asked for.
+        bytes: usize,
+        /// What the device says.
+        reason: String,
+    },
+    /// A device stopped working: what it computed since may be wrong.
+    #[error("{device}: {what}; go on from the last checkpoint")]
+    DeviceFailed {
+        /// The device.
+        device: String,
+        /// What it says.
+        what: String,
+    },
     /// Any other value outside its range.
     #[error("{op}: expected {expected}, got {got}")]
     Argument {

@@ -219,6 +219,17 @@ impl Tensor {
         }
     }
 
+    /// The same values on another device, on no tape. Waits for the device where it is another.
+    ///
+    /// # Errors
+    /// When a device fails.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        if self.device().same(device) {
+            return Ok(self.detach());
+        }
+        Self::from_bytes(&self.to_bytes()?, self.dims(), self.dtype, device)
+    }
+
     /// The values in row-major order, converted to `T`. Waits for the device.
     ///
     /// # Errors

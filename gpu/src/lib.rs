@@ -5,8 +5,10 @@
 //! | `wgpu` (default) | any GPU with Vulkan, Metal or DirectX 12 |
 //! | `cuda` | NVIDIA GPUs, through the driver alone |
 
+mod device;
 mod report;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
+pub use device::device;
 pub use report::{DeviceReport, reports};
