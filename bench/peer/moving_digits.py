@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 
-SIDE, SPEED = 8, 2
+SIDE, SPEED = 8, 1
 WORDS = "zero one two three four five six seven eight nine".split()
 
 recipe = yaml.safe_load(open(sys.argv[1]))

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::digits::SIDE;
 
 /// The greatest speed, in pixels a frame on each axis.
-const SPEED: i64 = 2;
+const SPEED: i64 = 1;
 
 /// Sizes of a video.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
