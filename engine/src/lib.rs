@@ -22,6 +22,7 @@ pub mod gradcheck;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod profile;
 pub mod random;
 pub mod safetensors;
 pub mod shape;

@@ -9,8 +9,10 @@
 //! | [`generate`] | images from prompts |
 //! | [`report`] | how good generated digits are, by their real neighbours |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
+//! | [`bench`] | `flowtape bench`: what steps and kernels take |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 
+pub mod bench;
 pub mod digits;
 mod error;
 pub mod generate;

@@ -1,5 +1,6 @@
 //! The `flowtape` binary.
 
+mod bench_cli;
 mod progress;
 
 use std::path::PathBuf;
@@ -33,6 +34,9 @@ enum Command {
     Train(Train),
     /// Generate images with a trained run.
     Sample(Sample),
+    /// Measure what steps and kernels take on this machine.
+    #[command(subcommand)]
+    Bench(bench_cli::Bench),
 }
 
 #[derive(Args)]
@@ -98,6 +102,7 @@ fn run() -> Result<()> {
         awake(|| match cli.command {
             Command::Train(args) => run_train(&args),
             Command::Sample(args) => run_sample(&args),
+            Command::Bench(args) => bench_cli::run(&args),
         })
     })
 }
