@@ -123,6 +123,30 @@ pub enum Distribution {
     Normal,
 }
 
+impl Fused {
+    /// Its name in profiles.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::AttentionForward { .. } => "attention",
+            Self::AttentionBackward { .. } => "attention backward",
+            Self::NormForward { .. } => "norm",
+            Self::NormBackward { .. } => "norm backward",
+            Self::Random { .. } => "random numbers",
+        }
+    }
+
+    /// Floating-point operations of its matrix products.
+    pub fn flops(&self, inputs: &[&Tensor]) -> f64 {
+        let products = match self {
+            Self::AttentionForward { .. } => 2,
+            Self::AttentionBackward { .. } => 5,
+            _ => return 0.0,
+        };
+        let (Some(q), Some(k)) = (inputs.first(), inputs.get(1)) else { return 0.0 };
+        2.0 * products as f64 * (q.numel() * k.dims().get(2).copied().unwrap_or(0)) as f64
+    }
+}
+
 /// A shared handle of a backend.
 #[derive(Clone, Debug)]
 pub struct Device(Arc<dyn Backend>);

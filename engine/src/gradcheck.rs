@@ -270,3 +270,26 @@ pub fn check_dtype(sample: &Sample, dtype: DType, device: &Device, seed: u64) ->
     }
     Ok(Ok(()))
 }
+
+/// Runs the other tests of the calling test's binary again on every instruction set that the machine has but the one in
+/// use: a process chooses once. `this` is the name of the calling test.
+///
+/// # Errors
+/// What a failing run printed.
+pub fn rerun_on_instruction_sets(this: &str) -> Result<(), String> {
+    if std::env::var_os("FLOWTAPE_ISA").is_some() {
+        return Ok(());
+    }
+    let binary = std::env::current_exe().map_err(|e| e.to_string())?;
+    for isa in crate::cpu::instruction_sets() {
+        if isa == crate::cpu::instruction_set() {
+            continue;
+        }
+        let mut run = std::process::Command::new(&binary);
+        let done = run.args(["--skip", this]).env("FLOWTAPE_ISA", isa).output().map_err(|e| e.to_string())?;
+        if !done.status.success() {
+            return Err(format!("on {isa}:\n{}", String::from_utf8_lossy(&done.stdout)));
+        }
+    }
+    Ok(())
+}

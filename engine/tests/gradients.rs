@@ -2,7 +2,7 @@
 //! against f64. And the checker itself, against wrong gradients.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the helpers of tests may panic
 
-use flowtape_engine::gradcheck::{Draw, Sample, check_dtype, check_gradient};
+use flowtape_engine::gradcheck::{Draw, Sample, check_dtype, check_gradient, rerun_on_instruction_sets};
 use flowtape_engine::nn::{Linear, ParamBuilder};
 use flowtape_engine::tape::{Forward, InputGradients, Op, apply_one};
 use flowtape_engine::{DType, Device, Error, GradientSink, Gradients, Result, Tape, Tensor, VarId, ops};
@@ -34,6 +34,11 @@ proptest! {
     fn bf16_is_within_its_rounding(seed: u64) {
         all_cases(seed, |sample| check_dtype(sample, DType::BF16, &Device::cpu(), seed ^ 3))?;
     }
+}
+
+#[test]
+fn every_instruction_set_passes() {
+    rerun_on_instruction_sets("every_instruction_set_passes").unwrap();
 }
 
 /// x^3, with a gradient that is wrong by a factor or forgets an element.

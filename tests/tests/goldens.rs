@@ -2,7 +2,13 @@
 
 use std::io::Write;
 
+use flowtape_engine::gradcheck::rerun_on_instruction_sets;
 use flowtape_tests::{Outcome, adapters, goldens, ops, optim, pipeline_math, sampling, step};
+
+#[test]
+fn every_instruction_set_meets_them() {
+    rerun_on_instruction_sets("every_instruction_set_meets_them").unwrap_or_else(|failure| panic!("{failure}"));
+}
 
 #[test]
 fn goldens_are_met() {

@@ -1,5 +1,6 @@
 //! The `flowtape` binary.
 
+mod bench_cli;
 mod progress;
 
 use std::io::Write;
@@ -40,6 +41,9 @@ enum Command {
     Devices,
     /// Show a model's architecture and counts without its weights in memory.
     Inspect(Inspect),
+    /// Measure what steps and kernels take on this machine.
+    #[command(subcommand)]
+    Bench(bench_cli::Bench),
 }
 
 #[derive(Args)]
@@ -125,6 +129,7 @@ fn run() -> Result<()> {
             Command::Sample(args) => run_sample(&args),
             Command::Devices => list_devices(),
             Command::Inspect(args) => run_inspect(&args),
+            Command::Bench(args) => bench_cli::run(&args),
         })
     })
 }

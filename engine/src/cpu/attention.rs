@@ -1,12 +1,11 @@
 //! Attention in blocks of queries and keys: only one block of scores exists at a time (FlashAttention's scheme).
 
-use rayon::prelude::*;
-
 use super::View;
 use super::gemm::scratch::Scratch;
 use super::gemm::{Matrix, multiply, rounded, widened};
 use super::isa::{Work, dispatch, isa};
 use super::math::Real;
+use super::team::{self, threads};
 
 /// Queries and keys of a block of scores.
 const QUERIES: usize = 64;
@@ -187,10 +186,10 @@ fn filled(scratch: &Scratch, len: usize, value: f32) -> &mut [f32] {
 }
 
 fn spread(tasks: usize, flops: usize, work: impl Fn(usize) + Sync + Send) {
-    if flops < 200_000 || rayon::current_num_threads() == 1 {
+    if flops < 200_000 || threads() == 1 {
         (0..tasks).for_each(work);
     } else {
-        (0..tasks).into_par_iter().for_each(work);
+        team::spread(tasks, work);
     }
 }
 

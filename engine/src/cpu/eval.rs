@@ -154,7 +154,7 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
         unsafe {
             match self.isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => self.run_avx512(inputs, rows, cols, sink),
+                Isa::Avx512 | Isa::Avx512Bf16 => self.run_avx512(inputs, rows, cols, sink),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => self.run_avx2(inputs, rows, cols, sink),
                 _ => self.block::<false>(inputs, rows, cols, sink),

@@ -1,11 +1,10 @@
 //! Moving elements: strided copies, rows by index.
 
-use half::{bf16, f16};
-use rayon::prelude::*;
-
 use super::View;
 use super::blocks::Space;
+use super::team::{spread, threads};
 use crate::DType;
+use half::{bf16, f16};
 
 /// Bytes below which one thread copies alone.
 const GRAIN: usize = 16 * 1024;
@@ -80,7 +79,8 @@ unsafe fn copy_as<T: Copy>(source: &View<'_>, target: &View<'_>) {
     if bytes < GRAIN {
         (0..pieces).for_each(strip);
     } else {
-        (0..pieces).into_par_iter().with_min_len(pieces.div_ceil(4 * rayon::current_num_threads())).for_each(strip);
+        let tasks = pieces.min(4 * threads());
+        spread(tasks, |t| (t * pieces / tasks..(t + 1) * pieces / tasks).for_each(strip));
     }
 }
 

@@ -11,19 +11,32 @@ pub(crate) enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL beside all of [`Isa::Avx2`].
     Avx512,
+    /// Dot products of bf16 pairs beside all of [`Isa::Avx512`].
+    Avx512Bf16,
 }
 
-/// The instruction set of this process: the machine's best, or less if `FLOWTAPE_ISA` (portable, avx2, avx512)
-/// names less.
+impl Isa {
+    /// All of them, by the names that `FLOWTAPE_ISA` takes.
+    pub const NAMES: [(&str, Self); 4] = [
+        ("portable", Self::Portable),
+        ("avx2", Self::Avx2),
+        ("avx512", Self::Avx512),
+        ("avx512bf16", Self::Avx512Bf16),
+    ];
+
+    /// Those that the machine has.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::NAMES.into_iter().map(|(_, isa)| isa).filter(|isa| *isa <= detect())
+    }
+}
+
+/// The instruction set of this process: the machine's best, or less if `FLOWTAPE_ISA` names less.
 pub(crate) fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
     *ISA.get_or_init(|| {
-        let wanted = match std::env::var("FLOWTAPE_ISA").as_deref() {
-            Ok("portable") => Isa::Portable,
-            Ok("avx2") => Isa::Avx2,
-            _ => Isa::Avx512,
-        };
-        wanted.min(detect())
+        let wanted = std::env::var("FLOWTAPE_ISA").unwrap_or_default();
+        let named = Isa::NAMES.into_iter().find(|(name, _)| *name == wanted);
+        named.map_or(Isa::Avx512Bf16, |(_, isa)| isa).min(detect())
     })
 }
 
@@ -31,14 +44,16 @@ pub(crate) fn isa() -> Isa {
 fn detect() -> Isa {
     if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")) {
         Isa::Portable
-    } else if is_x86_feature_detected!("avx512f")
+    } else if !(is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vl"))
     {
-        Isa::Avx512
-    } else {
         Isa::Avx2
+    } else if is_x86_feature_detected!("avx512bf16") {
+        Isa::Avx512Bf16
+    } else {
+        Isa::Avx512
     }
 }
 
@@ -61,7 +76,7 @@ pub(crate) fn dispatch(isa: Isa, work: impl Work) {
         unsafe fn avx2(work: impl Work) {
             work.run::<true>();
         }
-        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         unsafe fn avx512(work: impl Work) {
             work.run::<true>();
         }
@@ -70,7 +85,7 @@ pub(crate) fn dispatch(isa: Isa, work: impl Work) {
             match isa {
                 Isa::Portable => work.run::<{ cfg!(target_feature = "fma") }>(),
                 Isa::Avx2 => avx2(work),
-                Isa::Avx512 => avx512(work),
+                Isa::Avx512 | Isa::Avx512Bf16 => avx512(work),
             }
         }
     }

@@ -1,7 +1,6 @@
 //! The CPU backend: SIMD kernels chosen at run time, spread over rayon's threads.
 
 mod attention;
-mod awake;
 mod blocks;
 mod eval;
 mod gemm;
@@ -11,13 +10,14 @@ mod math;
 mod norm;
 mod pointwise;
 mod pool;
+mod team;
 
 use std::any::Any;
 
-pub use self::awake::awake;
-use self::isa::isa;
+use self::isa::{Isa, isa};
 pub(crate) use self::pool::class as size_class;
 use self::pool::{CpuBuffer, Pool};
+pub use self::team::awake;
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::expr::{Program, Reduce};
 use crate::{DType, Error, Result, Tensor};
@@ -26,6 +26,18 @@ use crate::{DType, Error, Result, Tensor};
 #[derive(Debug, Default)]
 pub struct Cpu {
     pool: Pool,
+}
+
+/// The instruction set in use: `portable`, `avx2`, `avx512` or `avx512bf16`. It is the machine's best, or less if the
+/// environment variable `FLOWTAPE_ISA` names less.
+pub fn instruction_set() -> &'static str {
+    Isa::NAMES.into_iter().find(|(_, known)| *known == isa()).map_or("", |(name, _)| name)
+}
+
+/// The instruction sets that the machine has, poorest first, by the names that `FLOWTAPE_ISA` takes.
+pub fn instruction_sets() -> Vec<&'static str> {
+    let name = |isa| Isa::NAMES.into_iter().find(|(_, known)| *known == isa).map(|(name, _)| name);
+    Isa::available().filter_map(name).collect()
 }
 
 /// A strided window on memory of one dtype. Strides count elements; 0 repeats.
@@ -124,7 +136,7 @@ impl Backend for Cpu {
     fn matmul(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()> {
         let bias = bias.map(view).transpose()?;
         // SAFETY: as in `pointwise`; the op has checked the shapes.
-        unsafe { gemm::matmul(&view(a)?, &view(b)?, bias.as_ref(), accumulate, &view(out)?) };
+        unsafe { gemm::matmul(isa(), &view(a)?, &view(b)?, bias.as_ref(), accumulate, &view(out)?) };
         Ok(())
     }
 

@@ -1,13 +1,12 @@
 //! LayerNorm and RMSNorm in one pass over each row.
 
-use rayon::prelude::*;
-
 use super::View;
 use super::blocks::Space;
 use super::gemm::scratch::Scratch;
 use super::gemm::{Matrix, rounded, widened};
 use super::isa::{Isa, Work, dispatch, isa};
 use super::math::Real;
+use super::team::{self, threads};
 use crate::DType;
 
 /// Elements of one task.
@@ -36,11 +35,11 @@ impl<'a, const N: usize> Rows<'a, N> {
     /// Runs `work` on all rows, several threads where there is enough of it.
     fn spread(&self, work: impl Fn(std::ops::Range<usize>) + Sync + Send) {
         let rows = self.space.len();
-        let tasks = (rows * self.width / GRAIN).clamp(1, 2 * rayon::current_num_threads()).min(rows.max(1));
-        if tasks == 1 || rayon::current_num_threads() == 1 {
+        let tasks = (rows * self.width / GRAIN).clamp(1, 2 * threads()).min(rows.max(1));
+        if tasks == 1 || threads() == 1 {
             return work(0..rows);
         }
-        (0..tasks).into_par_iter().for_each(|t| work(t * rows / tasks..(t + 1) * rows / tasks));
+        team::spread(tasks, |t| work(t * rows / tasks..(t + 1) * rows / tasks));
     }
 
     /// A row of each view.

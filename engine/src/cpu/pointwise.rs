@@ -1,11 +1,10 @@
 //! Pointwise programs and reductions over strided views.
 
-use rayon::prelude::*;
-
 use super::View;
 use super::blocks::{BLOCK, Cut, Space, memory_order};
 use super::eval::{Arithmetic, Evaluator, Sink, Window, combine, neutral};
 use super::isa::Isa;
+use super::team::{self, threads};
 use crate::DType;
 use crate::expr::{Program, Reduce};
 
@@ -19,11 +18,11 @@ fn is_wide(views: &[View<'_>]) -> bool {
 
 /// Runs `work` on `0..pieces`, in several threads where there are `elements` enough.
 fn spread(pieces: usize, elements: usize, work: impl Fn(std::ops::Range<usize>) + Sync + Send) {
-    let tasks = (elements / GRAIN).clamp(1, 2 * rayon::current_num_threads()).min(pieces);
-    if tasks <= 1 || rayon::current_num_threads() == 1 {
+    let tasks = (elements / GRAIN).clamp(1, 2 * threads()).min(pieces);
+    if tasks <= 1 || threads() == 1 {
         return work(0..pieces);
     }
-    (0..tasks).into_par_iter().for_each(|t| work(t * pieces / tasks..(t + 1) * pieces / tasks));
+    team::spread(tasks, |t| work(t * pieces / tasks..(t + 1) * pieces / tasks));
 }
 
 /// `outputs = program(inputs)`.
@@ -183,7 +182,7 @@ unsafe fn reduce_in<A: Arithmetic>(
         let mut evaluator = Evaluator::<A>::new(program, scalars, isa);
         partial(index / chunk.pieces(), index % chunk.pieces(), &mut evaluator)
     };
-    let partials: Vec<Vec<f64>> = (0..groups * chunk.pieces()).into_par_iter().map(work).collect();
+    let partials = team::collect(groups * chunk.pieces(), work);
     for (group, parts) in partials.chunks(chunk.pieces()).enumerate() {
         let mut acc = parts[0].clone();
         for part in &parts[1..] {

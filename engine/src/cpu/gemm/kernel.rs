@@ -1,49 +1,65 @@
 //! The micro-kernels: a tile of C in registers, one pass over k.
 //!
-//! Every element is one chain of multiply-adds in the order of k, whatever the tile's height or the layout of A, so
-//! how the work is cut never changes a bit of the result.
+//! Everything is counted in words of 32 bits: a word of k is one f32, or two neighbouring bf16 (the lower one first) of
+//! which the machine adds both products at once. Every element is one chain of multiply-adds in the order of k, whatever
+//! the tile's height or the layout of A, so how the work is cut never changes a bit of the result.
 
 use crate::cpu::isa::Isa;
 
-/// One call: `c[mr, nr] (+)= a[mr, k] b[k, nr] (+ bias[nr])`, all f32.
+/// One call: `c[mr, live] (+)= a[mr, k] b[k, live] (+ bias[live])`. C and bias are f32.
+#[derive(Clone, Copy)]
 pub(crate) struct Tile {
+    /// Words of k.
     pub k: usize,
     pub a: *const f32,
     /// Row kernels: from row to row of A, whose k axis is dense. Column kernels: from k to k, rows are dense.
     pub a_stride: usize,
     pub b: *const f32,
-    /// From k to k of B, whose columns are dense.
+    /// From k to k of B, whose columns are dense: [`Kernels::nr`] of them can be read.
     pub b_stride: usize,
     pub c: *mut f32,
     pub c_stride: usize,
+    /// Columns that are written, at least one.
+    pub live: usize,
     /// Adds to C instead of overwriting it.
     pub add: bool,
-    /// `nr` floats, or null.
+    /// `live` floats, or null.
     pub bias: *const f32,
 }
 
-/// Safety: the machine has the kernel's instructions; the tile's windows are valid for the kernel's height and `nr`.
+/// Safety: the machine has the kernel's instructions; the tile's windows are valid for the kernel's height.
 pub(crate) type Kernel = unsafe fn(&Tile);
 
-/// The kernels of one instruction set.
+/// The kernels of one instruction set and one kind of word.
 pub(crate) struct Kernels {
     /// Greatest height; `row[i]` and `col[i]` have height `i + 1`.
     pub mr: usize,
     /// Width.
     pub nr: usize,
+    /// Whether words are pairs of bf16.
+    pub pairs: bool,
     pub row: &'static [Kernel],
     pub col: &'static [Kernel],
 }
 
-/// A vector of f32.
+/// A vector of f32, and of words.
 trait Simd {
     type V: Copy;
     const LANES: usize;
-    unsafe fn splat(x: f32) -> Self::V;
+    /// Words of B that are asked for ahead of time; 0 where there is no such instruction.
+    const AHEAD: usize;
+    fn zero() -> Self::V;
+    /// The word at `p` in every lane.
+    unsafe fn word(p: *const f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn store(p: *mut f32, v: Self::V);
-    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
-    unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The first `n` lanes, `n` less than all.
+    unsafe fn load_some(p: *const f32, n: usize) -> Self::V;
+    unsafe fn store_some(p: *mut f32, v: Self::V, n: usize);
+    fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// `a b + c`.
+    fn multiply_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn prefetch(p: *const f32);
 }
 
 /// Arrays that the compiler turns into the vectors every machine of the target has.
@@ -52,9 +68,15 @@ struct Lanes4;
 impl Simd for Lanes4 {
     type V = [f32; 4];
     const LANES: usize = 4;
+    const AHEAD: usize = 0;
     #[inline(always)]
-    unsafe fn splat(x: f32) -> [f32; 4] {
-        [x; 4]
+    fn zero() -> [f32; 4] {
+        [0.0; 4]
+    }
+    #[inline(always)]
+    unsafe fn word(p: *const f32) -> [f32; 4] {
+        // SAFETY: the caller's pointer is valid for a float.
+        [unsafe { p.read() }; 4]
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> [f32; 4] {
@@ -67,23 +89,37 @@ impl Simd for Lanes4 {
         unsafe { p.cast::<[f32; 4]>().write_unaligned(v) }
     }
     #[inline(always)]
-    unsafe fn add(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+    unsafe fn load_some(p: *const f32, n: usize) -> [f32; 4] {
+        // SAFETY: the caller's pointer is valid for `n` floats.
+        std::array::from_fn(|i| if i < n { unsafe { p.add(i).read() } } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn store_some(p: *mut f32, v: [f32; 4], n: usize) {
+        for (i, v) in v.into_iter().enumerate().take(n) {
+            // SAFETY: the caller's pointer is valid for `n` floats.
+            unsafe { p.add(i).write(v) }
+        }
+    }
+    #[inline(always)]
+    fn add(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
         std::array::from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
-    unsafe fn mul_add(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+    fn multiply_add(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
         // Without the instruction, `mul_add` would be a call into libm.
         const FUSED: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
         std::array::from_fn(|i| if FUSED { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] })
     }
+    #[inline(always)]
+    fn prefetch(_: *const f32) {}
 }
 
 /// Safety: see [`Kernel`]. Inlined into functions that have the instructions of `S`.
 #[inline(always)]
 unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t: &Tile) {
-    // SAFETY: the caller's promise: A has MR rows of k, B k rows and C MR rows of NV vectors.
+    // SAFETY: the caller's promise: A has MR rows of k, B k rows of NV vectors and C MR rows of `live`.
     unsafe {
-        let mut acc = [[S::splat(0.0); NV]; MR];
+        let mut acc = [[S::zero(); NV]; MR];
         // One pointer for three rows: more would not fit into the general registers.
         let mut rows = [t.a; 4];
         if ROW {
@@ -91,16 +127,26 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t: &T
                 *p = t.a.add(3 * q * t.a_stride);
             }
         }
+        if t.add {
+            for i in 0..MR {
+                for v in 0..NV {
+                    S::prefetch(t.c.wrapping_add(i * t.c_stride + v * S::LANES));
+                }
+            }
+        }
         let (mut a, mut b) = (t.a, t.b);
         for _ in 0..t.k {
-            let mut bv = [S::splat(0.0); NV];
+            let mut bv = [S::zero(); NV];
             for (v, x) in bv.iter_mut().enumerate() {
                 *x = S::load(b.add(v * S::LANES));
+                if S::AHEAD > 0 {
+                    S::prefetch(b.wrapping_add(S::AHEAD * t.b_stride + v * S::LANES));
+                }
             }
             for (i, acc) in acc.iter_mut().enumerate() {
-                let x = S::splat(if ROW { *rows[i / 3].add(i % 3 * t.a_stride) } else { *a.add(i) });
+                let x = S::word(if ROW { rows[i / 3].add(i % 3 * t.a_stride) } else { a.add(i) });
                 for (acc, &b) in acc.iter_mut().zip(&bv) {
-                    *acc = S::mul_add(x, b, *acc);
+                    *acc = S::multiply_add(x, b, *acc);
                 }
             }
             b = b.add(t.b_stride);
@@ -112,17 +158,32 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t: &T
                 a = a.add(t.a_stride);
             }
         }
+        let whole = t.live == NV * S::LANES;
         for (i, acc) in acc.iter().enumerate() {
             for (v, &x) in acc.iter().enumerate() {
-                let c = t.c.add(i * t.c_stride + v * S::LANES);
-                let mut x = x;
-                if !t.bias.is_null() {
-                    x = S::add(x, S::load(t.bias.add(v * S::LANES)));
+                let at = v * S::LANES;
+                let (c, bias) = (t.c.wrapping_add(i * t.c_stride + at), t.bias.wrapping_add(at));
+                if whole {
+                    let mut x = x;
+                    if !t.bias.is_null() {
+                        x = S::add(x, S::load(bias));
+                    }
+                    if t.add {
+                        x = S::add(x, S::load(c));
+                    }
+                    S::store(c, x);
+                } else if at < t.live {
+                    // A whole vector here goes the same way: its mask has all lanes.
+                    let n = (t.live - at).min(S::LANES);
+                    let mut x = x;
+                    if !t.bias.is_null() {
+                        x = S::add(x, S::load_some(bias, n));
+                    }
+                    if t.add {
+                        x = S::add(x, S::load_some(c, n));
+                    }
+                    S::store_some(c, x, n);
                 }
-                if t.add {
-                    x = S::add(x, S::load(c));
-                }
-                S::store(c, x);
             }
         }
     }
@@ -139,16 +200,36 @@ mod x86 {
     use super::{Simd, Tile, tile};
     use std::arch::x86_64::*;
 
+    /// The first `n` of sixteen.
+    #[inline(always)]
+    fn mask16(n: usize) -> __mmask16 {
+        ((1u32 << n) - 1) as u16
+    }
+
+    #[inline(always)]
+    fn mask8(n: usize) -> __m256i {
+        const ONES_THEN_ZEROS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+        // SAFETY: eight numbers from 8 - n on; inlined into functions with the instructions.
+        unsafe { _mm256_loadu_si256(ONES_THEN_ZEROS.as_ptr().add(8 - n).cast()) }
+    }
+
     macro_rules! simd {
-        ($name:ident, $v:ty, $lanes:literal, $splat:ident $load:ident $store:ident $add:ident $fma:ident) => {
+        ($name:ident, $v:ty, $lanes:literal, $zero:ident $load:ident $store:ident $add:ident,
+         word $word:expr, some $load_some:expr, $store_some:expr, multiply_add $multiply_add:expr) => {
             struct $name;
             impl Simd for $name {
                 type V = $v;
                 const LANES: usize = $lanes;
+                const AHEAD: usize = 8;
                 #[inline(always)]
-                unsafe fn splat(x: f32) -> $v {
+                fn zero() -> $v {
                     // SAFETY: inlined into functions with the instructions; pointers are the caller's promise.
-                    unsafe { $splat(x) }
+                    unsafe { $zero() }
+                }
+                #[inline(always)]
+                unsafe fn word(p: *const f32) -> $v {
+                    // SAFETY: as above.
+                    unsafe { $word(p) }
                 }
                 #[inline(always)]
                 unsafe fn load(p: *const f32) -> $v {
@@ -161,20 +242,48 @@ mod x86 {
                     unsafe { $store(p, v) }
                 }
                 #[inline(always)]
-                unsafe fn add(a: $v, b: $v) -> $v {
+                unsafe fn load_some(p: *const f32, n: usize) -> $v {
+                    // SAFETY: as above.
+                    unsafe { $load_some(p, n) }
+                }
+                #[inline(always)]
+                unsafe fn store_some(p: *mut f32, v: $v, n: usize) {
+                    // SAFETY: as above.
+                    unsafe { $store_some(p, v, n) }
+                }
+                #[inline(always)]
+                fn add(a: $v, b: $v) -> $v {
                     // SAFETY: as above.
                     unsafe { $add(a, b) }
                 }
                 #[inline(always)]
-                unsafe fn mul_add(a: $v, b: $v, c: $v) -> $v {
+                fn multiply_add(a: $v, b: $v, c: $v) -> $v {
                     // SAFETY: as above.
-                    unsafe { $fma(a, b, c) }
+                    unsafe { $multiply_add(a, b, c) }
+                }
+                #[inline(always)]
+                fn prefetch(p: *const f32) {
+                    // SAFETY: a hint; no address is invalid.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
                 }
             }
         };
     }
-    simd!(Ymm, __m256, 8, _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_fmadd_ps);
-    simd!(Zmm, __m512, 16, _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_fmadd_ps);
+    simd!(Ymm, __m256, 8, _mm256_setzero_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps,
+        word |p: *const f32| _mm256_broadcast_ss(&*p),
+        some |p, n| _mm256_maskload_ps(p, mask8(n)), |p, v, n| _mm256_maskstore_ps(p, mask8(n), v),
+        multiply_add _mm256_fmadd_ps);
+    simd!(Zmm, __m512, 16, _mm512_setzero_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps,
+        word |p: *const f32| _mm512_set1_ps(*p),
+        some |p, n| _mm512_maskz_loadu_ps(mask16(n), p), |p, v, n| _mm512_mask_storeu_ps(p, mask16(n), v),
+        multiply_add _mm512_fmadd_ps);
+    // A word is moved as an integer: its bits are no float's.
+    simd!(ZmmPairs, __m512, 16, _mm512_setzero_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps,
+    word |p: *const f32| _mm512_castsi512_ps(_mm512_set1_epi32(p.cast::<i32>().read_unaligned())),
+    some |p, n| _mm512_maskz_loadu_ps(mask16(n), p), |p, v, n| _mm512_mask_storeu_ps(p, mask16(n), v),
+    multiply_add |a, b, c| _mm512_dpbf16_ps(
+        c, std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b)
+    ));
 
     /// Safety: see [`super::Kernel`].
     #[target_feature(enable = "avx2,fma")]
@@ -189,31 +298,40 @@ mod x86 {
         // SAFETY: the caller's promise.
         unsafe { tile::<Zmm, MR, 2, ROW>(t) }
     }
+
+    /// Safety: see [`super::Kernel`].
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn pairs<const MR: usize, const ROW: bool>(t: &Tile) {
+        // SAFETY: the caller's promise.
+        unsafe { tile::<ZmmPairs, MR, 2, ROW>(t) }
+    }
 }
 
 macro_rules! kernels {
-    ($f:ident, $mr:literal x $nr:literal: $($m:literal)*) => {
-        &Kernels { mr: $mr, nr: $nr, row: &[$($f::<$m, true>),*], col: &[$($f::<$m, false>),*] }
+    ($f:ident, $mr:literal x $nr:literal, pairs $pairs:literal: $($m:literal)*) => {
+        &Kernels { mr: $mr, nr: $nr, pairs: $pairs, row: &[$($f::<$m, true>),*], col: &[$($f::<$m, false>),*] }
     };
 }
 
-/// The kernels of an instruction set that the machine must have.
-pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
-    static PORTABLE: &Kernels = kernels!(portable, 4 x 8: 1 2 3 4);
+/// The kernels of an instruction set that the machine must have: for words that are pairs, where it has such, or f32.
+pub(crate) fn kernels(isa: Isa, pairs: bool) -> &'static Kernels {
+    static PORTABLE: &Kernels = kernels!(portable, 4 x 8, pairs false: 1 2 3 4);
     #[cfg(target_arch = "x86_64")]
     {
-        use x86::{avx2, avx512};
-        static AVX2: &Kernels = kernels!(avx2, 6 x 16: 1 2 3 4 5 6);
-        static AVX512: &Kernels = kernels!(avx512, 12 x 32: 1 2 3 4 5 6 7 8 9 10 11 12);
+        use x86::{avx2, avx512, pairs as avx512bf16};
+        static AVX2: &Kernels = kernels!(avx2, 6 x 16, pairs false: 1 2 3 4 5 6);
+        static AVX512: &Kernels = kernels!(avx512, 12 x 32, pairs false: 1 2 3 4 5 6 7 8 9 10 11 12);
+        static PAIRS: &Kernels = kernels!(avx512bf16, 12 x 32, pairs true: 1 2 3 4 5 6 7 8 9 10 11 12);
         match isa {
             Isa::Portable => PORTABLE,
             Isa::Avx2 => AVX2,
-            Isa::Avx512 => AVX512,
+            Isa::Avx512Bf16 if pairs => PAIRS,
+            Isa::Avx512 | Isa::Avx512Bf16 => AVX512,
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
-        let _ = isa;
+        let _ = (isa, pairs);
         PORTABLE
     }
 }

@@ -7,26 +7,25 @@ mod kernel;
 mod pack;
 pub(super) mod scratch;
 
-use rayon::prelude::*;
-
 use self::kernel::{Kernels, Tile, kernels};
 use self::pack::{Narrow, Source, panels, rows, with_narrow};
 use self::scratch::Scratch;
 use super::View;
 use super::blocks::Space;
-use super::isa::{Isa, isa};
+use super::isa::{Isa, Work, dispatch, isa};
+use super::team::{spread, threads};
 use crate::DType;
 
-/// Longest run of k: a panel of B stays in the first-level cache.
-const KC: usize = 320;
-/// Rows of A that are packed at once: they stay in the second-level cache.
-const MC: usize = 144;
-/// Rows or depth up to which an operand is read where it lies: packing would cost more than it saves.
-const SMALL: usize = 64;
-/// Greatest tile of one task.
-const TILE: (usize, usize) = (8 * MC, 512);
+/// Longest run of k, in words.
+const KC: usize = 384;
+/// Columns whose panels of B are packed at once: they stay in the second-level cache.
+const NC: usize = 512;
+/// Rows of A that are packed at once, where A can't be read in place: a multiple of every kernel's height.
+const MC: usize = 48;
+/// Rows up to which B is read where it lies: packing would cost more than it saves.
+const SMALL: usize = 320;
 /// Floating-point operations below which a second thread costs more than it saves.
-const GRAIN: usize = 200_000;
+const GRAIN: usize = 100_000;
 /// Columns of f64 that are summed at once.
 const COLUMNS_F64: usize = 8;
 
@@ -92,7 +91,7 @@ pub(super) struct Product {
 /// As for [`matmul`]; no dtype is f64.
 pub(super) unsafe fn multiply(isa: Isa, a: Matrix, b: Matrix, c: Matrix, [m, k, n]: [usize; 3], accumulate: bool) {
     // SAFETY: the caller's promise.
-    unsafe { product(isa, kernels(isa), &Product { a, b, bias: None, c, k, accumulate }, m, n) }
+    unsafe { product(isa, &Product { a, b, bias: None, c, k, accumulate }, m, n) }
 }
 
 /// A copy of an `[m, n]` matrix as dense f32 rows.
@@ -112,7 +111,7 @@ pub(super) unsafe fn widened(isa: Isa, from: Matrix, m: usize, n: usize) -> Scra
 /// Both lie in memory; nobody else uses the target.
 pub(super) unsafe fn rounded(from: *const f32, to: Matrix, m: usize, n: usize) {
     // SAFETY: the caller's promise.
-    with_narrow!(to.dtype, T => unsafe { store::<T>(from, n, to, m, n) });
+    unsafe { store(isa(), (from, n), to, m, n, false) };
 }
 
 /// `out[.., m, n] (+)= a[.., m, k] b[.., k, n] + bias[n]`. Narrow floats are widened, and all sums kept in f32;
@@ -121,7 +120,14 @@ pub(super) unsafe fn rounded(from: *const f32, to: Matrix, m: usize, n: usize) {
 /// # Safety
 /// The views have these shapes, lie in memory, and nobody else writes them meanwhile; `out` overlaps no input, and no
 /// two of its elements are one.
-pub(super) unsafe fn matmul(a: &View<'_>, b: &View<'_>, bias: Option<&View<'_>>, accumulate: bool, out: &View<'_>) {
+pub(super) unsafe fn matmul(
+    isa: Isa,
+    a: &View<'_>,
+    b: &View<'_>,
+    bias: Option<&View<'_>>,
+    accumulate: bool,
+    out: &View<'_>,
+) {
     let rank = out.dims.len();
     let (m, n, k) = (out.dims[rank - 2], out.dims[rank - 1], a.dims[rank - 1]);
     let lead = rank - 2;
@@ -137,16 +143,15 @@ pub(super) unsafe fn matmul(a: &View<'_>, b: &View<'_>, bias: Option<&View<'_>>,
         batch.locate(index, &mut offsets);
         Product { a: a.moved(offsets[0]), b: b.moved(offsets[1]), bias, c: c.moved(offsets[2]), k, accumulate }
     };
-    let parallel = 2 * batch.len() * m * n * k >= GRAIN && rayon::current_num_threads() > 1;
+    let parallel = 2 * batch.len() * m * n * k >= GRAIN && threads() > 1;
     if out.dtype == DType::F64 {
         let tasks = batch.len() * m;
         // SAFETY: the caller's promise; rows do not overlap.
         let run = |task: usize| unsafe { row_f64(&at(task / m), task % m, n) };
-        return if parallel { (0..tasks).into_par_iter().for_each(run) } else { (0..tasks).for_each(run) };
+        return if parallel { spread(tasks, run) } else { (0..tasks).for_each(run) };
     }
-    let isa = isa();
-    let set = kernels(isa);
-    let (high, wide) = cut(set, batch.len(), m, n, if parallel { rayon::current_num_threads() } else { 1 });
+    let set = Packer::new(isa, a.dtype, b.dtype).set;
+    let (high, wide) = if parallel { cut(set, batch.len(), m, n, threads()) } else { (m, n) };
     let (down, across) = (m.div_ceil(high), n.div_ceil(wide));
     let run = |task: usize| {
         let (i, j) = (task / across % down * high, task % across * wide);
@@ -154,159 +159,240 @@ pub(super) unsafe fn matmul(a: &View<'_>, b: &View<'_>, bias: Option<&View<'_>>,
         let bias = p.bias.map(|bias| bias.at(0, j));
         let tile = Product { a: p.a.at(i, 0), b: p.b.at(0, j), bias, c: p.c.at(i, j), ..p };
         // SAFETY: the caller's promise; tiles do not overlap.
-        unsafe { product(isa, set, &tile, high.min(m - i), wide.min(n - j)) };
+        unsafe { product(isa, &tile, high.min(m - i), wide.min(n - j)) };
     };
     let tasks = batch.len() * down * across;
-    if parallel { (0..tasks).into_par_iter().for_each(run) } else { (0..tasks).for_each(run) }
+    if parallel { spread(tasks, run) } else { (0..tasks).for_each(run) }
 }
 
-/// Sizes of a task's tile: as large as the caches like, small enough that every thread gets work.
+/// Rows that cost as much to multiply as a column costs to pack.
+const PACKING: usize = 6;
+
+/// Sizes of a task's tile: as many tasks as threads, cut so that the longest is as short as can be.
 fn cut(set: &Kernels, batch: usize, m: usize, n: usize, threads: usize) -> (usize, usize) {
     let even = |size: usize, parts: usize, unit: usize| size.div_ceil(parts).next_multiple_of(unit);
-    let (mut down, mut across) = (m.div_ceil(TILE.0), n.div_ceil(TILE.1));
-    while batch * down * across < threads {
-        // Rather rows than columns: what is packed twice then is the narrower side.
-        if m / down >= 2 * n / across && m / down >= 8 * set.mr {
-            down *= 2;
-        } else if n / across >= 8 * set.nr {
-            across *= 2;
-        } else if m / down >= 8 * set.mr {
-            down *= 2;
-        } else {
-            break;
+    let mut best = (usize::MAX, (m, n));
+    for down in 1..=threads.min(m.div_ceil(set.mr)) {
+        for across in [threads / down, threads.div_ceil(down)] {
+            let across = across.clamp(1, n.div_ceil(set.nr));
+            let (high, wide) = (even(m, down, set.mr), even(n, across, set.nr));
+            let tasks = batch * m.div_ceil(high) * n.div_ceil(wide);
+            let cost = tasks.div_ceil(threads) * wide * (high + PACKING);
+            if cost < best.0 {
+                best = (cost, (high, wide));
+            }
         }
     }
-    (even(m, down, set.mr), even(n, across, set.nr))
+    best.1
+}
+
+/// Floats between the rows of a packed strip of A: no multiple of a page, where all rows fall on the same cache lines.
+fn strip_stride(depth: usize) -> usize {
+    let stride = depth.next_multiple_of(16) + 16;
+    if collides(stride) { stride + 16 } else { stride }
+}
+
+/// Whether rows this many words apart fall on the same cache lines.
+fn collides(stride: usize) -> bool {
+    stride.is_multiple_of(1024)
+}
+
+/// How the kernels read some rows of A.
+struct Rows {
+    a: *const f32,
+    /// From row to row for row kernels, from k to k for column kernels.
+    stride: usize,
+    /// From the first row of a kernel to that of the next.
+    step: usize,
+    by_rows: bool,
+}
+
+/// A kind of kernels and what they work on.
+struct Packer {
+    isa: Isa,
+    set: &'static Kernels,
+}
+
+impl Packer {
+    fn new(isa: Isa, a: DType, b: DType) -> Self {
+        Self { isa, set: kernels(isa, a == DType::BF16 && b == DType::BF16) }
+    }
+
+    /// Elements of a word of k.
+    fn per_word(&self) -> usize {
+        if self.set.pairs { 2 } else { 1 }
+    }
+
+    /// `[m, k]` of A for a product of `n` columns, where it lies or copied to `packed`.
+    ///
+    /// Safety: the matrix is readable, and `packed` has room for [`Packer::room`].
+    unsafe fn pack_a(&self, a: Matrix, [m, k, n]: [usize; 3], packed: *mut f32) -> Rows {
+        let (isa, mr, words) = (self.isa, self.set.mr, k.div_ceil(self.per_word()));
+        let by_rows = |a: *const f32, stride| Rows { a, stride, step: mr * stride, by_rows: true };
+        let to = strip_stride(words);
+        // SAFETY: the caller's promise.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if self.set.pairs {
+                if a.cols == 1 && k.is_multiple_of(2) && (a.rows.is_multiple_of(2) || m == 1) {
+                    let (from, stride) = (a.ptr.cast::<f32>().cast_const(), a.rows / 2);
+                    if !collides(stride) || m <= 4 {
+                        return by_rows(from, stride);
+                    }
+                    rows(isa, &Source { ptr: from, ks: 1, ns: stride, k: words, n: m }, packed, to);
+                    return by_rows(packed, to);
+                }
+                pack::pair_panels(mr, &a.flipped().source(k, m), packed);
+                return Rows { a: packed, stride: mr, step: mr * words, by_rows: false };
+            }
+            let source = a.flipped();
+            // Where each k falls on the same lines, packing pays, but not again and again for many columns.
+            if a.rows == 1 && a.dtype == DType::F32 && (n >= 512 || !collides(a.cols)) {
+                return Rows { a: a.ptr.cast(), stride: a.cols, step: mr, by_rows: false };
+            }
+            if a.cols != 1 {
+                with_narrow!(a.dtype, T => panels::<T>(isa, mr, &source.source(k, m), packed));
+                return Rows { a: packed, stride: mr, step: mr * words, by_rows: false };
+            }
+            if a.dtype == DType::F32 && (!collides(a.rows) || m <= 4) {
+                return by_rows(a.ptr.cast(), a.rows);
+            }
+            with_narrow!(a.dtype, T => rows::<T>(isa, &source.source(k, m), packed, to));
+            by_rows(packed, to)
+        }
+    }
+
+    /// Floats that [`Packer::pack_a`] may write.
+    fn room(&self, m: usize, words: usize) -> usize {
+        m.next_multiple_of(self.set.mr) * strip_stride(words) + 16
+    }
+
+    /// Panels of `[k, n]` of B.
+    ///
+    /// Safety: the matrix is readable, and `out` has room for the words of `k` times `n`, rounded up to whole panels.
+    unsafe fn pack_b(&self, b: Matrix, k: usize, n: usize, out: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if self.set.pairs {
+                return pack::pair_panels(self.set.nr, &b.source(k, n), out);
+            }
+            with_narrow!(b.dtype, T => panels::<T>(self.isa, self.set.nr, &b.source(k, n), out));
+        }
+    }
 }
 
 /// One tile of the output, `[m, n]`.
-unsafe fn product(isa: Isa, set: &Kernels, p: &Product, m: usize, n: usize) {
-    let pieces = p.k.div_ceil(KC).max(1);
-    let depth = p.k.div_ceil(pieces);
-    let width = n.next_multiple_of(set.nr);
+unsafe fn product(isa: Isa, p: &Product, m: usize, n: usize) {
+    let packer = Packer::new(isa, p.a.dtype, p.b.dtype);
+    let (set, per) = (packer.set, packer.per_word());
+    let words = p.k.div_ceil(per);
+    let depth = words.div_ceil(words.div_ceil(KC).max(1)).next_multiple_of(8).max(8);
+    let pieces = words.div_ceil(depth).max(1);
     // What the kernels can't write in place goes through f32 rows.
     let direct = p.c.dtype == DType::F32 && p.c.cols == 1;
-    let out = (!direct).then(|| Scratch::take(m * width));
-    let c = match &out {
-        Some(s) => Matrix::dense(s.ptr(), width),
-        None => p.c,
-    };
+    let width = n.min(NC).next_multiple_of(set.nr);
+    let out = (!direct).then(|| Scratch::take(if pieces > 1 { m } else { set.mr } * width));
     let bias = p.bias.map(|bias| {
-        let row = Scratch::take(width);
-        // SAFETY: n floats of the bias exist.
-        with_narrow!(bias.dtype, T => unsafe { rows::<T>(isa, &bias.flipped().source(n, 1), row.ptr(), width) });
+        let row = Scratch::take(n);
+        // SAFETY: n elements of the bias exist.
+        with_narrow!(bias.dtype, T => unsafe { rows::<T>(isa, &bias.flipped().source(n, 1), row.ptr(), n) });
         row
     });
-    let packed_b = Scratch::take(depth * width);
-    let packed_a = Scratch::take(depth * MC.next_multiple_of(set.mr));
-    // SAFETY: the caller's promise; each piece of scratch holds what is written to it here.
-    unsafe {
-        if !direct && p.accumulate {
-            with_narrow!(p.c.dtype, T => rows(isa, &p.c.flipped().source::<T>(n, m), c.ptr.cast(), width));
-        }
-        for piece in 0..pieces {
-            let from = piece * depth;
-            let k = depth.min(p.k - from);
-            let b = p.b.at(from, 0);
-            let (b_ptr, b_stride, b_step) =
-                if b.dtype == DType::F32 && b.cols == 1 && m <= SMALL && n.is_multiple_of(set.nr) {
-                    (b.ptr.cast::<f32>().cast_const(), b.rows, 1)
-                } else {
-                    with_narrow!(b.dtype, T => panels(isa, set.nr, &b.source::<T>(k, n), packed_b.ptr()));
-                    (packed_b.ptr().cast_const(), set.nr, k)
-                };
-            for i in (0..m).step_by(MC) {
-                let high = MC.min(m - i);
-                let a = p.a.at(i, from);
-                let by_rows = a.cols == 1;
-                let wide = a.dtype == DType::F32;
-                let (a_ptr, a_stride, a_step) = if by_rows && wide {
-                    (a.ptr.cast::<f32>().cast_const(), a.rows, a.rows)
-                } else if by_rows {
-                    with_narrow!(a.dtype, T => rows(isa, &a.flipped().source::<T>(k, high), packed_a.ptr(), k));
-                    (packed_a.ptr().cast_const(), k, k)
-                } else if wide && a.rows == 1 && k <= SMALL {
-                    (a.ptr.cast::<f32>().cast_const(), a.cols, 1)
-                } else {
-                    let source = a.flipped();
-                    with_narrow!(a.dtype, T => panels(isa, set.mr, &source.source::<T>(k, high), packed_a.ptr()));
-                    (packed_a.ptr().cast_const(), set.mr, k)
-                };
-                let tile = Tile {
-                    k,
-                    a: a_ptr,
-                    a_stride,
-                    b: b_ptr,
-                    b_stride,
-                    c: c.at(i, 0).ptr.cast(),
-                    c_stride: c.rows,
-                    add: p.accumulate || piece > 0,
-                    bias: bias.as_ref().filter(|_| piece == 0).map_or(std::ptr::null(), |s| s.ptr().cast_const()),
-                };
-                strip(set, &tile, by_rows, (a_step, b_step), high, n);
-            }
-        }
-        if !direct {
-            with_narrow!(p.c.dtype, T => store::<T>(c.ptr.cast(), width, p.c, m, n));
-        }
-    }
-}
-
-/// All micro-tiles of up to [`MC`] rows; `first` is the one at the origin, and `steps` are what A moves by from row to
-/// row and B from column to column.
-unsafe fn strip(set: &Kernels, first: &Tile, by_rows: bool, steps: (usize, usize), m: usize, n: usize) {
-    let mut edge = [0f32; 12 * 32];
-    // SAFETY: the caller's promise; the last panel of B is filled up, and its results go through `edge`.
-    unsafe {
-        for j in (0..n).step_by(set.nr) {
-            let live = set.nr.min(n - j);
-            for i in (0..m).step_by(set.mr) {
-                let high = set.mr.min(m - i);
-                let c = first.c.add(i * first.c_stride + j);
-                let mut tile = Tile {
-                    a: first.a.add(i * steps.0),
-                    b: first.b.add(j * steps.1),
-                    c,
-                    bias: if first.bias.is_null() { first.bias } else { first.bias.add(j) },
-                    ..*first
-                };
-                let kernel = if by_rows { set.row } else { set.col }[high - 1];
-                if live == set.nr {
-                    kernel(&tile);
-                    continue;
+    let in_place = !set.pairs && p.b.dtype == DType::F32 && p.b.cols == 1 && m <= SMALL && n.is_multiple_of(set.nr);
+    let packed_b = (!in_place).then(|| Scratch::take(depth * width));
+    let packed_a = Scratch::take(packer.room(MC.min(m), depth));
+    for (j, piece) in (0..n).step_by(NC).flat_map(|j| (0..pieces).map(move |piece| (j, piece))) {
+        let wide = NC.min(n - j);
+        let from = piece * depth * per;
+        let k = (depth * per).min(p.k - from);
+        let words = k.div_ceil(per);
+        let b = p.b.at(from, j);
+        // SAFETY: the caller's promise; each piece of scratch holds what is written to it here.
+        unsafe {
+            let (b, b_stride, b_step) = match &packed_b {
+                None => (b.ptr.cast::<f32>().cast_const(), b.rows, set.nr),
+                Some(packed) => {
+                    packer.pack_b(b, k, wide, packed.ptr());
+                    (packed.ptr().cast_const(), set.nr, set.nr * words)
                 }
-                tile.c = edge.as_mut_ptr();
-                tile.c_stride = set.nr;
-                for row in 0..if tile.add { high } else { 0 } {
-                    std::ptr::copy_nonoverlapping(c.add(row * first.c_stride), tile.c.add(row * set.nr), live);
-                }
-                kernel(&tile);
-                for row in 0..high {
-                    std::ptr::copy_nonoverlapping(tile.c.add(row * set.nr), c.add(row * first.c_stride), live);
+            };
+            for chunk in (0..m).step_by(MC) {
+                let rows = MC.min(m - chunk);
+                let a = packer.pack_a(p.a.at(chunk, from), [rows, k, n], packed_a.ptr());
+                let kernels = if a.by_rows { set.row } else { set.col };
+                for i in (0..rows).step_by(set.mr) {
+                    let high = set.mr.min(rows - i);
+                    let (c, c_stride) = match &out {
+                        None => (p.c.at(chunk + i, j).ptr.cast::<f32>(), p.c.rows),
+                        Some(out) if pieces > 1 => (out.ptr().add((chunk + i) * width), width),
+                        Some(out) => (out.ptr(), width),
+                    };
+                    for (panel, column) in (0..wide).step_by(set.nr).enumerate() {
+                        kernels[high - 1](&Tile {
+                            k: words,
+                            a: a.a.wrapping_add(i / set.mr * a.step),
+                            a_stride: a.stride,
+                            b: b.add(panel * b_step),
+                            b_stride,
+                            c: c.add(column),
+                            c_stride,
+                            live: set.nr.min(wide - column),
+                            add: piece > 0 || (direct && p.accumulate),
+                            bias: match &bias {
+                                Some(bias) if piece == 0 => bias.ptr().add(j + column),
+                                _ => std::ptr::null(),
+                            },
+                        });
+                    }
+                    if !direct && piece + 1 == pieces {
+                        store(isa, (c, c_stride), p.c.at(chunk + i, j), high, wide, p.accumulate);
+                    }
                 }
             }
         }
     }
 }
 
-/// Rounds f32 rows into any matrix.
-unsafe fn store<T: Narrow>(from: *const f32, ld: usize, to: Matrix, m: usize, n: usize) {
-    let out = to.ptr.cast::<T>();
-    // SAFETY: the caller's promise: both hold `[m, n]`.
-    unsafe {
-        for i in 0..m {
-            let (from, out) = (from.add(i * ld), out.add(i * to.rows));
-            if to.cols == 1 {
-                for j in 0..n {
-                    *out.add(j) = T::round(*from.add(j));
-                }
-            } else {
-                for j in 0..n {
-                    *out.add(j * to.cols) = T::round(*from.add(j));
+/// Rounds f32 rows into any matrix, or adds them to it.
+struct Store<T> {
+    from: *const f32,
+    ld: usize,
+    to: *mut T,
+    rows: usize,
+    cols: usize,
+    m: usize,
+    n: usize,
+    add: bool,
+}
+
+impl<T: Narrow> Work for Store<T> {
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for i in 0..self.m {
+            let (from, out) = (self.from.wrapping_add(i * self.ld), self.to.wrapping_add(i * self.rows));
+            // SAFETY: made for `[m, n]` of both.
+            unsafe {
+                match (self.cols, self.add) {
+                    (1, false) => (0..self.n).for_each(|j| *out.add(j) = T::round(*from.add(j))),
+                    (1, true) => (0..self.n).for_each(|j| *out.add(j) = T::round((*out.add(j)).widen() + *from.add(j))),
+                    (step, false) => (0..self.n).for_each(|j| *out.add(j * step) = T::round(*from.add(j))),
+                    (step, true) => (0..self.n).for_each(|j| {
+                        let out = out.add(j * step);
+                        *out = T::round((*out).widen() + *from.add(j));
+                    }),
                 }
             }
         }
     }
+}
+
+/// Stores f32 rows `[m, n]`, `ld` apart.
+///
+/// Safety: both hold `[m, n]`; nobody else uses the target.
+unsafe fn store(isa: Isa, (from, ld): (*const f32, usize), to: Matrix, m: usize, n: usize, add: bool) {
+    let Matrix { ptr, rows, cols, .. } = to;
+    with_narrow!(to.dtype, T => dispatch(isa, Store::<T> { from, ld, to: ptr.cast(), rows, cols, m, n, add }));
 }
 
 /// One row in f64, for gradient checks.

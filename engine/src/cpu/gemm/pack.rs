@@ -1,4 +1,4 @@
-//! Packing: copies of strided matrices of any float type as f32, in the order in which the kernels read them.
+//! Packing: copies of strided matrices as words, f32 or pairs of bf16, in the order in which the kernels read them.
 
 use crate::cpu::isa::Isa;
 use half::{bf16, f16};
@@ -183,7 +183,7 @@ unsafe fn panels_avx2<T: Narrow>(width: usize, s: &Source<T>, out: *mut f32) {
 }
 
 /// Rows of k in a block: few enough that all of a block's panels are written in runs, many enough for the TLB.
-const K_RUN: usize = 16;
+const K_RUN: usize = 8;
 
 /// Asks for rows that are packed next: each is too short a run for the machine to see it coming.
 #[cfg(target_arch = "x86_64")]
@@ -210,43 +210,133 @@ unsafe fn widen_row<T: Narrow>(from: *const T, n: usize, to: *mut f32) {
 unsafe fn panels_of<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, out: *mut f32) {
     // SAFETY: the caller's promise; panels start at multiples of W, and `live` columns of them exist.
     unsafe {
+        if s.ns != 1 {
+            // Panel by panel: few enough rows of memory at a time for the machine to see where each goes.
+            for j in (0..s.n).step_by(W) {
+                transposed_panel::<T, W, AVX2>(s, j, out.add(j * s.k));
+            }
+            return;
+        }
         for k0 in (0..s.k).step_by(K_RUN) {
             let k1 = (k0 + K_RUN).min(s.k);
             #[cfg(target_arch = "x86_64")]
-            if s.ns == 1 {
-                prefetch(s, k1, (k1 + K_RUN).min(s.k));
-            }
+            prefetch(s, k1, (k1 + K_RUN).min(s.k));
             for j in (0..s.n).step_by(W) {
                 let live = W.min(s.n - j);
-                let out = out.add(j * s.k);
-                let src = s.ptr.add(j * s.ns);
-                if s.ns == 1 && live == W {
-                    // In whole vectors where the row is long enough: what spills over is the next k's, written after.
-                    let vectors = W.next_multiple_of(8);
-                    let last = if j + vectors <= s.n { k1 - 1 } else { k0 };
-                    for k in k0..last {
-                        widen_row::<T>(src.add(k * s.ks), vectors, out.add(k * W));
-                    }
-                    for k in last..k1 {
-                        widen_row::<T>(src.add(k * s.ks), W, out.add(k * W));
-                    }
-                    continue;
+                let (out, src) = (out.add(j * s.k), s.ptr.add(j));
+                // In whole vectors where the row is long enough: what spills over is the next k's, written after.
+                let vectors = W.next_multiple_of(8);
+                let spilling = if j + vectors <= s.n { k0..k1 - 1 } else { k0..k0 };
+                for k in spilling.clone() {
+                    widen_row::<T>(src.add(k * s.ks), vectors, out.add(k * W));
                 }
-                let mut k = k0;
-                #[cfg(target_arch = "x86_64")]
-                if AVX2 && s.ks == 1 && live == W {
-                    while k + 8 <= k1 {
-                        for i in (0..W).step_by(8) {
-                            transpose8(src.add(i * s.ns + k), s.ns, out.add(k * W + i), W);
+                for k in spilling.end..k1 {
+                    widen_row::<T>(src.add(k * s.ks), live, out.add(k * W));
+                    std::slice::from_raw_parts_mut(out.add(k * W + live), W - live).fill(0.0);
+                }
+            }
+        }
+    }
+}
+
+/// The panel of columns `j..j + W`, whose neighbours in memory are not neighbours in the panel.
+#[inline(always)]
+unsafe fn transposed_panel<T: Narrow, const W: usize, const AVX2: bool>(s: &Source<T>, j: usize, out: *mut f32) {
+    let live = W.min(s.n - j);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let src = s.ptr.add(j * s.ns);
+        // What is left for single copies.
+        let (mut from_k, mut from_column) = (0, 0);
+        #[cfg(target_arch = "x86_64")]
+        if AVX2 && s.ks == 1 {
+            (from_k, from_column) = (s.k / 8 * 8, live / 8 * 8);
+            for k in (0..from_k).step_by(8) {
+                for i in (0..from_column).step_by(8) {
+                    transpose8(src.add(i * s.ns + k), s.ns, out.add(k * W + i), W);
+                }
+            }
+        }
+        for k in 0..s.k {
+            for i in if k < from_k { from_column } else { 0 }..W {
+                *out.add(k * W + i) = if i < live { (*src.add(k * s.ks + i * s.ns)).widen() } else { 0.0 };
+            }
+        }
+    }
+}
+
+/// Panels `[n / width][words][width]` of pairs along k, an odd last one and the last panel filled up with zeros.
+///
+/// Safety: the source is valid, `out` for `k / 2 * n.next_multiple_of(width)` words, rounded up, and the machine has
+/// AVX-512.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn pair_panels(width: usize, s: &Source<bf16>, out: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if s.ns == 1 {
+            pair_panels_avx512(width, s, out.cast());
+        } else if s.ks == 1 && s.k.is_multiple_of(2) && s.ns.is_multiple_of(2) && width == 32 {
+            // Pairs lie side by side: they move as f32 would.
+            let words = Source::<f32> { ptr: s.ptr.cast(), ks: 1, ns: s.ns / 2, k: s.k / 2, n: s.n };
+            for j in (0..s.n).step_by(width) {
+                word_panel(&words, j, out.add(j * words.k));
+            }
+        } else {
+            let (words, out) = (s.k.div_ceil(2), out.cast::<u32>());
+            let bits = |k: usize, j: usize| {
+                if k < s.k && j < s.n { u32::from((*s.ptr.add(k * s.ks + j * s.ns)).to_bits()) } else { 0 }
+            };
+            for j in 0..s.n.next_multiple_of(width) {
+                let out = out.add(j / width * width * words + j % width);
+                for k in 0..words {
+                    *out.add(k * width) = bits(2 * k, j) | bits(2 * k + 1, j) << 16;
+                }
+            }
+        }
+    }
+}
+
+/// A panel of words that are pairs in memory too.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn word_panel(s: &Source<f32>, j: usize, out: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe { transposed_panel::<f32, 32, true>(s, j, out) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pair_panels_avx512(width: usize, s: &Source<bf16>, out: *mut u32) {
+    use std::arch::x86_64::*;
+    let words = s.k.div_ceil(2);
+    let low16 = |n: usize| ((1u32 << n.min(16)) - 1) as u16;
+    for k0 in (0..words).step_by(K_RUN) {
+        let k1 = (k0 + K_RUN).min(words);
+        prefetch(s, 2 * k1, (2 * (k1 + K_RUN)).min(s.k));
+        for j in (0..s.n).step_by(width) {
+            let live = width.min(s.n - j);
+            for k in k0..k1 {
+                for v in (0..width).step_by(16) {
+                    let mask = low16(live.saturating_sub(v));
+                    // SAFETY: the caller's promise; only live columns of rows that exist are read, and what is written
+                    // past the panel's width is the next k's, written after, or masked out.
+                    unsafe {
+                        let first = s.ptr.wrapping_add(2 * k * s.ks + j + v).cast::<i16>();
+                        let low = _mm256_maskz_loadu_epi16(mask, first);
+                        let high = if 2 * k + 1 < s.k {
+                            _mm256_maskz_loadu_epi16(mask, first.wrapping_add(s.ks))
+                        } else {
+                            _mm256_setzero_si256()
+                        };
+                        let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
+                        let pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), high);
+                        let to = out.add(j * words + k * width + v).cast::<i32>();
+                        if v + 16 <= width || k + 1 < k1 {
+                            _mm512_storeu_si512(to.cast(), pairs);
+                        } else {
+                            _mm512_mask_storeu_epi32(to, low16(width - v), pairs);
                         }
-                        k += 8;
                     }
-                }
-                while k < k1 {
-                    for i in 0..W {
-                        *out.add(k * W + i) = if i < live { (*src.add(k * s.ks + i * s.ns)).widen() } else { 0.0 };
-                    }
-                    k += 1;
                 }
             }
         }

@@ -1,5 +1,14 @@
 use super::*;
+use crate::cpu::view;
 use crate::{Device, Philox, Result, Tensor};
+
+/// The product on one instruction set.
+fn multiply_on(isa: Isa, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()> {
+    let bias = bias.map(view).transpose()?;
+    // SAFETY: the set is one of the machine's; `out` is the test's own.
+    unsafe { matmul(isa, &view(a)?, &view(b)?, bias.as_ref(), accumulate, &view(out)?) };
+    Ok(())
+}
 
 /// The product in f64, element by element.
 fn reference(a: &Tensor, b: &Tensor, bias: Option<&Tensor>, start: &[f64]) -> Result<Vec<f64>> {
@@ -26,20 +35,19 @@ fn matrix(random: &mut Philox, m: usize, n: usize, kind: usize, dtype: DType) ->
 }
 
 #[test]
-fn every_layout_size_and_dtype_agrees_with_f64() -> Result<()> {
-    let cpu = Device::cpu();
+fn every_layout_size_and_dtype_agrees_with_f64_on_every_instruction_set() -> Result<()> {
     let mut random = Philox::new(5);
-    let sizes = [(1, 1, 1), (6, 16, 16), (7, 33, 17), (13, 700, 5), (150, 64, 40), (5, 321, 530), (1, 129, 64)];
+    let sizes =
+        [(1, 1, 1), (6, 16, 16), (7, 33, 17), (13, 901, 5), (150, 64, 40), (5, 402, 530), (1, 129, 64), (50, 1024, 32)];
     for (case, (m, k, n)) in sizes.into_iter().flat_map(|s| (0..9).map(move |i| (i, s))) {
         for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
             let a = matrix(&mut random, m, k, case, dtype)?;
             let b = matrix(&mut random, k, n, case / 3, dtype)?;
             let bias = if case % 2 == 0 { Some(matrix(&mut random, 1, n, 0, dtype)?.reshape(&[n])?) } else { None };
-            let out = matrix(&mut random, m, n, case + case / 3, dtype)?;
+            let start = matrix(&mut random, m, n, case + case / 3, dtype)?;
             let accumulate = case % 4 < 2;
-            let before = if accumulate { out.to_vec::<f64>()? } else { vec![0.0; m * n] };
+            let before = if accumulate { start.to_vec::<f64>()? } else { vec![0.0; m * n] };
             let expected = reference(&a, &b, bias.as_ref(), &before)?;
-            cpu.backend().matmul(&a, &b, bias.as_ref(), accumulate, &out)?;
             let (unit, sums) = match dtype {
                 DType::BF16 => (2f64.powi(-8), 2f64.powi(-23)),
                 DType::F16 => (2f64.powi(-11), 2f64.powi(-23)),
@@ -48,9 +56,14 @@ fn every_layout_size_and_dtype_agrees_with_f64() -> Result<()> {
             };
             // The result's rounding, and a random walk of the roundings of partial sums, which grow like a walk too.
             let walk = sums * (k as f64).sqrt() * (2.0 + (k as f64).sqrt() / 3.0);
-            for (x, y) in out.to_vec::<f64>()?.into_iter().zip(expected) {
-                let bound = unit * y.abs() + walk;
-                assert!((x - y).abs() <= bound, "{m}x{k}x{n} case {case} {dtype}: {x} instead of {y}");
+            for isa in Isa::available() {
+                let out = matrix(&mut random, m, n, case + case / 3, dtype)?;
+                out.copy_from(&start)?;
+                multiply_on(isa, &a, &b, bias.as_ref(), accumulate, &out)?;
+                for (x, y) in out.to_vec::<f64>()?.into_iter().zip(&expected) {
+                    let bound = unit * y.abs() + walk;
+                    assert!((x - y).abs() <= bound, "{m}x{k}x{n} case {case} {dtype} {isa:?}: {x} instead of {y}");
+                }
             }
         }
     }
@@ -58,55 +71,56 @@ fn every_layout_size_and_dtype_agrees_with_f64() -> Result<()> {
 }
 
 #[test]
-fn instruction_sets_and_heights_give_one_chain_per_element() -> Result<()> {
-    // Rows computed alone have the bits of rows computed together, by row and by column kernels.
+fn an_element_has_the_same_bits_wherever_it_is_cut() -> Result<()> {
+    // Rows computed alone have the bits of rows computed together, on every instruction set, for every layout of A.
     let cpu = Device::cpu();
     let mut random = Philox::new(9);
-    for kind in 0..2 {
-        let (a, b) = (matrix(&mut random, 13, 70, kind, DType::F32)?, matrix(&mut random, 70, 21, 0, DType::F32)?);
-        let whole = Tensor::zeros(&[13, 21], DType::F32, &cpu)?;
-        cpu.backend().matmul(&a, &b, None, false, &whole)?;
-        for i in 0..13 {
-            let row = Tensor::zeros(&[1, 21], DType::F32, &cpu)?;
-            cpu.backend().matmul(&a.narrow(0, i, 1)?, &b, None, false, &row)?;
-            assert_eq!(row.to_vec::<f32>()?, whole.narrow(0, i, 1)?.to_vec::<f32>()?);
+    for (isa, dtype) in Isa::available().flat_map(|isa| [(isa, DType::F32), (isa, DType::BF16)]) {
+        for kind in 0..3 {
+            let (a, b) = (matrix(&mut random, 13, 1000, kind, dtype)?, matrix(&mut random, 1000, 75, 0, dtype)?);
+            let whole = Tensor::zeros(&[13, 75], DType::F32, &cpu)?;
+            multiply_on(isa, &a, &b, None, false, &whole)?;
+            for i in 0..13 {
+                let row = Tensor::zeros(&[1, 75], DType::F32, &cpu)?;
+                multiply_on(isa, &a.narrow(0, i, 1)?, &b, None, false, &row)?;
+                assert_eq!(row.to_vec::<f32>()?, whole.narrow(0, i, 1)?.to_vec::<f32>()?, "{isa:?} {dtype} row {i}");
+            }
         }
     }
     Ok(())
 }
 
 #[test]
-fn portable_kernels_agree_with_the_machines() {
-    let (m, k, n) = (5, 40, 19);
-    let a: Vec<f32> = (0..m * k).map(|i| (i % 17) as f32 / 8.0 - 1.0).collect();
-    let b: Vec<f32> = (0..k * n).map(|i| (i % 13) as f32 / 8.0 - 0.7).collect();
-    let result = |isa: Isa, by_rows: bool| {
-        let mut c = vec![0f32; m * n];
-        let matrix = |p: *const f32, rows: usize, cols: usize| Matrix {
-            ptr: p.cast_mut().cast(),
-            dtype: DType::F32,
-            rows,
-            cols,
-        };
-        let flipped: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
-        let a = if by_rows { matrix(a.as_ptr(), k, 1) } else { matrix(flipped.as_ptr(), 1, m) };
-        let p = Product {
-            a,
-            b: matrix(b.as_ptr(), n, 1),
-            bias: None,
-            c: matrix(c.as_mut_ptr(), n, 1),
-            k,
-            accumulate: false,
-        };
-        // SAFETY: the matrices have these sizes; the sets below are those of the machine.
-        unsafe { product(isa, kernels(isa), &p, m, n) };
-        c
-    };
-    for set in [Isa::Portable, isa()] {
-        for by_rows in [true, false] {
-            for (x, y) in result(set, by_rows).into_iter().zip(result(Isa::Portable, true)) {
-                assert!((x - y).abs() < 1e-5, "{set:?}: {x} instead of {y}");
+fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
+    let cpu = Device::cpu();
+    let mut random = Philox::new(10);
+    for dtype in [DType::F32, DType::BF16] {
+        for (m, k, n, kind) in [(100, 700, 300, 0), (31, 1600, 1030, 1), (600, 65, 33, 0)] {
+            let (a, b) = (matrix(&mut random, m, k, kind, dtype)?, matrix(&mut random, k, n, 1 - kind, dtype)?);
+            let on = |threads: usize| -> Result<Vec<f32>> {
+                let out = Tensor::zeros(&[m, n], dtype, &cpu)?;
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| crate::cpu::awake(|| multiply_on(crate::cpu::isa(), &a, &b, None, false, &out)))?;
+                out.to_vec::<f32>()
+            };
+            let one = on(1)?;
+            for threads in [2, 3, 7] {
+                assert_eq!(one, on(threads)?, "{m}x{k}x{n} {dtype}, {threads} threads");
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn tasks_are_as_many_as_threads_and_cover_the_output() {
+    let set = kernels(Isa::Portable, false);
+    for (m, n) in [(640, 3072), (1, 4096), (4096, 64), (64, 64), (3, 3)] {
+        for threads in [1, 2, 3, 8, 16] {
+            let (high, wide) = cut(set, 1, m, n, threads);
+            let tasks = m.div_ceil(high) * n.div_ceil(wide);
+            assert!(high > 0 && wide > 0 && tasks <= threads, "{m}x{n} {threads}: {tasks} tasks");
+            assert!(m * n < 64 * 64 || 2 * tasks > threads, "{m}x{n} {threads}: {tasks} tasks");
         }
     }
 }
