@@ -173,3 +173,16 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
     assert!(failure(&flowtape(&["train", "--resume", "no/such"])).contains("not a run folder"));
     assert!(failure(&flowtape(&["trian"])).contains("train"));
 }
+
+#[test]
+fn a_step_is_measured_with_the_fields_of_its_peer() {
+    let out = stdout(&flowtape(&["bench", "step", "--config", "digits", "--steps", "1", "--warmup", "0", "--json"]));
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((json["params"].as_u64(), json["dtype"].as_str()), (Some(1_790_596), Some("f32")));
+    for key in ["s_step", "s_min", "s_fwd", "s_bwd", "s_opt", "gflops", "peak_rss_mb", "loss_first", "loss_last"] {
+        assert!(json[key].as_f64().is_some_and(|v| v > 0.0), "{key} in {json}");
+    }
+    let out = stdout(&flowtape(&["bench", "step", "--config", "digits", "--steps", "1", "--warmup", "0", "--profile"]));
+    assert!(out.contains("matmul NT 1152x128x512 f32") && out.contains("attention 64x4x18x32 f32"), "{out}");
+    assert!(failure(&flowtape(&["bench", "step", "--config", "xl"])).contains("digits"));
+}
