@@ -207,11 +207,11 @@ fn inspect_counts_presets_configurations_folders_files_and_runs() {
 #[test]
 fn video_recipes_leave_moving_pictures_and_go_on_from_a_frame() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, layers) in [("wan", "model.num_layers=1"), ("hunyuan", "model.num_layers=1")] {
+    for name in ["wan", "hunyuan"] {
         let run = folder.path().join(name);
         let (run_dir, recipe) = (format!("run_dir={}", run.display()), format!("{RECIPES}/moving_digits_{name}.yaml"));
         let small = [
-            layers,
+            "model.num_layers=1",
             "data.video={frames: 4, height: 10, width: 12}",
             "step_scheduler.local_batch_size=4",
             "step_scheduler.max_steps=3",
@@ -249,4 +249,17 @@ fn video_recipes_leave_moving_pictures_and_go_on_from_a_frame() {
     stdout(&sample("hunyuan"));
     assert!(folder.path().join("hunyuan.png").exists() && folder.path().join("hunyuan_frames.png").exists());
     assert!(failure(&sample("wan")).contains("hunyuan"));
+}
+
+#[test]
+fn a_step_is_measured_with_the_fields_of_its_peer() {
+    let out = stdout(&flowtape(&["bench", "step", "--config", "digits", "--steps", "1", "--warmup", "0", "--json"]));
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((json["params"].as_u64(), json["dtype"].as_str()), (Some(1_790_596), Some("f32")));
+    for key in ["s_step", "s_min", "s_fwd", "s_bwd", "s_opt", "gflops", "peak_rss_mb", "loss_first", "loss_last"] {
+        assert!(json[key].as_f64().is_some_and(|v| v > 0.0), "{key} in {json}");
+    }
+    let out = stdout(&flowtape(&["bench", "step", "--config", "digits", "--steps", "1", "--warmup", "0", "--profile"]));
+    assert!(out.contains("matmul NT 1152x128x512 f32") && out.contains("attention 64x4x18x32 f32"), "{out}");
+    assert!(failure(&flowtape(&["bench", "step", "--config", "xl"])).contains("digits"));
 }
