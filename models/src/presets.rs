@@ -23,12 +23,13 @@ pub const PRESETS: &[Preset] = &[
         transformers: 1,
     },
     Preset { name: "flux.1-schnell", config: || json!({"_class_name": "FluxTransformer2DModel"}), transformers: 1 },
+    Preset { name: "flux.2-dev", config: || json!({"_class_name": "Flux2Transformer2DModel"}), transformers: 1 },
+    Preset { name: "qwen-image", config: || json!({"_class_name": "QwenImageTransformer2DModel"}), transformers: 1 },
     Preset {
-        name: "hunyuanvideo-1.5",
-        config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
+        name: "qwen-image-edit-2511",
+        config: || json!({"_class_name": "QwenImageTransformer2DModel", "zero_cond_t": true}),
         transformers: 1,
     },
-    Preset { name: "flux.2-dev", config: || json!({"_class_name": "Flux2Transformer2DModel"}), transformers: 1 },
     Preset {
         name: "hunyuanvideo-1.5",
         config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
@@ -95,7 +96,8 @@ mod tests {
 
     #[test]
     fn published_models_have_the_parameters_that_pytorch_counts() {
-        for preset in PRESETS {
+        for (i, preset) in PRESETS.iter().enumerate() {
+            assert!(PRESETS[..i].iter().all(|other| other.name != preset.name), "{} twice", preset.name);
             let params = ParamBuilder::new(0, DType::BF16, &Meta::default().device());
             let model = create_model(&(preset.config)(), &params).unwrap();
             let (name, numel, tensors) = COUNTS.iter().find(|c| c.0 == preset.name).expect(preset.name);

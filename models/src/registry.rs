@@ -10,6 +10,7 @@ use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
 use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
 use crate::hunyuan_video::{self, HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
 use crate::ltx2::{LTX2Adapter, LTX2Config, LTX2VideoTransformer3DModel};
+use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
 
@@ -69,10 +70,29 @@ pub const MODELS: &[ModelKind] = &[
             Ok(Box::new(LTX2VideoTransformer3DModel::new(LTX2Config::from_json(config)?, params)?))
         },
     },
+    ModelKind {
+        adapter: "qwen_image",
+        class: "QwenImageTransformer2DModel",
+        new_adapter: |kwargs| Ok(Box::new(QwenImageAdapter::from_kwargs(kwargs)?)),
+        new_model: new_qwen_image,
+    },
+    ModelKind {
+        adapter: "qwen_image_edit",
+        class: "QwenImageTransformer2DModel",
+        new_adapter: |kwargs| Ok(Box::new(QwenImageEditAdapter::from_kwargs(kwargs)?)),
+        new_model: new_qwen_image,
+    },
 ];
 
+fn new_qwen_image(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
+    Ok(Box::new(QwenImageTransformer2DModel::new(QwenImageConfig::from_json(config)?, params)?))
+}
+
+/// All of these names, each once.
 fn names(name: fn(&ModelKind) -> &'static str) -> String {
-    MODELS.iter().map(name).collect::<Vec<_>>().join(", ")
+    let mut names: Vec<_> = MODELS.iter().map(name).collect();
+    names.dedup();
+    names.join(", ")
 }
 
 /// The adapter of that name.

@@ -75,7 +75,7 @@ fn packing(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         out.push(same(format!("{family}.packed"), &packed, &tensor("packed")?)?);
         out.push(same(format!("{family}.unpacked"), &unpack_latents(&packed, latents.dims())?, &tensor("unpacked")?)?);
         if golden.has(&format!("{family}.img_ids")) {
-            let ids = latent_image_ids(latents.dim(2)?, latents.dim(3)?, &Device::cpu())?;
+            let ids = latent_image_ids(latents.dim(2)?, latents.dim(3)?)?;
             out.push(same(format!("{family}.img_ids"), &ids, &tensor("img_ids")?)?);
         }
     }

@@ -233,7 +233,7 @@ impl Run {
 
         let zero: Vec<String> = serde_json::from_value(case["mathematically_zero_gradients"].clone())?;
         let mut without: Vec<String> = serde_json::from_value(case["parameters_without_gradient"].clone())?;
-        let mut ours = model.parameters_without_gradient();
+        let mut ours = model.parameters_without_gradient(&step.inputs);
         without.sort();
         ours.sort();
         push("parameters without gradient", f64::from(u8::from(ours != without)), 0.0, format!("{}", without.len()));

@@ -126,9 +126,8 @@ impl<'a> Trainer<'a> {
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if recipe.init == Init::AdalnZero {
             let names = model.zero_init_parameters();
-            let chosen = model.params().iter().filter(|(name, _)| names.iter().any(|n| n == name));
-            for (_, p) in chosen {
-                p.copy_from(&Tensor::zeros(p.dims(), p.dtype(), &device)?)?;
+            for (_, parameter) in model.params().iter().filter(|(name, _)| names.iter().any(|n| n == name)) {
+                parameter.copy_from(&Tensor::zeros(parameter.dims(), parameter.dtype(), &device)?)?;
             }
         }
         let optimizer = &recipe.optimizer;
@@ -166,8 +165,8 @@ impl<'a> Trainer<'a> {
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
         let mut gradients = Gradients::default();
         let mut loss = 0.0;
-        for part in 0..parts {
-            let from = step as usize * global + part * local;
+        for i in 0..parts {
+            let from = step as usize * global + i * local;
             let batch = self.data.batch(from, local, &self.device)?;
             let tape = Tape::new();
             let options = StepOptions {
@@ -179,10 +178,12 @@ impl<'a> Trainer<'a> {
             let output = self.pipeline.step(&*self.model, &batch, step, &mut draws, &options)?;
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             loss += share.item()?;
-            gradients.add(tape.backward(&share)?)?;
+            let part = tape.backward(&share)?;
+            let without = self.model.parameters_without_gradient(&output.inputs);
+            self.model.params().check_gradients(&part, &without)?;
+            gradients.add(part)?;
         }
         let params = self.model.params();
-        params.check_gradients(&gradients, &self.model.parameters_without_gradient())?;
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let clipping = clip_grad_norm(&gradients, max_norm)?;
         let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use flowtape_engine::nn::{Init, Linear, ParamBuilder};
+use flowtape_engine::nn::{Init, LayerNorm, Linear, ParamBuilder};
 use flowtape_engine::ops::{pointwise, pointwise_to};
-use flowtape_engine::{DType, Result, Tensor};
+use flowtape_engine::{DType, Error, Result, Tensor};
 
 /// `linear(silu(embedding))` in equal parts: the `linear` of diffusers' AdaLayerNorms.
 #[derive(Clone, Debug)]
@@ -83,6 +83,39 @@ impl ScaleShiftTable {
         let all = pointwise_to(DType::F32.promote(embedding.dtype()), [&table, embedding], |[t, e]| t + e)?;
         all.chunk(count, 2)?.iter().map(|part| part.squeeze(2)).collect()
     }
+}
+
+/// diffusers' `AdaLayerNormContinuous`, the norm before an output projection.
+#[derive(Clone, Debug)]
+pub struct AdaLayerNormContinuous {
+    modulation: Modulation,
+    norm: LayerNorm,
+}
+
+impl AdaLayerNormContinuous {
+    /// Over `dim` elements, modulated by an embedding of `dim` through `linear`, with or without a bias.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, dim: usize, eps: f64, bias: bool) -> Result<Self> {
+        let modulation = Modulation::with(&params.sub("linear"), dim, 2, bias)?;
+        Ok(Self { modulation, norm: LayerNorm::new(params, dim, eps, false)? })
+    }
+
+    /// x `[B, L, dim]` and the embedding `[B, dim]`.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn forward(&self, x: &Tensor, embedding: &Tensor) -> Result<Tensor> {
+        // Here, unlike in the blocks, the scale comes first.
+        let [scale, shift] = equal_parts(&self.modulation.together(embedding)?, 2)?;
+        modulate(&self.norm.forward(x)?, &shift, &scale)
+    }
+}
+
+/// Equal parts along an axis.
+pub(super) fn equal_parts<const N: usize>(x: &Tensor, axis: usize) -> Result<[Tensor; N]> {
+    x.chunk(N, axis)?.try_into().map_err(|parts: Vec<Tensor>| Error::argument("chunk", N, parts.len()))
 }
 
 /// `x (1 + scale) + shift` in the dtype of x `[B, L, dim]`; both vectors `[B, 1, dim]`, or one per token.

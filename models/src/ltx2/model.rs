@@ -232,7 +232,7 @@ impl Transformer for LTX2VideoTransformer3DModel {
         config_json("LTX2VideoTransformer3DModel", &self.config)
     }
 
-    fn parameters_without_gradient(&self) -> Vec<String> {
+    fn parameters_without_gradient(&self, _: &ModelInputs) -> Vec<String> {
         self.params.get(KEYFRAMES).map(|_| KEYFRAMES.to_owned()).into_iter().collect()
     }
 

@@ -13,7 +13,7 @@ use crate::blocks::{
     run_block, time_proj, unpatchify,
 };
 use crate::registry::config_json;
-use crate::{Error, Transformer};
+use crate::{Error, Transformer, parameters_under};
 
 /// Vectors for shift, scale and gate that start as PixArt's do.
 fn scale_shift_table(params: &ParamBuilder, parts: usize, dim: usize) -> Result<ScaleShiftTable> {
@@ -271,6 +271,19 @@ impl Transformer for WanTransformer3DModel {
         config_json("WanTransformer3DModel", &self.config)
     }
 
+    /// What makes something of an image without one.
+    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+        let WanConfig { image_dim, added_kv_proj_dim, num_layers, .. } = &self.config;
+        let reads = image_dim.and(*added_kv_proj_dim).is_some();
+        if reads && inputs.get("encoder_hidden_states_image").is_some() {
+            return Vec::new();
+        }
+        let layers = ["add_k_proj", "add_v_proj", "norm_added_k"];
+        let added = (0..*num_layers).flat_map(|i| layers.map(|layer| format!("blocks.{i}.attn2.{layer}.")));
+        let unread: Vec<String> = ["condition_embedder.image_embedder.".into()].into_iter().chain(added).collect();
+        parameters_under(&self.params, &unread)
+    }
+
     fn is_ignored_key(&self, key: &str) -> bool {
         key.contains("norm_added_q")
     }
@@ -285,5 +298,43 @@ impl Transformer for WanTransformer3DModel {
                 || ["condition_embedder.time_proj.", "proj_out."].iter().any(|prefix| name.starts_with(prefix))
         };
         self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowtape_engine::{Device, Tape};
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::normal;
+
+    #[test]
+    fn what_reads_an_image_needs_a_gradient_where_there_is_one() {
+        let check = |added: Option<usize>, image: bool| {
+            let config = WanConfig::from_json(&json!({
+                "in_channels": 2, "out_channels": 2, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2,
+                "text_dim": 5, "ffn_dim": 8, "image_dim": 6, "added_kv_proj_dim": added,
+            }));
+            let params = ParamBuilder::new(3, DType::F32, &Device::cpu());
+            let model = WanTransformer3DModel::new(config.unwrap(), &params).unwrap();
+            let mut inputs = ModelInputs::new()
+                .with("hidden_states", normal(&[2, 2, 1, 4, 4]))
+                .with("timestep", Tensor::full(&[2], 300.0, DType::F32, &Device::cpu()).unwrap())
+                .with("encoder_hidden_states", normal(&[2, 3, 5]))
+                .with_optional("encoder_hidden_states_image", image.then(|| normal(&[2, 4, 6])));
+            let tape = Tape::new();
+            inputs.attach(&tape);
+            let loss = model.forward(&inputs).unwrap().sample.square().unwrap().sum_all().unwrap();
+            let gradients = tape.backward(&loss).unwrap();
+            let without = model.parameters_without_gradient(&inputs);
+            model.params().check_gradients(&gradients, &without).unwrap();
+            let reached = |name: &String| gradients.of(model.params().get(name).unwrap()).is_some();
+            assert!(!without.iter().any(reached), "{without:?}");
+            without.len()
+        };
+        // Two norms and two products of the embedder; in each block two products and the norm of the keys.
+        assert_eq!((check(Some(24), true), check(Some(24), false)), (0, 8 + 2 * 5));
+        assert_eq!(check(None, true), 8);
     }
 }
