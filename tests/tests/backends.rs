@@ -1,5 +1,5 @@
-//! Every op on every device beside the CPU: forward and gradient, against f64 on the CPU; whole steps and runs, against goldens
-//! and the CPU.
+//! Every op on every device beside the CPU, forward and gradient, against f64 on the CPU; whole steps and runs against
+//! goldens and the CPU.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use std::path::Path;
