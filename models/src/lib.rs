@@ -11,7 +11,7 @@
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`presets`], [`inspect`] | configurations of published checkpoints; what a model is made of |
-//! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`] |
+//! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`], [`create_pipeline`] |
 
 pub mod blocks;
 pub mod checkpoint;
@@ -31,7 +31,7 @@ use flowtape_engine::nn::Params;
 use flowtape_flowmatch::{FlowModel, ModelInputs};
 
 pub use flowtape_flowmatch::{Error, Result};
-pub use registry::{MODELS, ModelKind, create_adapter, create_model};
+pub use registry::{MODELS, ModelKind, create_adapter, create_model, create_pipeline};
 
 /// A transformer with parameters of diffusers' names.
 pub trait Transformer: FlowModel {

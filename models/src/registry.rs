@@ -1,7 +1,7 @@
 //! Every model by name.
 
 use flowtape_engine::nn::ParamBuilder;
-use flowtape_flowmatch::ModelAdapter;
+use flowtape_flowmatch::{FlowMatchingConfig, FlowMatchingPipeline, ModelAdapter};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -106,6 +106,15 @@ pub fn create_adapter(name: &str, kwargs: &Map<String, Value>) -> Result<Box<dyn
     }
 }
 
+/// A pipeline with the adapter that its configuration names.
+///
+/// # Errors
+/// When the adapter is unknown (the error lists all), or an argument or a value does not fit.
+pub fn create_pipeline(config: FlowMatchingConfig) -> Result<FlowMatchingPipeline> {
+    let adapter = create_adapter(&config.adapter_type, &config.adapter_kwargs)?;
+    FlowMatchingPipeline::new(config, adapter)
+}
+
 /// A model of the object of `config.json`, whose `_class_name` says which.
 ///
 /// # Errors
@@ -163,7 +172,9 @@ mod tests {
     fn names_are_unique_and_unknown_ones_are_listed() {
         for (i, a) in MODELS.iter().enumerate() {
             assert!(MODELS[..i].iter().all(|b| b.adapter != a.adapter));
-            assert!(create_adapter(a.adapter, &Map::new()).is_ok());
+            assert_eq!(create_adapter(a.adapter, &Map::new()).unwrap().name(), a.adapter);
+            let config = FlowMatchingConfig { adapter_type: a.adapter.into(), ..FlowMatchingConfig::default() };
+            assert_eq!(create_pipeline(config).unwrap().adapter().name(), a.adapter);
         }
         let Err(error) = create_adapter("fluxx", &Map::new()) else { panic!("an unknown adapter was made") };
         assert!(error.to_string().contains("flux") && error.to_string().contains("fluxx"), "{error}");

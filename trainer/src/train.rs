@@ -9,7 +9,7 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, LrScheduler, LrSchedulerConfig, clip_grad_norm};
 use flowtape_engine::{DType, Device, Gradients, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, create_adapter, create_model};
+use flowtape_models::{Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
@@ -141,8 +141,6 @@ impl<'a> Trainer<'a> {
     /// When a section does not fit.
     pub fn new(recipe: &'a Recipe) -> Result<Self> {
         let device = flowtape_gpu::device(&recipe.device)?;
-        let flow = &recipe.flow_matching;
-        let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
         let mut model = create_model(&recipe.model, &ParamBuilder::new(recipe.seed, recipe.dtype.into(), &device))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if recipe.init == Init::AdalnZero {
@@ -160,7 +158,7 @@ impl<'a> Trainer<'a> {
         let steps = recipe.step_scheduler.max_steps;
         let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
         Ok(Self {
-            pipeline: FlowMatchingPipeline::new(flow.clone(), adapter)?,
+            pipeline: create_pipeline(recipe.flow_matching.clone())?,
             optimizer: AdamW::new(AdamWConfig { betas: optimizer.betas, eps: optimizer.eps }),
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             data: Data::new(&recipe.data, Philox::new(recipe.seed).fork(DATA).state().0)?,
@@ -408,9 +406,7 @@ impl Trained {
         let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
         let dtype: DType = recipe.dtype.into();
         let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &device)?;
-        let flow = &recipe.flow_matching;
-        let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
-        let pipeline = FlowMatchingPipeline::new(flow.clone(), adapter)?;
+        let pipeline = create_pipeline(recipe.flow_matching)?;
         Ok(Self { model, pipeline, data: Data::new(&recipe.data, recipe.seed)?, sampling: recipe.sampling, device })
     }
 

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
+const RECIPES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes");
 const RECIPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes/digits.yaml");
 
 /// A run that takes a second: a small model, few steps, everything else as in the recipe.
@@ -221,7 +222,7 @@ fn a_run_trains_and_samples_on_wgpu() {
     }
     let folder = tempfile::tempdir().unwrap();
     let [cpu, gpu] = ["cpu", "gpu"].map(|n| folder.path().join(n));
-    stdout(&train(&cpu, &["--set", "step_scheduler.max_steps=4"]));
+    stdout(&train(&cpu, &["--set", "step_scheduler.max_steps=2"]));
     stdout(&train(&gpu, &["--set", "step_scheduler.max_steps=2", "--device", "wgpu"]));
     let losses = |run: &PathBuf| -> Vec<f64> {
         let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
@@ -234,6 +235,52 @@ fn a_run_trains_and_samples_on_wgpu() {
     let arguments = ["sample", gpu.to_str().unwrap(), "--prompt", "a handwritten seven", "--n", "1", "--steps", "2"];
     stdout(&flowtape(&[&arguments[..], &["--out", out.to_str().unwrap()]].concat()));
     assert!(std::fs::read(out).unwrap().starts_with(b"\x89PNG"));
-    // The same run goes on elsewhere.
     assert!(std::fs::read_to_string(gpu.join("recipe.yaml")).unwrap().contains("device: wgpu"));
+}
+
+#[test]
+fn video_recipes_leave_moving_pictures_and_go_on_from_a_frame() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, layers) in [("wan", "model.num_layers=1"), ("hunyuan", "model.num_layers=1")] {
+        let run = folder.path().join(name);
+        let (run_dir, recipe) = (format!("run_dir={}", run.display()), format!("{RECIPES}/moving_digits_{name}.yaml"));
+        let small = [
+            layers,
+            "data.video={frames: 4, height: 10, width: 12}",
+            "step_scheduler.local_batch_size=4",
+            "step_scheduler.max_steps=3",
+            "sampling.every_steps=2",
+            "sampling.num_inference_steps=2",
+            "report.samples_per_class=1",
+            "init=adaln_zero",
+            "performance.activation_checkpointing=true",
+        ];
+        let mut arguments = vec!["train", &recipe, "--json", "--set", &run_dir];
+        small.iter().for_each(|s| arguments.extend(["--set", s]));
+        let out = stdout(&flowtape(&arguments));
+        let json: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+        assert!(json["background_error"].as_f64().is_some_and(f64::is_finite), "{json}");
+        let kinds: &[&str] = if name == "hunyuan" { &["", "_frames", "_i2v", "_i2v_frames"] } else { &["", "_frames"] };
+        for kind in kinds {
+            let png = std::fs::read(run.join(format!("samples/step_000003{kind}.png"))).unwrap();
+            let animated = png.windows(4).any(|chunk| chunk == b"acTL");
+            assert_eq!(animated, !kind.ends_with("_frames"), "{name}{kind}");
+        }
+        let first = json["image_to_video"]["first_frame"]["error"].as_f64();
+        assert_eq!(first.is_some(), name == "hunyuan", "{json}");
+    }
+    // A frame's size in grey, written by hand: 12 columns of black.
+    let frame = folder.path().join("frame.png");
+    let mut encoder = png::Encoder::new(std::fs::File::create(&frame).unwrap(), 12, 10);
+    encoder.set_color(png::ColorType::Grayscale);
+    encoder.write_header().unwrap().write_image_data(&[0; 120]).unwrap();
+    let sample = |name: &str| {
+        let (run, out) = (folder.path().join(name), folder.path().join(format!("{name}.png")));
+        let prompt = ["--prompt", "a handwritten two", "--n", "2", "--steps", "2"];
+        let paths = ["--first-frame", frame.to_str().unwrap(), "--out", out.to_str().unwrap()];
+        flowtape(&[&["sample", run.to_str().unwrap()], &prompt[..], &paths].concat())
+    };
+    stdout(&sample("hunyuan"));
+    assert!(folder.path().join("hunyuan.png").exists() && folder.path().join("hunyuan_frames.png").exists());
+    assert!(failure(&sample("wan")).contains("hunyuan"));
 }
