@@ -48,7 +48,8 @@ pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Resul
             let angle = t * f * scale;
             [angle.cos(), angle.sin()]
         });
-        run_pointwise(&function, &[&times.detach().reshape(&[times.numel(), 1])?, &frequencies], &[], &[cos, sin])?;
+        let times_f32 = times.detach().to_dtype(DType::F32)?.reshape(&[times.numel(), 1])?;
+        run_pointwise(&function, &[&times_f32, &frequencies], &[], &[cos, sin])?;
         return Ok(out.on_tape_of(times));
     }
     let times_host = times.to_vec::<f32>()?;

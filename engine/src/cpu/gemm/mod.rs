@@ -27,6 +27,8 @@ const SMALL: usize = 64;
 const TILE: (usize, usize) = (8 * MC, 512);
 /// Floating-point operations below which a second thread costs more than it saves.
 const GRAIN: usize = 200_000;
+/// Columns of f64 that are summed at once.
+const COLUMNS_F64: usize = 8;
 
 /// One matrix: `(i, j)` is at `ptr + (i * rows + j * cols) * size`.
 #[derive(Clone, Copy)]
@@ -312,16 +314,23 @@ unsafe fn row_f64(p: &Product, row: usize, n: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         let get = |m: Matrix, i: usize, j: usize| *m.at(i, j).ptr.cast::<f64>();
-        let mut acc: Vec<f64> = (0..n).map(|j| p.bias.map_or(0.0, |bias| get(bias, 0, j))).collect();
-        for k in 0..p.k {
-            let x = get(p.a, row, k);
-            for (j, acc) in acc.iter_mut().enumerate() {
-                *acc += x * get(p.b, k, j);
+        // Columns side by side in registers; each is one chain of sums, whatever the block.
+        for from in (0..n).step_by(COLUMNS_F64) {
+            let columns = COLUMNS_F64.min(n - from);
+            let mut acc = [0.0; COLUMNS_F64];
+            let column = |l: usize| from + l.min(columns - 1);
+            if let Some(bias) = p.bias {
+                acc.iter_mut().enumerate().for_each(|(l, acc)| *acc = get(bias, 0, column(l)));
             }
-        }
-        for (j, acc) in acc.into_iter().enumerate() {
-            let c = p.c.at(row, j).ptr.cast::<f64>();
-            *c = if p.accumulate { *c + acc } else { acc };
+            let starts: [Matrix; COLUMNS_F64] = std::array::from_fn(|l| p.b.at(0, column(l)));
+            for k in 0..p.k {
+                let x = get(p.a, row, k);
+                acc.iter_mut().zip(&starts).for_each(|(acc, start)| *acc += x * get(*start, k, 0));
+            }
+            for (l, acc) in acc.into_iter().enumerate().take(columns) {
+                let c = p.c.at(row, from + l).ptr.cast::<f64>();
+                *c = if p.accumulate { *c + acc } else { acc };
+            }
         }
     }
 }
