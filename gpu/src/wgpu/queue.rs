@@ -143,10 +143,8 @@ impl Gpu {
         let (to, called) = (health.clone(), name.clone());
         device.on_uncaptured_error(Arc::new(move |e: ::wgpu::Error| to.set(failed(&called, e))));
         let (to, called) = (health.clone(), name.clone());
-        device.set_device_lost_callback(move |reason, message| {
-            if reason != ::wgpu::DeviceLostReason::Destroyed {
-                to.set(failed(&called, format!("the device was lost: {message}")));
-            }
+        device.set_device_lost_callback(move |_, message| {
+            to.set(failed(&called, format!("the device was lost: {message}")));
         });
         let params = device.create_buffer(&BufferDescriptor {
             label: Some("parameters"),
@@ -481,7 +479,24 @@ fn folded(count: usize, most: u32) -> [u32; 3] {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{WgpuOptions, adapter};
     use super::*;
+
+    #[test]
+    fn a_lost_device_is_an_error_from_then_on() -> Result<()> {
+        // Without an adapter there is none to lose; the adapters' own test says so.
+        let Ok(gpu) = adapter::open(None, WgpuOptions::default()) else { return Ok(()) };
+        let gpu = Arc::new(gpu);
+        let memory = gpu.pool.alloc(64)?;
+        gpu.upload(memory.block(), &[1; 64])?;
+        let read = || Box::new(gpu.read_later(memory.block(), 4)?).wait();
+        assert_eq!(read()?, [1; 4]);
+        gpu.device.destroy();
+        assert!(matches!(read(), Err(Error::DeviceFailed { .. } | Error::OutOfMemory { .. })));
+        let error = gpu.check().unwrap_err().to_string();
+        assert!(error.contains("last checkpoint"), "{error}");
+        Ok(())
+    }
 
     #[test]
     fn workgroups_are_folded_below_the_limit() {
