@@ -2,8 +2,8 @@
 
 use std::any::Any;
 use std::fmt::Debug;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::expr::{Program, Reduce};
 use crate::{Error, Result, Tensor};
@@ -18,12 +18,24 @@ pub trait Backend: Debug + Send + Sync {
     fn has_data(&self) -> bool {
         true
     }
+    /// Whether its memory is the host's: reading it waits for nothing.
+    fn is_host(&self) -> bool {
+        false
+    }
+    /// Whether it computes in f64.
+    fn has_f64(&self) -> bool {
+        true
+    }
     /// Uninitialised memory of at least `bytes` bytes.
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
     /// Writes `bytes` to the start of `buffer`.
     fn upload(&self, buffer: &dyn Buffer, bytes: &[u8]) -> Result<()>;
     /// Reads the first `bytes` bytes of `buffer`; waits for all work before.
     fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>>;
+    /// Reads what [`Backend::download`] would read now, but waits for it only when it is asked for.
+    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
+        Ok(Box::new(self.download(buffer, bytes)?))
+    }
     /// Copies a view to another of the same dims and dtype, bit for bit.
     fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()>;
     /// `outputs = program(inputs)`, element by element. All views have the dims of the outputs.
@@ -47,6 +59,18 @@ pub trait Backend: Debug + Send + Sync {
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         let _ = (op, inputs, outputs);
         Ok(Ran::Declined)
+    }
+}
+
+/// Bytes on their way to the host.
+pub trait Pending: Debug + Send {
+    /// Waits for them.
+    fn wait(self: Box<Self>) -> Result<Vec<u8>>;
+}
+
+impl Pending for Vec<u8> {
+    fn wait(self: Box<Self>) -> Result<Vec<u8>> {
+        Ok(*self)
     }
 }
 
@@ -180,13 +204,30 @@ pub struct Storage {
     device: Device,
     buffer: Box<dyn Buffer>,
     version: AtomicU64,
+    /// What the host wrote, where it is small and the memory is elsewhere: reading it back waits for nothing.
+    host: OnceLock<Vec<u8>>,
 }
+
+/// Bytes up to which the host keeps what it wrote.
+const KEPT: usize = 64 << 10;
 
 impl Storage {
     /// Uninitialised memory of `bytes` bytes.
     pub(crate) fn alloc(device: &Device, bytes: usize) -> Result<Arc<Self>> {
         let buffer = device.backend().alloc(bytes)?;
-        Ok(Arc::new(Self { device: device.clone(), buffer, version: AtomicU64::new(0) }))
+        Ok(Arc::new(Self { device: device.clone(), buffer, version: AtomicU64::new(0), host: OnceLock::new() }))
+    }
+
+    /// Keeps what the host wrote to all of it.
+    pub(crate) fn keep(&self, bytes: &[u8]) {
+        if bytes.len() <= KEPT && !self.device.backend().is_host() {
+            let _ = self.host.set(bytes.to_vec());
+        }
+    }
+
+    /// What the host wrote, if nothing was written since.
+    pub(crate) fn kept(&self) -> Option<&[u8]> {
+        self.host.get().filter(|_| self.version() == 0).map(Vec::as_slice)
     }
 
     /// Where it lies.

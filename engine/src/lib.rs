@@ -38,4 +38,4 @@ pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use random::Philox;
 pub use tape::{GradientSink, Gradients, Tape, VarId};
-pub use tensor::Tensor;
+pub use tensor::{Later, Tensor};

@@ -87,6 +87,18 @@ impl Layout {
         Ok(Self { dims: dims.to_vec(), strides, offset: self.offset })
     }
 
+    /// Where the elements lie, row-major.
+    pub fn positions(&self) -> impl Iterator<Item = usize> {
+        (0..self.numel()).map(|mut index| {
+            let mut at = self.offset;
+            for (size, stride) in self.dims.iter().zip(&self.strides).rev() {
+                at += index % size * stride;
+                index /= size;
+            }
+            at
+        })
+    }
+
     /// The same elements in row-major order under other sizes, or `None` when that needs a copy.
     pub fn reshape(&self, dims: &[usize]) -> Option<Self> {
         if self.is_contiguous() {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::backend::{Device, Storage};
+use crate::backend::{Device, Pending, Storage};
 use crate::expr::Function;
 use crate::ops::pointwise::run_pointwise;
 use crate::shape::Layout;
@@ -81,8 +81,15 @@ impl Tensor {
         if values.len() != dims.iter().product::<usize>() {
             return Err(Error::shape("from_slice", format!("{dims:?}"), [values.len()]));
         }
-        let out = Self::empty(dims, T::DTYPE, device)?;
-        device.backend().upload(out.storage.buffer(), bytemuck::cast_slice(values))?;
+        let out = Self::written(bytemuck::cast_slice(values), dims, T::DTYPE, device)?;
+        out.storage.keep(bytemuck::cast_slice(values));
+        Ok(out)
+    }
+
+    /// A tensor of bytes whose count is right.
+    fn written(bytes: &[u8], dims: &[usize], dtype: DType, device: &Device) -> Result<Self> {
+        let out = Self::empty(dims, dtype, device)?;
+        device.backend().upload(out.storage.buffer(), bytes)?;
         Ok(out)
     }
 
@@ -102,8 +109,8 @@ impl Tensor {
         if Some(bytes.len()) != dims.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d)) {
             return Err(Error::shape("from_bytes", format!("{dims:?} of {dtype}"), [bytes.len()]));
         }
-        let out = Self::empty(dims, dtype, device)?;
-        device.backend().upload(out.storage.buffer(), bytes)?;
+        let out = Self::written(bytes, dims, dtype, device)?;
+        out.storage.keep(bytes);
         Ok(out)
     }
 
@@ -112,13 +119,15 @@ impl Tensor {
     /// # Errors
     /// When memory runs out.
     pub fn full(dims: &[usize], value: f64, dtype: DType, device: &Device) -> Result<Self> {
-        let one = match dtype {
-            DType::F32 => Self::from_slice(&[value as f32], &[], device)?,
-            DType::F64 => Self::from_slice(&[value], &[], device)?,
-            DType::BF16 => Self::from_slice(&[half::bf16::from_f64(value)], &[], device)?,
-            DType::F16 => Self::from_slice(&[half::f16::from_f64(value)], &[], device)?,
-            DType::U32 => Self::from_slice(&[value as u32], &[], device)?,
+        // Kernels may go on to write over it in place, so the host does not keep it.
+        let bytes = match dtype {
+            DType::F32 => bytemuck::bytes_of(&(value as f32)).to_vec(),
+            DType::F64 => bytemuck::bytes_of(&value).to_vec(),
+            DType::BF16 => bytemuck::bytes_of(&half::bf16::from_f64(value)).to_vec(),
+            DType::F16 => bytemuck::bytes_of(&half::f16::from_f64(value)).to_vec(),
+            DType::U32 => bytemuck::bytes_of(&(value as u32)).to_vec(),
         };
+        let one = Self::written(&bytes, &[], dtype, device)?;
         one.expand(dims)?.contiguous()
     }
 
@@ -235,11 +244,33 @@ impl Tensor {
     /// # Errors
     /// When the device fails.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
-        let plain = self.detach().contiguous()?;
-        let Layout { offset, .. } = plain.layout;
         let size = self.dtype.size();
-        let bytes = self.device().backend().download(plain.storage.buffer(), (offset + self.numel()) * size)?;
-        let bytes = &bytes[offset * size..];
+        let bytes = match self.storage.kept() {
+            Some(kept) => self.layout.positions().flat_map(|at| &kept[at * size..][..size]).copied().collect(),
+            None => {
+                let plain = self.detach().contiguous()?;
+                let (start, count) = (plain.layout.offset * size, self.numel() * size);
+                let mut bytes = self.device().backend().download(plain.storage.buffer(), start + count)?;
+                bytes.drain(..start);
+                bytes
+            }
+        };
+        Ok(self.converted(&bytes))
+    }
+
+    /// Reads the values now, but waits for them only when they are asked for.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn read_later(&self) -> Result<Later> {
+        let plain = self.detach().contiguous()?;
+        let bytes = (plain.layout.offset + plain.numel()) * plain.dtype.size();
+        let pending = plain.device().backend().read_later(plain.storage.buffer(), bytes)?;
+        Ok(Later { plain, pending })
+    }
+
+    /// Elements of its dtype, row-major, as `T`.
+    fn converted<T: Element>(&self, bytes: &[u8]) -> Vec<T> {
         fn convert<S: Element, T: Element>(bytes: &[u8]) -> Vec<T> {
             if S::DTYPE == T::DTYPE {
                 return bytemuck::pod_collect_to_vec(bytes);
@@ -247,13 +278,13 @@ impl Tensor {
             let chunks = bytes.chunks_exact(size_of::<S>());
             chunks.map(|c| T::from_f64(bytemuck::pod_read_unaligned::<S>(c).to_f64())).collect()
         }
-        Ok(match self.dtype {
+        match self.dtype {
             DType::F32 => convert::<f32, T>(bytes),
             DType::BF16 => convert::<half::bf16, T>(bytes),
             DType::F16 => convert::<half::f16, T>(bytes),
             DType::F64 => convert::<f64, T>(bytes),
             DType::U32 => convert::<u32, T>(bytes),
-        })
+        }
     }
 
     /// The raw little-endian bytes in row-major order. Waits for the device.
@@ -291,5 +322,35 @@ impl Tensor {
         }
         self.storage.touch();
         run_pointwise(&Function::build(|[x]| [x]), &[source], &[], &[self])
+    }
+}
+
+/// Values of a tensor on their way to the host.
+#[derive(Debug)]
+pub struct Later {
+    plain: Tensor,
+    pending: Box<dyn Pending>,
+}
+
+impl Later {
+    /// Waits for them: row-major, converted to `T`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn wait<T: Element>(self) -> Result<Vec<T>> {
+        let bytes = self.pending.wait()?;
+        Ok(self.plain.converted(&bytes[self.plain.layout.offset * self.plain.dtype.size()..]))
+    }
+
+    /// Waits for the one value.
+    ///
+    /// # Errors
+    /// When there is not exactly one element, or the device fails.
+    pub fn item(self) -> Result<f64> {
+        let wrong = Error::shape("item", "one element", self.plain.dims());
+        match self.wait::<f64>()?[..] {
+            [value] => Ok(value),
+            _ => Err(wrong),
+        }
     }
 }

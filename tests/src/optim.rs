@@ -88,7 +88,7 @@ fn unit(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     let mut worst = 0.0;
     for step in 0..grads.dim(0)? {
         let row = |t: &Tensor| t.narrow(0, step, 1)?.squeeze(0)?.contiguous();
-        adamw.step(&params, &gradients_of(&params, |_| Ok(row(&grads)?))?, lr, weight_decay, 1.0)?;
+        adamw.step(&params, &gradients_of(&params, |_| Ok(row(&grads)?))?, lr, weight_decay, None)?;
         worst = max(worst, relative(params.get("p").ok_or("p")?, &row(&trajectory)?)?);
     }
     out.push(Outcome { case: "adamw".into(), worst, bound: 1e-6, detail: format!("{} steps", grads.dim(0)?) });
@@ -99,10 +99,10 @@ fn unit(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         let gradients = gradients_of(&params, |name| Ok(inputs[name].clone()))?;
         let clipping = clip_grad_norm(&gradients, Some(max_norm))?;
         let norm = Tolerance { rtol: 1e-6, atol: 0.0 }
-            .worst(&[clipping.norm], &[golden.tensor(&format!("clip{i}/norm"))?.item()?]);
+            .worst(&[clipping.norm.item()?], &[golden.tensor(&format!("clip{i}/norm"))?.item()?]);
         let mut worst = norm;
         for (name, value) in &inputs {
-            let clipped = value.mul_scalar(clipping.coefficient)?;
+            let clipped = value.mul(&clipping.coefficient)?;
             worst = max(worst, relative(&clipped, &golden.tensor(&format!("clip{i}/out.{name}"))?)?);
         }
         out.push(Outcome { case: format!("clip{i}"), worst, bound: 1e-6, detail: "norm and gradients".into() });
@@ -149,10 +149,10 @@ fn training(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             }
             let clipping = clip_grad_norm(&own, Some(number(&case["clip"], "max_norm")?))?;
             let one = Tolerance { rtol: 1.0, atol: 0.0 };
-            norms = max(norms, one.worst(&[clipping.norm], &[number(step, "grad_norm_before_clip")?]));
+            norms = max(norms, one.worst(&[clipping.norm.item()?], &[number(step, "grad_norm_before_clip")?]));
             let (lr, wd) = (schedule.lr(s as u64), schedule.weight_decay(s as u64));
             rates = max(rates, one.worst(&[lr, wd], &[number(step, "lr_used")?, number(step, "weight_decay_used")?]));
-            adamw.step(model.params(), &own, lr, wd, clipping.coefficient)?;
+            adamw.step(model.params(), &own, lr, wd, Some(&clipping.coefficient))?;
         }
         for (what, worst, bound) in [("loss", losses, "loss"), ("grad_norm", norms, "grad_norm"), ("lr", rates, "lr")] {
             let bound = number(&bounds[bound], "rtol")?;

@@ -1,11 +1,22 @@
-//! Every op on every device beside the CPU: forward and gradient, against f64 on the CPU.
+//! Every op on every device beside the CPU, forward and gradient, against f64 on the CPU; whole steps and runs against
+//! goldens and the CPU.
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
-use flowtape_engine::gradcheck::{Draw, check_dtype};
+use std::path::Path;
+
+use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
+use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::pointwise;
-use flowtape_engine::{DType, Device, Error, Philox, Result, Tape, Tensor, ops};
+use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, clip_grad_norm};
+use flowtape_engine::{DType, Device, Error, Gradients, Philox, Result, Tape, Tensor, ops};
+use flowtape_flowmatch::{Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_gpu::wgpu::{Wgpu, WgpuOptions};
+use flowtape_models::checkpoint;
+use flowtape_models::flux::FluxAdapter;
 use flowtape_tests::devices::{gpus, say};
 use flowtape_tests::{Outcome, goldens, sampling, step};
+use flowtape_trainer::Recipe;
+use flowtape_trainer::train::Trainer;
 
 fn all_cases(device: &Device, dtype: DType, seeds: u64) {
     let mut wrong = Vec::new();
@@ -41,7 +52,7 @@ fn ops_in_f16() {
 fn random_numbers_are_those_of_the_cpu() -> Result<()> {
     for device in gpus() {
         for (seed, counter) in [(7, 0), (u64::MAX - 3, u64::from(u32::MAX) - 5)] {
-            let on = |device: &Device| -> Result<(Vec<u32>, Vec<f32>, Vec<f32>, (u64, u64))> {
+            let on = |device: &Device| -> Result<_> {
                 let mut random = Philox::from_state(seed, counter);
                 let bits = random.bits(&[37], device)?.to_vec::<u32>()?;
                 let uniform = random.uniform(&[3, 341], device)?.to_vec::<f32>()?;
@@ -151,5 +162,127 @@ fn model_goldens_are_met() {
         let passed = outcomes.iter().filter(|o| o.passed()).count();
         say(format_args!("{}: {passed} goldens passed, {} failed", device.backend().name(), failed.len()));
         assert!(failed.is_empty() && passed > 0, "{}", failed.join("\n"));
+    }
+}
+
+/// The recipe of the digits: the same losses as on the CPU. Noise differs by rounding, and each step hands it on.
+#[test]
+fn the_digits_losses_follow_the_cpu() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/digits.yaml");
+    let losses = |device: &str| -> Vec<(f64, f64)> {
+        let settings = ["step_scheduler.local_batch_size=8".to_owned(), format!("device={device}")];
+        let recipe = Recipe::load(&path, &settings).unwrap();
+        let mut trainer = Trainer::new(&recipe).unwrap();
+        let step = |step| trainer.step(step).map(|line| (line.loss, line.grad_norm)).unwrap();
+        (0..20).map(step).collect()
+    };
+    if gpus().is_empty() {
+        return;
+    }
+    let mut worst = 0.0f64;
+    for (step, (a, b)) in losses("wgpu").into_iter().zip(losses("cpu")).enumerate() {
+        for (a, b) in [(a.0, b.0), (a.1, b.1)] {
+            worst = worst.max((a - b).abs() / b);
+            assert!((a - b).abs() < 1e-3 * b, "step {step}: {a} instead of {b}");
+        }
+    }
+    say(format_args!("digits on wgpu: losses and norms within {worst:.1e} of the CPU's"));
+}
+
+/// A step of a model, its gradients' norm and its update: nothing is read back, and kernels go out many at once.
+#[test]
+fn a_training_step_reads_nothing_back() {
+    if gpus().is_empty() {
+        return;
+    }
+    let wgpu = Wgpu::open(None, WgpuOptions::default()).unwrap();
+    let device = Device::new(wgpu.clone());
+    let model = checkpoint::load(&goldens().join("flux_step"), DType::F32, &device).unwrap();
+    let channels = model.config()["in_channels"].as_u64().unwrap() as usize / 4;
+    let (text, pooled) = ("joint_attention_dim", "pooled_projection_dim");
+    let width = |key: &str| model.config()[key].as_u64().unwrap() as usize;
+    let pipeline = FlowMatchingPipeline::new(FlowMatchingConfig::default(), FluxAdapter::default()).unwrap();
+    let mut adamw = AdamW::new(AdamWConfig::default());
+    let mut random = Philox::new(3);
+    let mut last = None;
+    for step in 0..3 {
+        let before = wgpu.counts();
+        let normal = |random: &mut Philox, dims: &[usize]| random.normal(dims, &device).unwrap();
+        let batch = Batch::new(normal(&mut random, &[2, channels, 4, 4]), DataType::Image)
+            .with("text_embeddings", normal(&mut random, &[2, 5, width(text)]))
+            .with("pooled_prompt_embeds", normal(&mut random, &[2, width(pooled)]));
+        let tape = Tape::new();
+        let options = StepOptions { collect_metrics: false, check_loss: false, ..StepOptions::recorded(&tape) };
+        let output = pipeline.step(&*model, &batch, step, &mut PhiloxDraws::new(step), &options).unwrap();
+        let loss = output.loss.read_later().unwrap();
+        let gradients = tape.backward(&output.loss).unwrap();
+        let clipping = clip_grad_norm(&gradients, Some(1.0)).unwrap();
+        adamw.step(model.params(), &gradients, 1e-3, 0.01, Some(&clipping.coefficient)).unwrap();
+        let after = wgpu.counts();
+        assert_eq!(after.reads, before.reads, "step {step}");
+        let (kernels, submissions) = (after.kernels - before.kernels, after.submissions - before.submissions);
+        assert!(kernels > 200 && submissions <= kernels.div_ceil(128), "{kernels} kernels, {submissions} submissions");
+        last = Some((loss, clipping.norm.item().unwrap()));
+    }
+    let (loss, norm) = last.unwrap();
+    assert!(loss.item().unwrap() > 0.0 && norm > 0.0);
+}
+
+/// A norm that is not finite updates nothing, on a device that finds out later.
+#[test]
+fn a_norm_that_is_not_finite_gates_the_update() -> Result<()> {
+    for device in gpus() {
+        let builder = ParamBuilder::new(1, DType::F32, device);
+        let w = builder.get("w", &[5], Init::Ones)?;
+        let mut adamw = AdamW::new(AdamWConfig::default());
+        for (value, moves) in [(f32::NAN, false), (f32::INFINITY, false), (1.0, true)] {
+            let mut gradients = Gradients::default();
+            gradients.insert(w.var().unwrap(), Tensor::from_slice(&[value, 0.5, 1.0, -1.0, 2.0], &[5], device)?);
+            let clipping = clip_grad_norm(&gradients, Some(1.0))?;
+            adamw.step(&builder.params(), &gradients, 0.1, 0.0, Some(&clipping.coefficient))?;
+            assert_eq!(w.to_vec::<f32>()? != [1.0; 5], moves, "{value}");
+            assert_eq!(Clipping::finite(clipping.norm.item()?).is_ok(), moves);
+        }
+    }
+    Ok(())
+}
+
+/// Kernel sizes: head dims 64 and 128, wide rows, ragged token counts, masks; gradients too, against f64 on the CPU.
+#[test]
+fn kernel_sizes_match_the_cpu() {
+    let attention = |d: usize, dv: usize, lq: usize, lk: usize, masked: bool| {
+        let mut draw = Draw::new((d + lq) as u64);
+        let mut tensor = |dims: &[usize]| draw.standard(dims).unwrap();
+        let inputs = vec![tensor(&[1, 2, lq, d]), tensor(&[1, 2, lk, d]), tensor(&[1, 2, lk, dv])];
+        Sample::new(inputs, move |xs| {
+            let keep: Vec<u32> = (0..lq * lk).map(|i| u32::from(i >= lk && i % 7 != 3)).collect();
+            let mask = Tensor::from_slice(&keep, &[1, 1, lq, lk], xs[0].device())?;
+            ops::attention(&xs[0], &xs[1], &xs[2], masked.then_some(&mask), None)
+        })
+        .unwrap()
+    };
+    let mut draw = Draw::new(8);
+    let mut tensor = |dims: &[usize]| draw.standard(dims).unwrap();
+    let linear = Sample::new(vec![tensor(&[3, 37, 256]), tensor(&[270, 256]), tensor(&[270])], |xs| {
+        ops::linear(&xs[0], &xs[1], Some(&xs[2]))
+    });
+    let layer = Sample::new(vec![tensor(&[2, 19, 384])], |xs| ops::layer_norm(&xs[0], None, None, 1e-6));
+    let rms = Sample::new(vec![tensor(&[2, 19, 2, 128]), tensor(&[128])], |xs| {
+        ops::rms_norm(&xs[0].transpose(1, 2)?, Some(&xs[1]), 1e-6)
+    });
+    let samples = [
+        ("attention of 64, masked", attention(64, 64, 33, 50, true)),
+        ("attention of 128", attention(128, 128, 21, 35, false)),
+        ("attention of odd widths", attention(20, 9, 18, 17, true)),
+        ("linear", linear.unwrap()),
+        ("layer_norm", layer.unwrap()),
+        ("rms_norm", rms.unwrap()),
+    ];
+    for device in gpus() {
+        for (name, sample) in &samples {
+            for dtype in [DType::F32, DType::BF16] {
+                check_dtype(sample, dtype, device, 4).unwrap().unwrap_or_else(|e| panic!("{name}: {e}"));
+            }
+        }
     }
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use flowtape_engine::nn::ParamBuilder;
-use flowtape_engine::optim::{AdamW, AdamWConfig, LrScheduler, LrSchedulerConfig, clip_grad_norm};
-use flowtape_engine::{DType, Device, Gradients, Philox, Tape, Tensor};
+use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, LrScheduler, LrSchedulerConfig, clip_grad_norm};
+use flowtape_engine::{DType, Device, Gradients, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_models::{Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
@@ -102,6 +102,27 @@ pub fn resume(path: &Path, device: Option<&str>, progress: &mut dyn Progress, st
     trainer.run(&run, step, seconds, progress, stop)
 }
 
+/// A step whose numbers are still on the device.
+struct Enqueued {
+    step: u64,
+    losses: Vec<Later>,
+    norm: Later,
+    lr: f64,
+    samples: usize,
+    started: Instant,
+}
+
+impl Enqueued {
+    /// Waits for the numbers; `last_read` is when those of the step before had come.
+    fn read(self, last_read: Option<Instant>) -> Result<Line> {
+        let losses = self.losses.into_iter().map(Later::item).collect::<Result<Vec<f64>, _>>()?;
+        let grad_norm = Clipping::finite(self.norm.item()?)?;
+        let since = last_read.map_or(self.started, |t| t.max(self.started));
+        let samples_per_second = self.samples as f64 / since.elapsed().as_secs_f64();
+        Ok(Line { step: self.step, loss: losses.iter().sum(), lr: self.lr, grad_norm, samples_per_second })
+    }
+}
+
 /// Everything that a recipe makes.
 pub struct Trainer<'a> {
     recipe: &'a Recipe,
@@ -155,14 +176,19 @@ impl<'a> Trainer<'a> {
     /// One optimiser step, from 0. Its data and its random numbers follow from the seed and the step.
     ///
     /// # Errors
-    /// When the loss exploded, or a parameter has no gradient.
+    /// When the loss exploded, the gradients' norm is not finite, or a parameter has no gradient.
     pub fn step(&mut self, step: u64) -> Result<Line> {
+        self.enqueue(step)?.read(None)
+    }
+
+    /// The same, but nothing is read back yet: what is wrong with its numbers is found when they are read.
+    fn enqueue(&mut self, step: u64) -> Result<Enqueued> {
         let started = Instant::now();
         let (global, local) = (self.recipe.global_batch_size(), self.recipe.step_scheduler.local_batch_size);
         let parts = global / local;
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
         let mut gradients = Gradients::default();
-        let mut loss = 0.0;
+        let mut losses = Vec::with_capacity(parts);
         for i in 0..parts {
             let from = step as usize * global + i * local;
             let batch = self.data.batch(from, local, &self.device)?;
@@ -175,7 +201,7 @@ impl<'a> Trainer<'a> {
             };
             let output = self.pipeline.step(&*self.model, &batch, step, &mut draws, &options)?;
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
-            loss += share.item()?;
+            losses.push(share.read_later()?);
             let part = tape.backward(&share)?;
             let without = self.model.parameters_without_gradient(&output.inputs);
             self.model.params().check_gradients(&part, &without)?;
@@ -185,9 +211,13 @@ impl<'a> Trainer<'a> {
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let clipping = clip_grad_norm(&gradients, max_norm)?;
         let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
-        self.optimizer.step(params, &gradients, lr, weight_decay, clipping.coefficient)?;
-        let samples_per_second = global as f64 / started.elapsed().as_secs_f64();
-        Ok(Line { step: step + 1, loss, lr, grad_norm: clipping.norm, samples_per_second })
+        self.optimizer.step(params, &gradients, lr, weight_decay, Some(&clipping.coefficient))?;
+        Ok(Enqueued { step: step + 1, losses, norm: clipping.norm.read_later()?, lr, samples: global, started })
+    }
+
+    /// Whether the numbers of a step are there as soon as it is enqueued.
+    fn reads_at_once(&self) -> bool {
+        self.device.backend().is_host()
     }
 
     fn run(
@@ -205,23 +235,48 @@ impl<'a> Trainer<'a> {
         let mut train_seconds = seconds_before;
         let mut saved = first;
         let mut step = first;
+        let mut last_read = None;
         let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
+        let mut ahead: Option<Enqueued> = None;
         while step < steps && !stop.load(Ordering::Relaxed) {
             let before = Instant::now();
-            let line = self.step(step)?;
-            train_seconds += before.elapsed().as_secs_f64();
+            let enqueued = self.enqueue(step)?;
             step += 1;
-            write_line(&mut metrics, &line).map_err(io(run.path()))?;
-            lines.push(line);
-            let window = &lines[lines.len().saturating_sub(WINDOW)..];
-            progress.step(&lines[lines.len() - 1], mean_loss(window));
-            if due(self.recipe.step_scheduler.ckpt_every_steps, step) && step < steps {
+            let checkpoint = due(self.recipe.step_scheduler.ckpt_every_steps, step) && step < steps;
+            let grid = due(self.recipe.sampling.every_steps, step) && step < steps;
+            // The device is kept busy: the step before is read while this one runs.
+            let last = checkpoint || grid || step == steps || stop.load(Ordering::Relaxed) || self.reads_at_once();
+            let mut to_read: Vec<Enqueued> = ahead.take().into_iter().chain([enqueued]).collect();
+            if !last {
+                ahead = to_read.pop();
+            }
+            let mut done = Vec::new();
+            for enqueued in to_read {
+                let line = enqueued.read(last_read)?;
+                last_read = Some(Instant::now());
+                done.push(line);
+            }
+            train_seconds += before.elapsed().as_secs_f64();
+            for line in done {
+                write_line(&mut metrics, &line).map_err(io(run.path()))?;
+                lines.push(line);
+                let window = &lines[lines.len().saturating_sub(WINDOW)..];
+                progress.step(&lines[lines.len() - 1], mean_loss(window));
+            }
+            if checkpoint {
                 self.save(run, step, train_seconds, &mut metrics, progress)?;
                 saved = step;
             }
-            if due(self.recipe.sampling.every_steps, step) && step < steps {
+            if grid {
                 self.grid(run, step, progress)?;
+                last_read = None;
             }
+        }
+        // Interrupted between two steps.
+        if let Some(enqueued) = ahead {
+            let line = enqueued.read(last_read)?;
+            write_line(&mut metrics, &line).map_err(io(run.path()))?;
+            lines.push(line);
         }
         if saved < step || first == steps {
             self.save(run, step, train_seconds, &mut metrics, progress)?;

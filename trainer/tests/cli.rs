@@ -205,6 +205,40 @@ fn inspect_counts_presets_configurations_folders_files_and_runs() {
 }
 
 #[test]
+fn devices_are_listed_and_a_wrong_one_is_told() {
+    let listed = stdout(&flowtape(&["devices"]));
+    assert!(listed.starts_with("cpu") && listed.contains("threads") && listed.contains("wgpu"), "{listed}");
+    let folder = tempfile::tempdir().unwrap();
+    let wrong = failure(&train(folder.path(), &["--device", "gpu"]));
+    assert!(wrong.contains("expected cpu") && wrong.contains("flowtape devices"), "{wrong}");
+}
+
+#[test]
+fn a_run_trains_and_samples_on_wgpu() {
+    if stdout(&flowtape(&["devices"])).lines().any(|l| l.starts_with("wgpu ")) {
+        assert!(std::env::var("FLOWTAPE_REQUIRE").is_err(), "FLOWTAPE_REQUIRE, and no adapter");
+        println!("skipped: no wgpu adapter");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let [cpu, gpu] = ["cpu", "gpu"].map(|n| folder.path().join(n));
+    stdout(&train(&cpu, &["--set", "step_scheduler.max_steps=2"]));
+    stdout(&train(&gpu, &["--set", "step_scheduler.max_steps=2", "--device", "wgpu"]));
+    let losses = |run: &PathBuf| -> Vec<f64> {
+        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap()).collect()
+    };
+    for (a, b) in losses(&gpu).iter().zip(losses(&cpu)) {
+        assert!((a - b).abs() < 1e-3 * b, "{a} instead of {b}");
+    }
+    let out = folder.path().join("seven.png");
+    let arguments = ["sample", gpu.to_str().unwrap(), "--prompt", "a handwritten seven", "--n", "1", "--steps", "2"];
+    stdout(&flowtape(&[&arguments[..], &["--out", out.to_str().unwrap()]].concat()));
+    assert!(std::fs::read(out).unwrap().starts_with(b"\x89PNG"));
+    assert!(std::fs::read_to_string(gpu.join("recipe.yaml")).unwrap().contains("device: wgpu"));
+}
+
+#[test]
 fn video_recipes_leave_moving_pictures_and_go_on_from_a_frame() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["wan", "hunyuan"] {

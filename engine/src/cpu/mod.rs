@@ -79,6 +79,10 @@ impl Backend for Cpu {
         "cpu"
     }
 
+    fn is_host(&self) -> bool {
+        true
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(self.pool.alloc(bytes)?))
     }

@@ -1,7 +1,9 @@
 //! Embeddings of a time.
 
 use super::{Activation, Linear, ParamBuilder};
-use crate::{Result, Tensor};
+use crate::expr::Function;
+use crate::ops::pointwise::run_pointwise;
+use crate::{DType, Result, Tensor};
 
 /// Options of diffusers' `get_timestep_embedding`.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -23,8 +25,8 @@ impl TimestepProjection {
     }
 }
 
-/// Sinusoidal embedding of times `[N]`: f32 `[N, dim]`, an odd last column is zero. Made on the host, in f32 with the
-/// reference's order of operations: at angles of 1000 every other order differs in the fifth digit.
+/// Sinusoidal embedding of times `[N]`: f32 `[N, dim]`, an odd last column is zero. Made in f32 with the reference's
+/// order of operations: at angles of 1000 every other order differs in the fifth digit. No device waits for it.
 ///
 /// # Errors
 /// When memory runs out.
@@ -33,6 +35,23 @@ pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Resul
     let divisor = half as f32 - options.downscale_freq_shift;
     let frequency = |i: usize| (-(10_000f64.ln() as f32) * i as f32 / divisor).exp();
     let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+    let device = times.device();
+    if !device.backend().is_host() {
+        let out = Tensor::zeros(&[times.numel(), options.dim], DType::F32, device)?;
+        let frequencies = Tensor::from_slice(&frequencies, &[1, half], device)?;
+        let parts = [0, half].map(|start| out.layout().narrow(1, start, half));
+        let [first, second] = parts.map(|layout| layout.map(|l| out.view(l)));
+        let (first, second) = (first?, second?);
+        let (cos, sin) = if options.flip_sin_to_cos { (&first, &second) } else { (&second, &first) };
+        let scale = f64::from(options.scale);
+        let function = Function::build(|[t, f]| {
+            let angle = t * f * scale;
+            [angle.cos(), angle.sin()]
+        });
+        let times_f32 = times.detach().to_dtype(DType::F32)?.reshape(&[times.numel(), 1])?;
+        run_pointwise(&function, &[&times_f32, &frequencies], &[], &[cos, sin])?;
+        return Ok(out.on_tape_of(times));
+    }
     let times_host = times.to_vec::<f32>()?;
     let mut out = vec![0f32; times_host.len() * options.dim];
     for (row, t) in out.chunks_mut(options.dim.max(1)).zip(&times_host) {
@@ -43,7 +62,7 @@ pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Resul
             row[half + i] = second;
         }
     }
-    Ok(Tensor::from_vec(out, &[times_host.len(), options.dim], times.device())?.on_tape_of(times))
+    Ok(Tensor::from_vec(out, &[times_host.len(), options.dim], device)?.on_tape_of(times))
 }
 
 /// diffusers' `TimestepEmbedding` and `PixArtAlphaTextProjection`: `linear_1`, an activation, `linear_2`.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::expr::Function;
+use crate::expr::{Expr, Function};
 use crate::nn::Params;
 use crate::ops::pointwise::run_pointwise;
 use crate::safetensors::{SafeTensors, save};
@@ -47,24 +47,44 @@ impl State {
 pub struct AdamW {
     config: AdamWConfig,
     update: Function,
+    /// The same with the coefficient of clipping as an input that gates it.
+    gated: Function,
     state: HashMap<VarId, State>,
+}
+
+/// The new parameter and moments. The scalars: decay, beta2, step size, root of the second correction, epsilon, and
+/// what the betas leave.
+fn rule<'a>([p, g, m, v]: [Expr<'a>; 4], clip: Expr<'a>, scalars: [Expr<'a>; 7]) -> [Expr<'a>; 3] {
+    let [decay, beta2, step_size, root2, eps, rest1, rest2] = scalars;
+    let g = g * clip;
+    let m = m + (g - m) * rest1;
+    let v = v * beta2 + g * g * rest2;
+    [p * decay - step_size * (m / (v.sqrt() / root2 + eps)), m, v]
+}
+
+fn finite(clip: f64) -> Result<f64> {
+    if clip.is_finite() {
+        return Ok(clip);
+    }
+    Err(Error::NonFinite { op: "AdamW", what: "the gradients' norm".into() })
 }
 
 impl AdamW {
     /// Without any update so far.
     pub fn new(config: AdamWConfig) -> Self {
-        // One pass over each parameter; what varies from step to step is a scalar.
-        let update =
-            Function::build_with_scalars(|[p, g, m, v], [clip, decay, beta2, step_size, root2, eps, rest1, rest2]| {
-                let g = g * clip;
-                let m = m + (g - m) * rest1;
-                let v = v * beta2 + g * g * rest2;
-                [p * decay - step_size * (m / (v.sqrt() / root2 + eps)), m, v]
-            });
-        Self { config, update, state: HashMap::new() }
+        // One pass over each parameter; what varies from step to step is a scalar, or one value on the device.
+        let update = Function::build_with_scalars(|inputs, [clip, a, b, c, d, e, f, g]| {
+            rule(inputs, clip, [a, b, c, d, e, f, g])
+        });
+        let gated = Function::build_with_scalars(|[p, g, m, v, clip], rest| {
+            let [p2, m2, v2] = rule([p, g, m, v], clip, rest);
+            [(p, p2), (m, m2), (v, v2)].map(|(old, new)| clip.select_lt(f64::INFINITY, new, old))
+        });
+        Self { config, update, gated, state: HashMap::new() }
     }
 
-    /// One update of all parameters that have a gradient. `clip` is what the gradients are multiplied with.
+    /// One update of all parameters that have a gradient. `clip` (one value, 1 if there is none) is what the gradients
+    /// are multiplied with. Where it is NaN, nothing is updated; where that is known on the host, it is an error.
     ///
     /// # Errors
     /// When a gradient has another shape or dtype than its parameter.
@@ -74,8 +94,13 @@ impl AdamW {
         gradients: &Gradients,
         lr: f64,
         weight_decay: f64,
-        clip: f64,
+        clip: Option<&Tensor>,
     ) -> Result<()> {
+        // Where the host has it, it is a scalar.
+        let (clip, scalar) = match clip {
+            Some(clip) if clip.device().backend().is_host() => (None, finite(clip.item()?)?),
+            clip => (clip, 1.0),
+        };
         let AdamWConfig { betas: (beta1, beta2), eps } = self.config;
         for (name, p) in params.iter() {
             let (Some(var), Some(g)) = (p.var(), gradients.of(p)) else { continue };
@@ -89,7 +114,7 @@ impl AdamW {
             state.steps += 1;
             let t = state.steps as f64;
             let scalars = [
-                clip,
+                scalar,
                 1.0 - lr * weight_decay,
                 beta2,
                 lr / (1.0 - beta1.powf(t)),
@@ -100,7 +125,11 @@ impl AdamW {
             ];
             let targets = [&p.detach(), &state.exp_avg, &state.exp_avg_sq];
             targets.iter().for_each(|t| t.storage().touch());
-            run_pointwise(&self.update, &[targets[0], g, targets[1], targets[2]], &scalars, &targets)?;
+            let [p, m, v] = targets;
+            match clip {
+                Some(clip) => run_pointwise(&self.gated, &[p, g, m, v, clip], &scalars[1..], &targets)?,
+                None => run_pointwise(&self.update, &[p, g, m, v], &scalars, &targets)?,
+            }
         }
         Ok(())
     }
@@ -183,7 +212,8 @@ mod tests {
             }
             let mut gradients = Gradients::default();
             gradients.insert(w.var().unwrap(), g);
-            optimiser.step(&params, &gradients, lr, wd, clip)?;
+            let coefficient = Tensor::from_slice(&[clip], &[], &cpu)?;
+            optimiser.step(&params, &gradients, lr, wd, Some(&coefficient))?;
             for (a, b) in w.to_vec::<f64>()?.iter().zip(&expected) {
                 assert!((a - b).abs() < 1e-12, "step {t}: {a} instead of {b}");
             }

@@ -21,7 +21,9 @@ mod reduce;
 mod view;
 mod wgsl;
 
-use flowtape_engine::backend::{Backend, Buffer, Fused, Ran};
+use std::sync::Arc;
+
+use flowtape_engine::backend::{Backend, Buffer, Fused, Pending, Ran};
 use flowtape_engine::expr::{Program, Reduce};
 use flowtape_engine::pool::PoolUsage;
 use flowtape_engine::{DType, Device, Error, Result, Tensor};
@@ -30,6 +32,7 @@ pub use self::adapter::reports;
 use self::memory::WgpuBuffer;
 use self::norm::Parts;
 use self::pointwise::Body;
+pub use self::queue::Counts;
 use self::queue::Gpu;
 use self::view::{View, block};
 
@@ -44,10 +47,10 @@ pub struct WgpuOptions {
     pub max_workgroups: Option<u32>,
 }
 
-/// A GPU.
-#[derive(Debug)]
+/// A GPU. Clones are the same.
+#[derive(Clone, Debug)]
 pub struct Wgpu {
-    gpu: Gpu,
+    gpu: Arc<Gpu>,
 }
 
 impl Wgpu {
@@ -56,7 +59,7 @@ impl Wgpu {
     /// # Errors
     /// When there is no such adapter, or it can't be used.
     pub fn open(index: Option<usize>, options: WgpuOptions) -> Result<Self> {
-        Ok(Self { gpu: adapter::open(index, options)? })
+        Ok(Self { gpu: Arc::new(adapter::open(index, options)?) })
     }
 
     /// The device of [`Wgpu::open`].
@@ -65,6 +68,11 @@ impl Wgpu {
     /// Those of [`Wgpu::open`].
     pub fn device(index: Option<usize>) -> Result<Device> {
         Ok(Device::new(Self::open(index, WgpuOptions::default())?))
+    }
+
+    /// What it has done so far.
+    pub fn counts(&self) -> Counts {
+        self.gpu.counts()
     }
 
     /// Bytes of its pool.
@@ -83,6 +91,10 @@ impl Backend for Wgpu {
         &self.gpu.name
     }
 
+    fn has_f64(&self) -> bool {
+        false
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         self.gpu.check()?;
         Ok(Box::new(WgpuBuffer(self.gpu.pool.alloc(bytes)?)))
@@ -97,11 +109,15 @@ impl Backend for Wgpu {
     }
 
     fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
+        self.read_later(buffer, bytes)?.wait()
+    }
+
+    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
         let block = block(buffer)?;
         if bytes as u64 > block.buffer.size() {
             return Err(Error::argument("download", format!("at most {} bytes", block.buffer.size()), bytes));
         }
-        self.gpu.download(block, bytes)
+        Ok(Box::new(self.gpu.read_later(block, bytes)?))
     }
 
     fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()> {

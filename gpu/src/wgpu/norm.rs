@@ -26,7 +26,7 @@ fn lanes(width: usize) -> usize {
     (width / 4).next_power_of_two().clamp(8, THREADS)
 }
 
-/// How the rows of all operands lie: those of the first three walk along, the others have one row.
+/// How the rows lie: operands that have one for each walk along; weight and bias are single rows.
 struct Rows {
     space: Space,
     width: usize,

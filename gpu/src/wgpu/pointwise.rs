@@ -36,7 +36,7 @@ impl Body<'_> {
     }
 }
 
-/// The halves of all views along the axis that they reach farthest on: what does not fit a binding is done in parts.
+/// The halves of all views along an axis: what does not fit a binding is done in parts.
 pub(super) fn halves(views: &[View], axis: usize) -> [Vec<View>; 2] {
     let size = views.iter().map(|v| v.dims[axis]).max().unwrap_or(1);
     // Even, so that pairs stay together.

@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ::wgpu::{
     BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindGroupLayoutDescriptor, BindGroupLayoutEntry,
     BindingResource, BindingType, BufferBinding, BufferBindingType, BufferDescriptor, BufferUsages, CommandEncoder,
     CommandEncoderDescriptor, ComputePass, ComputePassDescriptor, ComputePipeline, ComputePipelineDescriptor, Device,
     ErrorFilter, MapMode, PipelineLayoutDescriptor, PollType, Queue, ShaderModuleDescriptor, ShaderSource,
-    ShaderStages,
+    ShaderStages, SubmissionIndex,
 };
+use flowtape_engine::backend::Pending;
 use flowtape_engine::pool::{Pool, Pooled};
 use flowtape_engine::{DType, Error, Result};
 
@@ -21,6 +23,8 @@ use super::wgsl;
 
 /// Kernels of a submission.
 const KERNELS: usize = 256;
+/// Bytes of an upload that may go along as parameters.
+const INLINE: usize = 4 << 10;
 /// Bytes of the parameters of a submission.
 const PARAMS: u64 = 256 << 10;
 
@@ -83,6 +87,9 @@ struct Batch {
     params: Vec<u8>,
     kernels: usize,
     number: u64,
+    /// Reads that the next submission copies.
+    reads: Vec<Arc<OnceLock<SubmissionIndex>>>,
+    counts: Counts,
 }
 
 /// What has gone wrong behind our back.
@@ -119,6 +126,7 @@ pub(super) struct Gpu {
     kernels: Mutex<HashMap<Key, Arc<ComputePipeline>>>,
     layouts: Mutex<HashMap<Vec<bool>, BindGroupLayout>>,
     health: Arc<Health>,
+    reads: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -135,10 +143,8 @@ impl Gpu {
         let (to, called) = (health.clone(), name.clone());
         device.on_uncaptured_error(Arc::new(move |e: ::wgpu::Error| to.set(failed(&called, e))));
         let (to, called) = (health.clone(), name.clone());
-        device.set_device_lost_callback(move |reason, message| {
-            if reason != ::wgpu::DeviceLostReason::Destroyed {
-                to.set(failed(&called, format!("the device was lost: {message}")));
-            }
+        device.set_device_lost_callback(move |_, message| {
+            to.set(failed(&called, format!("the device was lost: {message}")));
         });
         let params = device.create_buffer(&BufferDescriptor {
             label: Some("parameters"),
@@ -149,7 +155,7 @@ impl Gpu {
         let pool = super::memory::pool(&device, &name, device.limits().max_buffer_size);
         let batch = Mutex::new(Batch { number: 1, ..Batch::default() });
         let (kernels, layouts) = (Mutex::default(), Mutex::default());
-        Self { device, queue, name, bounds, pool, params, batch, kernels, layouts, health }
+        Self { device, queue, name, bounds, pool, params, batch, kernels, layouts, health, reads: AtomicU64::new(0) }
     }
 
     /// An error that came up since the device was opened; from then on nothing it computes counts.
@@ -320,6 +326,7 @@ impl Gpu {
         let [x, y, z] = folded(*workgroups, self.bounds.workgroups);
         pass.dispatch_workgroups(x, y, z);
         *kernels += 1;
+        batch.counts.kernels += 1;
         Ok(())
     }
 
@@ -334,7 +341,9 @@ impl Gpu {
                 batch.params.resize(batch.params.len().next_multiple_of(4), 0);
                 self.queue.write_buffer(&self.params, 0, &batch.params);
             }
-            self.queue.submit([encoder.finish()]);
+            let index = self.queue.submit([encoder.finish()]);
+            batch.counts.submissions += 1;
+            batch.reads.drain(..).for_each(|read| drop(read.set(index.clone())));
         }
         batch.params.clear();
         batch.kernels = 0;
@@ -343,32 +352,55 @@ impl Gpu {
         let _ = self.device.poll(PollType::Poll);
     }
 
-    /// Writes to the start of a block, after all commands so far.
-    pub(super) fn upload(&self, block: &Block, bytes: &[u8]) -> Result<()> {
+    /// Writes to the start of a block, after all commands so far. A few bytes for a block that recorded kernels use go
+    /// along as a kernel's parameters; more of them submit those kernels.
+    pub(super) fn upload(&self, block: &Arc<Block>, bytes: &[u8]) -> Result<()> {
         self.check()?;
+        let mut whole = bytes.to_vec();
+        whole.resize(bytes.len().next_multiple_of(4), 0);
         let mut batch = lock(&self.batch);
+        if block.used_in(batch.number) && whole.len() <= INLINE {
+            drop(batch);
+            return self.upload_inline(block, &whole);
+        }
         if block.used_in(batch.number) {
             self.submit(&mut batch);
         }
-        let whole = bytes.len() / 4 * 4;
-        if whole > 0 {
-            self.queue.write_buffer(&block.buffer, 0, &bytes[..whole]);
-        }
-        if whole < bytes.len() {
-            let mut last = [0; 4];
-            last[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
-            self.queue.write_buffer(&block.buffer, whole as u64, &last);
-        }
+        self.queue.write_buffer(&block.buffer, 0, &whole);
         Ok(())
     }
 
-    /// Reads the start of a block, after all commands so far.
-    pub(super) fn download(&self, block: &Block, bytes: usize) -> Result<Vec<u8>> {
+    fn upload_inline(&self, block: &Arc<Block>, bytes: &[u8]) -> Result<()> {
+        let count = bytes.len() / 4;
+        let mut params = vec![count as u32];
+        params.extend(bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned::<u32>));
+        // Few sizes, few kernels.
+        params.resize((count + 1).next_power_of_two(), 0);
+        let target = words(block, count);
+        let launch = Launch {
+            name: "upload",
+            shape: vec![],
+            operands: &[(&target, Access::Write)],
+            params: &params,
+            workgroups: count.div_ceil(wgsl::THREADS),
+        };
+        self.launch(&launch, || {
+            wgsl::entry(&format!(
+                "  let i = group * 256u + index;
+  if i >= {} {{ return; }}
+  let p = i + 2u;
+  put0({} + i, P[p / 4u][p % 4u]);
+",
+                wgsl::param(1),
+                wgsl::param(0)
+            ))
+        })
+    }
+
+    /// Copies the start of a block to the host, after all commands so far.
+    pub(super) fn read_later(self: &Arc<Self>, block: &Block, bytes: usize) -> Result<Read> {
         self.check()?;
-        if bytes == 0 {
-            return Ok(Vec::new());
-        }
-        let size = (bytes as u64).next_multiple_of(4);
+        let size = (bytes.max(1) as u64).next_multiple_of(4);
         let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
         let staging = self.device.create_buffer(&BufferDescriptor {
             label: Some("download"),
@@ -379,28 +411,61 @@ impl Gpu {
         if let Some(error) = pollster::block_on(memory.pop()) {
             return Err(Error::OutOfMemory { device: self.name.clone(), bytes, reason: error.to_string() });
         }
-        {
-            let mut batch = lock(&self.batch);
-            drop(batch.pass.take());
-            let encoder = batch.encoder.get_or_insert_with(|| self.encoder());
-            encoder.copy_buffer_to_buffer(&block.buffer, 0, &staging, 0, size);
-            self.submit(&mut batch);
+        let submitted = Arc::new(OnceLock::new());
+        let mut batch = lock(&self.batch);
+        drop(batch.pass.take());
+        let encoder = batch.encoder.get_or_insert_with(|| self.encoder());
+        encoder.copy_buffer_to_buffer(&block.buffer, 0, &staging, 0, size);
+        batch.reads.push(submitted.clone());
+        Ok(Read { gpu: self.clone(), staging, bytes, submitted })
+    }
+
+    /// What it has done so far.
+    pub(super) fn counts(&self) -> Counts {
+        let batch = lock(&self.batch);
+        Counts { reads: self.reads.load(Ordering::Relaxed), ..batch.counts }
+    }
+}
+
+/// What a device has done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Kernels recorded.
+    pub kernels: u64,
+    /// Submissions of recorded kernels.
+    pub submissions: u64,
+    /// Reads that the host waited for.
+    pub reads: u64,
+}
+
+/// Bytes on their way to the host.
+#[derive(Debug)]
+pub(super) struct Read {
+    gpu: Arc<Gpu>,
+    staging: ::wgpu::Buffer,
+    bytes: usize,
+    /// The submission that copies them, once it is made.
+    submitted: Arc<OnceLock<SubmissionIndex>>,
+}
+
+impl Pending for Read {
+    fn wait(self: Box<Self>) -> Result<Vec<u8>> {
+        let Self { gpu, staging, bytes, submitted } = *self;
+        let wrong = |e: &dyn std::fmt::Display| failed(&gpu.name, e);
+        gpu.reads.fetch_add(1, Ordering::Relaxed);
+        if submitted.get().is_none() {
+            gpu.submit(&mut lock(&gpu.batch));
         }
         let (sender, receiver) = std::sync::mpsc::channel();
         staging.map_async(MapMode::Read, .., move |result| drop(sender.send(result)));
-        self.wait()?;
-        match receiver.try_recv() {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(failed(&self.name, error)),
-            Err(error) => return Err(failed(&self.name, error)),
-        }
-        let values = staging.get_mapped_range(..).map_err(|e| failed(&self.name, e))?;
+        // For this submission alone: later ones go on.
+        let until = PollType::Wait { submission_index: submitted.get().cloned(), timeout: None };
+        gpu.device.poll(until).map_err(|e| wrong(&e))?;
+        gpu.check()?;
+        // Another thread may have been told first, and still be telling us.
+        receiver.recv().map_err(|e| wrong(&e))?.map_err(|e| wrong(&e))?;
+        let values = staging.get_mapped_range(..).map_err(|e| wrong(&e))?;
         Ok(values[..bytes].to_vec())
-    }
-
-    fn wait(&self) -> Result<()> {
-        self.device.poll(PollType::wait_indefinitely()).map_err(|e| failed(&self.name, e))?;
-        self.check()
     }
 }
 
@@ -414,7 +479,24 @@ fn folded(count: usize, most: u32) -> [u32; 3] {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{WgpuOptions, adapter};
     use super::*;
+
+    #[test]
+    fn a_lost_device_is_an_error_from_then_on() -> Result<()> {
+        // Without an adapter there is none to lose; the adapters' own test says so.
+        let Ok(gpu) = adapter::open(None, WgpuOptions::default()) else { return Ok(()) };
+        let gpu = Arc::new(gpu);
+        let memory = gpu.pool.alloc(64)?;
+        gpu.upload(memory.block(), &[1; 64])?;
+        let read = || Box::new(gpu.read_later(memory.block(), 4)?).wait();
+        assert_eq!(read()?, [1; 4]);
+        gpu.device.destroy();
+        assert!(matches!(read(), Err(Error::DeviceFailed { .. } | Error::OutOfMemory { .. })));
+        let error = gpu.check().unwrap_err().to_string();
+        assert!(error.contains("last checkpoint"), "{error}");
+        Ok(())
+    }
 
     #[test]
     fn workgroups_are_folded_below_the_limit() {

@@ -93,7 +93,7 @@ pub(super) enum Access {
 }
 
 impl Access {
-    /// Written in pairs along the axis of stride `inner`, where that fills words.
+    /// Written in pairs where they fill words.
     pub(super) fn pairs_if(aligned: bool) -> Self {
         if aligned { Self::WritePairs } else { Self::Write }
     }
