@@ -135,7 +135,7 @@ fn training(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
                 let prefix = format!("{name}/step{s}/micro{m}.");
                 let tape = Tape::new();
                 let recorded = Recorded::read(&inputs, &prefix, "image".into(), "logit_normal")?;
-                let output = recorded.run(&pipeline, &*model, TaskType::T2V, &tape)?;
+                let output = recorded.run(&pipeline, &*model, TaskType::T2V, DType::F32, &tape)?;
                 let loss = Tolerance { rtol: 1.0, atol: 0.0 }.worst(&[output.loss.item()?], &[*want]);
                 losses = max(losses, loss);
                 gradients.add(tape.backward(&output.loss.mul_scalar(1.0 / micro.len() as f64)?)?)?;

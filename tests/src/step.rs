@@ -90,10 +90,11 @@ impl Recorded {
         pipeline: &FlowMatchingPipeline,
         model: &dyn FlowModel,
         task_type: TaskType,
+        dtype: DType,
         tape: &Tape,
     ) -> Any<StepOutput> {
-        let options = StepOptions { latents_require_grad: true, ..StepOptions::recorded(tape) };
-        let noised = pipeline.with_noise(&self.batch, DType::F32, task_type, self.sample, self.noise)?;
+        let options = StepOptions { dtype, latents_require_grad: true, ..StepOptions::recorded(tape) };
+        let noised = pipeline.with_noise(&self.batch, dtype, task_type, self.sample, self.noise)?;
         Ok(pipeline.step_from(model, &self.batch, noised, 0, &mut self.draws, &options)?)
     }
 }
@@ -120,8 +121,14 @@ fn step(folder: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
     model.set_gradient_checkpointing(true);
     let replayed = Run::new(&case, &*model, &files, BTreeMap::new())?;
     out.push(replayed.same_bits(&plain, &*model)?);
-    Ok(())
+    let half = checkpoint::load(folder, DType::BF16, device)?;
+    Run::new(&case, &*half, &files, BTreeMap::new())?.compare_half(&case, &*half, &files, out)
 }
+
+/// What bf16's deviation may be of f32's. `f32_vs_f64_max_relative_deviation` is what roundings of 2^-24 come to in the
+/// reference; at bf16's 2^-9 the same roundings come to 2^15 times as much. Weights and inputs, which f32 holds exactly, are
+/// rounded as well: about as many roundings again.
+const HALF: f64 = 2.0 * (1 << 15) as f64;
 
 #[derive(Clone, Copy)]
 struct Bounds {
@@ -175,7 +182,9 @@ impl Run {
             Recorded::read(&files.inputs, "", text(case, "data_type")?.into(), text(case, "sampling_method")?)?;
         let sigma = recorded.sample.sigma.clone();
         let tape = Tape::new();
-        let step = recorded.run(&pipeline, &Overridden { model, removed, given }, task.ok_or("a task")?, &tape)?;
+        let dtype = model.params().iter().next().map_or(DType::F32, |(_, parameter)| parameter.dtype());
+        let step =
+            recorded.run(&pipeline, &Overridden { model, removed, given }, task.ok_or("a task")?, dtype, &tape)?;
         let tail = Tape::new();
         let pred = tail.leaf(step.model_pred());
         let loss = pipeline.compute_loss(&pred, &step.target, &sigma, None)?.average_weighted_loss;
@@ -253,6 +262,49 @@ impl Run {
             }
         }
         push(&format!("grads of {} parameters", wanted.len()), worst, bounds.grads, format!("worst: {at}"));
+        Ok(())
+    }
+
+    /// The step in bf16, weights and activations, against the goldens, as far as the reference's f32 is from f64.
+    fn compare_half(&self, case: &Value, model: &dyn Transformer, files: &Files, out: &mut Vec<Outcome>) -> Any<()> {
+        let Self { step, gradients, .. } = self;
+        let f32_off = &case["f32_vs_f64_max_relative_deviation"];
+        let mut push = |name: &str, worst: f64, f32_off: f64, detail: String| {
+            out.push(Outcome { case: format!("{name} (bf16)"), worst, bound: HALF * f32_off, detail });
+        };
+        let pred = number(f32_off, "model_pred")?;
+        push("model_pred", relative(step.model_pred(), &files.outputs.tensor("model_pred")?)?, pred, String::new());
+        let loss = relative(&step.parts.average_weighted_loss, &files.outputs.tensor("average_weighted_loss")?)?;
+        push("average_weighted_loss", loss, pred, "bound of model_pred".into());
+        let noisy = gradients.of(&step.noisy_latents).ok_or("no gradient of the noisy latents")?;
+        let worst = relative(noisy, &files.input_grads.tensor("noisy_latents")?)?;
+        push("grad noisy_latents", worst, number(f32_off, "noisy_latents_grad")?, String::new());
+
+        let zero: Vec<String> = serde_json::from_value(case["mathematically_zero_gradients"].clone())?;
+        let top = |t: &Tensor| -> Any<f64> { Ok(t.to_vec::<f64>()?.into_iter().fold(0.0, |m, v| max(m, v.abs()))) };
+        let (mut deviations, mut of_zero, mut largest) = (Vec::new(), 0.0, 0.0);
+        for (name, want) in files.grads.under("")? {
+            let parameter = model.params().get(&name).ok_or_else(|| format!("no parameter {name}"))?;
+            let got = gradients.of(parameter).ok_or_else(|| format!("no gradient of {name}"))?;
+            largest = max(largest, top(&want)?);
+            if zero.contains(&name) {
+                of_zero = max(of_zero, top(got)?);
+            } else {
+                deviations.push((relative(got, &want)?, name));
+            }
+        }
+        deviations.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (worst, name) = deviations.last().cloned().ok_or("no gradients")?;
+        let count = deviations.len();
+        let worst_off = number(&f32_off["worst_param_grad"], "value")?;
+        push(&format!("grads of {count} parameters"), worst, worst_off, format!("worst: {name}"));
+        push("grads, median", deviations[count / 2].0, number(f32_off, "median_param_grad")?, String::new());
+        push("grads that are zero", of_zero / largest, worst_off, format!("{} of the largest", zero.len()));
+        let bf16 = |t: &Tensor| t.dtype() == DType::BF16;
+        let narrow = bf16(step.model_pred()) && bf16(noisy) && gradients.iter().all(|(_, g)| bf16(g));
+        let wide = [&step.loss, &step.target, step.inputs.tensor("timestep").or(step.inputs.tensor("timesteps"))?];
+        let wide = wide.iter().all(|t| t.dtype() == DType::F32);
+        out.push(exact("dtypes (bf16)", narrow && wide, "loss, target and times in f32, the rest in bf16"));
         Ok(())
     }
 
