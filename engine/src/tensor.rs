@@ -33,7 +33,12 @@ impl Tensor {
             .iter()
             .try_fold(dtype.size(), |n, &d| n.checked_mul(d))
             .ok_or_else(|| Error::shape("alloc", "a size that fits memory", dims))?;
-        let storage = Storage::alloc(device, bytes)?;
+        let storage = Storage::alloc(device, bytes).map_err(|error| match error {
+            Error::OutOfMemory { device, needed, free, total, .. } => {
+                Error::OutOfMemory { device, what: format!("a tensor {dtype} {dims:?}"), needed, free, total }
+            }
+            other => other,
+        })?;
         Ok(Self { storage, layout, dtype, var: None, tape: None })
     }
 
