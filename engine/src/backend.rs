@@ -101,6 +101,26 @@ pub enum Fused {
         /// Whether the last input is a mask.
         masked: bool,
     },
+    /// No input; output contiguous random numbers of Philox4x32-10 from a fresh block on: u32 for bits, else f32.
+    Random {
+        /// What is drawn.
+        distribution: Distribution,
+        /// The generator's key.
+        seed: u64,
+        /// Its next block.
+        counter: u64,
+    },
+}
+
+/// What random numbers are drawn from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Distribution {
+    /// All 32 bits.
+    Bits,
+    /// Uniform in [0, 1).
+    Uniform,
+    /// Standard normal.
+    Normal,
 }
 
 /// A shared handle of a backend.

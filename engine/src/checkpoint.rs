@@ -1,7 +1,7 @@
 //! Activation checkpointing: keep a block's inputs, run it again in backward.
 
 use crate::tape::{self, Block, Forward, Op};
-use crate::{Result, Tensor};
+use crate::{Result, Tape, Tensor};
 
 struct Checkpoint(Box<Block>);
 
@@ -18,7 +18,11 @@ impl Op for Checkpoint {
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         inputs.iter().for_each(|t| cx.save(t));
-        (self.0)(inputs)
+        let listener = Tape::listener();
+        let listened: Vec<Tensor> = inputs.iter().map(|t| listener.attach(t)).collect();
+        let outputs = (self.0)(&listened)?;
+        cx.capture(listener.heard());
+        Ok(outputs.iter().map(Tensor::detach).collect())
     }
 
     fn replay(&self) -> Option<&Block> {

@@ -36,6 +36,27 @@ pub enum Error {
         /// What it was given.
         got: String,
     },
+    /// A device has no memory left for a tensor.
+    #[error(
+        "{device}: out of memory for a tensor of {bytes} bytes ({reason}); make the batch or the pictures smaller, checkpoint blocks or train in \
+         bf16"
+    )]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// What was asked for.
+        bytes: usize,
+        /// What the device says.
+        reason: String,
+    },
+    /// A device stopped working: what it computed since may be wrong.
+    #[error("{device}: {what}; go on from the last checkpoint")]
+    DeviceFailed {
+        /// The device.
+        device: String,
+        /// What it says.
+        what: String,
+    },
     /// Any other value outside its range.
     #[error("{op}: expected {expected}, got {got}")]
     Argument {
@@ -45,35 +66,6 @@ pub enum Error {
         expected: String,
         /// What it was given.
         got: String,
-    },
-    /// A device without memory for an allocation.
-    #[error(
-        "{device} has no {needed} bytes for {what} ({free} of {total} bytes are free): make the batch, the size or the \
-         number of frames smaller, checkpoint blocks or train in bf16"
-    )]
-    OutOfMemory {
-        /// The device.
-        device: String,
-        /// What was to be allocated, such as a tensor's dtype and shape.
-        what: String,
-        /// Bytes asked for.
-        needed: usize,
-        /// Bytes that the device has free.
-        free: usize,
-        /// Bytes of the device.
-        total: usize,
-    },
-    /// A device or its driver that is not there, can't be used or failed.
-    #[error("{op}: {device}: {what}; {advice}")]
-    DeviceFailed {
-        /// The operation that met the failure; work enqueued before it may be the cause.
-        op: &'static str,
-        /// The device.
-        device: String,
-        /// What it said.
-        what: String,
-        /// What to do.
-        advice: &'static str,
     },
     /// A NaN or an infinity where a finite number is needed.
     #[error("{op}: {what} is not finite; lower the learning rate or look at the data")]

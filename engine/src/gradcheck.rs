@@ -3,7 +3,7 @@
 //! Each file of `ops` lists its [`Case`]s. A case draws sizes, values and views; the checks run it.
 
 use crate::random::Philox;
-use crate::{DType, Device, Result, Tape, Tensor};
+use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// A named way to draw inputs and a function of them.
 #[derive(Clone, Copy, Debug)]
@@ -140,10 +140,16 @@ fn cotangent(count: usize) -> Vec<f64> {
 /// # Errors
 /// What the function or its backward returns; a missing gradient counts as zeros.
 pub fn evaluate(sample: &Sample, dtype: DType, device: &Device) -> Result<Evaluation> {
-    evaluate_at(sample, &sample.inputs, dtype, device)
+    evaluate_at(sample, &sample.inputs, cotangent, dtype, device)
 }
 
-fn evaluate_at(sample: &Sample, inputs: &[Tensor], dtype: DType, device: &Device) -> Result<Evaluation> {
+fn evaluate_at(
+    sample: &Sample,
+    inputs: &[Tensor],
+    mut cotangent: impl FnMut(usize) -> Vec<f64>,
+    dtype: DType,
+    device: &Device,
+) -> Result<Evaluation> {
     let tape = Tape::new();
     let leaf = |x: &Tensor| {
         // Cast before it becomes a leaf; a view stays a view of the same kind.
@@ -163,6 +169,8 @@ fn evaluate_at(sample: &Sample, inputs: &[Tensor], dtype: DType, device: &Device
     let mut gradients = crate::Gradients::default();
     tape.backward_with(&[(&output, &weights)], &mut gradients)?;
     let gradient = |x: &Tensor| match gradients.of(x) {
+        // An optimiser would meet it beside its parameter.
+        Some(g) if g.dims() != x.dims() => Err(Error::shape("gradient", format!("{:?}", x.dims()), g.dims())),
         Some(g) => g.to_vec::<f64>(),
         None => Ok(vec![0.0; x.numel()]),
     };
@@ -229,8 +237,8 @@ impl Evaluation {
 
 /// Checks output and gradients of a sample in `dtype` on `device` against f64 on the CPU.
 ///
-/// A tensor may deviate by 16 units of the last place: of its largest value, and of its inputs, measured by moving
-/// them by one unit in f64 (that covers what cancels).
+/// A tensor may deviate by 16 units of the last place: of its largest value, and of its inputs and the cotangent,
+/// measured by moving them by one unit in f64 (that covers what cancels).
 ///
 /// # Errors
 /// The outer one when the function fails; the inner one says what differs and by how much.
@@ -240,13 +248,13 @@ pub fn check_dtype(sample: &Sample, dtype: DType, device: &Device, seed: u64) ->
     let mut draw = Draw::new(seed);
     let mut moves = vec![0.0; 1 + sample.inputs.len()];
     for _ in 0..4 {
-        let shaken = |x: &Tensor| {
-            let values = x.to_vec::<f64>()?;
-            let values = values.iter().map(|v| v * (1.0 + unit(dtype) * (2.0 * draw.size(0, 1) as f64 - 1.0)));
-            Tensor::from_vec(values.collect(), x.dims(), &Device::cpu())
+        let mut shaken = |values: Vec<f64>| -> Vec<f64> {
+            values.into_iter().map(|v| v * (1.0 + unit(dtype) * (2.0 * draw.size(0, 1) as f64 - 1.0))).collect()
         };
-        let inputs = sample.inputs.iter().map(shaken).collect::<Result<Vec<_>>>()?;
-        let moved = evaluate_at(sample, &inputs, DType::F64, &Device::cpu())?;
+        let cpu = Device::cpu();
+        let inputs = sample.inputs.iter().map(|x| Tensor::from_vec(shaken(x.to_vec::<f64>()?), x.dims(), &cpu));
+        let inputs = inputs.collect::<Result<Vec<_>>>()?;
+        let moved = evaluate_at(sample, &inputs, |n| shaken(cotangent(n)), DType::F64, &cpu)?;
         for ((a, b), m) in exact.tensors().zip(moved.tensors()).zip(&mut moves) {
             *m = distance(a, b).max(*m);
         }

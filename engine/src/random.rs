@@ -5,7 +5,8 @@
 
 use rayon::prelude::*;
 
-use crate::{Device, Result, Tensor};
+use crate::backend::{Distribution, Fused, Ran};
+use crate::{DType, Device, Element, Result, Tensor};
 
 /// Numbers of one parallel piece: a multiple of a block's four.
 const PIECE: usize = 16 * 1024;
@@ -97,9 +98,9 @@ impl Philox {
         });
     }
 
-    fn fill(&mut self, out: &mut [f32], of: impl Fn([u32; 4]) -> [f32; 4] + Sync) {
+    fn fill<T: Copy + Send>(&mut self, out: &mut [T], of: impl Fn([u32; 4]) -> [T; 4] + Sync) {
         let (seed, start) = (self.seed, self.counter);
-        let piece = |(index, piece): (usize, &mut [f32])| {
+        let piece = |(index, piece): (usize, &mut [T])| {
             let first = start + (index * PIECE / 4) as u64;
             for (i, four) in piece.chunks_mut(4).enumerate() {
                 let values = of(block(seed, first + i as u64));
@@ -111,8 +112,15 @@ impl Philox {
         } else {
             out.par_chunks_mut(PIECE).enumerate().for_each(piece);
         }
-        self.counter += out.len().div_ceil(4) as u64;
-        self.used = 4;
+        self.advance(out.len());
+    }
+
+    /// Random bits, u32.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn bits(&mut self, dims: &[usize], device: &Device) -> Result<Tensor> {
+        self.tensor(Distribution::Bits, DType::U32, dims, device, |random, out| random.fill(out, |bits| bits))
     }
 
     /// Uniform numbers in [0, 1), f32.
@@ -120,19 +128,42 @@ impl Philox {
     /// # Errors
     /// When memory runs out.
     pub fn uniform(&mut self, dims: &[usize], device: &Device) -> Result<Tensor> {
-        let mut values = vec![0.0; dims.iter().product()];
-        self.fill_uniform(&mut values);
-        Tensor::from_vec(values, dims, device)
+        self.tensor(Distribution::Uniform, DType::F32, dims, device, Self::fill_uniform)
     }
 
-    /// Standard normal numbers, f32.
+    /// Standard normal numbers, f32. Other devices than the CPU may round them differently.
     ///
     /// # Errors
     /// When memory runs out.
     pub fn normal(&mut self, dims: &[usize], device: &Device) -> Result<Tensor> {
-        let mut values = vec![0.0; dims.iter().product()];
-        self.fill_normal(&mut values);
-        Tensor::from_vec(values, dims, device)
+        self.tensor(Distribution::Normal, DType::F32, dims, device, Self::fill_normal)
+    }
+
+    /// Made on the device where it has a kernel for that, else on the host by `fill`.
+    fn tensor<T: Element + Default>(
+        &mut self,
+        distribution: Distribution,
+        dtype: DType,
+        dims: &[usize],
+        device: &Device,
+        fill: impl FnOnce(&mut Self, &mut [T]),
+    ) -> Result<Tensor> {
+        let op = Fused::Random { distribution, seed: self.seed, counter: self.counter };
+        let out = Tensor::empty(dims, dtype, device)?;
+        if device.backend().fused(&op, &[], &[&out])? == Ran::Done {
+            self.advance(out.numel());
+        } else {
+            let mut values = vec![T::default(); out.numel()];
+            fill(self, &mut values);
+            device.backend().upload(out.storage().buffer(), bytemuck::cast_slice(&values))?;
+        }
+        Ok(out)
+    }
+
+    /// Goes on behind `count` numbers of fresh blocks.
+    fn advance(&mut self, count: usize) {
+        self.counter += count.div_ceil(4) as u64;
+        self.used = 4;
     }
 }
 

@@ -3,7 +3,7 @@
 //! A tensor may carry a tape and a variable. An op records when some input carries a tape and some input
 //! has a variable (a leaf, a parameter, or the output of a recorded op). Its outputs carry the tape on.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -50,6 +50,7 @@ pub type Block = dyn Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync;
 pub struct Forward {
     needs: Vec<bool>,
     saved: Vec<(Tensor, u64)>,
+    captured: Vec<VarId>,
 }
 
 impl Forward {
@@ -68,6 +69,11 @@ impl Forward {
         if self.recording() {
             self.saved.push((tensor.detach(), tensor.storage().version()));
         }
+    }
+
+    /// Says that backward also adds to the gradients of these variables, which are no inputs.
+    pub(crate) fn capture(&mut self, vars: impl IntoIterator<Item = VarId>) {
+        self.captured.extend(vars);
     }
 }
 
@@ -97,13 +103,24 @@ struct Record {
     op: Box<dyn Op>,
     saved: Vec<(Tensor, u64)>,
     inputs: Vec<Option<VarId>>,
+    /// Variables inside a block that runs again.
+    captured: Vec<VarId>,
     outputs: Vec<VarId>,
+}
+
+impl Record {
+    /// The variables to whose gradients its backward adds.
+    fn adds_to(&self) -> impl Iterator<Item = VarId> {
+        self.inputs.iter().flatten().chain(&self.captured).copied()
+    }
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     records: Vec<Record>,
     produced: HashSet<VarId>,
+    /// The variables that operations meet, on a tape that records nothing else.
+    heard: Option<BTreeSet<VarId>>,
 }
 
 /// A recording. Cheap to clone: all clones are the same tape.
@@ -172,6 +189,16 @@ impl Tape {
         Self::default()
     }
 
+    /// A tape that records nothing but which variables operations meet.
+    pub(crate) fn listener() -> Self {
+        Self(Arc::new(Mutex::new(Inner { heard: Some(BTreeSet::new()), ..Inner::default() })))
+    }
+
+    /// What a listener heard.
+    pub(crate) fn heard(&self) -> BTreeSet<VarId> {
+        self.lock().heard.clone().unwrap_or_default()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -219,26 +246,26 @@ impl Tape {
             }
             add_gradient(&mut pending, var, cotangent.detach())?;
         }
-        let Inner { mut records, produced } = std::mem::take(&mut *self.lock());
+        let Inner { mut records, produced, .. } = std::mem::take(&mut *self.lock());
         // The earliest record that reads a variable is the last to add to its gradient.
         let mut first_use = HashMap::new();
         for (index, record) in records.iter().enumerate() {
-            for input in record.inputs.iter().flatten() {
-                first_use.entry(*input).or_insert(index);
+            for var in record.adds_to() {
+                first_use.entry(var).or_insert(index);
             }
         }
         while let Some(record) = records.pop() {
             run_backward(&record, &mut pending)?;
-            for input in record.inputs.iter().flatten() {
-                if first_use.get(input) == Some(&records.len())
-                    && !produced.contains(input)
-                    && let Some(gradient) = pending.remove(input)
+            for var in record.adds_to() {
+                if first_use.get(&var) == Some(&records.len())
+                    && !produced.contains(&var)
+                    && let Some(gradient) = pending.remove(&var)
                 {
-                    sink.gradient(*input, gradient)?;
+                    sink.gradient(var, gradient)?;
                 }
             }
         }
-        // Parameters that only blocks captured, and an output that is a leaf itself.
+        // An output that is a leaf itself.
         let mut rest: Vec<_> = pending.into_iter().filter(|(v, _)| !produced.contains(v)).collect();
         rest.sort_by_key(|(v, _)| *v);
         rest.into_iter().try_for_each(|(v, g)| sink.gradient(v, g))
@@ -310,15 +337,24 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
             _ => {}
         }
     }
-    let vars: Vec<Option<VarId>> = inputs.iter().map(|t| tape.and(t.var())).collect();
+    let mut vars: Vec<Option<VarId>> = inputs.iter().map(|t| tape.and(t.var())).collect();
+    let mut listening = false;
+    if let Some(heard) = tape.map(Tape::lock).as_mut().and_then(|inner| inner.heard.as_mut()) {
+        heard.extend(vars.iter_mut().filter_map(Option::take));
+        listening = true;
+    }
     let recording = vars.iter().any(Option::is_some);
     if recording && !op.differentiable() {
         return Err(Error::NoBackward { op: op.name() });
     }
-    let mut cx = Forward { needs: vars.iter().map(Option::is_some).collect(), saved: Vec::new() };
+    let needs = vars.iter().map(Option::is_some).collect();
+    let mut cx = Forward { needs, saved: Vec::new(), captured: Vec::new() };
     let plain: Vec<Tensor> = inputs.iter().map(|t| t.detach()).collect();
     let outputs = op.forward(&mut cx, &plain)?;
     let Some(tape) = tape else { return Ok(outputs) };
+    if listening && let Some(heard) = &mut tape.lock().heard {
+        heard.extend(cx.captured.drain(..));
+    }
     if !recording {
         return Ok(outputs.into_iter().map(|t| t.tracked(None, Some(tape.clone()))).collect());
     }
@@ -327,7 +363,7 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let outputs = tracked.collect();
     let mut inner = tape.lock();
     inner.produced.extend(&ids);
-    inner.records.push(Record { op: Box::new(op), saved: cx.saved, inputs: vars, outputs: ids });
+    inner.records.push(Record { op: Box::new(op), saved: cx.saved, inputs: vars, captured: cx.captured, outputs: ids });
     Ok(outputs)
 }
 

@@ -34,8 +34,8 @@ impl Tensor {
             .try_fold(dtype.size(), |n, &d| n.checked_mul(d))
             .ok_or_else(|| Error::shape("alloc", "a size that fits memory", dims))?;
         let storage = Storage::alloc(device, bytes).map_err(|error| match error {
-            Error::OutOfMemory { device, needed, free, total, .. } => {
-                Error::OutOfMemory { device, what: format!("a tensor {dtype} {dims:?}"), needed, free, total }
+            Error::OutOfMemory { device, bytes, reason } => {
+                Error::OutOfMemory { device, bytes, reason: format!("{dtype} {dims:?}; {reason}") }
             }
             other => other,
         })?;
@@ -222,6 +222,17 @@ impl Tensor {
             Some(tape) => tape.attach(self),
             None => self.clone(),
         }
+    }
+
+    /// The same values on another device, on no tape. Waits for the device where it is another.
+    ///
+    /// # Errors
+    /// When a device fails.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        if self.device().same(device) {
+            return Ok(self.detach());
+        }
+        Self::from_bytes(&self.to_bytes()?, self.dims(), self.dtype, device)
     }
 
     /// The values in row-major order, converted to `T`. Waits for the device.

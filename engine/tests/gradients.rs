@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the helpers of tests may panic
 
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype, check_gradient};
+use flowtape_engine::nn::{Linear, ParamBuilder};
 use flowtape_engine::tape::{Forward, InputGradients, Op, apply_one};
-use flowtape_engine::{DType, Device, Error, Gradients, Result, Tape, Tensor, ops};
+use flowtape_engine::{DType, Device, Error, GradientSink, Gradients, Result, Tape, Tensor, VarId, ops};
 use proptest::prelude::*;
 
 fn all_cases(seed: u64, check: impl Fn(&Sample) -> Result<Result<(), String>>) -> Result<(), TestCaseError> {
@@ -138,6 +139,43 @@ fn checkpointing_gives_the_same_bits() -> Result<()> {
     };
     assert_eq!(run(true)?, run(false)?);
     assert!(device.same(x.device()));
+    Ok(())
+}
+
+/// Notes which gradients come, in which order, against what is left of the tape.
+#[derive(Default)]
+struct Order(Vec<VarId>);
+
+impl GradientSink for Order {
+    fn gradient(&mut self, var: VarId, _: Tensor) -> Result<()> {
+        self.0.push(var);
+        Ok(())
+    }
+}
+
+#[test]
+fn gradients_of_what_a_checkpointed_block_captures_are_final_with_its_replay() -> Result<()> {
+    let mut draw = Draw::new(4);
+    let root = ParamBuilder::new(0, DType::F32, &Device::cpu());
+    let layers = (0..3).map(|i| Linear::new(&root.sub(i), 6, 6, false)).collect::<Result<Vec<_>>>()?;
+    let tape = Tape::new();
+    let mut x = tape.attach(&draw.standard(&[2, 6])?.to_dtype(DType::F32)?);
+    for layer in &layers {
+        let layer = layer.clone();
+        // One block inside another: the outer one hears of both.
+        let block = move |xs: &[Tensor]| {
+            let layer = layer.clone();
+            flowtape_engine::checkpoint(&[&xs[0]], move |xs| Ok(vec![layer.forward(&xs[0])?]))
+        };
+        x = flowtape_engine::checkpoint(&[&x], block)?.remove(0);
+    }
+    let loss = x.square()?.sum_all()?;
+    let mut order = Order::default();
+    tape.backward_with(&[(&loss, &Tensor::ones(&[], DType::F32, &Device::cpu())?)], &mut order)?;
+    let params = root.params();
+    let backwards: Vec<VarId> =
+        params.iter().filter_map(|(_, p)| p.var()).collect::<Vec<_>>().into_iter().rev().collect();
+    assert_eq!(order.0, backwards);
     Ok(())
 }
 

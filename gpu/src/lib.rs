@@ -7,8 +7,10 @@
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod device;
 mod report;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
+pub use device::device;
 pub use report::{DeviceReport, reports};

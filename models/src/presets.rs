@@ -24,12 +24,12 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset { name: "flux.1-schnell", config: || json!({"_class_name": "FluxTransformer2DModel"}), transformers: 1 },
     Preset { name: "flux.2-dev", config: || json!({"_class_name": "Flux2Transformer2DModel"}), transformers: 1 },
+    Preset { name: "qwen-image", config: || json!({"_class_name": "QwenImageTransformer2DModel"}), transformers: 1 },
     Preset {
-        name: "hunyuanvideo-1.5",
-        config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
+        name: "qwen-image-edit-2511",
+        config: || json!({"_class_name": "QwenImageTransformer2DModel", "zero_cond_t": true}),
         transformers: 1,
     },
-    Preset { name: "flux.2-dev", config: || json!({"_class_name": "Flux2Transformer2DModel"}), transformers: 1 },
     Preset {
         name: "hunyuanvideo-1.5",
         config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
@@ -43,6 +43,22 @@ pub const PRESETS: &[Preset] = &[
     Preset { name: "wan2.1-14b", config: || json!({"_class_name": "WanTransformer3DModel"}), transformers: 1 },
     // One for high noise, one for low noise.
     Preset { name: "wan2.2-a14b", config: || json!({"_class_name": "WanTransformer3DModel"}), transformers: 2 },
+    Preset {
+        name: "ltx-2.3",
+        config: || {
+            json!({
+                "_class_name": "LTX2VideoTransformer3DModel",
+                "gated_attn": true,
+                "cross_attn_mod": true,
+                "audio_gated_attn": true,
+                "audio_cross_attn_mod": true,
+                "rope_type": "split",
+                "use_prompt_embeddings": false,
+                "perturbed_attn": true,
+            })
+        },
+        transformers: 1,
+    },
 ];
 
 /// The preset of that name.
@@ -80,7 +96,8 @@ mod tests {
 
     #[test]
     fn published_models_have_the_parameters_that_pytorch_counts() {
-        for preset in PRESETS {
+        for (i, preset) in PRESETS.iter().enumerate() {
+            assert!(PRESETS[..i].iter().all(|other| other.name != preset.name), "{} twice", preset.name);
             let params = ParamBuilder::new(0, DType::BF16, &Meta::default().device());
             let model = create_model(&(preset.config)(), &params).unwrap();
             let (name, numel, tensors) = COUNTS.iter().find(|c| c.0 == preset.name).expect(preset.name);

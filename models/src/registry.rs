@@ -1,7 +1,7 @@
 //! Every model by name.
 
 use flowtape_engine::nn::ParamBuilder;
-use flowtape_flowmatch::ModelAdapter;
+use flowtape_flowmatch::{FlowMatchingConfig, FlowMatchingPipeline, ModelAdapter};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -9,6 +9,8 @@ use serde_json::{Map, Value};
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
 use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
 use crate::hunyuan_video::{self, HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
+use crate::ltx2::{LTX2Adapter, LTX2Config, LTX2VideoTransformer3DModel};
+use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
 
@@ -60,10 +62,37 @@ pub const MODELS: &[ModelKind] = &[
             Ok(Box::new(HunyuanVideo15Transformer3DModel::new(HunyuanVideo15Config::from_json(config)?, params)?))
         },
     },
+    ModelKind {
+        adapter: "ltx2",
+        class: "LTX2VideoTransformer3DModel",
+        new_adapter: |kwargs| Ok(Box::new(LTX2Adapter::from_kwargs(kwargs)?)),
+        new_model: |config, params| {
+            Ok(Box::new(LTX2VideoTransformer3DModel::new(LTX2Config::from_json(config)?, params)?))
+        },
+    },
+    ModelKind {
+        adapter: "qwen_image",
+        class: "QwenImageTransformer2DModel",
+        new_adapter: |kwargs| Ok(Box::new(QwenImageAdapter::from_kwargs(kwargs)?)),
+        new_model: new_qwen_image,
+    },
+    ModelKind {
+        adapter: "qwen_image_edit",
+        class: "QwenImageTransformer2DModel",
+        new_adapter: |kwargs| Ok(Box::new(QwenImageEditAdapter::from_kwargs(kwargs)?)),
+        new_model: new_qwen_image,
+    },
 ];
 
+fn new_qwen_image(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
+    Ok(Box::new(QwenImageTransformer2DModel::new(QwenImageConfig::from_json(config)?, params)?))
+}
+
+/// All of these names, each once.
 fn names(name: fn(&ModelKind) -> &'static str) -> String {
-    MODELS.iter().map(name).collect::<Vec<_>>().join(", ")
+    let mut names: Vec<_> = MODELS.iter().map(name).collect();
+    names.dedup();
+    names.join(", ")
 }
 
 /// The adapter of that name.
@@ -75,6 +104,15 @@ pub fn create_adapter(name: &str, kwargs: &Map<String, Value>) -> Result<Box<dyn
         Some(kind) => (kind.new_adapter)(kwargs),
         None => Err(Error::config("adapter_type", format!("one of {}", names(|m| m.adapter)), name)),
     }
+}
+
+/// A pipeline with the adapter that its configuration names.
+///
+/// # Errors
+/// When the adapter is unknown (the error lists all), or an argument or a value does not fit.
+pub fn create_pipeline(config: FlowMatchingConfig) -> Result<FlowMatchingPipeline> {
+    let adapter = create_adapter(&config.adapter_type, &config.adapter_kwargs)?;
+    FlowMatchingPipeline::new(config, adapter)
 }
 
 /// A model of the object of `config.json`, whose `_class_name` says which.
@@ -134,7 +172,9 @@ mod tests {
     fn names_are_unique_and_unknown_ones_are_listed() {
         for (i, a) in MODELS.iter().enumerate() {
             assert!(MODELS[..i].iter().all(|b| b.adapter != a.adapter));
-            assert!(create_adapter(a.adapter, &Map::new()).is_ok());
+            assert_eq!(create_adapter(a.adapter, &Map::new()).unwrap().name(), a.adapter);
+            let config = FlowMatchingConfig { adapter_type: a.adapter.into(), ..FlowMatchingConfig::default() };
+            assert_eq!(create_pipeline(config).unwrap().adapter().name(), a.adapter);
         }
         let Err(error) = create_adapter("fluxx", &Map::new()) else { panic!("an unknown adapter was made") };
         assert!(error.to_string().contains("flux") && error.to_string().contains("fluxx"), "{error}");

@@ -6,6 +6,7 @@ use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingContext, Recorded as Draw, RecordedDraws, TaskType};
 use flowtape_models::flux::{latent_image_ids, pack_latents, unpack_latents};
 use flowtape_models::hunyuan_video::condition_latents;
+use flowtape_models::ltx2::{pack_audio, pack_video, unpack_audio, unpack_video};
 use flowtape_models::{MODELS, create_adapter, flux2};
 use serde_json::{Map, Value, json};
 
@@ -54,6 +55,16 @@ fn packing(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             }
             continue;
         }
+        if family == "ltx2" {
+            let (video, audio) = (tensor("video")?, tensor("audio")?);
+            let (tokens, audio_tokens) = (pack_video(&video)?, pack_audio(&audio)?);
+            let sides = [video.dim(2)?, video.dim(3)?, video.dim(4)?];
+            out.push(same("ltx2.video_tokens".into(), &tokens, &tensor("video_tokens")?)?);
+            out.push(same("ltx2.video".into(), &unpack_video(&tokens, sides)?, &video)?);
+            out.push(same("ltx2.audio_tokens".into(), &audio_tokens, &tensor("audio_tokens")?)?);
+            out.push(same("ltx2.audio".into(), &unpack_audio(&audio_tokens, audio.dim(3)?)?, &audio)?);
+            continue;
+        }
         // FLUX and Qwen-Image pack alike.
         if !["flux", "qwen", "qwen_edit"].contains(&&*family) {
             out.push(Outcome::unbuilt(family));
@@ -64,7 +75,7 @@ fn packing(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         out.push(same(format!("{family}.packed"), &packed, &tensor("packed")?)?);
         out.push(same(format!("{family}.unpacked"), &unpack_latents(&packed, latents.dims())?, &tensor("unpacked")?)?);
         if golden.has(&format!("{family}.img_ids")) {
-            let ids = latent_image_ids(latents.dim(2)?, latents.dim(3)?, &Device::cpu())?;
+            let ids = latent_image_ids(latents.dim(2)?, latents.dim(3)?)?;
             out.push(same(format!("{family}.img_ids"), &ids, &tensor("img_ids")?)?);
         }
     }

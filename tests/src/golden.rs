@@ -15,6 +15,7 @@ pub(crate) type Any<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 pub(crate) struct Golden {
     pub(crate) json: Value,
     tensors: Option<SafeTensors>,
+    device: Device,
 }
 
 impl Golden {
@@ -23,17 +24,23 @@ impl Golden {
         let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         let file = dir.join(name).with_extension("safetensors");
         let tensors = file.exists().then(|| SafeTensors::open(&file)).transpose()?;
-        Ok(Self { json: serde_json::from_str(&text)?, tensors })
+        Ok(Self { json: serde_json::from_str(&text)?, tensors, device: Device::cpu() })
     }
 
     /// Tensors without a JSON of their own.
     pub(crate) fn tensors(dir: &Path, name: &str) -> Any<Self> {
-        Ok(Self { json: Value::Null, tensors: Some(SafeTensors::open(dir.join(name).with_extension("safetensors"))?) })
+        let tensors = Some(SafeTensors::open(dir.join(name).with_extension("safetensors"))?);
+        Ok(Self { json: Value::Null, tensors, device: Device::cpu() })
+    }
+
+    /// The same with its tensors on another device.
+    pub(crate) fn on(self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self }
     }
 
     pub(crate) fn tensor(&self, name: &str) -> Any<Tensor> {
         let file = self.tensors.as_ref().ok_or("no safetensors beside the JSON")?;
-        Ok(file.get(name, &Device::cpu(), Some(DType::F32))?)
+        Ok(file.get(name, &self.device, Some(DType::F32))?)
     }
 
     pub(crate) fn values(&self, name: &str) -> Any<Vec<f32>> {

@@ -1,6 +1,7 @@
 //! The goldens' cases, driven by their files, and what the integration tests share.
 
 pub mod adapters;
+pub mod devices;
 mod golden;
 pub mod ops;
 pub mod optim;

@@ -14,6 +14,7 @@ use flowtape_models::blocks::{
 };
 use flowtape_models::flux::{FluxSingleTransformerBlock, FluxTransformerBlock};
 use flowtape_models::flux2;
+use flowtape_models::qwen_image::QwenImageConfig;
 use flowtape_models::wan::{WanAttention, WanConfig};
 use serde_json::Value;
 
@@ -37,6 +38,17 @@ struct Case<'a> {
     inputs: BTreeMap<String, Tensor>,
     root: ParamBuilder,
     params: BTreeMap<String, Tensor>,
+    /// Complex tables `[L, pairs, 2]` of another case that this one takes.
+    freqs: Option<Tensor>,
+}
+
+/// Tables as complex numbers `[L, pairs, 2]`.
+fn complex(tables: &RopeTables) -> Any<Tensor> {
+    let halved = |table: &Tensor| -> Any<Tensor> {
+        let (len, width) = (table.dim(0)?, table.dim(1)?);
+        Ok(table.reshape(&[len, width / 2, 2])?.narrow(2, 0, 1)?)
+    };
+    Ok(Tensor::cat(&[&halved(&tables.cos)?, &halved(&tables.sin)?], 2)?)
 }
 
 fn file_cases(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
@@ -54,6 +66,7 @@ fn file_cases(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
             inputs: inputs.into_iter().map(|(k, t)| (k, tape.leaf(&t))).collect(),
             root: ParamBuilder::new(0, DType::F32, &Device::cpu()),
             params: golden.under(&format!("{name}/param."))?,
+            freqs: json["freqs"].as_str().map(|freqs| golden.tensor(freqs)).transpose()?,
         };
         let Some(outputs) = case.run()? else {
             out.push(Outcome::unbuilt(name));
@@ -292,6 +305,27 @@ impl Case<'_> {
                 )?;
                 vec![tables.cos, tables.sin]
             }
+            "qwen_rope" | "qwen_rope_two_images" => {
+                let shapes: Vec<Vec<Vec<usize>>> = serde_json::from_value(self.json["img_shapes"].clone())?;
+                let images = shapes.first().ok_or("shapes")?;
+                let text = number(self.json, "text_len")? as usize;
+                let axes_dims_rope = self.sizes("axes_dim")?;
+                let config = QwenImageConfig { axes_dims_rope, ..QwenImageConfig::default() };
+                let tables = config.rope(text, images, &Device::cpu())?;
+                let places = tables.cos.dim(0)? - text;
+                let complex = complex(&tables)?;
+                vec![complex.narrow(0, text, places)?, complex.narrow(0, 0, text)?]
+            }
+            "qwen_apply" => {
+                // Both numbers of a complex one at both places of their pair.
+                let table = |i: usize| -> Any<Tensor> {
+                    let part = self.freqs.as_ref().ok_or("freqs")?.narrow(2, i, 1)?;
+                    let (len, pairs) = (part.dim(0)?, part.dim(1)?);
+                    Ok(part.expand(&[len, pairs, 2])?.reshape(&[len, 2 * pairs])?)
+                };
+                let x = self.x()?.transpose(1, 2)?;
+                vec![ops::rope(&x, &table(0)?, &table(1)?, RopeLayout::Interleaved)?.transpose(1, 2)?]
+            }
             "flux_apply" => {
                 let x = self.x()?.transpose(1, 2)?;
                 vec![ops::rope(&x, self.input("cos")?, self.input("sin")?, RopeLayout::Interleaved)?.transpose(1, 2)?]
@@ -411,8 +445,8 @@ impl Case<'_> {
         let (width, head) = (image.dim(2)?, rope.cos.dim(1)?);
         if self.name == "flux_double_block" {
             return self.module(
-                |p| FluxTransformerBlock::new(p, width, width / head),
-                |m| Ok(m.forward(text, image, temb, &rope)?.into()),
+                |p| FluxTransformerBlock::new(p, width, width / head, 4 * width),
+                |m| Ok(m.forward([text, image], temb, &rope, None)?.into()),
             );
         }
         self.module(

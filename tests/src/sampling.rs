@@ -18,8 +18,13 @@ use crate::golden::{Any, Golden, collect, number, relative, text};
 pub fn cases(root: &Path) -> Vec<Outcome> {
     let dir = root.join("sampling");
     let mut out = collect("sampling/scheduler", |out| scheduler(&dir, out));
-    out.extend(collect("sampling/flux_trajectory", |out| trajectory(root, out)));
+    out.extend(trajectories_on(root, &Device::cpu()));
     out
+}
+
+/// Euler trajectories on a device.
+pub fn trajectories_on(root: &Path, device: &Device) -> Vec<Outcome> {
+    collect("sampling/flux_trajectory", |out| trajectory(root, device, out))
 }
 
 fn scheduler(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
@@ -67,10 +72,10 @@ fn scheduler(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
 }
 
 /// Euler trajectories of the model of `flux_step/`: the latents after every step.
-fn trajectory(root: &Path, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(&root.join("sampling"), "flux_trajectory")?;
+fn trajectory(root: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(&root.join("sampling"), "flux_trajectory")?.on(device);
     let bound = text(&golden.json["tolerance"], "latents")?.rsplit(' ').next().ok_or("a bound")?.parse()?;
-    let model = checkpoint::load(&root.join("flux_step"), DType::F32, &Device::cpu())?;
+    let model = checkpoint::load(&root.join("flux_step"), DType::F32, device)?;
     let noise = golden.tensor("latents")?;
     let batch = |prefix: &str| -> Any<Batch> {
         let text = golden.tensor(&format!("{prefix}text_embeddings"))?;

@@ -16,13 +16,18 @@ use crate::golden::{Any, Golden, Tolerance, collect, exact, max, number, relativ
 
 /// All steps. `root` is the folder of the goldens.
 pub fn cases(root: &Path) -> Vec<Outcome> {
+    cases_on(root, &Device::cpu())
+}
+
+/// All steps on a device.
+pub fn cases_on(root: &Path, device: &Device) -> Vec<Outcome> {
     let mut folders: Vec<_> = std::fs::read_dir(root)
         .map(|entries| entries.flatten().map(|e| e.path()).filter(|p| p.join("case.json").exists()).collect())
         .unwrap_or_default();
     folders.sort();
     let name = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let steps = folders.iter().filter(|p| name(p).ends_with("_step"));
-    steps.flat_map(|folder| collect(&name(folder), |out| step(folder, out))).collect()
+    steps.flat_map(|folder| collect(&name(folder), |out| step(folder, device, out))).collect()
 }
 
 /// Replaces what an adapter prepared: entries that a case removes, and recorded projections.
@@ -93,15 +98,15 @@ impl Recorded {
     }
 }
 
-fn step(folder: &Path, out: &mut Vec<Outcome>) -> Any<()> {
+fn step(folder: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
     let case: Value = serde_json::from_slice(&std::fs::read(folder.join("case.json"))?)?;
     let adapter = text(&case, "adapter")?;
     if !MODELS.iter().any(|m| m.adapter == adapter) {
         out.push(Outcome::unbuilt(format!("step ({adapter})")));
         return Ok(());
     }
-    let mut model = checkpoint::load(folder, DType::F32, &Device::cpu())?;
-    let files = Files::open(folder)?;
+    let mut model = checkpoint::load(folder, DType::F32, device)?;
+    let files = Files::open(folder, device)?;
     let accept = Bounds::read(&case["tolerance"]["accept"])?;
     let plain = Run::new(&case, &*model, &files, BTreeMap::new())?;
     plain.compare(&case, &*model, &files, "", accept, out)?;
@@ -140,8 +145,8 @@ struct Files {
 }
 
 impl Files {
-    fn open(folder: &Path) -> Any<Self> {
-        let open = |name| Golden::tensors(folder, name);
+    fn open(folder: &Path, device: &Device) -> Any<Self> {
+        let open = |name| Ok::<_, Box<dyn std::error::Error>>(Golden::tensors(folder, name)?.on(device));
         Ok(Self {
             inputs: open("inputs")?,
             prepared: open("prepared")?,
@@ -205,7 +210,7 @@ impl Run {
             ("loss_weight", &step.parts.loss_weight),
             ("weighted_loss", &step.parts.weighted_loss),
             ("average_unweighted_loss", &step.parts.average_unweighted_loss),
-            ("average_weighted_loss", &step.parts.average_weighted_loss),
+            ("average_weighted_loss", &step.loss),
         ];
         let outputs = outputs.map(|(name, tensor)| (name.to_owned(), tensor));
         let auxiliary = step.auxiliary_losses.iter().map(|(name, loss)| (format!("aux.{name}"), loss));
@@ -228,7 +233,7 @@ impl Run {
 
         let zero: Vec<String> = serde_json::from_value(case["mathematically_zero_gradients"].clone())?;
         let mut without: Vec<String> = serde_json::from_value(case["parameters_without_gradient"].clone())?;
-        let mut ours = model.parameters_without_gradient();
+        let mut ours = model.parameters_without_gradient(&step.inputs);
         without.sort();
         ours.sort();
         push("parameters without gradient", f64::from(u8::from(ours != without)), 0.0, format!("{}", without.len()));

@@ -20,6 +20,8 @@ pub struct Request<'a> {
     pub first_frames: Option<&'a [f32]>,
     /// The same seed gives the same samples.
     pub seed: u64,
+    /// Where the model lies.
+    pub device: &'a Device,
 }
 
 /// One sample for each prompt, grey in about [-1, 1], one after the other. A sample depends on the seed, its place and
@@ -34,7 +36,7 @@ pub fn generate(
     request: &Request<'_>,
     config: &SamplingConfig,
 ) -> Result<Vec<f32>> {
-    let device = Device::cpu();
+    let device = request.device;
     let euler = FlowMatchEulerDiscrete::new(EulerConfig::default())?;
     // From 1 down in equal steps, as the FLUX pipeline asks for them.
     let steps = config.num_inference_steps;
@@ -44,13 +46,13 @@ pub fn generate(
     let frame = data.video.map_or(0, |v| v.frame());
     let mut samples = Vec::new();
     for (index, prompts) in request.prompts.chunks(at_once).enumerate() {
-        let noise = Philox::new(request.seed).fork(index as u64).normal(&data.dims(prompts.len()), &device)?;
+        let noise = Philox::new(request.seed).fork(index as u64).normal(&data.dims(prompts.len()), device)?;
         let dtype = model.params().iter().next().map_or(noise.dtype(), |(_, p)| p.dtype());
         let noise = noise.to_dtype(dtype)?;
         let first = request.first_frames.map(|f| &f[index * at_once * frame..][..prompts.len() * frame]);
         let captions: Vec<Option<&str>> = prompts.iter().map(|p| Some(*p)).collect();
-        let batch = data.conditioning(&captions, first, dtype, &device)?;
-        let negative = data.conditioning(&vec![None; prompts.len()], first, dtype, &device)?;
+        let batch = data.conditioning(&captions, first, dtype, device)?;
+        let negative = data.conditioning(&vec![None; prompts.len()], first, dtype, device)?;
         let guidance =
             (config.guidance_scale != 1.0).then_some(Guidance { negative: &negative, scale: config.guidance_scale });
         let task_type = if first.is_some() { TaskType::I2V } else { TaskType::T2V };

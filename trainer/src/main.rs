@@ -36,6 +36,8 @@ enum Command {
     Train(Train),
     /// Generate images with a trained run.
     Sample(Sample),
+    /// List what there is to compute on, and why something can't be used.
+    Devices,
     /// Show a model's architecture and counts without its weights in memory.
     Inspect(Inspect),
 }
@@ -60,6 +62,9 @@ struct Train {
     /// Go on with this run folder from its last checkpoint.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
+    /// Where to train: cpu, wgpu or wgpu:<number>; see `flowtape devices`. The recipe's own device by default.
+    #[arg(long)]
+    device: Option<String>,
     /// Print one JSON object as the last line instead of a table.
     #[arg(long)]
     json: bool,
@@ -78,6 +83,9 @@ struct Sample {
     /// The same seed gives the same images.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Where to sample; the run's own device by default.
+    #[arg(long)]
+    device: Option<String>,
     /// Euler steps; the run's own number by default.
     #[arg(long)]
     steps: Option<usize>,
@@ -115,6 +123,7 @@ fn run() -> Result<()> {
         awake(|| match cli.command {
             Command::Train(args) => run_train(&args),
             Command::Sample(args) => run_sample(&args),
+            Command::Devices => list_devices(),
             Command::Inspect(args) => run_inspect(&args),
         })
     })
@@ -127,10 +136,11 @@ fn run_train(args: &Train) -> Result<()> {
     let mut progress = Terminal::default();
     let (summary, report) = match (&args.recipe, &args.resume) {
         (Some(path), _) => {
-            let recipe = Recipe::load(path, &args.set)?;
+            let mut recipe = Recipe::load(path, &args.set)?;
+            recipe.device = args.device.clone().unwrap_or(recipe.device);
             (train(&recipe, &mut progress, &stop)?, recipe.report)
         }
-        (None, Some(run)) => (resume(run, &mut progress, &stop)?, None),
+        (None, Some(run)) => (resume(run, args.device.as_deref(), &mut progress, &stop)?, None),
         (None, None) => anyhow::bail!("name a recipe, or a run folder with --resume"),
     };
     progress.finish();
@@ -170,6 +180,10 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     println!("sample it       flowtape sample {run} --prompt \"a handwritten seven\" --n 16 --seed 1 --out sevens.png");
 }
 
+fn list_devices() -> Result<()> {
+    flowtape_gpu::reports().iter().try_for_each(|device| say(format_args!("{device}\n")))
+}
+
 fn run_inspect(args: &Inspect) -> Result<()> {
     let found = inspect(&args.target)?;
     if args.json { say(format_args!("{}\n", serde_json::to_string(&found)?)) } else { say(format_args!("{found}")) }
@@ -184,7 +198,7 @@ fn say(text: std::fmt::Arguments<'_>) -> Result<()> {
 }
 
 fn run_sample(args: &Sample) -> Result<()> {
-    let mut trained = Trained::load(&args.run)?;
+    let mut trained = Trained::load(&args.run, args.device.as_deref())?;
     if let Some(steps) = args.steps {
         trained.sampling.num_inference_steps = steps;
     }

@@ -28,6 +28,9 @@ pub struct Recipe {
     /// Weights, activations, gradients and moments: `f32` or `bf16`.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Where it runs: `cpu`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
+    #[serde(default = "cpu")]
+    pub device: String,
     /// What is trained on.
     pub data: DataConfig,
     /// The object of diffusers' `config.json`; its `_class_name` says which model.
@@ -57,6 +60,10 @@ pub struct Recipe {
     /// The report at the end; none if the section is absent.
     #[serde(default)]
     pub report: Option<ReportConfig>,
+}
+
+fn cpu() -> String {
+    "cpu".into()
 }
 
 /// A dtype by its short name.

@@ -9,7 +9,7 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::optim::{AdamW, AdamWConfig, LrScheduler, LrSchedulerConfig, clip_grad_norm};
 use flowtape_engine::{DType, Device, Gradients, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, create_adapter, create_model};
+use flowtape_models::{Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
@@ -89,12 +89,14 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) ->
     trainer.run(&run, 0, 0.0, progress, stop)
 }
 
-/// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit.
+/// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit,
+/// unless another `device` than the recipe's is named.
 ///
 /// # Errors
-/// When the folder has no checkpoint, or a step fails.
-pub fn resume(path: &Path, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
-    let (run, recipe) = RunFolder::open(path)?;
+/// When the device is not there, the folder has no checkpoint, or a step fails.
+pub fn resume(path: &Path, device: Option<&str>, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
+    let (run, mut recipe) = RunFolder::open(path)?;
+    recipe.device = device.map_or(recipe.device, str::to_owned);
     let mut trainer = Trainer::new(&recipe)?;
     let (step, seconds) = run.load(&*trainer.model, &mut trainer.optimizer)?;
     trainer.run(&run, step, seconds, progress, stop)
@@ -117,17 +119,14 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// When a section does not fit.
     pub fn new(recipe: &'a Recipe) -> Result<Self> {
-        let device = Device::cpu();
-        let flow = &recipe.flow_matching;
-        let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
+        let device = flowtape_gpu::device(&recipe.device)?;
         let mut model = create_model(&recipe.model, &ParamBuilder::new(recipe.seed, recipe.dtype.into(), &device))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if recipe.init == Init::AdalnZero {
             let names = model.zero_init_parameters();
-            let chosen = model.params().iter().filter(|(name, _)| names.iter().any(|n| n == name));
-            chosen
-                .map(|(_, p)| p.copy_from(&Tensor::zeros(p.dims(), p.dtype(), &device)?))
-                .collect::<Result<(), _>>()?;
+            for (_, parameter) in model.params().iter().filter(|(name, _)| names.iter().any(|n| n == name)) {
+                parameter.copy_from(&Tensor::zeros(parameter.dims(), parameter.dtype(), &device)?)?;
+            }
         }
         let optimizer = &recipe.optimizer;
         let constant = LrSchedulerConfig {
@@ -138,7 +137,7 @@ impl<'a> Trainer<'a> {
         let steps = recipe.step_scheduler.max_steps;
         let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
         Ok(Self {
-            pipeline: FlowMatchingPipeline::new(flow.clone(), adapter)?,
+            pipeline: create_pipeline(recipe.flow_matching.clone())?,
             optimizer: AdamW::new(AdamWConfig { betas: optimizer.betas, eps: optimizer.eps }),
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             data: Data::new(&recipe.data, Philox::new(recipe.seed).fork(DATA).state().0)?,
@@ -164,8 +163,8 @@ impl<'a> Trainer<'a> {
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
         let mut gradients = Gradients::default();
         let mut loss = 0.0;
-        for part in 0..parts {
-            let from = step as usize * global + part * local;
+        for i in 0..parts {
+            let from = step as usize * global + i * local;
             let batch = self.data.batch(from, local, &self.device)?;
             let tape = Tape::new();
             let options = StepOptions {
@@ -177,10 +176,12 @@ impl<'a> Trainer<'a> {
             let output = self.pipeline.step(&*self.model, &batch, step, &mut draws, &options)?;
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             loss += share.item()?;
-            gradients.add(tape.backward(&share)?)?;
+            let part = tape.backward(&share)?;
+            let without = self.model.parameters_without_gradient(&output.inputs);
+            self.model.params().check_gradients(&part, &without)?;
+            gradients.add(part)?;
         }
         let params = self.model.params();
-        params.check_gradients(&gradients, &self.model.parameters_without_gradient())?;
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let clipping = clip_grad_norm(&gradients, max_norm)?;
         let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
@@ -270,7 +271,7 @@ impl<'a> Trainer<'a> {
 
     fn samples(&self, classes: &[u8], seed: u64, first_frames: Option<&[f32]>) -> Result<Vec<f32>> {
         let prompts: Vec<&str> = classes.iter().map(|c| CAPTIONS[usize::from(*c)]).collect();
-        let request = Request { prompts: &prompts, first_frames, seed };
+        let request = Request { prompts: &prompts, first_frames, seed, device: &self.device };
         generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.recipe.sampling)
     }
 
@@ -337,21 +338,21 @@ pub struct Trained {
     pub data: Data,
     /// The run's own settings.
     pub sampling: crate::recipe::SamplingConfig,
+    device: Device,
 }
 
 impl Trained {
-    /// From a run folder's newest checkpoint.
+    /// From a run folder's newest checkpoint, on the recipe's device or another.
     ///
     /// # Errors
-    /// When it is not a run folder or has no checkpoint.
-    pub fn load(path: &Path) -> Result<Self> {
+    /// When the device is not there, it is not a run folder or has no checkpoint.
+    pub fn load(path: &Path, device: Option<&str>) -> Result<Self> {
         let (run, recipe) = RunFolder::open(path)?;
+        let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
         let dtype: DType = recipe.dtype.into();
-        let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &Device::cpu())?;
-        let flow = &recipe.flow_matching;
-        let adapter = create_adapter(&flow.adapter_type, &flow.adapter_kwargs)?;
-        let pipeline = FlowMatchingPipeline::new(flow.clone(), adapter)?;
-        Ok(Self { model, pipeline, data: Data::new(&recipe.data, recipe.seed)?, sampling: recipe.sampling })
+        let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &device)?;
+        let pipeline = create_pipeline(recipe.flow_matching)?;
+        Ok(Self { model, pipeline, data: Data::new(&recipe.data, recipe.seed)?, sampling: recipe.sampling, device })
     }
 
     /// `n` samples of a prompt; videos may go on from a given first frame.
@@ -367,7 +368,8 @@ impl Trained {
             return refused("--first-frame", "only video models of the adapter hunyuan go on from a frame");
         }
         let first_frames = first_frame.map(|frame| frame.repeat(n));
-        let request = Request { prompts: &vec![prompt; n], first_frames: first_frames.as_deref(), seed };
+        let prompts = vec![prompt; n];
+        let request = Request { prompts: &prompts, first_frames: first_frames.as_deref(), seed, device: &self.device };
         generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.sampling)
     }
 }

@@ -155,7 +155,7 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
         (text.replace("  max_steps:", "  max_step:"), "did you mean `max_steps`"),
         (text.replace("lr: 1.0e-3", "lr: fast"), "line"),
         (text.replace("num_layers: 2", "num_layers: two"), "num_layers"),
-        (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, got"),
+        (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, "),
         (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),
         (text.replace("adapter_type: flux", "adapter_type: flex"), "simple, flux"),
         (text.replace("text_dim: 32", "text_dim: 16"), "[.., in]"),

@@ -101,7 +101,7 @@ impl Backend for Cpu {
     }
 
     fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
-        check_counts(program, inputs, scalars, outputs)?;
+        program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
         // SAFETY: views of tensors lie in their memory; the ops give outputs that nobody else uses.
         unsafe { pointwise::pointwise(program, &views(inputs)?, scalars, &views(outputs)?, isa()) };
         Ok(())
@@ -115,7 +115,7 @@ impl Backend for Cpu {
         scalars: &[f64],
         outputs: &[&Tensor],
     ) -> Result<()> {
-        check_counts(program, inputs, scalars, outputs)?;
+        program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
         // SAFETY: as in `pointwise`.
         unsafe { pointwise::reduce(program, kind, &views(inputs)?, scalars, &views(outputs)?, isa()) };
         Ok(())
@@ -177,16 +177,6 @@ impl Backend for Cpu {
             }
         }
         Ok(Ran::Done)
-    }
-}
-
-fn check_counts(program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
-    let expected = (program.inputs, program.scalars, program.outputs.len());
-    let got = (inputs.len(), scalars.len(), outputs.len());
-    if expected == got {
-        Ok(())
-    } else {
-        Err(Error::argument("pointwise", format!("{expected:?} inputs, scalars and outputs"), got))
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 use super::{Binary, Function, Id, Lowered, Node, Unary};
+use crate::{Error, Result};
 
 /// What an instruction does with its operands.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -69,6 +70,18 @@ impl Program {
     /// The program in steps that every machine has, for backends that print kernels.
     pub fn lowered(&self) -> &Lowered {
         self.lowered.get_or_init(|| Lowered::of(self))
+    }
+
+    /// Whether it takes so many inputs and scalars and has so many outputs.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn check_counts(&self, inputs: usize, scalars: usize, outputs: usize) -> Result<()> {
+        let (expected, got) = ((self.inputs, self.scalars, self.outputs.len()), (inputs, scalars, outputs));
+        if expected == got {
+            return Ok(());
+        }
+        Err(Error::argument("pointwise", format!("{expected:?} inputs, scalars and outputs"), got))
     }
 
     /// The first slot of scalars and constants.

@@ -75,10 +75,10 @@ impl LayerNorm {
     }
 }
 
-/// Root-mean-square normalisation over the last axis; parameter `weight`.
+/// Root-mean-square normalisation over the last axis; parameter `weight`, unless it is plain.
 #[derive(Clone, Debug)]
 pub struct RmsNorm {
-    weight: Tensor,
+    weight: Option<Tensor>,
     eps: f64,
 }
 
@@ -88,7 +88,12 @@ impl RmsNorm {
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, width: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: params.get("weight", &[width], Init::Ones)?, eps })
+        Ok(Self { weight: Some(params.get("weight", &[width], Init::Ones)?), eps })
+    }
+
+    /// Without parameters, over any width.
+    pub fn plain(eps: f64) -> Self {
+        Self { weight: None, eps }
     }
 
     /// Any x whose last axis has the layer's width.
@@ -96,7 +101,7 @@ impl RmsNorm {
     /// # Errors
     /// When the shape does not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::rms_norm(x, Some(&self.weight), self.eps)
+        ops::rms_norm(x, self.weight.as_ref(), self.eps)
     }
 }
 
@@ -158,10 +163,24 @@ impl FeedForward {
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, width: usize, inner: usize, activation: Activation) -> Result<Self> {
+        Self::with_bias(params, width, inner, activation, true)
+    }
+
+    /// The same, where the two products may lack a bias.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn with_bias(
+        params: &ParamBuilder,
+        width: usize,
+        inner: usize,
+        activation: Activation,
+        bias: bool,
+    ) -> Result<Self> {
         let net = params.sub("net");
         let wide = if activation.is_gated() { 2 * inner } else { inner };
-        let input = Linear::new(&net.sub(0).sub("proj"), width, wide, true)?;
-        Ok(Self { input, activation, output: Linear::new(&net.sub(2), inner, width, true)? })
+        let input = Linear::new(&net.sub(0).sub("proj"), width, wide, bias)?;
+        Ok(Self { input, activation, output: Linear::new(&net.sub(2), inner, width, bias)? })
     }
 
     /// Of products that have other names; a gated activation halves what `input` gives.

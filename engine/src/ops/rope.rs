@@ -5,7 +5,7 @@ use crate::expr::Function;
 use crate::gradcheck::{Case, Sample};
 use crate::ops::pointwise::run_pointwise;
 use crate::tape::{Forward, InputGradients, Op, apply_one};
-use crate::{Error, Result, Tensor};
+use crate::{Device, Error, Result, Tensor};
 
 /// Which elements of the last axis form a pair.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,7 +103,8 @@ pub const CASES: &[Case] = &[Case {
         let layout = if draw.size(0, 1) == 0 { RopeLayout::Interleaved } else { RopeLayout::Split };
         let angles: Vec<f64> = (0..len * 2 * half).map(|_| draw.number(-3.0, 3.0)).collect();
         Sample::new(vec![draw.standard(&[2, heads, len, 2 * half])?], move |xs| {
-            let angles = Tensor::from_slice(&angles, &[len, 2 * half], xs[0].device())?.to_dtype(xs[0].dtype())?;
+            let angles = Tensor::from_slice(&angles, &[len, 2 * half], &Device::cpu())?.to_dtype(xs[0].dtype())?;
+            let angles = angles.to_device(xs[0].device())?;
             rope(&xs[0], &angles.cos()?, &angles.sin()?, layout)
         })
     },

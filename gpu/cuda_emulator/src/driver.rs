@@ -3,6 +3,7 @@
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::machine::{Allocations, launch};
@@ -136,6 +137,15 @@ pub fn launched(name: &str) -> usize {
 /// What was last found wrong with a text or a running kernel.
 pub fn complaint() -> String {
     state().complaint.clone()
+}
+
+/// Writes a text to the folder that `FLOWTAPE_PTX` names, once: for a real assembler to read.
+fn keep(text: &str) {
+    let Some(folder) = std::env::var_os("FLOWTAPE_PTX") else { return };
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    let path = std::path::Path::new(&folder).join(format!("{:016x}.ptx", hasher.finish()));
+    std::fs::write(&path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
 }
 
 const LAYOUT: usize = 256;
@@ -332,6 +342,7 @@ mod answers {
             _values: *mut *mut c_void
         ) {
             let text = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy().into_owned();
+            keep(&text);
             let parsed = Module::parse(&text);
             let mut state = state();
             match parsed {

@@ -12,5 +12,5 @@ mod driver;
 mod machine;
 mod parse;
 
-pub use driver::{Settings, complaint, install, launched, set, usage};
+pub use driver::{Settings, Usage, complaint, install, launched, set, usage};
 pub use parse::Module;

@@ -25,8 +25,9 @@ struct Thread {
     pc: usize,
     status: Status,
     index: u32,
-    /// Copies on their way, by group; the last group is open.
-    copies: VecDeque<Vec<(u64, u64, usize)>>,
+    /// Copies on their way: those of closed groups, and of the open one.
+    closed: VecDeque<Vec<(u64, u64, usize)>>,
+    open: Vec<(u64, u64, usize)>,
     /// The block of memory that was used last.
     last: (u64, u64),
 }
@@ -114,8 +115,8 @@ impl Block<'_> {
 
     /// Lets copies arrive until at most `left` closed groups are on their way.
     fn arrive(&mut self, thread: &mut Thread, left: usize) -> Result<(), Trap> {
-        while thread.copies.len() > left + 1 {
-            for (to, from, bytes) in thread.copies.pop_front().unwrap_or_default() {
+        while thread.closed.len() > left {
+            for (to, from, bytes) in thread.closed.pop_front().unwrap_or_default() {
                 let target = self.address(thread, Space::Shared, to, 16)?;
                 let mut value = [0u8; 16];
                 if bytes > 0 {
@@ -230,9 +231,12 @@ impl Block<'_> {
                     let target = self.address(thread, Space::Shared, to, 16)?;
                     // SAFETY: the address was checked.
                     unsafe { target.write_bytes(0xff, 16) };
-                    thread.copies.back_mut().ok_or("no group of copies")?.push((to, from, bytes));
+                    thread.open.push((to, from, bytes));
                 }
-                Op::Commit => thread.copies.push_back(Vec::new()),
+                Op::Commit => {
+                    let group = std::mem::take(&mut thread.open);
+                    thread.closed.push_back(group);
+                }
                 Op::Wait(left) => self.arrive(thread, *left)?,
                 Op::Barrier | Op::WarpBarrier | Op::Shuffle(..) | Op::Mma(..) | Op::LoadMatrices(..) => {
                     thread.status = Status::Waiting;
@@ -246,7 +250,7 @@ impl Block<'_> {
     /// Does what all threads of a warp have stopped at; nothing where that is a barrier of the block.
     fn together(&mut self, warp: &mut [Thread]) -> Result<bool, Trap> {
         let kernel = self.kernel;
-        let pc = warp[0].pc;
+        let pc = warp.iter().find(|t| t.status == Status::Waiting).map_or(0, |t| t.pc);
         let op = &kernel.code[pc].op;
         if matches!(op, Op::Barrier) {
             return Ok(false);
@@ -321,17 +325,11 @@ impl Block<'_> {
         Ok(true)
     }
 
-    fn finish(&mut self) -> Result<(), Trap> {
-        let mut threads: Vec<Thread> = (0..self.threads)
-            .map(|index| Thread {
-                registers: vec![0; self.kernel.registers],
-                pc: 0,
-                status: Status::Running,
-                index,
-                copies: VecDeque::from([Vec::new()]),
-                last: (0, 0),
-            })
-            .collect();
+    fn finish(&mut self, threads: &mut [Thread]) -> Result<(), Trap> {
+        for thread in threads.iter_mut() {
+            thread.registers.fill(0);
+            (thread.pc, thread.status) = (0, Status::Running);
+        }
         loop {
             for warp in threads.chunks_mut(32) {
                 loop {
@@ -372,12 +370,22 @@ pub(crate) fn launch(
     dynamic: usize,
     memory: &Allocations,
 ) -> Result<(), Trap> {
+    let new = |index| Thread {
+        registers: vec![0; kernel.registers],
+        pc: 0,
+        status: Status::Running,
+        index,
+        closed: VecDeque::new(),
+        open: Vec::new(),
+        last: (0, 0),
+    };
+    let mut all: Vec<Thread> = (0..threads).map(new).collect();
     for z in 0..grid[2] {
         for y in 0..grid[1] {
             for x in 0..grid[0] {
                 let shared = vec![0xff; kernel.shared + dynamic];
                 let mut block = Block { kernel, parameter, memory, shared, at: [x, y, z], grid, threads };
-                block.finish()?;
+                block.finish(&mut all)?;
             }
         }
     }
@@ -473,6 +481,7 @@ fn convert(to: Type, from: Type, rounding: Option<Rounding>, values: &[u64]) -> 
         (Type::F(32), Type::F(64), Some(Rounding::Nearest)) => (f64::from_bits(value) as f32).to_bits().into(),
         (Type::F(64), Type::F(32), None) => f64::from(f(value)).to_bits(),
         (Type::F(32), Type::F(32), Some(Rounding::NearestInteger)) => f(value).round_ties_even().to_bits().into(),
+        (Type::F(32), Type::F(32), Some(Rounding::ZeroInteger)) => f(value).trunc().to_bits().into(),
         (Type::F(32), Type::S(32), Some(Rounding::Nearest)) => (value as i32 as f32).to_bits().into(),
         (Type::F(32), Type::U(32), Some(Rounding::Nearest)) => (value as u32 as f32).to_bits().into(),
         (Type::S(32), Type::F(32), Some(Rounding::ZeroInteger)) => u64::from(f(value) as i32 as u32),
@@ -481,4 +490,67 @@ fn convert(to: Type, from: Type, rounding: Option<Rounding>, values: &[u64]) -> 
         (Type::S(to) | Type::U(to), Type::U(from), None) => masked(masked(value, from), to),
         _ => return refuse(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Module;
+
+    /// Runs a body on one block of 64 threads, with a word of output each.
+    fn run(body: &str) -> Result<Vec<u32>, Trap> {
+        let text = format!(
+            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry kernel(.param .align 8 .b8 args[8])\n\
+             .maxntid 64, 1, 1\n{{\n.shared .align 16 .b8 parts[1024];\nld.param.u64 %d0, [args+0];\n\
+             mov.u32 %r0, %tid.x;\nmul.wide.u32 %d1, %r0, 4;\nadd.u64 %d2, %d0, %d1;\n{body}\nret;\n}}\n"
+        );
+        let module = Module::parse(&text)?;
+        let mut out = vec![0u32; 64];
+        let address = out.as_mut_ptr() as u64;
+        let memory = Allocations::from([(address, 256)]);
+        launch(&module.kernels["kernel"], &address.to_le_bytes(), [1, 1, 1], 64, 0, &memory)?;
+        Ok(out)
+    }
+
+    #[test]
+    fn threads_write_and_meet() {
+        let reversed = "mad.lo.u32 %r1, %r0, 4, 0;\nst.shared.u32 [%r1], %r0;\nbar.sync 0;\nsub.u32 %r2, 252, %r1;\n\
+                        ld.shared.u32 %r3, [%r2];\nst.global.u32 [%d2], %r3;";
+        assert_eq!(run(reversed).unwrap(), (0..64).rev().collect::<Vec<u32>>());
+        let shuffled = "shfl.sync.bfly.b32 %r1|%p0, %r0, 1, 31, -1;\nst.global.u32 [%d2], %r1;";
+        assert_eq!(run(shuffled).unwrap(), (0..64).map(|i| i ^ 1).collect::<Vec<u32>>());
+    }
+
+    #[test]
+    fn mistakes_are_told() {
+        let cases = [
+            ("st.global.u32 [%d2+256], %r0;", "past a block"),
+            ("st.global.u32 [%d2+-4096], %r0;", "global address"),
+            ("st.global.u32 [%d2+2], %r0;", "store of 1 x 4"),
+            ("st.shared.u32 [%r0+1024], %r0;", "Shared"),
+            ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d2];", "load of 4 x 4"),
+            ("setp.lt.u32 %p0, %r0, 3;\n@%p0 bra SKIP;\nbar.sync 0;\nSKIP:", "never reach"),
+            ("setp.lt.u32 %p0, %r0, 3;\n@%p0 bra SKIP;\nshfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;\nSKIP:", "a warp meet"),
+            ("red.global.add.f32 [%d2], 0f00000000;", "no such instruction"),
+        ];
+        for (body, told) in cases {
+            let error = run(body).unwrap_err();
+            assert!(error.contains(told), "{body}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_copy_arrives_when_it_is_waited_for() {
+        let copy = |wait: &str| {
+            run(&format!(
+                "st.global.u32 [%d2], %r0;\nbar.sync 0;\nsetp.ge.u32 %p0, %r0, 1;\n@%p0 bra DONE;\nmov.u32 %r1, parts;\n\
+                 cp.async.cg.shared.global [%r1], [%d0], 16, 8;\ncp.async.commit_group;\n{wait}\n\
+                 ld.shared.v4.u32 {{%r2, %r3, %r4, %r5}}, [%r1];\nst.global.v4.u32 [%d0], {{%r5, %r4, %r3, %r2}};\nDONE:"
+            ))
+            .unwrap()[..4]
+                .to_vec()
+        };
+        assert_eq!(copy("cp.async.wait_group 0;"), [0, 0, 1, 0]);
+        assert_eq!(copy(""), [u32::MAX; 4]);
+    }
 }

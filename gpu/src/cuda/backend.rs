@@ -13,7 +13,7 @@ use super::gpu::{Gpu, checked};
 use super::memory::{CudaBuffer, CudaRaw, Staging, download};
 use super::pointwise::At;
 use super::view::{View, buffer};
-use super::{attention, index, matmul, norm, pointwise, reduce};
+use super::{attention, index, matmul, norm, pointwise, random, reduce};
 
 /// Memory that is kept for reuse beyond what is in use.
 const SPARE: usize = 1 << 30;
@@ -21,9 +21,12 @@ const SPARE: usize = 1 << 30;
 /// An NVIDIA GPU. Work is enqueued on one stream; only [`Backend::download`] waits.
 ///
 /// Operands are f32, bf16, f16 and u32; f64 is converted and moved, computed with on the CPU alone. A failure of work
-/// that was enqueued before is seen by a later call: its error says what was launched last.
+/// that was enqueued before is seen by a later call: its error says what was launched last. Clones are one device.
+#[derive(Clone, Debug)]
+pub struct Cuda(Arc<Inner>);
+
 #[derive(Debug)]
-pub struct Cuda {
+struct Inner {
     // Dropped in this order: all memory goes back while the device is there.
     staging: Staging,
     /// Holds an index past the end of its table, plus one; or zero.
@@ -53,7 +56,7 @@ impl Cuda {
         let gpu = Arc::new(Gpu::open(ordinal)?);
         let pool = Pool::new(CudaRaw(gpu.clone()), SPARE);
         let fault = pool.alloc(4)?;
-        let cuda = Self { staging: Staging::new(gpu.clone()), fault, pool, gpu };
+        let cuda = Self(Arc::new(Inner { staging: Staging::new(gpu.clone()), fault, pool, gpu }));
         cuda.clear_fault()?;
         Ok(cuda)
     }
@@ -68,29 +71,29 @@ impl Cuda {
 
     /// What it has done so far.
     pub fn usage(&self) -> CudaUsage {
-        let launches = self.gpu.launches.load(Ordering::Relaxed);
-        CudaUsage { pool: self.pool.usage(), launches, printed: self.gpu.printed_count() }
+        let launches = self.0.gpu.launches.load(Ordering::Relaxed);
+        CudaUsage { pool: self.0.pool.usage(), launches, printed: self.0.gpu.printed_count() }
     }
 
     /// Whether a failure was seen after which it takes no more work.
     pub fn is_lost(&self) -> bool {
-        self.gpu.lost.load(Ordering::Relaxed)
+        self.0.gpu.lost.load(Ordering::Relaxed)
     }
 
     fn at(&self) -> At<'_> {
-        At { gpu: &self.gpu, pool: &self.pool }
+        At { gpu: &self.0.gpu, pool: &self.0.pool }
     }
 
     fn fault(&self) -> u64 {
-        *self.fault.block()
+        *self.0.fault.block()
     }
 
     fn clear_fault(&self) -> Result<()> {
-        let cleared = self.gpu.enter().and_then(|()| {
+        let cleared = self.0.gpu.enter().and_then(|()| {
             // SAFETY: the fault word is memory of this device.
-            checked(unsafe { sys::cuMemsetD32Async(self.fault(), 0, 1, self.gpu.stream.as_inner()) })
+            checked(unsafe { sys::cuMemsetD32Async(self.fault(), 0, 1, self.0.gpu.stream.as_inner()) })
         });
-        cleared.map_err(|failure| self.gpu.failed("cuda", failure))
+        cleared.map_err(|failure| self.0.gpu.failed("cuda", failure))
     }
 }
 
@@ -114,26 +117,26 @@ fn check_size(op: &'static str, buffer: &CudaBuffer, bytes: usize) -> Result<()>
 
 impl Backend for Cuda {
     fn name(&self) -> &str {
-        &self.gpu.name
+        &self.0.gpu.name
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
-        Ok(Box::new(CudaBuffer(self.pool.alloc(bytes)?)))
+        Ok(Box::new(CudaBuffer(self.0.pool.alloc(bytes)?)))
     }
 
     fn upload(&self, target: &dyn Buffer, bytes: &[u8]) -> Result<()> {
         let target = buffer(target)?;
         check_size("upload", target, bytes.len())?;
-        self.staging.upload(*target.0.block(), bytes).map_err(|failure| self.gpu.failed("upload", failure))
+        self.0.staging.upload(*target.0.block(), bytes).map_err(|failure| self.0.gpu.failed("upload", failure))
     }
 
     fn download(&self, source: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
         let source = buffer(source)?;
         check_size("download", source, bytes)?;
         let (mut out, mut fault) = (vec![0; bytes], [0; 4]);
-        download(&self.gpu, *source.0.block(), &mut out)
-            .and_then(|()| download(&self.gpu, self.fault(), &mut fault))
-            .map_err(|failure| self.gpu.failed("download", failure))?;
+        download(&self.0.gpu, *source.0.block(), &mut out)
+            .and_then(|()| download(&self.0.gpu, self.fault(), &mut fault))
+            .map_err(|failure| self.0.gpu.failed("download", failure))?;
         match u32::from_le_bytes(fault) {
             0 => Ok(out),
             past => {
@@ -192,6 +195,9 @@ impl Backend for Cuda {
                 let mean = rest.first().filter(|_| *centred);
                 let weight = rest.get(usize::from(*centred)).filter(|_| *weight);
                 norm::backward(self.at(), x, mean, scale, weight, grad, dx)
+            }
+            (Fused::Random { distribution, seed, counter }, [], [out]) => {
+                random::fill(self.at(), *distribution, *seed, *counter, out)
             }
             _ => Ok(Ran::Declined),
         }

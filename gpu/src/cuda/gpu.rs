@@ -68,13 +68,17 @@ impl Failure {
         }
     }
 
-    /// As the engine's error.
-    pub fn at(self, op: &'static str, device: &str) -> Error {
+    /// In words, with what to do.
+    fn told(&self) -> String {
         let raw = flowtape_cuda_driver::last_unlisted_error();
         let code = if self.code == 999 && raw != 0 { raw as u32 } else { self.code };
-        let what = format!("{} (CUDA error {code})", self.text);
-        Error::DeviceFailed { op, device: device.to_owned(), what, advice: self.advice() }
+        format!("{} (CUDA error {code}); {}", self.text, self.advice())
     }
+}
+
+/// A device that is not there or can't be used, and why.
+fn absent(ordinal: u32, why: String) -> Error {
+    Error::Device { op: "cuda", expected: format!("cuda:{ordinal}"), got: why }
 }
 
 /// An opened device. All its work is on one stream, in order.
@@ -95,20 +99,17 @@ pub(super) struct Gpu {
     pub lost: AtomicBool,
 }
 
-/// The driver, ready; or what is in the way.
-fn driver() -> Result<(), (String, &'static str)> {
+/// The driver, ready; or what is in the way and what to do.
+fn driver() -> Result<(), String> {
     if let Err(reason) = flowtape_cuda_driver::driver() {
-        return Err((format!("no NVIDIA driver: {reason}"), "install the NVIDIA driver, of CUDA 12.0 or newer"));
+        return Err(format!("no NVIDIA driver: {reason}; install one of CUDA 12.0 or newer"));
     }
-    let in_words = |e: CudaError| {
-        let failure = Failure::from(e);
-        (failure.text.clone(), failure.advice())
-    };
+    let in_words = |e: CudaError| Failure::from(e).told();
     let version = CudaApiVersion::get().map_err(in_words)?;
     let found = (version.major(), version.minor());
     if found < OLDEST_DRIVER {
-        let what = format!("the driver is of CUDA {}.{}", found.0, found.1);
-        return Err((what, "install a driver of CUDA 12.0 or newer (version 525 or newer)"));
+        let (major, minor) = found;
+        return Err(format!("the driver is of CUDA {major}.{minor}; install one of CUDA 12.0 (525) or newer"));
     }
     cust::init(CudaFlags::empty()).map_err(in_words)
 }
@@ -129,16 +130,15 @@ impl Gpu {
     /// Opens device `ordinal`.
     pub fn open(ordinal: u32) -> Result<Self> {
         let label = format!("cuda:{ordinal}");
-        driver().map_err(|(what, advice)| Error::DeviceFailed { op: "cuda", device: label.clone(), what, advice })?;
+        driver().map_err(|why| absent(ordinal, why))?;
         let opened = || -> Result<_, Failure> {
             let device = Device::get_device(ordinal)?;
             let name = format!("{label} ({})", device.name()?);
             Ok((device, name, capability(device)?, device.total_memory()?))
         };
-        let (device, name, capability, total) = opened().map_err(|f| f.at("cuda", &label))?;
-        if let Some(what) = unusable(capability) {
-            let advice = "use another device: see `flowtape devices`";
-            return Err(Error::DeviceFailed { op: "cuda", device: name, what, advice });
+        let (device, name, capability, total) = opened().map_err(|f| absent(ordinal, f.told()))?;
+        if let Some(why) = unusable(capability) {
+            return Err(absent(ordinal, format!("{name}: {why}; `flowtape devices` lists others")));
         }
         let made = || -> Result<_, Failure> {
             let context = Context::new(device)?;
@@ -146,7 +146,7 @@ impl Gpu {
             let stream = Stream::new(StreamFlags::NON_BLOCKING, None)?;
             Ok((context, stream, keep_memory(device)?))
         };
-        let (context, stream, ordered) = made().map_err(|f| f.at("cuda", &name))?;
+        let (context, stream, ordered) = made().map_err(|f| absent(ordinal, f.told()))?;
         let (modules, launches, recent) = (Modules::default(), AtomicUsize::new(0), Mutex::default());
         Ok(Self { stream, context, name, total, ordered, modules, launches, recent, lost: AtomicBool::new(false) })
     }
@@ -163,7 +163,7 @@ impl Gpu {
             let recent = self.recent.lock().map(|r| r.join(", ")).unwrap_or_default();
             failure.text = format!("{}; launched last: {recent}", failure.text);
         }
-        failure.at(op, &self.name)
+        Error::DeviceFailed { device: self.name.clone(), what: format!("{op}: {}", failure.told()) }
     }
 
     /// Waits for all work.
@@ -218,8 +218,8 @@ pub fn reports() -> Vec<DeviceReport> {
         details: Vec::new(),
         unusable: Some(reason),
     };
-    if let Err((what, advice)) = driver() {
-        return vec![line("cuda".into(), format!("{what}; {advice}"))];
+    if let Err(why) = driver() {
+        return vec![line("cuda".into(), why)];
     }
     match Device::num_devices() {
         Ok(0) => vec![line("cuda".into(), "the driver has no device; CUDA_VISIBLE_DEVICES may hide one".into())],
@@ -227,6 +227,6 @@ pub fn reports() -> Vec<DeviceReport> {
             let one = |i| report(i).unwrap_or_else(|e| line(format!("cuda:{i}"), e.to_string()));
             (0..count).map(one).collect()
         }
-        Err(error) => vec![line("cuda".into(), format!("{error}; {}", Failure::from(error).advice()))],
+        Err(error) => vec![line("cuda".into(), Failure::from(error).told())],
     }
 }

@@ -36,6 +36,7 @@ embedded!(
     "gemm_f32",
     "index",
     "norm",
+    "random",
 );
 
 /// A function of a module.

@@ -37,8 +37,8 @@ impl Raw for CudaRaw {
                 let (mut free, mut total) = (0, gpu.total);
                 // SAFETY: both are written to variables; on failure they keep their values.
                 let _ = unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) };
-                let what = "a block of memory".to_owned();
-                Err(Error::OutOfMemory { device: gpu.name.clone(), what, needed: bytes, free, total })
+                let reason = format!("{free} of {total} bytes are free");
+                Err(Error::OutOfMemory { device: gpu.name.clone(), bytes, reason })
             }
             Err(failure) => Err(gpu.failed("alloc", failure)),
         }

@@ -7,7 +7,7 @@
 //! | `launch.rs` | modules, kernels, launches |
 //! | `ptx.rs` | prints programs as PTX |
 //! | `pointwise.rs`, `reduce.rs` | kernels printed from programs |
-//! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs` | kernels of `kernels/*.cu`, embedded as PTX |
+//! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX |
 //! | `backend.rs` | the engine's `Backend` |
 
 mod attention;
@@ -20,6 +20,7 @@ mod memory;
 mod norm;
 mod pointwise;
 mod ptx;
+mod random;
 mod reduce;
 mod view;
 

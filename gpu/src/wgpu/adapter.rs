@@ -1,7 +1,10 @@
 //! The adapters: what they are and what they can do.
 
-use ::wgpu::{Adapter, Backends, DeviceType, DownlevelFlags, Features, Instance, InstanceDescriptor};
+use ::wgpu::{Adapter, Backends, DeviceDescriptor, DeviceType, DownlevelFlags, Features, Instance, InstanceDescriptor};
+use flowtape_engine::{Error, Result};
 
+use super::WgpuOptions;
+use super::queue::{Bounds, Gpu};
 use crate::DeviceReport;
 
 /// Features that kernels make use of where they are there, with their names in a report.
@@ -36,6 +39,40 @@ pub(super) fn unusable(adapter: &Adapter) -> Option<String> {
     ];
     let lacking = needs.into_iter().find(|(_, has, needed)| has < needed);
     lacking.map(|(what, has, needed)| format!("it has {has} {what}, {needed} are needed"))
+}
+
+fn missing(expected: impl ToString, got: impl ToString) -> Error {
+    Error::Device { op: "wgpu", expected: expected.to_string(), got: got.to_string() }
+}
+
+/// A device of adapter `index`; of the first that is usable, GPUs before software, if none is named.
+pub(super) fn open(index: Option<usize>, options: WgpuOptions) -> Result<Gpu> {
+    let found = adapters();
+    let rank = |adapter: &Adapter| match adapter.get_info().device_type {
+        DeviceType::DiscreteGpu => 0,
+        DeviceType::IntegratedGpu | DeviceType::VirtualGpu => 1,
+        DeviceType::Other => 2,
+        DeviceType::Cpu => 3,
+    };
+    let best = || (0..found.len()).filter(|i| unusable(&found[*i]).is_none()).min_by_key(|i| rank(&found[*i]));
+    let chosen = index.or_else(best).and_then(|i| Some((i, found.get(i)?)));
+    let Some((index, adapter)) = chosen else {
+        let expected = index.map_or("a usable adapter".to_owned(), |i| format!("adapter {i}"));
+        return Err(missing(expected, format!("{} adapters; `flowtape devices` lists them", found.len())));
+    };
+    if let Some(reason) = unusable(adapter) {
+        return Err(missing("a usable adapter", format!("{}: {reason}", adapter.get_info().name)));
+    }
+    let descriptor = DeviceDescriptor { required_limits: adapter.limits(), ..DeviceDescriptor::default() };
+    let (device, queue) =
+        pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| missing(&adapter.get_info().name, e))?;
+    let mut bounds = Bounds::of(&adapter.limits());
+    if let Some(size) = options.max_binding_size {
+        bounds.binding.size = bounds.binding.size.min(size.max(1 << 10) / 4 * 4);
+    }
+    bounds.bindings = bounds.bindings.min(options.max_bindings.unwrap_or(usize::MAX).max(8));
+    bounds.workgroups = bounds.workgroups.min(options.max_workgroups.unwrap_or(u32::MAX).max(1));
+    Ok(Gpu::new(device, queue, format!("wgpu:{index}"), bounds))
 }
 
 fn report(index: usize, adapter: &Adapter) -> DeviceReport {

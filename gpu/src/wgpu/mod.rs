@@ -1,5 +1,170 @@
 //! Any GPU that wgpu reaches: Vulkan, Metal or DirectX 12.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `adapter` | the adapters: what they are, which can be used, how one is opened |
+//! | `memory`, `view` | buffers in the engine's pool; strided windows and how bindings hold them |
+//! | `queue` | kernels compiled once, recorded one after the other, submitted many at once |
+//! | `wgsl` | what all kernels' texts share: bindings, dtypes, programs |
+//! | `pointwise`, `reduce`, `matmul`, `index`, `norm`, `attention`, `random` | a kernel and its launcher each |
 
 mod adapter;
+mod attention;
+mod index;
+mod matmul;
+mod memory;
+mod norm;
+mod pointwise;
+mod queue;
+mod random;
+mod reduce;
+mod view;
+mod wgsl;
 
-pub use adapter::reports;
+use flowtape_engine::backend::{Backend, Buffer, Fused, Ran};
+use flowtape_engine::expr::{Program, Reduce};
+use flowtape_engine::pool::PoolUsage;
+use flowtape_engine::{DType, Device, Error, Result, Tensor};
+
+pub use self::adapter::reports;
+use self::memory::WgpuBuffer;
+use self::norm::Parts;
+use self::pointwise::Body;
+use self::queue::Gpu;
+use self::view::{View, block};
+
+/// Restrictions on what a device is taken to have: its own limits by default. For tests.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct WgpuOptions {
+    /// Bytes of a storage binding; at least a kilobyte.
+    pub max_binding_size: Option<u64>,
+    /// Storage buffers of a kernel; at least 8.
+    pub max_bindings: Option<usize>,
+    /// Workgroups along an axis.
+    pub max_workgroups: Option<u32>,
+}
+
+/// A GPU.
+#[derive(Debug)]
+pub struct Wgpu {
+    gpu: Gpu,
+}
+
+impl Wgpu {
+    /// Opens adapter `index` of [`reports`]; the first that is usable, GPUs before software, if none is named.
+    ///
+    /// # Errors
+    /// When there is no such adapter, or it can't be used.
+    pub fn open(index: Option<usize>, options: WgpuOptions) -> Result<Self> {
+        Ok(Self { gpu: adapter::open(index, options)? })
+    }
+
+    /// The device of [`Wgpu::open`].
+    ///
+    /// # Errors
+    /// Those of [`Wgpu::open`].
+    pub fn device(index: Option<usize>) -> Result<Device> {
+        Ok(Device::new(Self::open(index, WgpuOptions::default())?))
+    }
+
+    /// Bytes of its pool.
+    pub fn usage(&self) -> PoolUsage {
+        self.gpu.pool.usage()
+    }
+}
+
+/// Scalars as kernels take them.
+fn narrowed(scalars: &[f64]) -> Vec<f32> {
+    scalars.iter().map(|s| *s as f32).collect()
+}
+
+impl Backend for Wgpu {
+    fn name(&self) -> &str {
+        &self.gpu.name
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
+        self.gpu.check()?;
+        Ok(Box::new(WgpuBuffer(self.gpu.pool.alloc(bytes)?)))
+    }
+
+    fn upload(&self, buffer: &dyn Buffer, bytes: &[u8]) -> Result<()> {
+        let block = block(buffer)?;
+        if bytes.len() as u64 > block.buffer.size() {
+            return Err(Error::argument("upload", format!("at most {} bytes", block.buffer.size()), bytes.len()));
+        }
+        self.gpu.upload(block, bytes)
+    }
+
+    fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
+        let block = block(buffer)?;
+        if bytes as u64 > block.buffer.size() {
+            return Err(Error::argument("download", format!("at most {} bytes", block.buffer.size()), bytes));
+        }
+        self.gpu.download(block, bytes)
+    }
+
+    fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()> {
+        let (source, target) = (View::of(source)?, View::of(target)?);
+        if source.dims != target.dims || source.dtype != target.dtype {
+            return Err(Error::shape("copy", format!("{} {:?}", target.dtype, target.dims), source.dims));
+        }
+        pointwise::run(&self.gpu, Body::Copy, &[source], &[], &[target])
+    }
+
+    fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
+        program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
+        let (inputs, outputs) = (View::all(inputs)?, View::all(outputs)?);
+        pointwise::run(&self.gpu, Body::Program(program), &inputs, &narrowed(scalars), &outputs)
+    }
+
+    fn reduce(
+        &self,
+        program: &Program,
+        kind: Reduce,
+        inputs: &[&Tensor],
+        scalars: &[f64],
+        outputs: &[&Tensor],
+    ) -> Result<()> {
+        program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
+        let (inputs, outputs) = (View::all(inputs)?, View::all(outputs)?);
+        reduce::run(&self.gpu, program, kind, &inputs, &narrowed(scalars), &outputs)
+    }
+
+    fn matmul(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()> {
+        let bias = bias.map(View::of).transpose()?;
+        matmul::run(&self.gpu, &View::of(a)?, &View::of(b)?, bias.as_ref(), accumulate, &View::of(out)?)
+    }
+
+    fn gather(&self, table: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
+        index::gather(&self.gpu, &View::of(table)?, &View::of(at)?, &View::of(out)?)
+    }
+
+    fn scatter_add(&self, rows: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
+        index::scatter_add(&self.gpu, &View::of(rows)?, &View::of(at)?, &View::of(out)?)
+    }
+
+    fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
+        if inputs.iter().chain(outputs).any(|t| t.dtype() == DType::F64) {
+            return Ok(Ran::Declined);
+        }
+        let (x, y) = (View::all(inputs)?, View::all(outputs)?);
+        let gpu = &self.gpu;
+        let done = match (op, &y[..]) {
+            (Fused::AttentionForward { scale, .. }, [o, lse]) => attention::forward(gpu, *scale, &x, o, lse)?,
+            (Fused::AttentionBackward { scale, .. }, [_, _, _]) => attention::backward(gpu, *scale, &x, &y)?,
+            (Fused::NormForward { centred, weight, bias, eps }, _) => {
+                norm::forward(gpu, Parts { centred: *centred, weight: *weight, bias: *bias }, *eps, &x, &y)?
+            }
+            (Fused::NormBackward { centred, weight }, [dx]) => {
+                norm::backward(gpu, Parts { centred: *centred, weight: *weight, bias: false }, &x, dx)?
+            }
+            (Fused::Random { distribution, seed, counter }, [out]) => {
+                random::fill(gpu, *distribution, *seed, *counter, out)?;
+                true
+            }
+            _ => false,
+        };
+        Ok(if done { Ran::Done } else { Ran::Declined })
+    }
+}

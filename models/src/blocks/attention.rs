@@ -1,8 +1,8 @@
 //! Projections to queries, keys and values, and attention over them.
 
 use flowtape_engine::nn::{Linear, ParamBuilder, RmsNorm};
-use flowtape_engine::ops::attention;
-use flowtape_engine::{Error, Result, Tensor};
+use flowtape_engine::ops::{attention, pointwise};
+use flowtape_engine::{DType, Error, Result, Tensor};
 
 use super::RopeTables;
 
@@ -10,6 +10,9 @@ use super::RopeTables;
 pub const QKV: [&str; 5] = ["to_q", "to_k", "to_v", "norm_q", "norm_k"];
 /// The same of the stream that is added to it: the text.
 pub const ADDED_QKV: [&str; 5] = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"];
+
+/// Below this a mask holds no token: it holds 0 or 1.
+pub(crate) const TOKEN: f64 = f32::MIN_POSITIVE as f64;
 
 /// How queries and keys are normalised by their root mean square.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -159,4 +162,18 @@ pub fn attend([q, k, v]: [Tensor; 3], rope: Option<&RopeTables>, mask: Option<&T
         None => (q, k),
     };
     attention(&q, &k, &v, mask, None)?.transpose(1, 2)?.flatten(2, 3)
+}
+
+/// What is added to attention's scores so that only tokens are attended to: f32 `[B, 1, 1, T]` of a mask `[B, T]` of any
+/// dtype, 0 at padding.
+///
+/// diffusers also bars padding from attending in some models. No token sees what padding becomes, so neither a prediction
+/// nor a gradient changes, and a mask of one row takes `T` numbers a sample instead of `T^2`.
+///
+/// # Errors
+/// When the mask has another rank.
+pub fn key_mask(mask: &Tensor) -> Result<Tensor> {
+    let bias =
+        pointwise([&mask.detach().to_dtype(DType::F32)?], |[m]| m.abs().select_lt(TOKEN, f64::NEG_INFINITY, 0.0))?;
+    bias.unsqueeze(1)?.unsqueeze(1)
 }

@@ -9,12 +9,13 @@ mod patch;
 mod rope;
 mod stream;
 
-pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, split_heads};
+pub(crate) use attention::TOKEN;
+pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, key_mask, split_heads};
 pub use checkpointing::run_block;
 pub use conditioning::with_batch_axis;
 pub(crate) use embeddings::CHANNELS;
 pub use embeddings::{CombinedTimestepTextProjEmbeddings, time_proj};
-pub use modulation::{Modulation, gate, modulate};
+pub use modulation::{AdaLayerNormContinuous, Modulation, ScaleShiftTable, gate, modulate};
 pub use patch::{ChannelOrder, PatchEmbed, unpatchify};
-pub use rope::{RopePrecision, RopeTables};
-pub use stream::{Modulated, Stream, StreamKind};
+pub use rope::{RopePrecision, RopeTables, grid_positions};
+pub use stream::{DoubleStream, StreamKind};

@@ -2,6 +2,7 @@
 
 use flowtape_engine::ops::{RopeLayout, rope};
 use flowtape_engine::{Device, Result, Tensor};
+use flowtape_flowmatch::ModelInputs;
 
 /// The numbers in which angles are computed. A reference that works in f32 is met to the last digits in f32 alone.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -83,11 +84,28 @@ impl RopeTables {
         precision: RopePrecision,
         device: &Device,
     ) -> Result<Self> {
-        // How many places one step along an axis passes.
-        let stride = |axis: usize| grid[axis + 1..].iter().product::<usize>();
-        let place = |i: usize| (0..grid.len()).map(move |axis| (i / stride(axis) % grid[axis]) as f32);
-        let positions: Vec<f32> = (0..grid.iter().product()).flat_map(place).collect();
-        Self::new(&positions, axes_dim, theta, precision, device)
+        Self::new(&grid_positions(grid), axes_dim, theta, precision, device)
+    }
+
+    /// Of the positions in the inputs `txt_ids` and then `img_ids`, `[L, axes]` or alike in all samples `[B, L, axes]`, on
+    /// the device of `hidden_states`. They are read: best they are on the host.
+    ///
+    /// # Errors
+    /// When one is missing or has another shape.
+    pub fn of_ids(inputs: &ModelInputs, axes_dim: &[usize], theta: f64) -> flowtape_flowmatch::Result<Self> {
+        let mut positions = Vec::new();
+        for name in ["txt_ids", "img_ids"] {
+            let ids = inputs.tensor(name)?;
+            let first = if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0)? } else { ids.clone() };
+            if first.rank() != 2 || first.dim(1)? != axes_dim.len() {
+                let expected = "positions [L, axes], an axis for each of the rotary tables";
+                let got = format!("{:?} for {} axes", first.dims(), axes_dim.len());
+                return Err(flowtape_flowmatch::Error::Input { name: name.into(), expected, got });
+            }
+            positions.extend(first.to_vec::<f32>()?);
+        }
+        let device = inputs.tensor("hidden_states")?.device();
+        Ok(Self::new(&positions, axes_dim, theta, RopePrecision::F64, device)?)
     }
 
     /// Rotates x `[B, H, L, D]`.
@@ -97,4 +115,12 @@ impl RopeTables {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         rope(x, &self.cos, &self.sin, self.layout)
     }
+}
+
+/// Positions `[places, axes]`, row-major, of the places of a grid, the last axis fastest.
+pub fn grid_positions(grid: &[usize]) -> Vec<f32> {
+    // How many places one step along an axis passes.
+    let stride = |axis: usize| grid[axis + 1..].iter().product::<usize>();
+    let place = |i: usize| (0..grid.len()).map(move |axis| (i / stride(axis) % grid[axis]) as f32);
+    (0..grid.iter().product()).flat_map(place).collect()
 }

@@ -1,79 +1,117 @@
-//! One stream of a double block, as FLUX.1 and HunyuanVideo have it.
+//! Double blocks (Esser et al. 2024, MMDiT): text and latents have weights of their own and attend to each other.
 
-use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder};
-use flowtape_engine::{Error, Result, Tensor};
+use flowtape_engine::nn::{FeedForward, LayerNorm, Linear, ParamBuilder};
+use flowtape_engine::{Result, Tensor};
 
-use super::{ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, gate, modulate};
+use super::modulation::equal_parts;
+use super::{ADDED_QKV, QKV, QkvConfig, QkvHeads, RopeTables, attend, gate, modulate};
 
-/// Which stream of a double block: it decides the parameters' names.
+/// Which stream of a double block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum StreamKind {
-    /// The latents: `norm1`, `attn.to_q`, `ff`, …
+    /// The text: `attn.add_q_proj`, …, `attn.to_add_out`.
+    Text,
+    /// The latents: `attn.to_q`, …, `attn.to_out.0`.
     Latents,
-    /// The text: `norm1_context`, `attn.add_q_proj`, `ff_context`, …
-    Context,
 }
 
-/// A stream with weights of its own: modulation, projections, feed-forward. Attention, which joins the streams, runs
-/// between its two halves.
+/// Shift, scale and gate of a stream, each `[B, 1, dim]` or one per token `[B, L, dim]`.
 #[derive(Clone, Debug)]
-pub struct Stream {
-    modulation: Modulation,
+struct Vectors {
+    attention: [Tensor; 3],
+    feed_forward: [Tensor; 3],
+}
+
+impl Vectors {
+    /// Of all six side by side: those of attention, then those of the feed-forward layer.
+    fn new(modulation: &Tensor) -> Result<Self> {
+        let [shift, scale, gate, ff_shift, ff_scale, ff_gate] = equal_parts(modulation, 2)?;
+        Ok(Self { attention: [shift, scale, gate], feed_forward: [ff_shift, ff_scale, ff_gate] })
+    }
+}
+
+/// One stream: its share of the attention and its feed-forward layer.
+#[derive(Clone, Debug)]
+struct Stream {
     norm: LayerNorm,
     qkv: QkvHeads,
     to_out: Linear,
-    ff: FeedForward,
-}
-
-/// What a stream sets aside until attention has run.
-#[derive(Clone, Debug)]
-pub struct Modulated {
-    /// Queries, keys and values `[B, H, L, D]`.
-    pub qkv: [Tensor; 3],
-    gate_msa: Tensor,
-    mlp: [Tensor; 3],
+    feed_forward: FeedForward,
 }
 
 impl Stream {
-    /// A stream of width `dim`, its feed-forward `inner` wide.
-    ///
-    /// # Errors
-    /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, kind: StreamKind, dim: usize, heads: usize, inner: usize) -> Result<Self> {
+    fn new(params: &ParamBuilder, kind: StreamKind, config: QkvConfig, feed_forward: FeedForward) -> Result<Self> {
         let attn = params.sub("attn");
-        let (norm1, qkv, out, ff) = match kind {
-            StreamKind::Latents => ("norm1", QKV, attn.sub("to_out").sub(0), "ff"),
-            StreamKind::Context => ("norm1_context", ADDED_QKV, attn.sub("to_add_out"), "ff_context"),
+        let (qkv, out) = match kind {
+            StreamKind::Text => (ADDED_QKV, attn.sub("to_add_out")),
+            StreamKind::Latents => (QKV, attn.sub("to_out").sub(0)),
         };
-        let config = QkvConfig::joint(dim, heads);
         Ok(Self {
-            modulation: Modulation::new(&params.sub(norm1).sub("linear"), dim, 6)?,
-            norm: LayerNorm::new(params, dim, config.eps, false)?,
+            norm: LayerNorm::new(params, config.query_dim, config.eps, false)?,
             qkv: QkvHeads::new(&attn, qkv, config)?,
-            to_out: Linear::new(&out, dim, dim, true)?,
-            ff: FeedForward::new(&params.sub(ff), dim, inner, Activation::GeluTanh)?,
+            to_out: Linear::new(&out, config.inner_dim(), config.query_dim, config.bias)?,
+            feed_forward,
         })
     }
 
-    /// Queries, keys and values of x `[B, L, dim]`, modulated by `temb` `[B, dim]`.
-    ///
-    /// # Errors
-    /// When the shape does not fit.
-    pub fn before_attention(&self, x: &Tensor, temb: &Tensor) -> Result<Modulated> {
-        let mut parts = self.modulation.forward(temb)?.into_iter();
-        let mut next = || parts.next().ok_or_else(|| Error::argument("modulation", "six parts", "fewer"));
-        let (shift_msa, scale_msa, gate_msa) = (next()?, next()?, next()?);
-        let qkv = self.qkv.forward(&modulate(&self.norm.forward(x)?, &shift_msa, &scale_msa)?)?;
-        Ok(Modulated { qkv, gate_msa, mlp: [next()?, next()?, next()?] })
+    fn modulated(&self, x: &Tensor, [shift, scale, _]: &[Tensor; 3]) -> Result<Tensor> {
+        modulate(&self.norm.forward(x)?, shift, scale)
     }
 
-    /// The stream after its part of the attention, both `[B, L, dim]`.
+    fn before_attention(&self, x: &Tensor, vectors: &Vectors) -> Result<[Tensor; 3]> {
+        self.qkv.forward(&self.modulated(x, &vectors.attention)?)
+    }
+
+    fn after_attention(&self, x: &Tensor, attention: &Tensor, vectors: &Vectors) -> Result<Tensor> {
+        let x = gate(x, &vectors.attention[2], &self.to_out.forward(attention)?)?;
+        let h = self.modulated(&x, &vectors.feed_forward)?;
+        gate(&x, &vectors.feed_forward[2], &self.feed_forward.forward(&h)?)
+    }
+}
+
+/// Both streams of a double block. What modulates them comes from outside.
+#[derive(Clone, Debug)]
+pub struct DoubleStream {
+    text: Stream,
+    latents: Stream,
+}
+
+impl DoubleStream {
+    /// Attention of this configuration under `attn`, and a feed-forward layer for each stream.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(
+        params: &ParamBuilder,
+        config: QkvConfig,
+        feed_forward: impl Fn(StreamKind) -> Result<FeedForward>,
+    ) -> Result<Self> {
+        let stream = |kind| Stream::new(params, kind, config, feed_forward(kind)?);
+        Ok(Self { text: stream(StreamKind::Text)?, latents: stream(StreamKind::Latents)? })
+    }
+
+    /// Text `[B, T, dim]` and latents `[B, L, dim]`, each with its modulation `[B, 1, 6 dim]` or one per token: shift, scale
+    /// and gate of attention, then of the feed-forward layer. The sequence in attention, with the tables' positions and the
+    /// mask's keys, is the text and then the latents. Returns both streams.
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn after_attention(&self, x: &Tensor, attention: &Tensor, m: &Modulated) -> Result<Tensor> {
-        let x = gate(x, &m.gate_msa, &self.to_out.forward(attention)?)?;
-        let [shift, scale, gate_mlp] = &m.mlp;
-        gate(&x, gate_mlp, &self.ff.forward(&modulate(&self.norm.forward(&x)?, shift, scale)?)?)
+    pub fn forward(
+        &self,
+        [text, latents]: [&Tensor; 2],
+        modulation: [&Tensor; 2],
+        rope: &RopeTables,
+        mask: Option<&Tensor>,
+    ) -> Result<[Tensor; 2]> {
+        let [m_text, m_latents] = [Vectors::new(modulation[0])?, Vectors::new(modulation[1])?];
+        let of_text = self.text.before_attention(text, &m_text)?;
+        let of_latents = self.latents.before_attention(latents, &m_latents)?;
+        let join = |i: usize| Tensor::cat(&[&of_text[i], &of_latents[i]], 2);
+        let joint = attend([join(0)?, join(1)?, join(2)?], Some(rope), mask)?;
+        let parts = joint.split(&[text.dim(1)?, latents.dim(1)?], 1)?;
+        Ok([
+            self.text.after_attention(text, &parts[0], &m_text)?,
+            self.latents.after_attention(latents, &parts[1], &m_latents)?,
+        ])
     }
 }

@@ -67,14 +67,14 @@ pub fn unpack_latents(tokens: &Tensor, dims: &[usize]) -> Result<Tensor> {
     Ok(patches.reshape(&[b, c, h, w])?)
 }
 
-/// Positions `(0, y, x)` of the tokens of latents with these sides: f32 `[H/2 W/2, 3]`.
+/// Positions `(0, y, x)` of the tokens of latents with these sides: f32 `[H/2 W/2, 3]` on the host, where they are read.
 ///
 /// # Errors
 /// When memory runs out.
-pub fn latent_image_ids(height: usize, width: usize, device: &Device) -> Result<Tensor> {
+pub fn latent_image_ids(height: usize, width: usize) -> Result<Tensor> {
     let (rows, cols) = (height / 2, width / 2);
     let ids = (0..rows * cols).flat_map(|i| [0.0, (i / cols) as f32, (i % cols) as f32]).collect();
-    Ok(Tensor::from_vec(ids, &[rows * cols, 3], device)?)
+    Ok(Tensor::from_vec(ids, &[rows * cols, 3], &Device::cpu())?)
 }
 
 impl ModelAdapter for FluxAdapter {
@@ -99,13 +99,13 @@ impl ModelAdapter for FluxAdapter {
             text = text.mul(&keep.unsqueeze(2)?)?;
             pooled = pooled.mul(&keep)?;
         }
-        let txt_ids = Tensor::zeros(&[batch, text.dim(1)?, 3], cx.dtype, &cx.device)?;
+        let txt_ids = Tensor::zeros(&[batch, text.dim(1)?, 3], DType::F32, &Device::cpu())?;
         Ok(ModelInputs::new()
             .with("hidden_states", pack_latents(&cx.noisy_latents)?)
             .with("encoder_hidden_states", text)
             .with("pooled_projections", pooled)
             .with("timestep", pointwise([&cx.timesteps], |[t]| t / 1000.0)?)
-            .with("img_ids", latent_image_ids(height, width, &cx.device)?)
+            .with("img_ids", latent_image_ids(height, width)?)
             .with("txt_ids", txt_ids)
             .with("guidance", Tensor::full(&[batch], self.guidance_scale, DType::F32, &cx.device)?)
             .with("_original_shape", cx.noisy_latents.dims().to_vec()))

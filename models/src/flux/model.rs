@@ -1,14 +1,14 @@
 //! diffusers' `FluxTransformer2DModel`.
 
-use flowtape_engine::nn::{Activation, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
+use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
 use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
-    CHANNELS, CombinedTimestepTextProjEmbeddings, Modulation, QKV, QkvConfig, QkvHeads, RopePrecision, RopeTables,
-    Stream, StreamKind, attend, gate, modulate, run_block, time_proj,
+    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, DoubleStream, Modulation, QKV, QkvConfig,
+    QkvHeads, RopeTables, StreamKind, attend, gate, modulate, run_block, time_proj,
 };
 use crate::registry::config_json;
 
@@ -16,41 +16,45 @@ const EPS: f64 = 1e-6;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
-/// Normalises without parameters.
-fn norm(params: &ParamBuilder, dim: usize) -> Result<LayerNorm> {
-    LayerNorm::new(params, dim, EPS, false)
-}
-
-/// A double block: text and image have weights of their own and attend to each other.
+/// A double block, each stream modulated by the embedding through a layer of its own.
 #[derive(Clone, Debug)]
 pub struct FluxTransformerBlock {
-    image: Stream,
-    text: Stream,
+    modulation: [Modulation; 2],
+    streams: DoubleStream,
 }
 
 impl FluxTransformerBlock {
-    /// A block of width `dim`.
+    /// A block of width `dim`, its feed-forward layers `inner` wide.
     ///
     /// # Errors
     /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, dim: usize, heads: usize) -> Result<Self> {
-        let stream = |kind| Stream::new(params, kind, dim, heads, 4 * dim);
-        Ok(Self { image: stream(StreamKind::Latents)?, text: stream(StreamKind::Context)? })
+    pub fn new(params: &ParamBuilder, dim: usize, heads: usize, inner: usize) -> Result<Self> {
+        let modulation = |name| Modulation::new(&params.sub(name).sub("linear"), dim, 6);
+        let feed_forward = |kind| {
+            let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
+            FeedForward::new(&params.sub(name), dim, inner, Activation::GeluTanh)
+        };
+        Ok(Self {
+            modulation: [modulation("norm1_context")?, modulation("norm1")?],
+            streams: DoubleStream::new(params, QkvConfig::joint(dim, heads), feed_forward)?,
+        })
     }
 
-    /// Text and image `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both.
+    /// Text and latents `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both. Text comes first in the tables,
+    /// and in the mask, which is added to the scores.
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn forward(&self, text: &Tensor, image: &Tensor, temb: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
-        let (m_text, m_image) = (self.text.before_attention(text, temb)?, self.image.before_attention(image, temb)?);
-        let join = |i: usize| Tensor::cat(&[&m_text.qkv[i], &m_image.qkv[i]], 2);
-        let joint = attend([join(0)?, join(1)?, join(2)?], Some(rope), None)?;
-        let parts = joint.split(&[text.dim(1)?, image.dim(1)?], 1)?;
-        Ok([
-            self.text.after_attention(text, &parts[0], &m_text)?,
-            self.image.after_attention(image, &parts[1], &m_image)?,
-        ])
+    pub fn forward(
+        &self,
+        [text, latents]: [&Tensor; 2],
+        temb: &Tensor,
+        rope: &RopeTables,
+        mask: Option<&Tensor>,
+    ) -> Result<[Tensor; 2]> {
+        let [m_text, m_latents] = &self.modulation;
+        let modulation = [&m_text.together(temb)?, &m_latents.together(temb)?];
+        self.streams.forward([text, latents], modulation, rope, mask)
     }
 }
 
@@ -72,7 +76,7 @@ impl FluxSingleTransformerBlock {
     pub fn new(params: &ParamBuilder, dim: usize, heads: usize) -> Result<Self> {
         Ok(Self {
             modulation: Modulation::new(&params.sub("norm").sub("linear"), dim, 3)?,
-            norm: norm(params, dim)?,
+            norm: LayerNorm::new(params, dim, EPS, false)?,
             qkv: QkvHeads::new(&params.sub("attn"), QKV, QkvConfig::joint(dim, heads))?,
             proj_mlp: Linear::new(&params.sub("proj_mlp"), dim, 4 * dim, true)?,
             proj_out: Linear::new(&params.sub("proj_out"), 5 * dim, dim, true)?,
@@ -107,7 +111,7 @@ pub struct FluxTransformer2DModel {
     x_embedder: Linear,
     transformer_blocks: Vec<FluxTransformerBlock>,
     single_transformer_blocks: Vec<FluxSingleTransformerBlock>,
-    norm_out: (Modulation, LayerNorm),
+    norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
     gradient_checkpointing: bool,
 }
@@ -120,7 +124,7 @@ impl FluxTransformer2DModel {
     pub fn new(config: FluxConfig, root: &ParamBuilder) -> Result<Self> {
         let (dim, heads) = (config.inner_dim(), config.num_attention_heads);
         let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
-        let double = |i| FluxTransformerBlock::new(&root.sub("transformer_blocks").sub(i), dim, heads);
+        let double = |i| FluxTransformerBlock::new(&root.sub("transformer_blocks").sub(i), dim, heads, 4 * dim);
         let single = |i| FluxSingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), dim, heads);
         Ok(Self {
             time_text_embed: CombinedTimestepTextProjEmbeddings::new(
@@ -133,7 +137,7 @@ impl FluxTransformer2DModel {
             x_embedder: Linear::new(&root.sub("x_embedder"), config.in_channels, dim, true)?,
             transformer_blocks: (0..config.num_layers).map(double).collect::<Result<_>>()?,
             single_transformer_blocks: (0..config.num_single_layers).map(single).collect::<Result<_>>()?,
-            norm_out: (Modulation::new(&root.sub("norm_out").sub("linear"), dim, 2)?, norm(root, dim)?),
+            norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
             proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
             params: root.params(),
             gradient_checkpointing: false,
@@ -151,27 +155,17 @@ impl FluxTransformer2DModel {
         let guidance = inputs.optional("guidance").map(|g| project("time_text_embed.time_proj#1", g)).transpose()?;
         Ok(self.time_text_embed.forward(&time, guidance.as_ref(), inputs.tensor("pooled_projections")?)?)
     }
-
-    /// Rotary tables of text and image positions.
-    fn rope(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<RopeTables> {
-        let (txt, img) = (inputs.tensor("txt_ids")?, inputs.tensor("img_ids")?);
-        // All samples have the same positions: those of the first stand for all.
-        let first = |ids: &Tensor| if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0) } else { Ok(ids.clone()) };
-        let mut positions = first(txt)?.to_vec::<f32>()?;
-        positions.extend(first(img)?.to_vec::<f32>()?);
-        Ok(RopeTables::new(&positions, &self.config.axes_dims_rope, THETA, RopePrecision::F64, img.device())?)
-    }
 }
 
 impl FlowModel for FluxTransformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
-        let (temb, rope) = (self.temb(inputs)?, self.rope(inputs)?);
+        let (temb, rope) = (self.temb(inputs)?, RopeTables::of_ids(inputs, &self.config.axes_dims_rope, THETA)?);
         let checkpointing = self.gradient_checkpointing;
         for block in &self.transformer_blocks {
             let (block, rope) = (block.clone(), rope.clone());
-            let run = move |[text, image, temb]: [&Tensor; 3]| block.forward(text, image, temb, &rope);
+            let run = move |[text, image, temb]: [&Tensor; 3]| block.forward([text, image], temb, &rope, None);
             [text, image] = run_block(checkpointing, [&text, &image, &temb], run)?;
         }
         let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
@@ -182,11 +176,7 @@ impl FlowModel for FluxTransformer2DModel {
             [x] = run_block(checkpointing, [&x, &temb], run)?;
         }
         let image = x.narrow(1, text_len, image_len)?;
-        let (modulation, norm) = &self.norm_out;
-        // Here, unlike in the blocks, the scale comes first.
-        let parts = modulation.forward(&temb)?;
-        let image = modulate(&norm.forward(&image)?, &parts[1], &parts[0])?;
-        Ok(self.proj_out.forward(&image)?.into())
+        Ok(self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?.into())
     }
 }
 

@@ -7,13 +7,12 @@ use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::Flux2Config;
-use super::config::AXES;
 use crate::blocks::{
-    ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, RopePrecision, RopeTables, attend, gate, modulate, run_block,
-    split_heads, time_proj,
+    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, attend, gate, modulate,
+    run_block, split_heads, time_proj,
 };
 use crate::registry::config_json;
-use crate::{Error, Transformer};
+use crate::{Transformer, parameters_under};
 
 /// A linear layer without bias.
 fn linear(params: &ParamBuilder, inputs: usize, outputs: usize) -> Result<Linear> {
@@ -30,76 +29,14 @@ pub fn feed_forward(params: &ParamBuilder, dim: usize, inner: usize) -> Result<F
     Ok(FeedForward::from_parts(linear_in, Activation::SwigluGateFirst, linear_out))
 }
 
-/// One stream of a double block: image or text.
-#[derive(Clone, Debug)]
-struct Stream {
-    norm: LayerNorm,
-    qkv: QkvHeads,
-    to_out: Linear,
-    ff: FeedForward,
-}
-
-impl Stream {
-    fn new(params: &ParamBuilder, config: &Flux2Config, text: bool) -> Result<Self> {
-        let (dim, heads, eps) = (config.inner_dim(), config.num_attention_heads, config.eps);
-        let attn = params.sub("attn");
-        let (qkv, out, ff) = match text {
-            true => (ADDED_QKV, attn.sub("to_add_out"), "ff_context"),
-            false => (QKV, attn.sub("to_out").sub(0), "ff"),
-        };
-        Ok(Self {
-            norm: LayerNorm::new(params, dim, eps, false)?,
-            qkv: QkvHeads::new(&attn, qkv, QkvConfig { bias: false, eps, ..QkvConfig::joint(dim, heads) })?,
-            to_out: linear(&out, dim, dim)?,
-            ff: feed_forward(&params.sub(ff), dim, config.mlp_dim())?,
-        })
-    }
-
-    /// Queries, keys and values; of the six vectors the first two.
-    fn before_attention(&self, x: &Tensor, vectors: &[Tensor]) -> Result<[Tensor; 3]> {
-        self.qkv.forward(&modulate(&self.norm.forward(x)?, &vectors[0], &vectors[1])?)
-    }
-
-    fn after_attention(&self, x: &Tensor, attention: &Tensor, vectors: &[Tensor]) -> Result<Tensor> {
-        let x = gate(x, &vectors[2], &self.to_out.forward(attention)?)?;
-        let h = modulate(&self.norm.forward(&x)?, &vectors[3], &vectors[4])?;
-        gate(&x, &vectors[5], &self.ff.forward(&h)?)
-    }
-}
-
-/// A double block: text and image have weights of their own and attend to each other.
-#[derive(Clone, Debug)]
-pub struct Flux2TransformerBlock {
-    image: Stream,
-    text: Stream,
-}
-
-impl Flux2TransformerBlock {
-    /// A block of a model of this configuration.
-    ///
-    /// # Errors
-    /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, config: &Flux2Config) -> Result<Self> {
-        Ok(Self { image: Stream::new(params, config, false)?, text: Stream::new(params, config, true)? })
-    }
-
-    /// Text and image `[B, L, dim]`, each with its modulation `[B, 1, 6 dim]`: shift, scale and gate for attention, then
-    /// for the feed-forward layer. Returns both.
-    ///
-    /// # Errors
-    /// When a shape does not fit.
-    pub fn forward(&self, [text, image]: [&Tensor; 2], m: [&Tensor; 2], rope: &RopeTables) -> Result<[Tensor; 2]> {
-        let (m_text, m_image) = (m[0].chunk(6, 2)?, m[1].chunk(6, 2)?);
-        let qkv_text = self.text.before_attention(text, &m_text)?;
-        let qkv_image = self.image.before_attention(image, &m_image)?;
-        let join = |i: usize| Tensor::cat(&[&qkv_text[i], &qkv_image[i]], 2);
-        let joint = attend([join(0)?, join(1)?, join(2)?], Some(rope), None)?;
-        let parts = joint.split(&[text.dim(1)?, image.dim(1)?], 1)?;
-        Ok([
-            self.text.after_attention(text, &parts[0], &m_text)?,
-            self.image.after_attention(image, &parts[1], &m_image)?,
-        ])
-    }
+/// A double block of a model of this configuration.
+fn double_block(params: &ParamBuilder, config: &Flux2Config) -> Result<DoubleStream> {
+    let dim = config.inner_dim();
+    let qkv = QkvConfig { bias: false, eps: config.eps, ..QkvConfig::joint(dim, config.num_attention_heads) };
+    DoubleStream::new(params, qkv, |kind| {
+        let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
+        feed_forward(&params.sub(name), dim, config.mlp_dim())
+    })
 }
 
 /// A single block: text and image as one sequence; attention and feed-forward side by side share their projections (a
@@ -205,9 +142,9 @@ pub struct Flux2Transformer2DModel {
     single_stream_modulation: Modulation,
     x_embedder: Linear,
     context_embedder: Linear,
-    transformer_blocks: Vec<Flux2TransformerBlock>,
+    transformer_blocks: Vec<DoubleStream>,
     single_transformer_blocks: Vec<Flux2SingleTransformerBlock>,
-    norm_out: (Modulation, LayerNorm),
+    norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
     gradient_checkpointing: bool,
 }
@@ -221,7 +158,7 @@ impl Flux2Transformer2DModel {
         let dim = config.inner_dim();
         let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
         let modulation = |name, parts| Modulation::with(&root.sub(name).sub("linear"), dim, parts, false);
-        let double = |i| Flux2TransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config);
+        let double = |i| double_block(&root.sub("transformer_blocks").sub(i), &config);
         let single = |i| Flux2SingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), &config);
         Ok(Self {
             time_guidance_embed: TimeGuidanceEmbed::new(&root.sub("time_guidance_embed"), &config)?,
@@ -232,33 +169,12 @@ impl Flux2Transformer2DModel {
             context_embedder: linear(&root.sub("context_embedder"), config.joint_attention_dim, dim)?,
             transformer_blocks: (0..config.num_layers).map(double).collect::<Result<_>>()?,
             single_transformer_blocks: (0..config.num_single_layers).map(single).collect::<Result<_>>()?,
-            norm_out: (modulation("norm_out", 2)?, LayerNorm::new(root, dim, config.eps, false)?),
+            norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, config.eps, false)?,
             proj_out: linear(&root.sub("proj_out"), dim, outputs)?,
             params: root.params(),
             gradient_checkpointing: false,
             config,
         })
-    }
-
-    /// Rotary tables of text and image positions.
-    fn rope(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<RopeTables> {
-        let mut positions = Vec::new();
-        for name in ["txt_ids", "img_ids"] {
-            let ids = inputs.tensor(name)?;
-            // All samples have the same positions: those of the first stand for all.
-            let ids = if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0)? } else { ids.clone() };
-            if ids.rank() != 2 || ids.dim(1)? != AXES {
-                return Err(Error::Input {
-                    name: name.into(),
-                    expected: "positions [L, 4]",
-                    got: format!("{:?}", ids.dims()),
-                });
-            }
-            positions.extend(ids.to_vec::<f32>()?);
-        }
-        let Flux2Config { axes_dims_rope, rope_theta, .. } = &self.config;
-        let device = inputs.tensor("hidden_states")?.device();
-        Ok(RopeTables::new(&positions, axes_dims_rope, *rope_theta as f64, RopePrecision::F64, device)?)
     }
 }
 
@@ -266,7 +182,7 @@ impl FlowModel for Flux2Transformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let checkpointing = self.gradient_checkpointing;
         let temb = self.time_guidance_embed.forward(inputs)?;
-        let rope = self.rope(inputs)?;
+        let rope = RopeTables::of_ids(inputs, &self.config.axes_dims_rope, self.config.rope_theta as f64)?;
         let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let m_text = self.double_stream_modulation_txt.together(&temb)?;
@@ -274,7 +190,7 @@ impl FlowModel for Flux2Transformer2DModel {
         for block in &self.transformer_blocks {
             let (block, rope) = (block.clone(), rope.clone());
             let run = move |[text, image, m_text, m_image]: [&Tensor; 4]| {
-                block.forward([text, image], [m_text, m_image], &rope)
+                block.forward([text, image], [m_text, m_image], &rope, None)
             };
             [text, image] = run_block(checkpointing, [&text, &image, &m_text, &m_image], run)?;
         }
@@ -287,11 +203,7 @@ impl FlowModel for Flux2Transformer2DModel {
             [x] = run_block(checkpointing, [&x, &m], run)?;
         }
         let image = x.narrow(1, text_len, image_len)?;
-        let (modulation, norm) = &self.norm_out;
-        // Here, unlike in the blocks, the scale comes first.
-        let parts = modulation.forward(&temb)?;
-        let image = modulate(&norm.forward(&image)?, &parts[1], &parts[0])?;
-        Ok(self.proj_out.forward(&image)?.into())
+        Ok(self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?.into())
     }
 }
 
@@ -302,6 +214,21 @@ impl Transformer for Flux2Transformer2DModel {
 
     fn config(&self) -> serde_json::Value {
         config_json("Flux2Transformer2DModel", &self.config)
+    }
+
+    /// The embedder of a guidance without one, and the modulation of blocks where there are none.
+    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+        let mut unread = Vec::new();
+        if inputs.get("guidance").is_none() {
+            unread.push("time_guidance_embed.guidance_embedder.".into());
+        }
+        if self.config.num_layers == 0 {
+            unread.push("double_stream_modulation_".into());
+        }
+        if self.config.num_single_layers == 0 {
+            unread.push("single_stream_modulation.".into());
+        }
+        parameters_under(&self.params, &unread)
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
@@ -367,6 +294,31 @@ mod tests {
     }
 
     #[test]
+    fn what_the_inputs_do_not_reach_needs_no_gradient() {
+        let mut plain = inputs(DType::F32);
+        plain.remove("guidance");
+        let check = |model: &Flux2Transformer2DModel, inputs: &ModelInputs| {
+            let (tape, mut given) = (Tape::new(), inputs.clone());
+            given.attach(&tape);
+            let loss = model.forward(&given).unwrap().sample.square().unwrap().sum_all().unwrap();
+            let gradients = tape.backward(&loss).unwrap();
+            let without = model.parameters_without_gradient(inputs);
+            model.params().check_gradients(&gradients, &without).unwrap();
+            let reached = |name: &String| gradients.of(model.params().get(name).unwrap()).is_some();
+            assert!(!without.iter().any(reached), "{without:?}");
+            without.len()
+        };
+        let embeds = model(true, DType::F32);
+        assert_eq!((check(&embeds, &inputs(DType::F32)), check(&embeds, &plain)), (0, 2));
+        let of = |config: Flux2Config| {
+            Flux2Transformer2DModel::new(config, &ParamBuilder::new(3, DType::F32, &Device::cpu())).unwrap()
+        };
+        let config = &embeds.config;
+        assert_eq!(check(&of(Flux2Config { num_single_layers: 0, ..config.clone() }), &plain), 2 + 1);
+        assert_eq!(check(&of(Flux2Config { num_layers: 0, ..config.clone() }), &plain), 2 + 2);
+    }
+
+    #[test]
     fn samples_may_share_their_positions() {
         let model = model(true, DType::F32);
         let shared = inputs(DType::F32)
@@ -374,7 +326,7 @@ mod tests {
             .with("txt_ids", text_ids(3, 1).unwrap().squeeze(0).unwrap());
         assert_eq!(predict(&model, &shared), predict(&model, &inputs(DType::F32)));
         let error = model.forward(&shared.with("img_ids", normal(&[6, 3]))).unwrap_err().to_string();
-        assert!(error.contains("img_ids") && error.contains("[6, 3]"), "{error}");
+        assert!(error.contains("img_ids") && error.contains("[6, 3] for 4 axes"), "{error}");
     }
 
     #[test]

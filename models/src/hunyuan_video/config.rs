@@ -4,7 +4,7 @@ use flowtape_engine::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::blocks::{RopePrecision, RopeTables};
+use crate::blocks::{RopePrecision, RopeTables, grid_positions};
 use crate::registry::{check_sizes, parse_config};
 use crate::{Error, Result};
 
@@ -134,11 +134,13 @@ impl HunyuanVideo15Config {
         [self.patch_size_t, self.patch_size, self.patch_size]
     }
 
-    /// Rotary tables of a grid of patches: frames, rows and columns.
+    /// Rotary tables of a context, which has no positions, and then a grid of patches: frames, rows and columns.
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn rope(&self, grid: [usize; 3], device: &Device) -> Result<RopeTables> {
-        Ok(RopeTables::of_grid(&grid, &self.rope_axes_dim, self.rope_theta, RopePrecision::F32, device)?)
+    pub fn rope(&self, context: usize, grid: [usize; 3], device: &Device) -> Result<RopeTables> {
+        // At position 0 nothing is rotated.
+        let positions = [vec![0.0; context * grid.len()], grid_positions(&grid)].concat();
+        Ok(RopeTables::new(&positions, &self.rope_axes_dim, self.rope_theta, RopePrecision::F32, device)?)
     }
 }

@@ -9,7 +9,8 @@ use flowtape_flowmatch::ModelInputs;
 
 use super::HunyuanVideo15Config;
 use crate::blocks::{
-    CHANNELS, CombinedTimestepTextProjEmbeddings, Modulation, QKV, QkNorm, QkvConfig, QkvHeads, attend, gate, time_proj,
+    CHANNELS, CombinedTimestepTextProjEmbeddings, Modulation, QKV, QkNorm, QkvConfig, QkvHeads, TOKEN, attend, gate,
+    key_mask, time_proj,
 };
 
 /// Epsilon of PyTorch's LayerNorm, which the projections keep.
@@ -18,19 +19,6 @@ const EPS: f64 = 1e-5;
 const REFINER_EPS: f64 = 1e-6;
 /// Width inside the refiner's feed-forward layers, over the width of the model.
 const REFINER_MLP_RATIO: usize = 4;
-/// Below this a mask holds no token: it holds 0 or 1.
-const TOKEN: f64 = f32::MIN_POSITIVE as f64;
-
-/// What is added to attention's scores so that only tokens are attended to: f32 `[B, 1, 1, T]` of a mask `[B, T]`.
-///
-/// The reference also bars padding from attending. No token sees what padding becomes, so neither the prediction nor a
-/// gradient changes, and a mask of one row takes `T` numbers a sample instead of `T^2`.
-pub(super) fn key_mask(mask: &Tensor) -> Result<Tensor> {
-    let bias =
-        pointwise([&mask.detach().to_dtype(DType::F32)?], |[m]| m.abs().select_lt(TOKEN, f64::NEG_INFINITY, 0.0))?;
-    bias.unsqueeze(1)?.unsqueeze(1)
-}
-
 /// The embedding of the time, and of a second one in MeanFlow models.
 #[derive(Clone, Debug)]
 pub(super) struct TimeEmbedding {

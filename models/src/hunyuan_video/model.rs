@@ -1,63 +1,18 @@
 //! diffusers' `HunyuanVideo15Transformer3DModel`.
 
-use flowtape_engine::nn::{LayerNorm, Linear, ParamBuilder, Params};
+use flowtape_engine::nn::{Linear, ParamBuilder, Params};
 use flowtape_engine::{Error, Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
-use super::context::{Context, TimeEmbedding, key_mask};
+use super::context::{Context, TimeEmbedding};
 use super::{CLASS, HunyuanVideo15Config};
-use crate::Transformer;
-use crate::blocks::{
-    ChannelOrder, Modulation, PatchEmbed, RopeTables, Stream, StreamKind, attend, modulate, run_block, unpatchify,
-};
+use crate::blocks::{AdaLayerNormContinuous, ChannelOrder, PatchEmbed, key_mask, run_block, unpatchify};
+use crate::flux::FluxTransformerBlock;
 use crate::registry::config_json;
+use crate::{Transformer, parameters_under};
 
 /// Epsilon of the norm before the output projection.
 const EPS: f64 = 1e-6;
-
-/// A double block: latents and context have weights of their own and attend to each other.
-#[derive(Clone, Debug)]
-pub struct HunyuanVideo15TransformerBlock {
-    latents: Stream,
-    context: Stream,
-}
-
-impl HunyuanVideo15TransformerBlock {
-    /// A block of width `dim`, its feed-forward layers `inner` wide.
-    ///
-    /// # Errors
-    /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, dim: usize, heads: usize, inner: usize) -> Result<Self> {
-        let stream = |kind| Stream::new(params, kind, dim, heads, inner);
-        Ok(Self { latents: stream(StreamKind::Latents)?, context: stream(StreamKind::Context)? })
-    }
-
-    /// Latents `[B, L, dim]` and context `[B, T, dim]`, with the embedding `temb` `[B, dim]`; returns both. The latents
-    /// alone have positions; `mask` is added to the scores and broadcasts to `[B, H, L + T, L + T]`.
-    ///
-    /// # Errors
-    /// When a shape does not fit.
-    pub fn forward(
-        &self,
-        latents: &Tensor,
-        context: &Tensor,
-        temb: &Tensor,
-        rope: &RopeTables,
-        mask: &Tensor,
-    ) -> Result<[Tensor; 2]> {
-        let m_latents = self.latents.before_attention(latents, temb)?;
-        let m_context = self.context.before_attention(context, temb)?;
-        let [q, k, v] = &m_latents.qkv;
-        let rotated = [&rope.apply(q)?, &rope.apply(k)?, v];
-        let join = |i: usize| Tensor::cat(&[rotated[i], &m_context.qkv[i]], 2);
-        let joint = attend([join(0)?, join(1)?, join(2)?], None, Some(mask))?;
-        let parts = joint.split(&[latents.dim(1)?, context.dim(1)?], 1)?;
-        Ok([
-            self.latents.after_attention(latents, &parts[0], &m_latents)?,
-            self.context.after_attention(context, &parts[1], &m_context)?,
-        ])
-    }
-}
 
 /// HunyuanVideo-1.5's transformer.
 ///
@@ -73,8 +28,9 @@ pub struct HunyuanVideo15Transformer3DModel {
     x_embedder: PatchEmbed,
     context: Context,
     time_embed: TimeEmbedding,
-    transformer_blocks: Vec<HunyuanVideo15TransformerBlock>,
-    norm_out: (Modulation, LayerNorm),
+    // FLUX.1's double blocks, with the context in place of the text.
+    transformer_blocks: Vec<FluxTransformerBlock>,
+    norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
     gradient_checkpointing: bool,
 }
@@ -91,16 +47,13 @@ impl HunyuanVideo15Transformer3DModel {
         let (dim, heads, inner) = (config.inner_dim(), config.num_attention_heads, config.mlp_dim());
         let (patch, blocks) = (config.patch(), root.sub("transformer_blocks"));
         let outputs = patch.iter().product::<usize>() * config.out_channels.unwrap_or(config.in_channels);
-        let block = |i| HunyuanVideo15TransformerBlock::new(&blocks.sub(i), dim, heads, inner);
+        let block = |i| FluxTransformerBlock::new(&blocks.sub(i), dim, heads, inner);
         Ok(Self {
             x_embedder: PatchEmbed::new(&root.sub("x_embedder").sub("proj"), config.in_channels, dim, &patch)?,
             context: Context::new(root, &config)?,
             time_embed: TimeEmbedding::new(&root.sub("time_embed"), dim, config.use_meanflow)?,
             transformer_blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
-            norm_out: (
-                Modulation::new(&root.sub("norm_out").sub("linear"), dim, 2)?,
-                LayerNorm::new(root, dim, EPS, false)?,
-            ),
+            norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
             proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
             params: root.params(),
             gradient_checkpointing: false,
@@ -122,21 +75,18 @@ impl FlowModel for HunyuanVideo15Transformer3DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let latents = inputs.tensor("hidden_states")?;
         let grid = self.grid(latents)?;
-        let rope = self.config.rope(grid, latents.device())?;
         let temb = self.time_embed.forward(inputs, latents.dtype())?;
         let mut x = self.x_embedder.forward(latents)?;
         let [mut context, mask] = self.context.forward(inputs)?;
         // No latent is padding: nothing is added to their scores.
-        let mask = key_mask(&mask)?.pad(3, x.dim(1)?, 0)?;
+        let mask = key_mask(&mask)?.pad(3, 0, x.dim(1)?)?;
+        let rope = self.config.rope(context.dim(1)?, grid, latents.device())?;
         for block in &self.transformer_blocks {
             let (block, rope, mask) = (block.clone(), rope.clone(), mask.clone());
-            let run = move |[x, context, temb]: [&Tensor; 3]| block.forward(x, context, temb, &rope, &mask);
-            [x, context] = run_block(self.gradient_checkpointing, [&x, &context, &temb], run)?;
+            let run = move |[context, x, temb]: [&Tensor; 3]| block.forward([context, x], temb, &rope, Some(&mask));
+            [context, x] = run_block(self.gradient_checkpointing, [&context, &x, &temb], run)?;
         }
-        let (modulation, norm) = &self.norm_out;
-        // Here, unlike in the blocks, the scale comes first.
-        let parts = modulation.forward(&temb)?;
-        let x = self.proj_out.forward(&modulate(&norm.forward(&x)?, &parts[1], &parts[0])?)?;
+        let x = self.proj_out.forward(&self.norm_out.forward(&x, &temb)?)?;
         Ok(unpatchify(&x, &grid, &self.config.patch(), ChannelOrder::Slowest)?.into())
     }
 }
@@ -150,17 +100,15 @@ impl Transformer for HunyuanVideo15Transformer3DModel {
         config_json(CLASS, &self.config)
     }
 
-    /// What the last block makes of the context, which nothing reads, and the embedder of a second time, which the adapter
-    /// does not give.
-    fn parameters_without_gradient(&self) -> Vec<String> {
-        let last = format!("transformer_blocks.{}.", self.config.num_layers - 1);
-        let unread = |name: &&str| {
-            let part = name.strip_prefix(&last).unwrap_or_default();
-            part.starts_with("attn.to_add_out.")
-                || part.starts_with("ff_context.")
-                || name.starts_with("time_embed.timestep_embedder_r.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(unread).map(String::from).collect()
+    /// What the last block makes of the context, which nothing reads, and the embedder of a second time without one.
+    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+        let last = self.config.num_layers - 1;
+        let read_by_none = ["attn.to_add_out", "ff_context"].map(|layer| format!("transformer_blocks.{last}.{layer}."));
+        let mut unread = read_by_none.to_vec();
+        if inputs.get("timestep_r").is_none() {
+            unread.push("time_embed.timestep_embedder_r.".into());
+        }
+        parameters_under(&self.params, &unread)
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

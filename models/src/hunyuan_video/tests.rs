@@ -93,7 +93,7 @@ fn padding_changes_neither_prediction_nor_gradients() {
         let worst = deviation(&together.narrow(0, row, 1).unwrap(), prediction);
         assert!(worst < 2e-6, "sample {row}: {worst}");
     }
-    let without = model.parameters_without_gradient();
+    let without = model.parameters_without_gradient(&all);
     for (name, parameter) in model.params().iter() {
         let of = |gradients: &Gradients| gradients.of(parameter).cloned();
         let Some(got) = of(&joint) else {
@@ -144,10 +144,14 @@ fn a_second_time_needs_a_meanflow_model() {
     assert!(error.contains("timestep_r") && error.contains("use_meanflow"), "{error}");
     let meanflow = model(json!({"use_meanflow": true}), DType::F32);
     let (without, grads) = gradients(&meanflow, inputs());
-    assert!(deviation(&run(&meanflow, &inputs().with("timestep_r", r)), &without) > 1e-3);
+    let with_r = inputs().with("timestep_r", r);
+    assert!(deviation(&run(&meanflow, &with_r), &without) > 1e-3);
     let names: Vec<_> = meanflow.params().iter().filter(|(_, p)| grads.of(p).is_none()).map(|(n, _)| n).collect();
     assert_eq!(names.len(), 10, "{names:?}");
-    meanflow.params().check_gradients(&grads, &meanflow.parameters_without_gradient()).unwrap();
+    meanflow.params().check_gradients(&grads, &meanflow.parameters_without_gradient(&inputs())).unwrap();
+    let (_, grads) = gradients(&meanflow, with_r.clone());
+    meanflow.params().check_gradients(&grads, &meanflow.parameters_without_gradient(&with_r)).unwrap();
+    assert!(meanflow.parameters_without_gradient(&with_r).iter().all(|name| !name.contains("embedder_r")));
 }
 
 #[test]

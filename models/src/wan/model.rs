@@ -3,36 +3,21 @@
 use flowtape_engine::nn::{
     Activation, FeedForward, Init, LayerNorm, Linear, ParamBuilder, Params, TimestepEmbedding, TimestepProjection,
 };
-use flowtape_engine::ops::{pointwise, pointwise_to};
+use flowtape_engine::ops::pointwise;
 use flowtape_engine::{DType, Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::WanConfig;
 use crate::blocks::{
-    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, attend, gate, modulate, run_block,
-    time_proj, unpatchify,
+    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, modulate,
+    run_block, time_proj, unpatchify,
 };
 use crate::registry::config_json;
-use crate::{Error, Transformer};
+use crate::{Error, Transformer, parameters_under};
 
-/// A learned table of `parts` vectors, to which an embedding of time is added.
-#[derive(Clone, Debug)]
-struct ScaleShiftTable {
-    table: Tensor,
-    parts: usize,
-}
-
-impl ScaleShiftTable {
-    fn new(params: &ParamBuilder, parts: usize, dim: usize) -> Result<Self> {
-        let init = Init::Normal { std: 1.0 / (dim as f64).sqrt() };
-        Ok(Self { table: params.get("scale_shift_table", &[1, parts, dim], init)?, parts })
-    }
-
-    /// The parts `[B, L, dim]`, f32, of an embedding `[B, L, parts, dim]` or `[B, L, 1, dim]`, where L is 1 or the tokens.
-    fn forward(&self, embedding: &Tensor) -> Result<Vec<Tensor>> {
-        let all = pointwise_to(DType::F32.promote(embedding.dtype()), [&self.table, embedding], |[t, e]| t + e)?;
-        all.chunk(self.parts, 2)?.iter().map(|part| part.squeeze(2)).collect()
-    }
+/// Vectors for shift, scale and gate that start as PixArt's do.
+fn scale_shift_table(params: &ParamBuilder, parts: usize, dim: usize) -> Result<ScaleShiftTable> {
+    ScaleShiftTable::new(params, "scale_shift_table", &[1, parts, dim], (dim as f64).powf(-0.5))
 }
 
 /// Attention of the video to itself, or to text and maybe an image.
@@ -104,7 +89,7 @@ impl WanTransformerBlock {
         let (dim, heads, eps) = (config.inner_dim(), config.num_attention_heads, config.eps);
         let norm2 = || LayerNorm::new(&params.sub("norm2"), dim, eps, true);
         Ok(Self {
-            scale_shift_table: ScaleShiftTable::new(params, 6, dim)?,
+            scale_shift_table: scale_shift_table(params, 6, dim)?,
             norm: LayerNorm::new(params, dim, eps, false)?,
             attn1: WanAttention::new(&params.sub("attn1"), dim, heads, eps, None)?,
             norm2: config.cross_attn_norm.then(norm2).transpose()?,
@@ -220,7 +205,7 @@ impl WanTransformer3DModel {
             image_embedder: config.image_dim.map(image).transpose()?,
             blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
             norm_out: LayerNorm::new(root, dim, config.eps, false)?,
-            scale_shift_table: ScaleShiftTable::new(root, 2, dim)?,
+            scale_shift_table: scale_shift_table(root, 2, dim)?,
             proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
             params: root.params(),
             gradient_checkpointing: false,
@@ -286,6 +271,19 @@ impl Transformer for WanTransformer3DModel {
         config_json("WanTransformer3DModel", &self.config)
     }
 
+    /// What makes something of an image without one.
+    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+        let WanConfig { image_dim, added_kv_proj_dim, num_layers, .. } = &self.config;
+        let reads = image_dim.and(*added_kv_proj_dim).is_some();
+        if reads && inputs.get("encoder_hidden_states_image").is_some() {
+            return Vec::new();
+        }
+        let layers = ["add_k_proj", "add_v_proj", "norm_added_k"];
+        let added = (0..*num_layers).flat_map(|i| layers.map(|layer| format!("blocks.{i}.attn2.{layer}.")));
+        let unread: Vec<String> = ["condition_embedder.image_embedder.".into()].into_iter().chain(added).collect();
+        parameters_under(&self.params, &unread)
+    }
+
     fn is_ignored_key(&self, key: &str) -> bool {
         key.contains("norm_added_q")
     }
@@ -300,5 +298,43 @@ impl Transformer for WanTransformer3DModel {
                 || ["condition_embedder.time_proj.", "proj_out."].iter().any(|prefix| name.starts_with(prefix))
         };
         self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowtape_engine::{Device, Tape};
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::normal;
+
+    #[test]
+    fn what_reads_an_image_needs_a_gradient_where_there_is_one() {
+        let check = |added: Option<usize>, image: bool| {
+            let config = WanConfig::from_json(&json!({
+                "in_channels": 2, "out_channels": 2, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2,
+                "text_dim": 5, "ffn_dim": 8, "image_dim": 6, "added_kv_proj_dim": added,
+            }));
+            let params = ParamBuilder::new(3, DType::F32, &Device::cpu());
+            let model = WanTransformer3DModel::new(config.unwrap(), &params).unwrap();
+            let mut inputs = ModelInputs::new()
+                .with("hidden_states", normal(&[2, 2, 1, 4, 4]))
+                .with("timestep", Tensor::full(&[2], 300.0, DType::F32, &Device::cpu()).unwrap())
+                .with("encoder_hidden_states", normal(&[2, 3, 5]))
+                .with_optional("encoder_hidden_states_image", image.then(|| normal(&[2, 4, 6])));
+            let tape = Tape::new();
+            inputs.attach(&tape);
+            let loss = model.forward(&inputs).unwrap().sample.square().unwrap().sum_all().unwrap();
+            let gradients = tape.backward(&loss).unwrap();
+            let without = model.parameters_without_gradient(&inputs);
+            model.params().check_gradients(&gradients, &without).unwrap();
+            let reached = |name: &String| gradients.of(model.params().get(name).unwrap()).is_some();
+            assert!(!without.iter().any(reached), "{without:?}");
+            without.len()
+        };
+        // Two norms and two products of the embedder; in each block two products and the norm of the keys.
+        assert_eq!((check(Some(24), true), check(Some(24), false)), (0, 8 + 2 * 5));
+        assert_eq!(check(None, true), 8);
     }
 }

@@ -1,0 +1,76 @@
+//! Memory of a device: buffers from its allocator, kept in the engine's pool.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ::wgpu::{BufferDescriptor, BufferUsages, Device, ErrorFilter};
+use flowtape_engine::backend::Buffer;
+use flowtape_engine::pool::{Pool, Pooled, Raw};
+use flowtape_engine::{Error, Result};
+
+/// A buffer and the last batch of commands that uses it.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub(super) buffer: ::wgpu::Buffer,
+    batch: AtomicU64,
+}
+
+impl Block {
+    /// Notes that `batch` uses it.
+    pub(super) fn use_in(&self, batch: u64) {
+        self.batch.store(batch, Ordering::Relaxed);
+    }
+
+    /// Whether `batch` uses it.
+    pub(super) fn used_in(&self, batch: u64) -> bool {
+        self.batch.load(Ordering::Relaxed) == batch
+    }
+}
+
+/// The allocator of a device.
+#[derive(Debug)]
+pub(super) struct Memory {
+    device: Device,
+    name: String,
+    largest: u64,
+}
+
+impl Raw for Memory {
+    type Block = Arc<Block>;
+
+    fn alloc(&self, bytes: usize) -> Result<Self::Block> {
+        let failed = |reason: String| Error::OutOfMemory { device: self.name.clone(), bytes, reason };
+        if bytes as u64 > self.largest {
+            return Err(failed(format!("a buffer has at most {} bytes", self.largest)));
+        }
+        let validation = self.device.push_error_scope(ErrorFilter::Validation);
+        let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+        let buffer = self.device.create_buffer(&BufferDescriptor {
+            label: None,
+            size: bytes as u64,
+            usage,
+            mapped_at_creation: false,
+        });
+        let errors = [pollster::block_on(memory.pop()), pollster::block_on(validation.pop())];
+        match errors.into_iter().flatten().next() {
+            Some(error) => Err(failed(error.to_string())),
+            None => Ok(Arc::new(Block { buffer, batch: AtomicU64::new(0) })),
+        }
+    }
+
+    fn free(&self, block: Self::Block) {
+        drop(block);
+    }
+}
+
+/// Memory of a tensor.
+#[derive(Debug)]
+pub(super) struct WgpuBuffer(pub(super) Pooled<Memory>);
+
+impl Buffer for WgpuBuffer {}
+
+/// A pool that gives nothing back before memory runs out.
+pub(super) fn pool(device: &Device, name: &str, largest: u64) -> Pool<Memory> {
+    Pool::new(Memory { device: device.clone(), name: name.into(), largest }, usize::MAX / 2)
+}

@@ -1,0 +1,179 @@
+//! Strided windows on a device's memory, and which of them a binding holds.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use flowtape_engine::backend::Buffer;
+use flowtape_engine::shape::Layout;
+use flowtape_engine::{DType, Error, Result, Tensor};
+
+use super::memory::{Block, WgpuBuffer};
+
+/// A strided window on a block. Strides and offset count elements; stride 0 repeats.
+#[derive(Clone, Debug)]
+pub(super) struct View {
+    pub(super) block: Arc<Block>,
+    pub(super) dtype: DType,
+    pub(super) dims: Vec<usize>,
+    pub(super) strides: Vec<usize>,
+    pub(super) offset: usize,
+}
+
+pub(super) fn block(buffer: &dyn Buffer) -> Result<&Arc<Block>> {
+    match (buffer as &dyn Any).downcast_ref::<WgpuBuffer>() {
+        Some(buffer) => Ok(buffer.0.block()),
+        None => {
+            Err(Error::Device { op: "wgpu", expected: "memory of a wgpu device".into(), got: format!("{buffer:?}") })
+        }
+    }
+}
+
+impl View {
+    pub(super) fn of(tensor: &Tensor) -> Result<Self> {
+        if tensor.dtype() == DType::F64 {
+            return Err(Error::DType { op: "wgpu", expected: "f32, bf16, f16 or u32".into(), got: "f64".into() });
+        }
+        let Layout { dims, strides, offset } = tensor.layout().clone();
+        let block = block(tensor.storage().buffer())?.clone();
+        Ok(Self { block, dtype: tensor.dtype(), dims, strides, offset })
+    }
+
+    pub(super) fn all(tensors: &[&Tensor]) -> Result<Vec<Self>> {
+        tensors.iter().map(|t| Self::of(t)).collect()
+    }
+
+    /// A row-major view of all of a block.
+    pub(super) fn plain(block: &Arc<Block>, dtype: DType, dims: &[usize]) -> Self {
+        let Layout { dims, strides, offset } = Layout::contiguous(dims);
+        Self { block: block.clone(), dtype, dims, strides, offset }
+    }
+
+    /// Whether elements are two to a word.
+    pub(super) fn is_half(&self) -> bool {
+        self.dtype.size() == 2
+    }
+
+    pub(super) fn numel(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// The bytes that it reaches, whole words.
+    pub(super) fn span(&self) -> (u64, u64) {
+        let reach: usize = self.dims.iter().zip(&self.strides).map(|(d, s)| d.saturating_sub(1) * s).sum();
+        let size = self.dtype.size();
+        let (first, end) = (self.offset * size, (self.offset + reach + 1) * size);
+        (first as u64 / 4 * 4, (end as u64).next_multiple_of(4))
+    }
+
+    /// `len` positions of an axis from `start`; an axis of size 1, which repeats, stays.
+    pub(super) fn narrow(&self, axis: usize, start: usize, len: usize) -> Self {
+        let mut out = self.clone();
+        if self.dims[axis] != 1 {
+            out.offset += start * self.strides[axis];
+            out.dims[axis] = len;
+        }
+        out
+    }
+
+    /// The axis along which it reaches farthest.
+    pub(super) fn longest_axis(&self) -> Option<usize> {
+        let reach = |a: &usize| (self.dims[*a] - 1) * self.strides[*a];
+        (0..self.dims.len()).filter(|a| self.dims[*a] > 1 && self.strides[*a] > 0).max_by_key(reach)
+    }
+}
+
+/// How a kernel uses an operand.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Access {
+    Read,
+    /// Written element by element: halves of a word by atomics.
+    Write,
+    /// Written in pairs that fill words.
+    WritePairs,
+}
+
+impl Access {
+    /// Written in pairs along the axis of stride `inner`, where that fills words.
+    pub(super) fn pairs_if(aligned: bool) -> Self {
+        if aligned { Self::WritePairs } else { Self::Write }
+    }
+}
+
+/// A window of a block that one binding holds.
+#[derive(Clone, Debug)]
+pub(super) struct Binding {
+    pub(super) block: Arc<Block>,
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) written: bool,
+    pub(super) atomic: bool,
+}
+
+/// Which binding holds which operand.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) bindings: Vec<Binding>,
+    /// The binding of each operand.
+    pub(super) places: Vec<usize>,
+    /// Where each operand starts in its binding, in elements.
+    pub(super) offsets: Vec<u32>,
+}
+
+/// What a binding may hold.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BindingLimits {
+    /// Bytes.
+    pub(super) size: u64,
+    /// What a window's start is a multiple of.
+    pub(super) alignment: u64,
+}
+
+impl BindingLimits {
+    /// The window of a view: its whole block where that fits.
+    fn window(&self, view: &View) -> (u64, u64) {
+        let whole = view.block.buffer.size();
+        if whole <= self.size {
+            return (0, whole);
+        }
+        let (start, end) = view.span();
+        (start / self.alignment * self.alignment, end)
+    }
+
+    /// Whether a binding can hold it.
+    pub(super) fn fits(&self, view: &View) -> bool {
+        let (start, end) = self.window(view);
+        end - start <= self.size
+    }
+
+    /// Operands on one block share a binding where it holds them: a block may not be read and written by two.
+    pub(super) fn plan(&self, operands: &[(&View, Access)]) -> Plan {
+        let mut plan = Plan { bindings: Vec::new(), places: Vec::new(), offsets: Vec::new() };
+        for (view, access) in operands {
+            let (start, end) = self.window(view);
+            let joins =
+                |b: &Binding| Arc::ptr_eq(&b.block, &view.block) && b.end.max(end) - b.start.min(start) <= self.size;
+            let at = plan.bindings.iter().position(joins).unwrap_or_else(|| {
+                let block = view.block.clone();
+                plan.bindings.push(Binding { block, start, end, written: false, atomic: false });
+                plan.bindings.len() - 1
+            });
+            let binding = &mut plan.bindings[at];
+            binding.start = binding.start.min(start);
+            binding.end = binding.end.max(end);
+            binding.atomic |= *access == Access::Write && view.is_half();
+            binding.written |= *access != Access::Read;
+            plan.places.push(at);
+        }
+        // A block in two windows, one of them written: both are bound for writing.
+        for i in 0..plan.bindings.len() {
+            let (written, block) = (plan.bindings[i].written, plan.bindings[i].block.clone());
+            let same = plan.bindings.iter_mut().filter(|b| Arc::ptr_eq(&b.block, &block));
+            same.for_each(|b| b.written |= written);
+        }
+        let offset = |(view, place): (&View, usize)| {
+            (view.offset - plan.bindings[place].start as usize / view.dtype.size()) as u32
+        };
+        plan.offsets = operands.iter().map(|(v, _)| *v).zip(plan.places.iter().copied()).map(offset).collect();
+        plan
+    }
+}

@@ -1,0 +1,294 @@
+//! The configuration of diffusers' `LTX2VideoTransformer3DModel`.
+
+use flowtape_engine::nn::Activation;
+use flowtape_engine::ops::RopeLayout;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::registry::{check_sizes, parse_config};
+use crate::{Error, Result};
+
+/// `config.json`, with diffusers' defaults. Fields of the audio stream have `audio_` before the name.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LTX2Config {
+    /// Channels of a video token.
+    pub in_channels: usize,
+    /// Channels of the video prediction; `in_channels` if none.
+    pub out_channels: Option<usize>,
+    /// Side of a patch, for the positions alone: tokens come packed.
+    pub patch_size: usize,
+    /// Frames of a patch.
+    pub patch_size_t: usize,
+    /// Video heads.
+    pub num_attention_heads: usize,
+    /// Width of a video head.
+    pub attention_head_dim: usize,
+    /// Width of the text that the video attends to.
+    pub cross_attention_dim: usize,
+    /// Frames, rows and columns of the pixels behind a latent.
+    pub vae_scale_factors: [usize; 3],
+    /// Seconds at which the time axis of the rotary embedding ends.
+    pub pos_embed_max_pos: usize,
+    /// Rows at which the second axis ends, in pixels.
+    pub base_height: usize,
+    /// Columns at which the third axis ends, in pixels.
+    pub base_width: usize,
+    /// Whether each video head has a gate of its own.
+    pub gated_attn: bool,
+    /// Whether the time modulates the attention of video to text (LTX-2.3).
+    pub cross_attn_mod: bool,
+    /// Channels of an audio token.
+    pub audio_in_channels: usize,
+    /// Channels of the audio prediction; `audio_in_channels` if none.
+    pub audio_out_channels: Option<usize>,
+    /// Without effect, as in the reference.
+    pub audio_patch_size: usize,
+    /// Latent frames of an audio token.
+    pub audio_patch_size_t: usize,
+    /// Audio heads, also those of the attention between audio and video.
+    pub audio_num_attention_heads: usize,
+    /// Width of an audio head.
+    pub audio_attention_head_dim: usize,
+    /// Width of the text that the audio attends to; the width of the audio stream.
+    pub audio_cross_attention_dim: usize,
+    /// Spectrogram frames behind a latent frame.
+    pub audio_scale_factor: usize,
+    /// Seconds at which the audio's time axis ends.
+    pub audio_pos_embed_max_pos: usize,
+    /// Samples a second.
+    pub audio_sampling_rate: usize,
+    /// Samples between two spectrogram frames.
+    pub audio_hop_length: usize,
+    /// Whether each audio head has a gate of its own.
+    pub audio_gated_attn: bool,
+    /// Whether the time modulates the attention of audio to text.
+    pub audio_cross_attn_mod: bool,
+    /// Blocks.
+    pub num_layers: usize,
+    /// Activation of the feed-forward layers.
+    pub activation_fn: String,
+    /// `rms_norm_across_heads`, the only one.
+    pub qk_norm: String,
+    /// Whether the blocks' norms have weights.
+    pub norm_elementwise_affine: bool,
+    /// Epsilon of the blocks' norms.
+    pub norm_eps: f64,
+    /// Width of the text before `caption_projection`.
+    pub caption_channels: usize,
+    /// Whether queries, keys and values have biases.
+    pub attention_bias: bool,
+    /// Whether the attention's output has a bias.
+    pub attention_out_bias: bool,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Whether the rotary frequencies are made in f64.
+    pub rope_double_precision: bool,
+    /// Frames that the VAE's first latent frame stands for.
+    pub causal_offset: usize,
+    /// Factor between σ and a timestep.
+    pub timestep_scale_multiplier: usize,
+    /// The same for the gates between audio and video.
+    pub cross_attn_timestep_scale_multiplier: usize,
+    /// `interleaved` or `split`: which columns the rotary embedding pairs.
+    pub rope_type: String,
+    /// Whether text goes through `caption_projection` (LTX-2.0).
+    pub use_prompt_embeddings: bool,
+    /// Whether guidance may perturb attention when sampling; without effect here.
+    pub perturbed_attn: bool,
+    /// Whether the video's feed-forward layers have biases.
+    pub ff_bias: bool,
+    /// Whether the audio's do.
+    pub audio_ff_bias: bool,
+    /// Whether the time modulates keys and values of the text, where it modulates the queries.
+    pub use_prompt_adaln_single: bool,
+    /// Whether there is an embedding of keyframes, which training does not use.
+    pub use_keyframes_abs_pos_embedding: bool,
+}
+
+impl Default for LTX2Config {
+    fn default() -> Self {
+        Self {
+            in_channels: 128,
+            out_channels: Some(128),
+            patch_size: 1,
+            patch_size_t: 1,
+            num_attention_heads: 32,
+            attention_head_dim: 128,
+            cross_attention_dim: 4096,
+            vae_scale_factors: [8, 32, 32],
+            pos_embed_max_pos: 20,
+            base_height: 2048,
+            base_width: 2048,
+            gated_attn: false,
+            cross_attn_mod: false,
+            audio_in_channels: 128,
+            audio_out_channels: Some(128),
+            audio_patch_size: 1,
+            audio_patch_size_t: 1,
+            audio_num_attention_heads: 32,
+            audio_attention_head_dim: 64,
+            audio_cross_attention_dim: 2048,
+            audio_scale_factor: 4,
+            audio_pos_embed_max_pos: 20,
+            audio_sampling_rate: 16_000,
+            audio_hop_length: 160,
+            audio_gated_attn: false,
+            audio_cross_attn_mod: false,
+            num_layers: 48,
+            activation_fn: "gelu-approximate".into(),
+            qk_norm: "rms_norm_across_heads".into(),
+            norm_elementwise_affine: false,
+            norm_eps: 1e-6,
+            caption_channels: 3840,
+            attention_bias: true,
+            attention_out_bias: true,
+            rope_theta: 10_000.0,
+            rope_double_precision: true,
+            causal_offset: 1,
+            timestep_scale_multiplier: 1000,
+            cross_attn_timestep_scale_multiplier: 1000,
+            rope_type: "interleaved".into(),
+            use_prompt_embeddings: true,
+            perturbed_attn: false,
+            ff_bias: true,
+            audio_ff_bias: true,
+            use_prompt_adaln_single: true,
+            use_keyframes_abs_pos_embedding: false,
+        }
+    }
+}
+
+impl LTX2Config {
+    /// Reads and checks the object of `config.json`.
+    ///
+    /// # Errors
+    /// When a key is unknown or a value does not fit.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        let config: Self = parse_config(value)?;
+        let (video, audio) = (config.video(), config.audio());
+        check_sizes([
+            ("in_channels", video.in_channels),
+            ("out_channels", video.out_channels),
+            ("patch_size", config.patch_size),
+            ("patch_size_t", config.patch_size_t),
+            ("num_attention_heads", video.heads),
+            ("attention_head_dim", video.head_dim),
+            ("cross_attention_dim", video.text_dim),
+            ("audio_in_channels", audio.in_channels),
+            ("audio_out_channels", audio.out_channels),
+            ("audio_patch_size_t", config.audio_patch_size_t),
+            ("audio_num_attention_heads", audio.heads),
+            ("audio_attention_head_dim", audio.head_dim),
+            ("caption_channels", config.caption_channels),
+            ("timestep_scale_multiplier", config.timestep_scale_multiplier),
+        ])?;
+        config.activation()?;
+        if config.qk_norm != "rms_norm_across_heads" {
+            return Err(Error::config("qk_norm", "rms_norm_across_heads", &config.qk_norm));
+        }
+        if !["split", "interleaved"].contains(&&*config.rope_type) {
+            return Err(Error::config("rope_type", "interleaved or split", &config.rope_type));
+        }
+        if audio.text_dim != audio.dim() {
+            let expected = format!("the width of the audio stream, {}", audio.dim());
+            return Err(Error::config("audio_cross_attention_dim", expected, audio.text_dim));
+        }
+        if (config.modulates_text() || config.use_prompt_embeddings) && video.text_dim != video.dim() {
+            let expected = format!("the width of the video stream, {}", video.dim());
+            return Err(Error::config("cross_attention_dim", expected, video.text_dim));
+        }
+        // Rotary embeddings pair the columns of a head, or those of all heads.
+        let heads = |own: &StreamConfig| if config.rope_type == "split" { own.heads } else { 1 };
+        for (key, own) in [("num_attention_heads", &video), ("audio_num_attention_heads", &audio)] {
+            if [own.dim(), audio.dim()].iter().any(|dim| dim % (2 * heads(own)) != 0) {
+                let expected = format!("a divisor of half of {} and {}", own.dim(), audio.dim());
+                return Err(Error::config(key, expected, own.heads));
+            }
+        }
+        Ok(config)
+    }
+
+    /// The video stream.
+    pub(super) fn video(&self) -> StreamConfig {
+        StreamConfig {
+            is_audio: false,
+            in_channels: self.in_channels,
+            out_channels: self.out_channels.unwrap_or(self.in_channels),
+            heads: self.num_attention_heads,
+            head_dim: self.attention_head_dim,
+            text_dim: self.cross_attention_dim,
+            gated: self.gated_attn,
+            modulated: self.cross_attn_mod,
+            ff_bias: self.ff_bias,
+        }
+    }
+
+    /// The audio stream.
+    pub(super) fn audio(&self) -> StreamConfig {
+        StreamConfig {
+            is_audio: true,
+            in_channels: self.audio_in_channels,
+            out_channels: self.audio_out_channels.unwrap_or(self.audio_in_channels),
+            heads: self.audio_num_attention_heads,
+            head_dim: self.audio_attention_head_dim,
+            text_dim: self.audio_cross_attention_dim,
+            gated: self.audio_gated_attn,
+            modulated: self.audio_cross_attn_mod,
+            ff_bias: self.audio_ff_bias,
+        }
+    }
+
+    /// Whether text is modulated before it is attended to.
+    pub(super) fn modulates_text(&self) -> bool {
+        self.cross_attn_mod || self.audio_cross_attn_mod
+    }
+
+    /// Which columns the rotary embedding pairs.
+    pub(super) fn rope_layout(&self) -> RopeLayout {
+        if self.rope_type == "split" { RopeLayout::Split } else { RopeLayout::Interleaved }
+    }
+
+    /// Activation of the feed-forward layers.
+    pub(super) fn activation(&self) -> Result<Activation> {
+        match &*self.activation_fn {
+            "gelu-approximate" => Ok(Activation::GeluTanh),
+            "gelu" => Ok(Activation::Gelu),
+            "linear-silu" => Ok(Activation::Silu),
+            "geglu" => Ok(Activation::Geglu),
+            "swiglu" => Ok(Activation::Swiglu),
+            other => Err(Error::config("activation_fn", "gelu-approximate, gelu, linear-silu, geglu or swiglu", other)),
+        }
+    }
+}
+
+/// Sizes and options of one stream.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StreamConfig {
+    pub(super) is_audio: bool,
+    pub(super) in_channels: usize,
+    pub(super) out_channels: usize,
+    pub(super) heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) text_dim: usize,
+    pub(super) gated: bool,
+    pub(super) modulated: bool,
+    pub(super) ff_bias: bool,
+}
+
+impl StreamConfig {
+    /// Width of the stream.
+    pub(super) fn dim(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Vectors by which the time modulates a block, but for the attention between the streams.
+    pub(super) fn modulations(&self) -> usize {
+        if self.modulated { 9 } else { 6 }
+    }
+
+    /// This stream's name of a parameter or an input.
+    pub(super) fn name(&self, name: &str) -> String {
+        if self.is_audio { format!("audio_{name}") } else { name.to_owned() }
+    }
+}

@@ -1,0 +1,139 @@
+//! The configuration of diffusers' `QwenImageTransformer2DModel`.
+
+use flowtape_engine::Device;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::blocks::{RopePrecision, RopeTables};
+use crate::registry::{check_sizes, parse_config};
+use crate::{Error, Result};
+
+/// Base of the rotary frequencies.
+const THETA: f64 = 10_000.0;
+
+/// `config.json`, with diffusers' defaults (those of Qwen-Image).
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QwenImageConfig {
+    /// Side of a patch of the result.
+    pub patch_size: usize,
+    /// Channels of a packed token.
+    pub in_channels: usize,
+    /// Channels of the result's latents; `in_channels` if none.
+    pub out_channels: Option<usize>,
+    /// Double-stream blocks.
+    pub num_layers: usize,
+    /// Width of a head.
+    pub attention_head_dim: usize,
+    /// Number of heads.
+    pub num_attention_heads: usize,
+    /// Width of the text embeddings.
+    pub joint_attention_dim: usize,
+    /// Width of a pooled text: early files have it; not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pooled_projection_dim: Option<usize>,
+    /// Not used, as in diffusers: no guidance is embedded.
+    pub guidance_embeds: bool,
+    /// Columns of the axes frame, row and column in the rotary tables; together a head's width.
+    pub axes_dims_rope: Vec<usize>,
+    /// Whether the tokens of reference images are modulated by time zero (Qwen-Image-Edit-2511).
+    pub zero_cond_t: bool,
+    /// Whether a flag is embedded beside the time (Qwen-Image-Layered).
+    pub use_additional_t_cond: bool,
+    /// Whether the last image is the one that conditions the others, at frame -1 (Qwen-Image-Layered).
+    pub use_layer3d_rope: bool,
+}
+
+impl Default for QwenImageConfig {
+    fn default() -> Self {
+        Self {
+            patch_size: 2,
+            in_channels: 64,
+            out_channels: Some(16),
+            num_layers: 60,
+            attention_head_dim: 128,
+            num_attention_heads: 24,
+            joint_attention_dim: 3584,
+            pooled_projection_dim: None,
+            guidance_embeds: false,
+            axes_dims_rope: vec![16, 56, 56],
+            zero_cond_t: false,
+            use_additional_t_cond: false,
+            use_layer3d_rope: false,
+        }
+    }
+}
+
+/// Positions of images and of the text that goes with them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RotaryLayout {
+    /// Image i is frame i and on.
+    Frames,
+    /// The same, but for the last image, which is frame -1.
+    Layers,
+}
+
+impl RotaryLayout {
+    /// Positions frame, row, column of images `[frames, rows, columns]`, one after the other: rows and columns count from
+    /// each image's middle.
+    pub fn of_images(self, images: &[Vec<usize>]) -> Vec<f32> {
+        let mut positions = Vec::new();
+        for (i, image) in images.iter().enumerate() {
+            let &[frames, rows, columns] = &image[..] else { continue };
+            let first = if self == Self::Layers && i + 1 == images.len() { -1.0 } else { i as f32 };
+            let centred = |at: usize, size: usize| at as f32 - (size - size / 2) as f32;
+            for place in 0..frames * rows * columns {
+                let (frame, row, column) = (place / (rows * columns), place / columns % rows, place % columns);
+                positions.extend([first + frame as f32, centred(row, rows), centred(column, columns)]);
+            }
+        }
+        positions
+    }
+
+    /// The same of a text: its tokens go on along the diagonal where the largest image ends.
+    pub fn of_text(self, images: &[Vec<usize>], len: usize) -> Vec<f32> {
+        let half = images.iter().flat_map(|image| &image[1..]).map(|side| side / 2).max().unwrap_or(0);
+        let start = if self == Self::Layers { half.max(images.len().saturating_sub(1)) } else { half };
+        (0..len).flat_map(|i| [(start + i) as f32; 3]).collect()
+    }
+}
+
+impl QwenImageConfig {
+    /// Reads and checks the object of `config.json`.
+    ///
+    /// # Errors
+    /// When a key is unknown or a value does not fit.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        let config: Self = parse_config(value)?;
+        let axes: usize = config.axes_dims_rope.iter().sum();
+        let odd = config.axes_dims_rope.iter().any(|d| d % 2 != 0);
+        if axes != config.attention_head_dim || config.axes_dims_rope.len() != 3 || odd {
+            let expected = format!("three even numbers with the sum {}", config.attention_head_dim);
+            return Err(Error::config("axes_dims_rope", expected, &config.axes_dims_rope));
+        }
+        check_sizes([
+            ("patch_size", config.patch_size),
+            ("in_channels", config.in_channels),
+            ("num_layers", config.num_layers),
+            ("attention_head_dim", config.attention_head_dim),
+            ("num_attention_heads", config.num_attention_heads),
+            ("joint_attention_dim", config.joint_attention_dim),
+        ])?;
+        Ok(config)
+    }
+
+    /// Width of the model.
+    pub fn inner_dim(&self) -> usize {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// Rotary tables of a text and then images `[frames, rows, columns]`.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn rope(&self, text: usize, images: &[Vec<usize>], device: &Device) -> Result<RopeTables> {
+        let layout = if self.use_layer3d_rope { RotaryLayout::Layers } else { RotaryLayout::Frames };
+        let positions = [layout.of_text(images, text), layout.of_images(images)].concat();
+        Ok(RopeTables::new(&positions, &self.axes_dims_rope, THETA, RopePrecision::F32, device)?)
+    }
+}

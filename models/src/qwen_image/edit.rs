@@ -1,0 +1,176 @@
+//! NeMo's `QwenImageEditAdapter`.
+
+use flowtape_engine::Tensor;
+use flowtape_engine::ops::pointwise;
+use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, ModelInputs, Prediction};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::flux::{pack_latents, unpack_latents};
+use crate::registry::parse_kwargs;
+use crate::{Error, Result};
+
+/// Gives the model the noisy latents and, after them, the clean latents of reference images.
+///
+/// Reads of the batch: the list `context_latents` of one or more `[B, C, H, W]`, each with sides of its own,
+/// `text_embeddings` `[B, T, D]` and `text_attention_mask` `[B, T]`, which is 0 at padding. Guidance dropout has no effect
+/// here, as in the reference.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QwenImageEditAdapter {}
+
+impl QwenImageEditAdapter {
+    /// From a recipe's `adapter_kwargs`: there are none.
+    ///
+    /// # Errors
+    /// When there is an argument.
+    pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
+        parse_kwargs(kwargs)
+    }
+}
+
+fn refuse<T>(expected: impl ToString, got: &Tensor) -> Result<T> {
+    Err(Error::adapter("qwen_image_edit", expected, format!("{:?}", got.dims())))
+}
+
+impl ModelAdapter for QwenImageEditAdapter {
+    fn name(&self) -> &str {
+        "qwen_image_edit"
+    }
+
+    fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, _: &mut dyn Draws) -> Result<ModelInputs> {
+        let &[batch, channels, height, width] = cx.noisy_latents.dims() else {
+            return refuse("4-D latents [B, C, H, W]", &cx.noisy_latents);
+        };
+        let references = cx.batch.list("context_latents");
+        if references.is_empty() {
+            let expected = "a list of one or more `context_latents` in the batch";
+            return Err(Error::adapter("qwen_image_edit", expected, "none"));
+        }
+        let (text, mask) = (cx.batch.require("text_embeddings")?, cx.batch.require("text_attention_mask")?);
+        if text.rank() != 3 || text.dim(0)? != batch {
+            return refuse(format!("`text_embeddings` [{batch}, T, D]"), text);
+        }
+        if mask.dims() != &text.dims()[..2] {
+            return refuse(format!("`text_attention_mask` {:?}, as the text has tokens", &text.dims()[..2]), mask);
+        }
+        let target = pack_latents(&cx.noisy_latents)?;
+        let (mut shapes, mut tokens) = (vec![vec![1, height / 2, width / 2]], vec![target]);
+        for (i, reference) in references.iter().enumerate() {
+            match *reference.dims() {
+                [b, c, h, w] if [b, c] == [batch, channels] && h % 2 == 0 && w % 2 == 0 => {
+                    shapes.push(vec![1, h / 2, w / 2]);
+                    tokens.push(pack_latents(&reference.to_dtype(cx.dtype)?)?);
+                }
+                _ => {
+                    let expected = format!("`context_latents[{i}]` [{batch}, {channels}, H, W] with even sides");
+                    return refuse(expected, reference);
+                }
+            }
+        }
+        Ok(ModelInputs::new()
+            .with("hidden_states", Tensor::cat(&tokens.iter().collect::<Vec<_>>(), 1)?)
+            .with("encoder_hidden_states", text.to_dtype(cx.dtype)?)
+            .with("encoder_hidden_states_mask", mask.clone())
+            .with("timestep", pointwise([&cx.timesteps], |[t]| t / 1000.0)?)
+            .with("img_shapes", vec![shapes; batch])
+            .with("_target_token_count", (height / 2 * (width / 2)) as f64)
+            .with("_target_latent_shape", vec![channels, height, width]))
+    }
+
+    /// The model predicts all tokens; those of the references, which come last, are not trained on.
+    fn forward(&self, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+        let tokens = model.forward(inputs)?.sample;
+        let target = tokens.narrow(1, 0, inputs.number("_target_token_count")? as usize)?;
+        let dims = [&[target.dim(0)?], inputs.shape("_target_latent_shape")?].concat();
+        Ok(unpack_latents(&target, &dims)?.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowtape_engine::{DType, Device};
+    use flowtape_flowmatch::{Batch, ModelOutput, RecordedDraws};
+
+    use super::*;
+    use crate::testing::{normal, prepare};
+
+    fn batch() -> Batch {
+        Batch::new(normal(&[2, 3, 4, 6]), "image".into())
+            .with_list("context_latents", vec![normal(&[2, 3, 2, 6]), normal(&[2, 3, 4, 4])])
+            .with("text_embeddings", normal(&[2, 5, 7]))
+            .with("text_attention_mask", Tensor::ones(&[2, 5], DType::U32, &Device::cpu()).unwrap())
+    }
+
+    fn plain(batch: &Batch, dtype: DType) -> Result<ModelInputs> {
+        // Even at probability 1 no caption is dropped, and nothing is drawn.
+        prepare(&QwenImageEditAdapter::default(), batch, dtype, 1.0, &mut RecordedDraws::default())
+    }
+
+    #[test]
+    fn the_target_comes_first_and_references_keep_their_order() {
+        let inputs = plain(&batch(), DType::F32).unwrap();
+        let packed = [normal(&[2, 3, 4, 6]), normal(&[2, 3, 2, 6]), normal(&[2, 3, 4, 4])];
+        let packed = packed.map(|latents| pack_latents(&latents).unwrap());
+        let expected = Tensor::cat(&packed.iter().collect::<Vec<_>>(), 1).unwrap();
+        let values = |x: &Tensor| x.to_vec::<f32>().unwrap();
+        assert_eq!(values(inputs.tensor("hidden_states").unwrap()), values(&expected));
+        let shapes = vec![vec![1, 2, 3], vec![1, 1, 3], vec![1, 2, 2]];
+        assert_eq!(inputs.shapes("img_shapes").unwrap(), [shapes.clone(), shapes]);
+        assert_eq!(values(inputs.tensor("timestep").unwrap()), [0.5; 2]);
+        assert_eq!(values(inputs.tensor("encoder_hidden_states").unwrap()), values(&normal(&[2, 5, 7])));
+        assert_eq!(inputs.number("_target_token_count").unwrap(), 6.0);
+        assert!(inputs.get("guidance").is_none());
+    }
+
+    #[test]
+    fn tensors_are_in_the_compute_dtype_but_mask_and_times_keep_theirs() {
+        let inputs = plain(&batch(), DType::BF16).unwrap();
+        for (name, dtype) in [
+            ("hidden_states", DType::BF16),
+            ("encoder_hidden_states", DType::BF16),
+            ("encoder_hidden_states_mask", DType::U32),
+            ("timestep", DType::F32),
+        ] {
+            assert_eq!(inputs.tensor(name).unwrap().dtype(), dtype, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_batch_that_does_not_fit_is_refused() {
+        let refused = |batch: Batch, part: &str| {
+            let error = plain(&batch, DType::F32).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        };
+        let with = |latents: &[usize]| batch().with_list("context_latents", vec![normal(latents)]);
+        refused(Batch { latents: normal(&[2, 3, 1, 4, 6]), ..batch() }, "4-D");
+        refused(Batch { latents: normal(&[2, 3, 3, 6]), ..batch() }, "even sides");
+        refused(batch().with_list("context_latents", vec![]), "context_latents");
+        refused(with(&[2, 3, 3, 4]), "context_latents[0]");
+        refused(with(&[2, 4, 4, 4]), "[2, 3, H, W]");
+        refused(with(&[1, 3, 4, 4]), "[2, 3, H, W]");
+        refused(with(&[2, 3, 1, 4, 4]), "context_latents[0]");
+        refused(batch().with("text_embeddings", normal(&[5, 7])), "text_embeddings");
+        refused(batch().with("text_attention_mask", normal(&[2, 4])), "text_attention_mask");
+        let mut unmasked = batch();
+        unmasked.tensors.remove("text_attention_mask");
+        refused(unmasked, "text_attention_mask");
+        let kwargs = serde_json::from_str(r#"{"guidance_scale": 1}"#).unwrap();
+        assert!(QwenImageEditAdapter::from_kwargs(&kwargs).unwrap_err().to_string().contains("guidance_scale"));
+    }
+
+    struct Echo;
+
+    impl FlowModel for Echo {
+        fn forward(&self, inputs: &ModelInputs) -> Result<ModelOutput> {
+            Ok(inputs.tensor("hidden_states")?.clone().into())
+        }
+    }
+
+    #[test]
+    fn what_is_predicted_for_references_is_left_out() {
+        let inputs = plain(&batch(), DType::F32).unwrap();
+        let velocity = QwenImageEditAdapter::default().forward(&Echo, &inputs).unwrap().velocity;
+        assert_eq!(velocity.to_vec::<f32>().unwrap(), normal(&[2, 3, 4, 6]).to_vec::<f32>().unwrap());
+    }
+}
