@@ -37,7 +37,10 @@ pub enum Error {
         got: String,
     },
     /// A device has no memory left for a tensor.
-    #[error("{device}: out of memory for a tensor of {bytes} bytes ({reason}); make the batch smaller")]
+    #[error(
+        "{device}: out of memory for a tensor of {bytes} bytes ({reason}); make the batch or the pictures smaller, checkpoint blocks or train in \
+         bf16"
+    )]
     OutOfMemory {
         /// The device.
         device: String,

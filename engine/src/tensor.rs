@@ -33,7 +33,12 @@ impl Tensor {
             .iter()
             .try_fold(dtype.size(), |n, &d| n.checked_mul(d))
             .ok_or_else(|| Error::shape("alloc", "a size that fits memory", dims))?;
-        let storage = Storage::alloc(device, bytes)?;
+        let storage = Storage::alloc(device, bytes).map_err(|error| match error {
+            Error::OutOfMemory { device, bytes, reason } => {
+                Error::OutOfMemory { device, bytes, reason: format!("{dtype} {dims:?}; {reason}") }
+            }
+            other => other,
+        })?;
         Ok(Self { storage, layout, dtype, var: None, tape: None })
     }
 

@@ -2,8 +2,8 @@
 
 use flowtape_engine::{Device, Error, Result};
 
-/// The device that `--device` and the recipe's key `device` name: `cpu`, `wgpu` (the first usable adapter, GPUs before
-/// software) or `wgpu:1` (the adapter of that number in [`reports`](crate::reports)).
+/// The device that `--device` and the recipe's key `device` name: `cpu`, `cuda` (the first NVIDIA GPU), `wgpu` (the first
+/// usable adapter, GPUs before software), `cuda:1` or `wgpu:1` (the one of that number in [`reports`](crate::reports)).
 ///
 /// # Errors
 /// When the name is none of these, or there is no such device.
@@ -15,16 +15,20 @@ pub fn device(name: &str) -> Result<Device> {
     };
     match kind {
         "cpu" if number.is_none() => Ok(Device::cpu()),
+        #[cfg(feature = "cuda")]
+        "cuda" => crate::cuda::Cuda::device(u32::try_from(number.unwrap_or(0)).map_err(|_| unknown())?),
         #[cfg(feature = "wgpu")]
         "wgpu" => crate::wgpu::Wgpu::device(number),
         _ => Err(unknown()),
     }
 }
 
-#[cfg(feature = "wgpu")]
-const KNOWN: &str = "cpu, wgpu or wgpu:<number>; `flowtape devices` lists them";
-#[cfg(not(feature = "wgpu"))]
-const KNOWN: &str = "cpu";
+const KNOWN: &str = match (cfg!(feature = "cuda"), cfg!(feature = "wgpu")) {
+    (true, true) => "cpu, cuda, cuda:<number>, wgpu or wgpu:<number>; `flowtape devices` lists them",
+    (true, false) => "cpu, cuda or cuda:<number>; `flowtape devices` lists them",
+    (false, true) => "cpu, wgpu or wgpu:<number>; `flowtape devices` lists them",
+    (false, false) => "cpu",
+};
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,8 @@
 //! | `wgpu` (default) | any GPU with Vulkan, Metal or DirectX 12 |
 //! | `cuda` | NVIDIA GPUs, through the driver alone |
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 mod report;
 #[cfg(feature = "wgpu")]

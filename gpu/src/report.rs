@@ -29,8 +29,10 @@ impl std::fmt::Display for DeviceReport {
 
 /// The CPU, then the devices of all backends that are built in.
 pub fn reports() -> Vec<DeviceReport> {
-    #[cfg_attr(not(feature = "wgpu"), expect(unused_mut))] // no backend, nothing to add
+    #[cfg_attr(not(any(feature = "cuda", feature = "wgpu")), expect(unused_mut))] // no backend, nothing to add
     let mut all = vec![cpu()];
+    #[cfg(feature = "cuda")]
+    all.extend(crate::cuda::reports());
     #[cfg(feature = "wgpu")]
     all.extend(crate::wgpu::reports());
     all

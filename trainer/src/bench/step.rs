@@ -127,7 +127,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         let t1 = start.elapsed().as_secs_f64();
         let gradients = tape.backward(&loss)?;
         let t2 = start.elapsed().as_secs_f64();
-        optimizer.step(params, &gradients, lr, weight_decay, 1.0)?;
+        optimizer.step(params, &gradients, lr, weight_decay, None)?;
         drop(gradients);
         let t3 = start.elapsed().as_secs_f64();
         losses.push(loss.item()?);

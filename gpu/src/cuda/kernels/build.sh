@@ -3,6 +3,7 @@
 #
 #   build.sh           writes ptx/*.ptx, ptx/HASH and ptx/RESOURCES.md
 #   build.sh --check   builds elsewhere, and fails where anything differs from what is checked in
+#   build.sh --check --assemble FOLDER   also lets ptxas read every *.ptx there
 #
 # NVCC_ROOT is the folder with bin/nvcc and bin/ptxas; otherwise the packages below are installed into a fresh folder.
 set -euo pipefail
@@ -16,6 +17,7 @@ gemm_bf16 gemm.cu -DTYPE=bf16
 gemm_f16 gemm.cu -DTYPE=f16
 norm norm.cu
 index index.cu
+random random.cu
 $(for type in bf16 f16; do for depth in 32 64 128 256; do
     echo "attention_${type}_$depth attention.cu -DTYPE=$type -DDEPTH=$depth"
 done; done)"
@@ -39,7 +41,7 @@ while read -r kernel source definitions; do
             { cat "$work/$kernel.$arch" && exit 1; }
     done
 done <<<"$KERNELS"
-cat tile.cuh attention.cu gemm.cu index.cu norm.cu | sha256sum | cut -d' ' -f1 >"$out/HASH"
+cat tile.cuh attention.cu gemm.cu index.cu norm.cu random.cu | sha256sum | cut -d' ' -f1 >"$out/HASH"
 
 {
     echo "What each kernel takes, as ptxas says: registers of a thread, bytes of spills, bytes of static shared memory."
@@ -61,4 +63,15 @@ if [ "${1:-}" = --check ]; then
 else
     rm -rf ptx
     cp -r "$out" ptx
+fi
+
+if [ "${2:-}" = --assemble ]; then
+    count=0
+    for text in "$3"/*.ptx; do
+        for arch in sm_80 sm_90; do
+            "$NVCC_ROOT/bin/ptxas" "-arch=$arch" "$text" -o "$work/cubin"
+        done
+        count=$((count + 1))
+    done
+    echo "ptxas takes $count kernels for sm_80 and sm_90"
 fi

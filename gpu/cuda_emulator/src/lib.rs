@@ -1,0 +1,16 @@
+//! A machine that runs PTX on the CPU, behind the functions of the CUDA driver: for tests without a GPU.
+//!
+//! It knows the part of PTX that Flowtape prints and that its checked-in kernels use, and refuses any other. It checks
+//! that each access of global and shared memory lies inside of what was allocated and is aligned, that the threads of
+//! a warp or a block meet at the same collective instruction, and it lets `cp.async` arrive no sooner than it is waited
+//! for. Fresh memory is filled with NaN. It says nothing about speed, and it is no proof: blocks run one after another,
+//! warps in one order of many.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // runs in tests alone
+
+mod driver;
+mod machine;
+mod parse;
+
+pub use driver::{Settings, Usage, complaint, install, launched, set, usage};
+pub use parse::Module;

@@ -1,0 +1,158 @@
+//! Attention by `kernels/attention.cu`: bf16 and f16, head dims up to 256. Else the composition runs.
+
+use flowtape_engine::backend::Ran;
+use flowtape_engine::{DType, Result};
+
+use super::launch::Launch;
+use super::memory::scratch;
+use super::pointwise::At;
+use super::view::View;
+
+/// Queries, or keys, of a block: sixteen for each of four warps.
+const ROWS: usize = 64;
+const THREADS: u32 = 128;
+
+/// The argument of the kernels: `struct Attention` of `attention.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Attention {
+    q: u64,
+    k: u64,
+    v: u64,
+    o: u64,
+    grad: u64,
+    mask: u64,
+    out: u64,
+    dq: u64,
+    dk: u64,
+    dv: u64,
+    lse: u64,
+    delta: u64,
+    heads: i32,
+    queries: i32,
+    keys: i32,
+    depth: i32,
+    width: i32,
+    q_s: [i64; 3],
+    k_s: [i64; 3],
+    v_s: [i64; 3],
+    o_s: [i64; 3],
+    grad_s: [i64; 3],
+    dq_s: [i64; 3],
+    dk_s: [i64; 3],
+    dv_s: [i64; 3],
+    mask_s: [i64; 4],
+    scale: f32,
+    q_aligned: i32,
+    k_aligned: i32,
+    v_aligned: i32,
+    grad_aligned: i32,
+    out_aligned: i32,
+}
+
+/// What the kernels take: the module's name and the padded head dim; or nothing.
+fn module(views: &[&View], mask: Option<&View>) -> Option<(String, usize)> {
+    let [q, _, v, ..] = views else { return None };
+    let padded = [32, 64, 128, 256].into_iter().find(|&d| d >= q.dims[3].max(v.dims[3]))?;
+    let fits = matches!(q.dtype, DType::BF16 | DType::F16)
+        && views.iter().all(|x| x.dtype == q.dtype && x.is_unit())
+        && mask.is_none_or(|m| m.dtype == DType::F32)
+        && q.dims[0] * q.dims[1] <= 65_535;
+    fits.then(|| (format!("attention_{}_{padded}", q.dtype), padded))
+}
+
+/// The common part of the arguments.
+fn argument(q: &View, k: &View, v: &View, mask: Option<&View>, lse: &View, scale: f64) -> Attention {
+    let aligned = |view: &View| i32::from(view.rows_aligned());
+    Attention {
+        q: q.address,
+        k: k.address,
+        v: v.address,
+        mask: mask.map_or(0, |m| m.address),
+        lse: lse.address,
+        heads: q.dims[1] as i32,
+        queries: q.dims[2] as i32,
+        keys: k.dims[2] as i32,
+        depth: q.dims[3] as i32,
+        width: v.dims[3] as i32,
+        q_s: q.leading(),
+        k_s: k.leading(),
+        v_s: v.leading(),
+        mask_s: mask.map_or([0; 4], View::leading),
+        scale: scale as f32,
+        q_aligned: aligned(q),
+        k_aligned: aligned(k),
+        v_aligned: aligned(v),
+        ..Attention::default()
+    }
+}
+
+fn is_dense(view: &View) -> bool {
+    view.strides == View::dense(0, view.dtype, &view.dims).strides
+}
+
+/// Outputs o and the log-sum-exp.
+pub(super) fn forward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64) -> Result<Ran> {
+    let ([q, k, v, mask @ ..], [o, lse]) = (inputs, outputs) else { return Ok(Ran::Declined) };
+    let mask = mask.first();
+    let Some((module, padded)) = module(&[q, k, v, o], mask).filter(|_| is_dense(lse)) else {
+        return Ok(Ran::Declined);
+    };
+    let argument = Attention {
+        out: o.address,
+        o_s: o.leading(),
+        out_aligned: i32::from(o.rows_aligned()),
+        ..argument(q, k, v, mask, lse, scale)
+    };
+    let keys = if padded <= 128 { 64 } else { 32 };
+    let shared = (ROWS + 4 * keys) * padded * 2;
+    let launched = at.gpu.embedded(&module, "attention_forward").and_then(|kernel| {
+        let grid = [q.dims[2].div_ceil(ROWS) as u32, (q.dims[0] * q.dims[1]) as u32, 1];
+        // SAFETY: the argument is the kernel's; the op has checked the shapes, and nobody else uses the outputs.
+        unsafe { at.gpu.launch(&kernel, Launch { grid, block: THREADS, shared: shared as u32 }, &argument) }
+    });
+    launched.map(|()| Ran::Done).map_err(|failure| at.gpu.failed("attention", failure))
+}
+
+/// Outputs dq, dk, dv.
+pub(super) fn backward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64) -> Result<Ran> {
+    let ([q, k, v, o, grad, lse, mask @ ..], [dq, dk, dv]) = (inputs, outputs) else { return Ok(Ran::Declined) };
+    let mask = mask.first();
+    let views = [q, k, v, o, grad, dq, dk, dv];
+    let Some((module, padded)) = module(&views, mask).filter(|_| is_dense(lse)) else { return Ok(Ran::Declined) };
+    let (heads, queries, keys) = (q.dims[0] * q.dims[1], q.dims[2], k.dims[2]);
+    let delta = scratch(at.pool, 4 * heads * queries)?;
+    let argument = Attention {
+        o: o.address,
+        grad: grad.address,
+        dq: dq.address,
+        dk: dk.address,
+        dv: dv.address,
+        delta: *delta.block(),
+        o_s: o.leading(),
+        grad_s: grad.leading(),
+        dq_s: dq.leading(),
+        dk_s: dk.leading(),
+        dv_s: dv.leading(),
+        grad_aligned: i32::from(grad.rows_aligned()),
+        out_aligned: i32::from([dq, dk, dv].iter().all(|view| view.rows_aligned())),
+        ..argument(q, k, v, mask, lse, scale)
+    };
+    let step = match padded {
+        32 | 64 => 64,
+        128 => 32,
+        _ => 16,
+    };
+    let tiles = (2 * ROWS + 4 * step) * padded * 2;
+    let launch = |name: &str, blocks: usize, depth: usize, shared: usize| {
+        let kernel = at.gpu.embedded(&module, name)?;
+        let grid = [blocks as u32, heads as u32, depth as u32];
+        // SAFETY: as in `forward`; the scratch holds a number for each query.
+        unsafe { at.gpu.launch(&kernel, Launch { grid, block: THREADS, shared: shared as u32 }, &argument) }
+    };
+    launch("attention_delta", queries.div_ceil(4), 1, 0)
+        .and_then(|()| launch("attention_keys", keys.div_ceil(ROWS), padded.div_ceil(128), tiles + 8 * step))
+        .and_then(|()| launch("attention_queries", queries.div_ceil(ROWS), 1, tiles))
+        .map(|()| Ran::Done)
+        .map_err(|failure| at.gpu.failed("attention", failure))
+}

@@ -1,0 +1,28 @@
+//! NVIDIA GPUs through the CUDA driver alone.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `gpu.rs` | a device: context, stream, failures in words |
+//! | `memory.rs` | the pool's raw memory, uploads through pinned memory |
+//! | `launch.rs` | modules, kernels, launches |
+//! | `ptx.rs` | prints programs as PTX |
+//! | `pointwise.rs`, `reduce.rs` | kernels printed from programs |
+//! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX |
+//! | `backend.rs` | the engine's `Backend` |
+
+mod attention;
+mod backend;
+mod gpu;
+mod index;
+mod launch;
+mod matmul;
+mod memory;
+mod norm;
+mod pointwise;
+mod ptx;
+mod random;
+mod reduce;
+mod view;
+
+pub use backend::{Cuda, CudaUsage};
+pub use gpu::reports;

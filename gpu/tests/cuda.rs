@@ -1,0 +1,240 @@
+//! The CUDA backend: every op's cases, and the kernels at sizes of their own tiles. On the emulated machine, or on a GPU.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the helpers of tests may panic
+
+use flowtape_cuda_emulator::launched;
+use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
+use flowtape_engine::{DType, Device, Result, Tensor, ops};
+use flowtape_gpu::cuda::Cuda;
+
+/// Whether the emulated machine runs the tests; with `FLOWTAPE_REQUIRE=cuda` an NVIDIA GPU does.
+fn emulated() -> bool {
+    !std::env::var("FLOWTAPE_REQUIRE").is_ok_and(|r| r.split(',').any(|d| d == "cuda"))
+}
+
+fn device() -> Device {
+    assert!(!emulated() || flowtape_cuda_emulator::install());
+    static DEVICE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+    DEVICE.get_or_init(|| Cuda::device(0).unwrap()).clone()
+}
+
+fn cases(dtype: DType, seeds: std::ops::Range<u64>) -> Result<()> {
+    let device = device();
+    let mut failed = Vec::new();
+    for case in ops::cases() {
+        for seed in seeds.clone() {
+            let sample = (case.make)(&mut Draw::new(seed))?;
+            match check_dtype(&sample, dtype, &device, seed ^ 7) {
+                Ok(Ok(())) => {}
+                Ok(Err(what)) => failed.push(format!("{} (seed {seed}): {what}", case.name)),
+                Err(error) => failed.push(format!("{} (seed {seed}): {error}", case.name)),
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{}\n{}", failed.join("\n"), flowtape_cuda_emulator::complaint());
+    Ok(())
+}
+
+#[test]
+fn cases_in_f32() -> Result<()> {
+    cases(DType::F32, 0..12)
+}
+
+#[test]
+fn cases_in_bf16() -> Result<()> {
+    cases(DType::BF16, 100..112)
+}
+
+#[test]
+fn cases_in_f16() -> Result<()> {
+    cases(DType::F16, 200..206)
+}
+
+/// Checks a sample, and that the kernels of these names ran.
+fn check(what: &str, sample: &Sample, dtype: DType, kernels: &[&str]) -> Result<()> {
+    let device = device();
+    let before: Vec<usize> = kernels.iter().map(|k| launched(k)).collect();
+    let checked = check_dtype(sample, dtype, &device, 5)?;
+    assert_eq!(checked, Ok(()), "{what} {}", flowtape_cuda_emulator::complaint());
+    for (kernel, before) in kernels.iter().zip(before) {
+        assert!(!emulated() || launched(kernel) > before, "{what}: {kernel} did not run");
+    }
+    Ok(())
+}
+
+const HALVES: [DType; 2] = [DType::BF16, DType::F16];
+
+#[test]
+fn attention_at_the_head_dims_of_its_kernels() -> Result<()> {
+    let kernels = ["attention_forward", "attention_delta", "attention_keys", "attention_queries"];
+    let mut draw = Draw::new(1);
+    for (i, (depth, width)) in
+        [(32, 32), (64, 64), (128, 128), (40, 24), (96, 96), (256, 256), (7, 130)].into_iter().enumerate()
+    {
+        for masked in [false, true] {
+            let (queries, keys) = ([70, 33, 129][i % 3], [130, 65, 20][(i + usize::from(masked)) % 3]);
+            // Heads inside of rows, as projections leave them; values small enough for a soft softmax.
+            let mut tensor = |len: usize, depth: usize| draw.tensor(&[1, len, 2, depth], -1.0, 1.0)?.transpose(1, 2);
+            let inputs = vec![tensor(queries, depth)?, tensor(keys, depth)?, tensor(keys, width)?];
+            // The last keys are masked out, in some rows all of them.
+            let bits: Vec<u32> =
+                (0..queries * keys).map(|j| u32::from(j % keys < keys - 5 && j / keys % 16 != 3)).collect();
+            let sample = Sample::new(inputs, move |xs| {
+                let mask = Tensor::from_slice(&bits, &[1, 1, queries, keys], xs[0].device())?;
+                ops::attention(&xs[0], &xs[1], &xs[2], masked.then_some(&mask), None)
+            })?;
+            let dtype = HALVES[i % 2];
+            check(&format!("attention {depth} {width} {queries} {keys} {masked} {dtype}"), &sample, dtype, &kernels)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn products_of_many_tiles() -> Result<()> {
+    let mut draw = Draw::new(2);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        // Rows of 16 bytes and others.
+        for [m, k, n] in [[130, 96, 72], [65, 33, 67]] {
+            let kernels: &[&str] = match dtype {
+                DType::F32 => &["gemm_small"],
+                _ => &["gemm_small_nn", "gemm_small_nt", "gemm_small_tn"],
+            };
+            let what = format!("{dtype} {m} {k} {n}");
+            let inputs =
+                vec![draw.tensor(&[m, k], -1.0, 1.0)?, draw.tensor(&[n, k], -1.0, 1.0)?, draw.tensor(&[n], -1.0, 1.0)?];
+            check(&what, &Sample::new(inputs, |xs| ops::linear(&xs[0], &xs[1], Some(&xs[2])))?, dtype, kernels)?;
+            let inputs = vec![draw.tensor(&[3, m, k], -1.0, 1.0)?, draw.tensor(&[3, k, n], -1.0, 1.0)?];
+            check(&what, &Sample::new(inputs, |xs| xs[0].matmul(&xs[1]))?, dtype, kernels)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn products_of_large_tiles() -> Result<()> {
+    let device = device();
+    let mut draw = Draw::new(3);
+    for (dtype, kernels) in [
+        (DType::F32, ["gemm_large"].as_slice()),
+        (DType::BF16, &["gemm_large_nn", "gemm_large_nt", "gemm_large_tn"]),
+        (DType::F16, &["gemm_large_nn", "gemm_large_nt", "gemm_large_tn"]),
+    ] {
+        let (m, k, n) = (1000, 40, 1032);
+        let (a, b) = (draw.tensor(&[m, k], -1.0, 1.0)?, draw.tensor(&[k, n], -1.0, 1.0)?);
+        let expected = a.matmul(&b)?.to_vec::<f64>()?;
+        let there = |x: &Tensor| Tensor::from_bytes(&x.to_dtype(dtype)?.to_bytes()?, x.dims(), dtype, &device);
+        let before: Vec<usize> = kernels.iter().map(|k| launched(k)).collect();
+        for (a, b) in [
+            (there(&a)?, there(&b)?),
+            (there(&a)?, there(&b.t()?.contiguous()?)?.t()?),
+            (there(&a.t()?.contiguous()?)?.t()?, there(&b)?),
+            (there(&a.t()?.contiguous()?)?.t()?, there(&b.t()?.contiguous()?)?.t()?),
+        ] {
+            let got = a.matmul(&b)?.to_vec::<f64>()?;
+            let unit = if dtype == DType::F32 { 1e-6 } else { 2f64.powi(-8) };
+            let worst =
+                expected.iter().zip(&got).map(|(x, y)| (x - y).abs() - unit * (1.0 + x.abs())).fold(f64::MIN, f64::max);
+            assert!(worst <= 0.0, "{dtype}: {worst} too much");
+        }
+        for (kernel, before) in kernels.iter().zip(before) {
+            assert!(!emulated() || launched(kernel) > before, "{kernel} did not run");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_of_norms_at_the_widths_of_models() -> Result<()> {
+    let mut draw = Draw::new(4);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let (forward, backward) = (format!("norm_forward_{dtype}"), format!("norm_backward_{dtype}"));
+        for width in [1536, 1001, 20] {
+            let dims = [2, 3, width];
+            let inputs = || -> Result<Vec<Tensor>> {
+                Ok(vec![Draw::new(9).tensor(&dims, -1.0, 1.0)?, Draw::new(8).tensor(&[width], 0.5, 1.5)?])
+            };
+            let (forward, backward) = (forward.as_str(), backward.as_str());
+            let mut all = inputs()?;
+            all.push(draw.tensor(&[width], -1.0, 1.0)?);
+            let sample = Sample::new(all, |xs| ops::layer_norm(&xs[0], Some(&xs[1]), Some(&xs[2]), 1e-5))?;
+            check("layer_norm", &sample, dtype, &[forward, backward])?;
+            let sample = Sample::new(inputs()?, |xs| ops::rms_norm(&xs[0], Some(&xs[1]), 1e-5))?;
+            check("rms_norm", &sample, dtype, &[forward, backward])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sums_and_functions_of_many_blocks() -> Result<()> {
+    let mut draw = Draw::new(5);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        for axes in [vec![0], vec![1], vec![0, 1], vec![1, 2], vec![0, 2], vec![2]] {
+            let inputs = vec![draw.tensor(&[40, 24, 48], -1.0, 1.0)?, draw.tensor(&[24, 1], -1.0, 1.0)?];
+            let what = format!("{dtype} {axes:?}");
+            let sample = Sample::new(inputs, move |xs| {
+                let y = ops::pointwise([&xs[0], &xs[1]], |[x, s]| (x * s).gelu_tanh() + x)?;
+                y.mean(&axes, true)?.mul(&y)
+            })?;
+            check(&what, &sample, dtype, &["kernel"])?;
+        }
+        // Long enough to be cut into chunks that are added in turn.
+        let inputs = vec![draw.tensor(&[200, 512], -1.0, 1.0)?];
+        check("mean of all", &Sample::new(inputs, |xs| xs[0].square()?.mean_all())?, dtype, &["kernel"])?;
+        let inputs = vec![draw.tensor(&[3000, 20], -1.0, 1.0)?];
+        check("mean of rows", &Sample::new(inputs, |xs| xs[0].square()?.mean(&[0], false))?, dtype, &["kernel"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn elements_move_bit_for_bit() -> Result<()> {
+    let device = device();
+    let kernels = ["transpose_2", "transpose_4", "copy_2", "copy_4", "copy_8", "copy_16", "gather_2", "gather_16"];
+    let before = kernels.map(launched);
+    for dtype in [DType::F32, DType::BF16, DType::F64, DType::U32] {
+        let dims = [3, 70, 5, 40];
+        let count: usize = dims.iter().product();
+        let host =
+            Tensor::from_vec((0..count).map(|i| (i % 251) as f32).collect(), &dims, &Device::cpu())?.to_dtype(dtype)?;
+        let there = Tensor::from_bytes(&host.to_bytes()?, &dims, dtype, &device)?;
+        let same = |f: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<()> {
+            assert_eq!(f(&there)?.to_bytes()?, f(&host)?.to_bytes()?, "{dtype}");
+            Ok(())
+        };
+        for axes in [[0, 3, 2, 1], [3, 2, 1, 0], [0, 2, 1, 3], [1, 0, 3, 2], [2, 3, 0, 1]] {
+            same(&|x| x.permute(&axes)?.contiguous())?;
+        }
+        same(&|x| x.narrow(3, 1, 38)?.contiguous())?;
+        same(&|x| x.narrow(3, 8, 24)?.narrow(1, 3, 50)?.contiguous())?;
+        same(&|x| x.narrow(3, 4, 4)?.contiguous())?;
+        same(&|x| {
+            let index = Tensor::from_slice(&[69u32, 0, 3, 3, 68], &[5], x.device())?;
+            x.index_select(1, &index)
+        })?;
+        same(&|x| {
+            let index = Tensor::from_slice(&[2u32, 0, 2], &[3], x.device())?;
+            x.index_select(0, &index)?
+                .narrow(3, 0, 39)?
+                .contiguous()?
+                .reshape(&[3 * 70 * 5, 39])?
+                .index_select(0, &index)
+        })?;
+    }
+    for (kernel, before) in kernels.iter().zip(before) {
+        assert!(!emulated() || launched(kernel) > before, "{kernel} did not run");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_index_past_the_end_is_an_error_when_values_are_read() -> Result<()> {
+    let device = device();
+    let table = Tensor::ones(&[4, 3], DType::F32, &device)?;
+    let index = Tensor::from_slice(&[0u32, 9], &[2], &device)?;
+    let error = table.index_select(0, &index)?.to_vec::<f32>().unwrap_err();
+    assert!(error.to_string().contains("got 9"), "{error}");
+    // The next read is right again.
+    assert_eq!(table.to_vec::<f32>()?, [1.0; 12]);
+    Ok(())
+}
