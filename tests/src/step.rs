@@ -274,7 +274,7 @@ impl Run {
         };
         let pred = number(f32_off, "model_pred")?;
         push("model_pred", relative(step.model_pred(), &files.outputs.tensor("model_pred")?)?, pred, String::new());
-        let loss = relative(&step.parts.average_weighted_loss, &files.outputs.tensor("average_weighted_loss")?)?;
+        let loss = relative(&step.loss, &files.outputs.tensor("average_weighted_loss")?)?;
         push("average_weighted_loss", loss, pred, "bound of model_pred".into());
         let noisy = gradients.of(&step.noisy_latents).ok_or("no gradient of the noisy latents")?;
         let worst = relative(noisy, &files.input_grads.tensor("noisy_latents")?)?;
