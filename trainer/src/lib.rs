@@ -10,7 +10,7 @@
 //! | [`generate`] | images and videos from prompts |
 //! | [`report`] | how good generated digits are, by their real neighbours |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
-//! | [`bench`] | `flowtape bench`: what steps and kernels take |
+//! | [`mod@bench`] | `flowtape bench`: what steps and kernels take |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 
