@@ -66,7 +66,7 @@ struct Train {
     /// Go on with this run folder from its last checkpoint.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
-    /// Where to train: cpu, wgpu or wgpu:<number>; see `flowtape devices`. The recipe's own device by default.
+    /// Where to train: cpu, wgpu or wgpu:NUMBER; see `flowtape devices`. The recipe's own device by default.
     #[arg(long)]
     device: Option<String>,
     /// Print one JSON object as the last line instead of a table.
@@ -99,7 +99,7 @@ struct Sample {
     /// A grey PNG of a frame's size, from which the videos go on: for models trained on image-to-video.
     #[arg(long, value_name = "PNG")]
     first_frame: Option<PathBuf>,
-    /// The PNG to write; videos are animated, and their frames stand beside it in <name>_frames.png.
+    /// The PNG to write; videos are animated, and their frames stand beside it in NAME_frames.png.
     #[arg(long, default_value = "samples.png")]
     out: PathBuf,
 }
