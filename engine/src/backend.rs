@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::expr::{Program, Reduce};
+use crate::ops::RopeLayout;
 use crate::{Error, Result, Tensor};
 
 /// A device. Object-safe and small; everything only enqueues, `download` alone waits.
@@ -55,6 +56,12 @@ pub trait Backend: Debug + Send + Sync {
     fn gather(&self, table: &Tensor, index: &Tensor, out: &Tensor) -> Result<()>;
     /// `out[index[i], ..] += rows[i, ..]`, in the order of `i`.
     fn scatter_add(&self, rows: &Tensor, index: &Tensor, out: &Tensor) -> Result<()>;
+    /// Whether [`Backend::fused`] runs `op` on such inputs, and its gradient on what belongs to them. Asked where the
+    /// composition is one of recorded ops, which has to be known before.
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        let _ = (op, inputs);
+        false
+    }
     /// A kernel of the backend's own, or [`Ran::Declined`]: then the op's composition runs.
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         let _ = (op, inputs, outputs);
@@ -118,6 +125,29 @@ pub enum Fused {
         /// As forward.
         weight: bool,
     },
+    /// Inputs x `[B, L, d]`, shift and scale `[B, 1, d]` or `[B, L, d]`; outputs `y = layer_norm(x) (1 + scale) + shift`, and
+    /// the mean and the reciprocal deviation of each row, f32 `[B, L, 1]`.
+    ModulatedNormForward {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// Inputs x, the gradient of y (dense), mean and reciprocal deviation, scale; outputs the gradients of x, shift and
+    /// scale.
+    ModulatedNormBackward,
+    /// Inputs x `[B, L, H, d]`, a weight `[d]`, cosines and sines `[L, d]`, f32; outputs the rotated `rms_norm(x) weight`, and
+    /// the reciprocal root mean square of each row, f32 `[B, L, H, 1]`.
+    NormRopeForward {
+        /// Added to the mean square.
+        eps: f64,
+        /// Which elements form a pair.
+        layout: RopeLayout,
+    },
+    /// Inputs x, the gradient of y, the reciprocal root mean squares, weight, cosines and sines; outputs the gradients of x
+    /// and the weight.
+    NormRopeBackward {
+        /// As forward.
+        layout: RopeLayout,
+    },
     /// Inputs q, k, v, o, the gradient of o, the log-sum-exp and maybe the mask; outputs dq, dk, dv.
     AttentionBackward {
         /// Factor of the scores.
@@ -155,6 +185,10 @@ impl Fused {
             Self::AttentionBackward { .. } => "attention backward",
             Self::NormForward { .. } => "norm",
             Self::NormBackward { .. } => "norm backward",
+            Self::ModulatedNormForward { .. } => "modulated norm",
+            Self::ModulatedNormBackward => "modulated norm backward",
+            Self::NormRopeForward { .. } => "norm and rope",
+            Self::NormRopeBackward { .. } => "norm and rope backward",
             Self::Random { .. } => "random numbers",
         }
     }
@@ -248,6 +282,14 @@ impl Storage {
     /// Says that the storage is written in place.
     pub(crate) fn touch(&self) {
         self.version.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// Runs a kernel that the backend said it has.
+pub(crate) fn run_fused(op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<()> {
+    match inputs[0].device().backend().fused(op, inputs, outputs)? {
+        Ran::Done => Ok(()),
+        Ran::Declined => Err(Error::argument(op.name(), "a backend that runs what it fuses", "one that declined")),
     }
 }
 

@@ -102,6 +102,10 @@ impl Backend for Meta {
         Ok(())
     }
 
+    fn fuses(&self, _: &Fused, _: &[&Tensor]) -> bool {
+        true
+    }
+
     fn fused(&self, _: &Fused, _: &[&Tensor], _: &[&Tensor]) -> Result<Ran> {
         Ok(Ran::Done)
     }

@@ -169,6 +169,10 @@ impl Backend for Measured {
         self.run(|| "scatter_add".into(), 0.0, 3 * bytes([&rows]), |b| b.scatter_add(rows, index, out))
     }
 
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        self.inner.backend().fuses(op, inputs)
+    }
+
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         let started = Instant::now();
         let ran = self.inner.backend().fused(op, inputs, outputs)?;

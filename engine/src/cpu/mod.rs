@@ -8,6 +8,7 @@ mod index;
 mod isa;
 mod math;
 mod norm;
+mod norm_fused;
 mod pointwise;
 mod pool;
 mod steps;
@@ -161,6 +162,25 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        let dense = |t: &Tensor| t.layout().strides.last() == Some(&1);
+        let narrow = inputs.iter().all(|t| matches!(t.dtype(), DType::F32 | DType::BF16 | DType::F16));
+        match (op, inputs) {
+            (Fused::ModulatedNormForward { .. }, [x, shift, scale]) => {
+                let of_x = |t: &Tensor| {
+                    let [b, l, d] = [0, 1, 2].map(|axis| x.dims()[axis]);
+                    (t.dims() == [b, 1, d] || t.dims() == [b, l, d]) && dense(t)
+                };
+                narrow && dense(x) && of_x(shift) && of_x(scale) && shift.dims() == scale.dims()
+            }
+            (Fused::NormRopeForward { .. }, [x, _, cos, sin]) => {
+                let table = |t: &Tensor| t.dtype() == DType::F32 && dense(t);
+                narrow && dense(x) && table(cos) && table(sin)
+            }
+            _ => false,
+        }
+    }
+
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         if inputs.iter().any(|t| t.dtype() == DType::F64) {
             return Ok(Ran::Declined);
@@ -189,6 +209,18 @@ impl Backend for Cpu {
                     if !norm::norm_backward(x, mean, scale, weight, grad, dx) {
                         return Ok(Ran::Declined);
                     }
+                }
+                (Fused::ModulatedNormForward { eps }, [x, shift, scale], [y, mean, deviation]) => {
+                    norm_fused::modulated_forward([x, shift, scale], *eps, [y, mean, deviation]);
+                }
+                (Fused::ModulatedNormBackward, [x, grad, mean, deviation, scale], [dx, d_shift, d_scale]) => {
+                    norm_fused::modulated_backward([x, grad, mean, deviation, scale], [dx, d_shift, d_scale]);
+                }
+                (Fused::NormRopeForward { eps, layout }, [x, weight, cos, sin], [y, deviation]) => {
+                    norm_fused::norm_rope_forward([x, weight, cos, sin], *eps, *layout, [y, deviation]);
+                }
+                (Fused::NormRopeBackward { layout }, [x, grad, s, weight, cos, sin], [dx, dw]) => {
+                    norm_fused::norm_rope_backward([x, grad, s, weight, cos, sin], *layout, [dx, dw]);
                 }
                 _ => return Ok(Ran::Declined),
             }
