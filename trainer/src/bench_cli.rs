@@ -2,14 +2,16 @@
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use flowtape_engine::Device;
-use flowtape_trainer::bench::{Measurement, Options, Precision, Work, step};
+use flowtape_engine::DType;
+use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Precision, Work, ops, step};
 
 /// What to measure.
 #[derive(Subcommand)]
 pub enum Bench {
     /// A training step: forward, backward and AdamW.
     Step(Step),
+    /// The operations one by one, against what the machine can do at best.
+    Ops(Ops),
 }
 
 #[derive(Args)]
@@ -20,9 +22,9 @@ pub struct Step {
     /// What flows where: `bf16` means weights, activations, gradients and moments.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
-    /// Where to run.
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: DeviceName,
+    /// Where to run: a name that `flowtape devices` lists.
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Steps that count.
     #[arg(long, default_value_t = 7)]
     steps: usize,
@@ -35,6 +37,38 @@ pub struct Step {
     /// Print where the time goes, kernel by kernel.
     #[arg(long)]
     profile: bool,
+}
+
+#[derive(Args)]
+pub struct Ops {
+    /// The operands.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: OperandName,
+    /// Where to run: a name that `flowtape devices` lists.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// The sizes of FLUX.1 at 1024 x 1024 pixels, for GPUs.
+    #[arg(long)]
+    large: bool,
+    /// Only operations whose name or sizes contain this, such as matmul, "attention backward" or 640x768.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Seconds that each operation is measured for.
+    #[arg(long, default_value_t = 0.2)]
+    seconds: f64,
+    /// The device's peak in GFLOP/s by its data sheet; the CPU's is measured.
+    #[arg(long, value_name = "GFLOPS")]
+    peak: Option<f64>,
+    /// Print one JSON object a line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OperandName {
+    F32,
+    Bf16,
+    F16,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -51,27 +85,58 @@ enum DtypeName {
     Bf16,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum DeviceName {
-    Cpu,
-}
-
 fn name<T: ValueEnum>(value: T) -> String {
     value.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()
 }
 
 /// Runs a benchmark and prints it.
 pub fn run(bench: &Bench) -> Result<()> {
-    let Bench::Step(args) = bench;
-    let work = Work::named(&name(args.config)).context("a configuration")?;
-    let device = match args.device {
-        DeviceName::Cpu => Device::cpu(),
+    match bench {
+        Bench::Step(args) => run_step(args),
+        Bench::Ops(args) => run_ops(args),
+    }
+}
+
+fn run_ops(args: &Ops) -> Result<()> {
+    let options = OpsOptions {
+        device: flowtape_gpu::device(&args.device)?,
+        device_name: args.device.clone(),
+        dtype: match args.dtype {
+            OperandName::F32 => DType::F32,
+            OperandName::Bf16 => DType::BF16,
+            OperandName::F16 => DType::F16,
+        },
+        large: args.large,
+        only: args.only.clone(),
+        seconds: args.seconds,
+        peak_gflops: args.peak,
     };
+    if !args.json {
+        println!(
+            "{:<22} {:<16} {:>10} {:>10} {:>9} {:>7} {:>6}  limit",
+            "op", "shape", "best us", "median us", "GFLOP/s", "GB/s", "%"
+        );
+    }
+    ops(&options, |m| if args.json { println!("{}", serde_json::json!(m)) } else { print_op(m) })?;
+    Ok(())
+}
+
+fn print_op(m: &OpMeasurement) {
+    let optional = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v:.1}"));
+    let OpMeasurement { op, shape, limit, .. } = m;
+    let (best, median, flops) = (1e6 * m.s_min, 1e6 * m.s_median, optional(m.gflops));
+    let percent = optional(m.fraction.map(|f| 100.0 * f));
+    println!("{op:<22} {shape:<16} {best:>10.1} {median:>10.1} {flops:>9} {:>7.1} {percent:>6}  {limit}", m.gb_s);
+}
+
+fn run_step(args: &Step) -> Result<()> {
+    let work = Work::named(&name(args.config)).context("a configuration")?;
+    let device = flowtape_gpu::device(&args.device)?;
     let precision = match args.dtype {
         DtypeName::F32 => Precision::F32,
         DtypeName::Bf16 => Precision::Bf16,
     };
-    let Step { steps, warmup, profile, .. } = *args;
+    let &Step { steps, warmup, profile, .. } = args;
     let measured = step(&work, &device, &Options { precision, steps, warmup, profile })?;
     if profile {
         print_profile(&measured);

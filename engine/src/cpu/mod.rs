@@ -6,6 +6,7 @@ mod eval;
 mod gemm;
 mod index;
 mod isa;
+mod limits;
 mod math;
 mod norm;
 mod pointwise;
@@ -15,6 +16,7 @@ mod team;
 use std::any::Any;
 
 use self::isa::{Isa, isa};
+pub use self::limits::peak_flops;
 pub(crate) use self::pool::class as size_class;
 use self::pool::{CpuBuffer, Pool};
 pub use self::team::awake;
