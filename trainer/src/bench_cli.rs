@@ -1,9 +1,12 @@
 //! `flowtape bench`.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use flowtape_engine::DType;
-use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Precision, Work, ops, step};
+use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Work, ops, plot, scaling, step, table};
+use flowtape_trainer::recipe::Dtype;
 
 /// What to measure.
 #[derive(Subcommand)]
@@ -12,6 +15,8 @@ pub enum Bench {
     Step(Step),
     /// The operations one by one, against what the machine can do at best.
     Ops(Ops),
+    /// How a step's time and memory grow with the batch, the tokens, the width and the depth.
+    Scaling(Scaling),
 }
 
 #[derive(Args)]
@@ -19,7 +24,7 @@ pub struct Step {
     /// The sizes; docs/BENCHMARKS.md has them.
     #[arg(long, value_enum, default_value = "s")]
     config: Config,
-    /// What flows where: `bf16` means weights, activations, gradients and moments.
+    /// What flows where: `bf16` means weights, activations, gradients and moments; `mixed` keeps weights and moments in f32.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
     /// Where to run: a name that `flowtape devices` lists.
@@ -34,6 +39,9 @@ pub struct Step {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+    /// Update after the backward pass, not each parameter as soon as its gradient is final: more memory, the same bits.
+    #[arg(long)]
+    update_last: bool,
     /// Print where the time goes, kernel by kernel.
     #[arg(long)]
     profile: bool,
@@ -64,6 +72,25 @@ pub struct Ops {
     json: bool,
 }
 
+#[derive(Args)]
+pub struct Scaling {
+    /// What flows where.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DtypeName,
+    /// Where to run: a name that `flowtape devices` lists.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Steps of each size that count.
+    #[arg(long, default_value_t = 3)]
+    steps: usize,
+    /// Write a picture to this SVG.
+    #[arg(long, value_name = "SVG")]
+    plot: Option<PathBuf>,
+    /// Print one JSON object a line instead of a Markdown table.
+    #[arg(long)]
+    json: bool,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum OperandName {
     F32,
@@ -83,6 +110,17 @@ enum Config {
 enum DtypeName {
     F32,
     Bf16,
+    Mixed,
+}
+
+impl From<DtypeName> for Dtype {
+    fn from(name: DtypeName) -> Self {
+        match name {
+            DtypeName::F32 => Self::F32,
+            DtypeName::Bf16 => Self::Bf16,
+            DtypeName::Mixed => Self::Mixed,
+        }
+    }
 }
 
 fn name<T: ValueEnum>(value: T) -> String {
@@ -94,6 +132,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Step(args) => run_step(args),
         Bench::Ops(args) => run_ops(args),
+        Bench::Scaling(args) => run_scaling(args),
     }
 }
 
@@ -121,6 +160,21 @@ fn run_ops(args: &Ops) -> Result<()> {
     Ok(())
 }
 
+fn run_scaling(args: &Scaling) -> Result<()> {
+    let device = flowtape_gpu::device(&args.device)?;
+    let points = scaling(&device, args.dtype.into(), args.steps, |point| {
+        if args.json {
+            println!("{}", serde_json::json!(point));
+        } else {
+            eprintln!("{} {}: {} s, {} MiB", point.axis, point.value, point.s_step, point.memory_mb);
+        }
+    })?;
+    if !args.json {
+        print!("{}", table(&points));
+    }
+    args.plot.as_ref().map_or(Ok(()), |path| Ok(plot(path, &points)?))
+}
+
 fn print_op(m: &OpMeasurement) {
     let optional = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v:.1}"));
     let OpMeasurement { op, shape, limit, .. } = m;
@@ -132,12 +186,9 @@ fn print_op(m: &OpMeasurement) {
 fn run_step(args: &Step) -> Result<()> {
     let work = Work::named(&name(args.config)).context("a configuration")?;
     let device = flowtape_gpu::device(&args.device)?;
-    let precision = match args.dtype {
-        DtypeName::F32 => Precision::F32,
-        DtypeName::Bf16 => Precision::Bf16,
-    };
     let &Step { steps, warmup, profile, .. } = args;
-    let measured = step(&work, &device, &Options { precision, steps, warmup, profile })?;
+    let dtype = args.dtype.into();
+    let measured = step(&work, &device, &Options { dtype, steps, warmup, at_once: !args.update_last, profile })?;
     if profile {
         print_profile(&measured);
     }
@@ -150,18 +201,12 @@ fn run_step(args: &Step) -> Result<()> {
 }
 
 fn print_step(m: &Measurement) {
-    println!("{} {}, {} threads, {} parameters", m.config, name_of(m.dtype), m.threads, m.params);
+    println!("{} {:?}, {} threads, {} parameters", m.config, m.dtype, m.threads, m.params);
     println!("step     {:.4} s  (fastest {:.4}, slowest {:.4})", m.s_step, m.s_min, m.s_max);
     println!("forward  {:.4} s, backward {:.4} s, optimiser {:.4} s", m.s_fwd, m.s_bwd, m.s_opt);
     println!("rate     {:.1} GFLOP/s, {:.2} cores busy", m.gflops, m.cpu_per_wall);
     println!("memory   {} MiB at most, {} before the first step", m.peak_rss_mb, m.rss_before_mb);
-}
-
-fn name_of(precision: Precision) -> &'static str {
-    match precision {
-        Precision::F32 => "f32",
-        Precision::Bf16 => "bf16",
-    }
+    println!("tensors  {} MiB at most, {} blocks asked of the system after warm-up", m.tensors_mb, m.pool_misses);
 }
 
 /// Rates are those of each kernel's fastest call, so that they hold on a busy machine too.
@@ -179,13 +224,13 @@ fn print_profile(m: &Measurement) {
             "{:>6} {:>9.3} {:>6.2} {:>9.3} {:>8} {:>6}  {kernel}",
             e.calls,
             1e3 * e.seconds,
-            100.0 * e.seconds / m.s_step,
+            100.0 * e.seconds / m.s_mean,
             1e3 * calls * e.fastest,
             rate(e.flops),
             rate(e.bytes)
         );
     }
-    let rest = m.s_step - kernels;
-    println!("{:>6} {:>9.3} {:>6.2} {:>32}", "", 1e3 * rest, 100.0 * rest / m.s_step, "the tape, views and shapes");
+    let rest = m.s_mean - kernels;
+    println!("{:>6} {:>9.3} {:>6.2} {:>32}", "", 1e3 * rest, 100.0 * rest / m.s_mean, "the tape, views and shapes");
     println!("{:>6} {:>9.3} {:>6} {:>9.3}  all kernels", "", 1e3 * kernels, "", 1e3 * best);
 }

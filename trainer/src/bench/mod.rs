@@ -2,9 +2,11 @@
 
 mod clock;
 mod ops;
+mod scaling;
 mod step;
 mod work;
 
 pub use ops::{OpMeasurement, OpsOptions, ops};
-pub use step::{Measurement, Options, Precision, step};
+pub use scaling::{Point, memory, plot, scaling, table};
+pub use step::{Measurement, Options, step};
 pub use work::{Batch, Work};
