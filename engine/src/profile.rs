@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::backend::{Backend, Buffer, Fused, Ran};
+use crate::backend::{Backend, Buffer, Fused, Pending, Ran};
 use crate::expr::{Program, Reduce};
+use crate::pool::PoolUsage;
 use crate::{DType, Device, Result, Tensor};
 
 /// What the calls of one kind came to.
@@ -104,6 +105,26 @@ impl Measured {
 impl Backend for Measured {
     fn name(&self) -> &str {
         self.inner.backend().name()
+    }
+
+    fn has_data(&self) -> bool {
+        self.inner.backend().has_data()
+    }
+
+    fn is_host(&self) -> bool {
+        self.inner.backend().is_host()
+    }
+
+    fn has_f64(&self) -> bool {
+        self.inner.backend().has_f64()
+    }
+
+    fn memory(&self) -> PoolUsage {
+        self.inner.backend().memory()
+    }
+
+    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
+        self.run(|| "read_later".into(), 0.0, bytes, |b| b.read_later(buffer, bytes))
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {

@@ -1,11 +1,13 @@
 //! The CPU backend: SIMD kernels chosen at run time, spread over rayon's threads.
 
+mod adamw;
 mod attention;
 mod blocks;
 mod eval;
 mod gemm;
 mod index;
 mod isa;
+mod limits;
 mod math;
 mod norm;
 mod norm_fused;
@@ -17,17 +19,25 @@ mod team;
 use std::any::Any;
 
 use self::isa::{Isa, isa};
-pub(crate) use self::pool::class as size_class;
-use self::pool::{CpuBuffer, Pool};
+pub use self::limits::peak_flops;
+pub(crate) use self::pool::ALIGN;
+use self::pool::{CpuBuffer, Host};
 pub use self::team::awake;
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::expr::{Program, Reduce};
+use crate::pool::{Pool, PoolUsage};
 use crate::{DType, Error, Result, Tensor};
 
 /// The CPU. Work runs on the current rayon pool; results do not depend on its size.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Cpu {
-    pool: Pool,
+    pool: Pool<Host>,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self { pool: pool::pool() }
+    }
 }
 
 /// The instruction set in use: `portable`, `avx2`, `avx512` or `avx512bf16`. It is the machine's best, or less if the
@@ -85,14 +95,18 @@ impl Backend for Cpu {
         true
     }
 
+    fn memory(&self) -> PoolUsage {
+        self.pool.usage()
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(self.pool.alloc(bytes)?))
     }
 
     fn upload(&self, target: &dyn Buffer, bytes: &[u8]) -> Result<()> {
         let target = buffer(target)?;
-        if bytes.len() > target.len() {
-            return Err(Error::argument("upload", format!("at most {} bytes", target.len()), bytes.len()));
+        if bytes.len() > target.bytes() {
+            return Err(Error::argument("upload", format!("at most {} bytes", target.bytes()), bytes.len()));
         }
         // SAFETY: the buffer holds that many bytes; it is new, so nobody else reads it yet.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.as_ptr(), bytes.len()) };
@@ -101,8 +115,8 @@ impl Backend for Cpu {
 
     fn download(&self, source: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
         let source = buffer(source)?;
-        if bytes > source.len() {
-            return Err(Error::argument("download", format!("at most {} bytes", source.len()), bytes));
+        if bytes > source.bytes() {
+            return Err(Error::argument("download", format!("at most {} bytes", source.bytes()), bytes));
         }
         // SAFETY: the buffer holds that many initialised bytes.
         Ok(unsafe { std::slice::from_raw_parts(source.as_ptr(), bytes) }.to_vec())
@@ -221,6 +235,11 @@ impl Backend for Cpu {
                 }
                 (Fused::NormRopeBackward { layout }, [x, grad, s, weight, cos, sin], [dx, dw]) => {
                     norm_fused::norm_rope_backward([x, grad, s, weight, cos, sin], *layout, [dx, dw]);
+                }
+                (Fused::AdamW(scalars), [p, g, m, v], [_, _, _, rounded @ ..]) => {
+                    if !adamw::adamw(isa(), scalars, p, g, m, v, rounded.first()) {
+                        return Ok(Ran::Declined);
+                    }
                 }
                 _ => return Ok(Ran::Declined),
             }

@@ -120,6 +120,10 @@ impl Backend for Cuda {
         &self.0.gpu.name
     }
 
+    fn memory(&self) -> PoolUsage {
+        self.0.pool.usage()
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(CudaBuffer(self.0.pool.alloc(bytes)?)))
     }
