@@ -195,9 +195,16 @@ fn run_step(args: &Step) -> Result<()> {
     if args.json {
         println!("{}", serde_json::to_string(&measured)?);
     } else {
+        println!("device   {}", title(device.backend().name()));
         print_step(&measured);
     }
     Ok(())
+}
+
+/// A device's name and what its maker calls it.
+fn title(name: &str) -> String {
+    let report = flowtape_gpu::reports().into_iter().find(|r| r.name == name);
+    report.map_or(name.to_owned(), |r| format!("{name}, {}", r.title))
 }
 
 fn print_step(m: &Measurement) {
