@@ -4,6 +4,7 @@ use super::View;
 use super::gemm::scratch::Scratch;
 use super::gemm::{Matrix, Narrow, multiply, rounded, widened};
 use super::isa::{Work, dispatch, isa};
+use super::lanes::{LANES, fold, sum};
 use super::math::Real;
 use super::team::{self, threads};
 use crate::DType;
@@ -11,9 +12,6 @@ use crate::DType;
 /// Most queries and keys of a block of scores.
 const QUERIES: usize = 96;
 const KEYS: usize = 256;
-/// Numbers that a loop takes at once: one or two vectors. Rows of scores are padded to a multiple.
-const LANES: usize = 16;
-
 /// The size of blocks that are nearly equal and at most `most`.
 fn even(size: usize, most: usize) -> usize {
     size.div_ceil(size.div_ceil(most).max(1)).max(1)
@@ -31,7 +29,7 @@ fn head_rows(view: &View<'_>, index: usize) -> *mut f32 {
     head(&wide, index).ptr.cast()
 }
 
-/// A block of scores `[rows, cols]`, its rows padded to whole lanes.
+/// A block of scores `[rows, cols]`, its rows padded to a multiple of [`LANES`].
 #[derive(Clone, Copy)]
 struct Scores {
     s: *mut f32,
@@ -104,7 +102,7 @@ fn largest(row: &[f32]) -> f32 {
     for block in row.as_chunks::<LANES>().0 {
         lanes.iter_mut().zip(block).for_each(|(m, &s)| *m = if s > *m { s } else { *m });
     }
-    lanes.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m })
+    fold(lanes, |m, s| if s > m { s } else { m })
 }
 
 /// A maximum that may be subtracted: 0 stands for that of a row without keys.
@@ -151,13 +149,15 @@ impl<T: Narrow> Work for Softmax<'_, T> {
                 // SAFETY: as above; what lies in the scores' place was just read.
                 unsafe { self.p.put(i, j * LANES, &e) };
             }
-            let decay = exp::<FMA>(before - shift);
             self.max[i] = next;
-            self.sum[i] = self.sum[i] * decay + sums.iter().sum::<f32>();
-            if let Some(acc) = &mut self.acc {
-                let width = acc.len() / self.max.len();
-                acc[i * width..][..width].iter_mut().for_each(|o| *o *= decay);
-            }
+            let sum = fold(sums, |a, b| a + b);
+            let Some(acc) = &mut self.acc else {
+                self.sum[i] = sum;
+                continue;
+            };
+            let (decay, width) = (exp::<FMA>(before - shift), acc.len() / self.max.len());
+            self.sum[i] = self.sum[i] * decay + sum;
+            acc[i * width..][..width].iter_mut().for_each(|o| *o *= decay);
         }
     }
 }
@@ -173,11 +173,11 @@ impl Work for Finish<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         let width = self.acc.len() / self.max.len();
-        for (i, (sum, &max)) in self.sum.iter_mut().zip(self.max).enumerate() {
-            let factor = if *sum > 0.0 { 1.0 / *sum } else { 0.0 };
-            self.acc[i * width..][..width].iter_mut().for_each(|o| *o *= factor);
-            *sum = finite(max) + Real::log::<FMA>(*sum);
+        for (row, &sum) in self.acc.chunks_exact_mut(width.max(1)).zip(&*self.sum) {
+            let factor = if sum > 0.0 { 1.0 / sum } else { 0.0 };
+            row.iter_mut().for_each(|o| *o *= factor);
         }
+        self.sum.iter_mut().zip(self.max).for_each(|(sum, &max)| *sum = finite(max) + Real::log::<FMA>(*sum));
     }
 }
 
@@ -232,13 +232,8 @@ impl Work for RowDots<'_> {
     fn run<const FMA: bool>(self) {
         let width = self.a.len() / self.out.len();
         for (i, out) in self.out.iter_mut().enumerate() {
-            let (a, b) = (&self.a[i * width..][..width], &self.b[i * width..][..width]);
-            let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-            let mut lanes = [0f32; LANES];
-            for (a, b) in a.iter().zip(b) {
-                lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(s, (a, b))| *s = Real::mul_add::<FMA>(*a, *b, *s));
-            }
-            *out = lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>();
+            let [a, b] = [self.a, self.b].map(|rows| &rows[i * width..][..width]);
+            *out = sum([a, b], |[a, b]| a * b);
         }
     }
 }

@@ -7,6 +7,7 @@ use super::View;
 use super::blocks::BLOCK;
 use super::gemm::scratch::Scratch;
 use super::isa::Isa;
+use super::lanes::{LANES, fold};
 use super::math::Real;
 use super::steps::{Kernel, arity, kernel};
 use crate::DType;
@@ -312,7 +313,7 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
             Sink::Rows(kind, acc) => {
                 for (values, acc) in blocks.zip(acc.chunks_exact_mut(rows)) {
                     for (row, acc) in values.chunks_exact(cols).zip(acc) {
-                        *acc = combine(kind, *acc, fold(kind, row));
+                        *acc = combine(kind, *acc, fold_run(kind, row));
                     }
                 }
             }
@@ -366,7 +367,6 @@ fn join<A: Real>(kind: Reduce, a: A, b: A) -> A {
 /// Rows into one, `acc.len()` columns: down a block in the program's own arithmetic, since a block is few rows.
 #[inline(always)]
 fn fold_rows<A: Real>(kind: Reduce, values: &[A], acc: &mut [f64]) {
-    const LANES: usize = 16;
     let cols = acc.len();
     let (whole, rest) = acc.as_chunks_mut::<LANES>();
     for (at, acc) in whole.iter_mut().enumerate() {
@@ -383,30 +383,21 @@ fn fold_rows<A: Real>(kind: Reduce, values: &[A], acc: &mut [f64]) {
     }
 }
 
-/// A run into one number: 16 lanes, then a tree. At most [`BLOCK`] elements, so f32 lanes lose little.
+/// A run into one number. At most [`BLOCK`] elements, so f32 lanes lose little.
 #[inline(always)]
-fn fold<A: Real>(kind: Reduce, values: &[A]) -> f64 {
-    const LANES: usize = 16;
+fn fold_run<A: Real>(kind: Reduce, values: &[A]) -> f64 {
     let join = |a, b| join(kind, a, b);
     let mut lanes = [A::from_f64(neutral(kind)); LANES];
-    let chunks = values.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+    let (blocks, rest) = values.as_chunks::<LANES>();
+    for block in blocks {
+        for (lane, &x) in lanes.iter_mut().zip(block) {
             *lane = join(*lane, x);
         }
     }
     for (lane, &x) in lanes.iter_mut().zip(rest) {
         *lane = join(*lane, x);
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = join(lanes[i], lanes[i + width]);
-        }
-        width /= 2;
-    }
-    lanes[0].to_f64()
+    fold(lanes, join).to_f64()
 }
 
 #[inline(always)]

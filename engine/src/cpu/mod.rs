@@ -7,6 +7,7 @@ mod eval;
 mod gemm;
 mod index;
 mod isa;
+mod lanes;
 mod limits;
 mod math;
 mod norm;

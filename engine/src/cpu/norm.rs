@@ -5,14 +5,13 @@ use super::blocks::Space;
 use super::gemm::scratch::Scratch;
 use super::gemm::{Matrix, rounded, widened};
 use super::isa::{Isa, Work, dispatch, isa};
+use super::lanes::sum;
 use super::math::Real;
 use super::team::{self, threads};
 use crate::DType;
 
 /// Elements of one task.
 const GRAIN: usize = 4 * 1024;
-/// Numbers that a loop takes at once.
-const LANES: usize = 16;
 
 /// The rows of views of one shape, found by their number in row-major order.
 struct Rows<'a, const N: usize> {
@@ -86,29 +85,6 @@ unsafe fn fill(to: Matrix, n: usize, write: impl FnOnce(&mut [f32])) {
         write(std::slice::from_raw_parts_mut(wide.ptr(), n));
         rounded(wide.ptr(), to, 1, n);
     }
-}
-
-/// The sum of `f` over rows of one length, in a fixed order.
-#[inline(always)]
-pub(super) fn sum<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let n = rows[0].len();
-    let whole = n - n % LANES;
-    for start in (0..whole).step_by(LANES) {
-        let blocks = rows.map(|r| &r[start..start + LANES]);
-        for (i, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(blocks.map(|b| b[i]));
-        }
-    }
-    let rest: f32 = (whole..n).map(|i| f(rows.map(|r| r[i]))).sum();
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0] + rest
 }
 
 /// Mean and reciprocal deviation of a row, and the row normalised.
