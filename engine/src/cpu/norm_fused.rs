@@ -332,15 +332,20 @@ fn add_up(first: *mut f32, count: usize, len: usize) -> *const f32 {
 }
 
 /// Factors of the partners of a token's elements, so that `x cos + partner(x) turn` rotates, or rotates back.
+#[inline(always)]
 fn turn(layout: RopeLayout, back: bool, sin: &[f32], out: &mut [f32]) {
     let half = sin.len() / 2;
-    for (i, out) in out.iter_mut().enumerate() {
-        let (first, partner) = match layout {
-            RopeLayout::Interleaved => (i % 2 == 0, i ^ 1),
-            RopeLayout::Split => (i < half, if i < half { i + half } else { i - half }),
-        };
-        let s = sin[if back { partner } else { i }];
-        *out = if first == back { s } else { -s };
+    match layout {
+        RopeLayout::Interleaved => {
+            let pairs = out.as_chunks_mut::<2>().0.iter_mut().zip(sin.as_chunks::<2>().0);
+            pairs.for_each(|(out, [s0, s1])| *out = if back { [*s1, -s0] } else { [-s0, *s1] });
+        }
+        RopeLayout::Split => {
+            let ((first, second), (s0, s1)) = (out.split_at_mut(half), sin.split_at(half));
+            let (minus, plus) = if back { (second, first) } else { (first, second) };
+            minus.iter_mut().zip(s0).for_each(|(out, s)| *out = -s);
+            plus.copy_from_slice(s1);
+        }
     }
 }
 
