@@ -382,3 +382,34 @@ pub fn apply_one(op: impl Op, inputs: &[&Tensor]) -> Result<Tensor> {
     let name = op.name();
     apply(op, inputs)?.pop().ok_or_else(|| Error::argument(name, "one output", "none"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, Device};
+
+    #[test]
+    fn gradients_are_summed_in_place_but_never_over_what_others_hold() -> Result<()> {
+        let (tape, cpu) = (Tape::new(), Device::cpu());
+        let x = tape.leaf(&Tensor::from_vec(vec![1.0f32, 2.0], &[2], &cpu)?);
+        let cotangent = Tensor::from_vec(vec![3.0f32, -1.0], &[2], &cpu)?;
+        let (double, triple) = (x.mul_scalar(2.0)?, x.mul_scalar(3.0)?);
+        let mut gradients = Gradients::default();
+        // The leaf is an output itself, twice: its first gradient is the caller's own tensor.
+        let outputs = [(&x, &cotangent), (&double, &cotangent), (&x, &cotangent), (&triple, &cotangent)];
+        tape.backward_with(&outputs, &mut gradients)?;
+        assert_eq!(gradients.of(&x).map(Tensor::to_vec::<f32>).transpose()?, Some(vec![21.0, -7.0]));
+        assert_eq!(cotangent.to_vec::<f32>()?, [3.0, -1.0]);
+
+        let own = |value: f32| Tensor::full(&[2], f64::from(value), DType::F32, &cpu);
+        let (first, second) = (own(1.0)?, own(2.0)?);
+        let place = |t: &Tensor| std::ptr::from_ref(t.storage());
+        let (before, held) = (place(&first), first.clone());
+        let total = sum(Some(first), second)?;
+        assert!(place(&total) != before && held.to_vec::<f32>()? == [1.0; 2] && total.to_vec::<f32>()? == [3.0; 2]);
+        let before = place(&total);
+        let total = sum(Some(total), held)?;
+        assert!(place(&total) == before && total.to_vec::<f32>()? == [4.0; 2]);
+        Ok(())
+    }
+}

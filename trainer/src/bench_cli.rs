@@ -9,6 +9,8 @@ use flowtape_engine::backend::Backend;
 use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Work, ops, plot, scaling, step, table};
 use flowtape_trainer::recipe::Dtype;
 
+use crate::say;
+
 /// What to measure.
 #[derive(Subcommand)]
 pub enum Bench {
@@ -152,36 +154,41 @@ fn run_ops(args: &Ops) -> Result<()> {
         peak_gflops: args.peak,
     };
     if !args.json {
-        println!(
-            "{:<22} {:<16} {:>10} {:>10} {:>9} {:>7} {:>6}  limit",
-            "op", "shape", "best us", "median us", "GFLOP/s", "GB/s", "%"
-        );
+        let head = ["op", "shape", "best us", "median us", "GFLOP/s", "GB/s", "%"];
+        say(format_args!(
+            "{:<22} {:<16} {:>10} {:>10} {:>9} {:>7} {:>6}  limit\n",
+            head[0], head[1], head[2], head[3], head[4], head[5], head[6]
+        ))?;
     }
-    ops(&options, |m| if args.json { println!("{}", serde_json::json!(m)) } else { print_op(m) })?;
-    Ok(())
+    let mut said = Ok(());
+    ops(&options, |m| {
+        let line = if args.json { serde_json::json!(m).to_string() } else { op_line(m) };
+        if said.is_ok() {
+            said = say(format_args!("{line}\n"));
+        }
+    })?;
+    said
 }
 
 fn run_scaling(args: &Scaling) -> Result<()> {
     let device = flowtape_gpu::device(&args.device)?;
     let points = scaling(&device, args.dtype.into(), args.steps, |point| {
-        if args.json {
-            println!("{}", serde_json::json!(point));
-        } else {
-            eprintln!("{} {}: {} s, {} MiB", point.axis, point.value, point.s_step, point.memory_mb);
-        }
+        eprintln!("{} {}: {} s, {} MiB", point.axis, point.value, point.s_step, point.memory_mb);
     })?;
-    if !args.json {
-        print!("{}", table(&points));
+    if args.json {
+        points.iter().try_for_each(|point| say(format_args!("{}\n", serde_json::json!(point))))?;
+    } else {
+        say(format_args!("{}", table(&points)))?;
     }
     args.plot.as_ref().map_or(Ok(()), |path| Ok(plot(path, &points)?))
 }
 
-fn print_op(m: &OpMeasurement) {
+fn op_line(m: &OpMeasurement) -> String {
     let optional = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v:.1}"));
     let OpMeasurement { op, shape, limit, .. } = m;
     let (best, median, flops) = (1e6 * m.s_min, 1e6 * m.s_median, optional(m.gflops));
     let percent = optional(m.fraction.map(|f| 100.0 * f));
-    println!("{op:<22} {shape:<16} {best:>10.1} {median:>10.1} {flops:>9} {:>7.1} {percent:>6}  {limit}", m.gb_s);
+    format!("{op:<22} {shape:<16} {best:>10.1} {median:>10.1} {flops:>9} {:>7.1} {percent:>6}  {limit}", m.gb_s)
 }
 
 fn run_step(args: &Step) -> Result<()> {
@@ -191,15 +198,13 @@ fn run_step(args: &Step) -> Result<()> {
     let dtype = args.dtype.into();
     let measured = step(&work, &device, &Options { dtype, steps, warmup, at_once: !args.update_last, profile })?;
     if profile {
-        print_profile(&measured);
+        say(format_args!("{}", profile_table(&measured)))?;
     }
     if args.json {
-        println!("{}", serde_json::to_string(&measured)?);
+        say(format_args!("{}\n", serde_json::to_string(&measured)?))
     } else {
-        println!("device   {}", title(device.backend()));
-        print_step(&measured);
+        say(format_args!("device   {}\n{}", title(device.backend()), step_lines(&measured)))
     }
-    Ok(())
 }
 
 /// A device's name and what its maker calls it. GPUs are looked for only where one is in use.
@@ -209,37 +214,44 @@ fn title(backend: &dyn Backend) -> String {
     report.map_or(name.to_owned(), |r| format!("{name}, {}", r.title))
 }
 
-fn print_step(m: &Measurement) {
-    println!("{} {:?}, {} threads, {} parameters", m.config, m.dtype, m.threads, m.params);
-    println!("step     {:.4} s  (fastest {:.4}, slowest {:.4})", m.s_step, m.s_min, m.s_max);
-    println!("forward  {:.4} s, backward {:.4} s, optimiser {:.4} s", m.s_fwd, m.s_bwd, m.s_opt);
-    println!("rate     {:.1} GFLOP/s, {:.2} cores busy", m.gflops, m.cpu_per_wall);
-    println!("memory   {} MiB at most, {} before the first step", m.peak_rss_mb, m.rss_before_mb);
-    println!("tensors  {} MiB at most, {} blocks asked of the system after warm-up", m.tensors_mb, m.pool_misses);
+fn step_lines(m: &Measurement) -> String {
+    [
+        format!("{} {:?}, {} threads, {} parameters\n", m.config, m.dtype, m.threads, m.params),
+        format!("step     {:.4} s  (fastest {:.4}, slowest {:.4})\n", m.s_step, m.s_min, m.s_max),
+        format!("forward  {:.4} s, backward {:.4} s, optimiser {:.4} s\n", m.s_fwd, m.s_bwd, m.s_opt),
+        format!("rate     {:.1} GFLOP/s, {:.2} cores busy\n", m.gflops, m.cpu_per_wall),
+        format!("memory   {} MiB at most, {} before the first step\n", m.peak_rss_mb, m.rss_before_mb),
+        format!("tensors  {} MiB at most, {} blocks asked for after warm-up\n", m.tensors_mb, m.pool_misses),
+    ]
+    .concat()
 }
 
 /// Rates are those of each kernel's fastest call, so that they hold on a busy machine too.
-fn print_profile(m: &Measurement) {
+fn profile_table(m: &Measurement) -> String {
     let kernels: f64 = m.profile.iter().map(|(_, e)| e.seconds).sum();
     let best: f64 = m.profile.iter().map(|(_, e)| e.calls as f64 * e.fastest).sum();
-    let head = ["calls", "ms", "%", "best ms", "GFLOP/s", "GB/s"];
-    println!("{:>6} {:>9} {:>6} {:>9} {:>8} {:>6}  kernel", head[0], head[1], head[2], head[3], head[4], head[5]);
+    let row = |cells: [String; 7], kernel: &str| {
+        let [calls, ms, percent, best, gflops, peak, gb] = cells;
+        format!("{calls:>6} {ms:>9} {percent:>6} {best:>9} {gflops:>8} {peak:>6} {gb:>6}  {kernel}\n")
+    };
+    let mut out = row(["calls", "ms", "%", "best ms", "GFLOP/s", "% peak", "GB/s"].map(String::from), "kernel");
+    let percent = |part: f64| format!("{:.2}", 100.0 * part);
     for (kernel, e) in &m.profile {
         let calls = e.calls as f64;
-        let rate = |amount: f64| {
-            if amount > 0.0 { format!("{:.1}", amount / calls / e.fastest / 1e9) } else { String::new() }
-        };
-        println!(
-            "{:>6} {:>9.3} {:>6.2} {:>9.3} {:>8} {:>6}  {kernel}",
-            e.calls,
-            1e3 * e.seconds,
-            100.0 * e.seconds / m.s_mean,
-            1e3 * calls * e.fastest,
-            rate(e.flops),
-            rate(e.bytes)
-        );
+        let (flops, bytes) = (e.flops / calls / e.fastest, e.bytes / calls / e.fastest);
+        let rate = |rate: f64| if rate > 0.0 { format!("{:.1}", rate / 1e9) } else { String::new() };
+        let of_peak =
+            m.peak_flops.filter(|_| flops > 0.0).map_or(String::new(), |p| format!("{:.0}", 100.0 * flops / p));
+        let ms = |seconds: f64| format!("{:.3}", 1e3 * seconds);
+        let part = percent(e.seconds / m.s_mean);
+        let cells =
+            [e.calls.to_string(), ms(e.seconds), part, ms(calls * e.fastest), rate(flops), of_peak, rate(bytes)];
+        out += &row(cells, kernel);
     }
     let rest = m.s_mean - kernels;
-    println!("{:>6} {:>9.3} {:>6.2} {:>32}", "", 1e3 * rest, 100.0 * rest / m.s_mean, "the tape, views and shapes");
-    println!("{:>6} {:>9.3} {:>6} {:>9.3}  all kernels", "", 1e3 * kernels, "", 1e3 * best);
+    let cells = |ms: f64, percent: String, best: String| {
+        [String::new(), format!("{:.3}", 1e3 * ms), percent, best, String::new(), String::new(), String::new()]
+    };
+    out += &row(cells(rest, percent(rest / m.s_mean), String::new()), "the tape, views and shapes");
+    out + &row(cells(kernels, percent(kernels / m.s_mean), format!("{:.3}", 1e3 * best)), "all kernels")
 }

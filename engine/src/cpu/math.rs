@@ -2,8 +2,8 @@
 //!
 //! Everything here is `inline(always)`: it is compiled into the loops of `eval.rs` with their instruction set.
 //! `FMA` says whether that set has a fused multiply-add; without it the call would be a function of libm.
-#![expect(clippy::excessive_precision)] // coefficients as published
 
+use crate::expr::coefficients::*;
 use crate::expr::{GELU_CUBIC, GELU_FACTOR};
 
 /// The arithmetic of a program: f32, or f64 for gradient checks.
@@ -52,14 +52,20 @@ pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
     }
 }
 
-/// Horner's rule, highest coefficient first.
-macro_rules! poly {
-    ($fma:ident, $x:expr, $first:expr $(, $c:expr)*) => {{
-        let x = $x;
-        let p = $first;
-        $(let p = Real::mul_add::<$fma>(p, x, $c);)*
-        p
-    }};
+/// Horner's rule from `first` on, highest coefficient first.
+#[inline(always)]
+fn horner<const FMA: bool>(x: f32, first: f32, coefficients: &[f32]) -> f32 {
+    let mut p = first;
+    for &c in coefficients {
+        p = Real::mul_add::<FMA>(p, x, c);
+    }
+    p
+}
+
+/// The same from the first coefficient on.
+#[inline(always)]
+fn polynomial<const FMA: bool>(x: f32, coefficients: &[f32]) -> f32 {
+    horner::<FMA>(x, coefficients[0], &coefficients[1..])
 }
 
 macro_rules! arithmetic {
@@ -127,12 +133,8 @@ fn sin_shifted<const FMA: bool>(x: f32, shift: i32) -> f32 {
     let r = Real::mul_add::<FMA>(quarter, -std::f64::consts::FRAC_PI_2, wide);
     let r = Real::mul_add::<FMA>(quarter, -6.123_233_995_736_766e-17, r) as f32;
     let z = r * r;
-    let sine = Real::mul_add::<FMA>(poly!(FMA, z, -1.951_529_6e-4f32, 8.332_161e-3, -1.666_665_5e-1) * z, r, r);
-    let cosine = Real::mul_add::<FMA>(
-        poly!(FMA, z, 2.443_315_7e-5f32, -1.388_731_6e-3, 4.166_664_6e-2) * z,
-        z,
-        Real::mul_add::<FMA>(z, -0.5, 1.0),
-    );
+    let sine = Real::mul_add::<FMA>(polynomial::<FMA>(z, &SINE) * z, r, r);
+    let cosine = Real::mul_add::<FMA>(polynomial::<FMA>(z, &COSINE) * z, z, Real::mul_add::<FMA>(z, -0.5, 1.0));
     let y = choose(turn & 1 == 0, sine, cosine);
     f32::from_bits(y.to_bits() ^ (((turn as u32) & 2) << 30))
 }
@@ -143,22 +145,14 @@ impl Real for f32 {
     /// Cephes' polynomial; the power of two is applied in two steps, so that small results stay exact.
     #[inline(always)]
     fn exp<const FMA: bool>(self) -> Self {
-        let x = choose(self < -104.0, -104.0, self);
-        let x = choose(x > 89.0, 89.0, x);
+        let [low, high] = EXP_RANGE;
+        let x = choose(self < low, low, self);
+        let x = choose(x > high, high, x);
         let sum = Real::mul_add::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
         let n = sum - ROUND;
-        let r = Real::mul_add::<FMA>(n, -0.693_359_4, x);
-        let r = Real::mul_add::<FMA>(n, 2.121_944_4e-4, r);
-        let p = poly!(
-            FMA,
-            r,
-            1.987_569_1e-4f32,
-            1.398_199_9e-3,
-            8.333_452e-3,
-            4.166_579_6e-2,
-            1.666_666_5e-1,
-            5.000_000_1e-1
-        );
+        let r = Real::mul_add::<FMA>(n, -LN_2[0], x);
+        let r = Real::mul_add::<FMA>(n, -LN_2[1], r);
+        let p = polynomial::<FMA>(r, &EXP);
         let p = Real::mul_add::<FMA>(p, r * r, r) + 1.0;
         let n = (sum.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
         let half = n >> 1;
@@ -172,26 +166,14 @@ impl Real for f32 {
         let tiny = self < f32::MIN_POSITIVE;
         let x = choose(tiny, self * 8_388_608.0, self);
         let bits = x.to_bits() as i32;
-        let e = (bits.wrapping_sub(0x3f35_04f3)) >> 23;
+        let e = (bits.wrapping_sub(ROOT_HALF)) >> 23;
         let f = f32::from_bits(bits.wrapping_sub(e << 23) as u32) - 1.0;
         let e = e as f32 - choose(tiny, 23.0, 0.0);
         let z = f * f;
-        let p = poly!(
-            FMA,
-            f,
-            7.037_683_6e-2f32,
-            -1.151_461e-1,
-            1.167_699_9e-1,
-            -1.242_014_1e-1,
-            1.424_932_3e-1,
-            -1.666_805_8e-1,
-            2.000_071_5e-1,
-            -2.499_999_4e-1,
-            3.333_333_1e-1
-        );
-        let y = Real::mul_add::<FMA>(e, -2.121_944_4e-4, p * f * z);
+        let p = polynomial::<FMA>(f, &LOG);
+        let y = Real::mul_add::<FMA>(e, LN_2[1], p * f * z);
         let y = Real::mul_add::<FMA>(z, -0.5, y);
-        let y = Real::mul_add::<FMA>(e, 0.693_359_4, f + y);
+        let y = Real::mul_add::<FMA>(e, LN_2[0], f + y);
         let y = choose(self == f32::INFINITY, f32::INFINITY, y);
         let y = choose(self == 0.0, f32::NEG_INFINITY, y);
         choose(self >= 0.0, y, f32::NAN)
@@ -213,9 +195,9 @@ impl Real for f32 {
         let t = self.abs();
         let s = self * self;
         let big = 1.0 - 2.0 / (Real::exp::<FMA>(t + t) + 1.0);
-        let p = poly!(FMA, s, 1.573_944_1e-2f32, -5.230_259_9e-2, 1.331_529_8e-1, -3.333_276_8e-1);
+        let p = polynomial::<FMA>(s, &TANH);
         let small = Real::mul_add::<FMA>(p * s, t, t);
-        choose(t < 0.55, small, big).copysign(self)
+        choose(t < TANH_BOUND, small, big).copysign(self)
     }
 
     /// N. Juffa's two branches.
@@ -223,24 +205,15 @@ impl Real for f32 {
     fn erf<const FMA: bool>(self) -> Self {
         let t = self.abs();
         let s = self * self;
-        let r = Real::mul_add::<FMA>(-1.728_534_7e-5f32, t, 3.831_971_3e-4);
-        let u = Real::mul_add::<FMA>(-3.883_964_4e-3f32, t, 2.425_462_2e-2);
+        let r = polynomial::<FMA>(t, &ERF_HIGH);
+        let u = polynomial::<FMA>(t, &ERF_MIDDLE);
         let r = Real::mul_add::<FMA>(r, s, u);
-        let r = poly!(FMA, t, r, -1.067_778_8e-1, -6.348_466_9e-1, -1.287_175_1e-1);
+        let r = horner::<FMA>(t, r, &ERF_LOW);
         let r = Real::mul_add::<FMA>(r, t, -t);
         let big = 1.0 - Real::exp::<FMA>(r);
-        let q = poly!(
-            FMA,
-            s,
-            -5.967_617e-4f32,
-            4.991_194_2e-3,
-            -2.676_813_5e-2,
-            1.128_199_3e-1,
-            -3.761_253_6e-1,
-            1.283_791_7e-1
-        );
+        let q = polynomial::<FMA>(s, &ERF);
         let small = Real::mul_add::<FMA>(q, t, t);
-        choose(t < 0.927_734_4, small, big).copysign(self)
+        choose(t < ERF_BOUND, small, big).copysign(self)
     }
 
     #[inline(always)]

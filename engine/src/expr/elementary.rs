@@ -3,6 +3,7 @@
 
 use std::f32::consts::{FRAC_2_PI, LOG2_E};
 
+use super::coefficients::*;
 use super::lower::{Builder, Value};
 use super::{GELU_CUBIC, GELU_FACTOR, Unary};
 
@@ -93,17 +94,15 @@ impl Builder {
 
     /// Cephes' polynomial; the power of two is applied in two steps, so that small results stay exact.
     fn exp(&mut self, x: Value) -> Value {
-        let (low, high) = (self.float(-104.0), self.float(89.0));
+        let (low, high) = (self.float(EXP_RANGE[0]), self.float(EXP_RANGE[1]));
         let x = self.select_lt(x, low, low, x);
         let x = self.select_lt(high, x, high, x);
         let log2_e = self.float(LOG2_E);
         let turns = self.mul(x, log2_e);
         let n = self.round(turns);
-        let r = self.shifted(n, -0.693_359_375, x);
-        let r = self.shifted(n, 2.121_944_4e-4, r);
-        let coefficients =
-            [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
-        let p = self.polynomial(r, &coefficients);
+        let r = self.shifted(n, -LN_2[0], x);
+        let r = self.shifted(n, -LN_2[1], r);
+        let p = self.polynomial(r, &EXP);
         let square = self.mul(r, r);
         let p = self.mul_add(p, square, r);
         let one = self.float(1.0);
@@ -123,7 +122,7 @@ impl Builder {
         let raised = self.mul(x, raise);
         let normal = self.select_lt(x, smallest, raised, x);
         let bits = self.bits(normal);
-        let root = self.int(0x3f35_04f3);
+        let root = self.int(ROOT_HALF);
         let from_root = self.int_sub(bits, root);
         let e = self.shift_right(from_root, 23);
         let scale = self.shift_left(e, 23);
@@ -135,24 +134,13 @@ impl Builder {
         let e = self.int_float(e);
         let e = self.sub(e, lowered);
         let z = self.mul(f, f);
-        let coefficients = [
-            7.037_683_6e-2,
-            -1.151_461e-1,
-            1.167_699_9e-1,
-            -1.242_014_1e-1,
-            1.424_932_3e-1,
-            -1.666_805_8e-1,
-            2.000_071_5e-1,
-            -2.499_999_4e-1,
-            3.333_333_1e-1,
-        ];
-        let p = self.polynomial(f, &coefficients);
+        let p = self.polynomial(f, &LOG);
         let p = self.mul(p, f);
         let p = self.mul(p, z);
-        let y = self.shifted(e, -2.121_944_4e-4, p);
+        let y = self.shifted(e, LN_2[1], p);
         let y = self.shifted(z, -0.5, y);
         let y = self.add(f, y);
-        let y = self.shifted(e, 0.693_359_375, y);
+        let y = self.shifted(e, LN_2[0], y);
         // -inf at zero, NaN below; infinity and NaN are their own logarithms.
         let (infinity, minus, nan) = (self.float(f32::INFINITY), self.float(f32::NEG_INFINITY), self.float(f32::NAN));
         let y = self.select_lt(zero, x, y, minus);
@@ -171,10 +159,10 @@ impl Builder {
             r = self.shifted(n, -part, r);
         }
         let (z, one) = (self.mul(r, r), self.float(1.0));
-        let p = self.polynomial(z, &[-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]);
+        let p = self.polynomial(z, &SINE);
         let p = self.mul(p, z);
         let sine = self.mul_add(p, r, r);
-        let p = self.polynomial(z, &[2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2]);
+        let p = self.polynomial(z, &COSINE);
         let p = self.mul(p, z);
         let rest = self.shifted(z, -0.5, one);
         let cosine = self.mul_add(p, z, rest);
@@ -206,13 +194,13 @@ impl Builder {
     /// A polynomial below 0.55, `1 - 2 / (e^2x + 1)` above.
     fn tanh(&mut self, x: Value) -> Value {
         let (t, s) = (self.abs(x), self.mul(x, x));
-        let (one, two, bound) = (self.float(1.0), self.float(2.0), self.float(0.55));
+        let (one, two, bound) = (self.float(1.0), self.float(2.0), self.float(TANH_BOUND));
         let twice = self.add(t, t);
         let e = self.exp(twice);
         let e = self.add(e, one);
         let quotient = self.div(two, e);
         let big = self.sub(one, quotient);
-        let p = self.polynomial(s, &[1.573_944_1e-2, -5.230_259_9e-2, 1.331_529_8e-1, -3.333_276_8e-1]);
+        let p = self.polynomial(s, &TANH);
         let p = self.mul(p, s);
         let small = self.mul_add(p, t, t);
         let y = self.select_lt(t, bound, small, big);
@@ -222,21 +210,18 @@ impl Builder {
     /// N. Juffa's two branches.
     fn erf(&mut self, x: Value) -> Value {
         let (t, s) = (self.abs(x), self.mul(x, x));
-        let r = self.polynomial(t, &[-1.728_534_7e-5, 3.831_971_3e-4]);
-        let u = self.polynomial(t, &[-3.883_964_4e-3, 2.425_462_2e-2]);
+        let r = self.polynomial(t, &ERF_HIGH);
+        let u = self.polynomial(t, &ERF_MIDDLE);
         let r = self.mul_add(r, s, u);
-        let r = self.horner(t, r, &[-1.067_778_8e-1, -6.348_466_9e-1, -1.287_175_1e-1]);
+        let r = self.horner(t, r, &ERF_LOW);
         let minus = self.neg(t);
         let r = self.mul_add(r, t, minus);
         let e = self.exp(r);
         let one = self.float(1.0);
         let big = self.sub(one, e);
-        let q = self.polynomial(
-            s,
-            &[-5.967_617e-4, 4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_3e-1, -3.761_253_6e-1, 1.283_791_7e-1],
-        );
+        let q = self.polynomial(s, &ERF);
         let small = self.mul_add(q, t, t);
-        let bound = self.float(0.927_734_4);
+        let bound = self.float(ERF_BOUND);
         let y = self.select_lt(t, bound, small, big);
         self.signed(y, x)
     }

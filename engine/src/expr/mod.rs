@@ -3,6 +3,7 @@
 //! A closure on [`Expr`] builds a [`Function`]; its gradient is another `Function`, derived symbolically; a
 //! [`Program`] is what a backend evaluates in blocks or prints as a kernel.
 
+pub(crate) mod coefficients;
 mod elementary;
 mod function;
 mod gradient;

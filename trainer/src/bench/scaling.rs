@@ -109,7 +109,7 @@ pub fn table(points: &[Point]) -> String {
     out
 }
 
-/// Time and memory over each axis, both in powers of ten, as an SVG.
+/// Time and memory over each axis, both in powers of two, as an SVG.
 ///
 /// # Errors
 /// When the file can't be written.
@@ -135,10 +135,12 @@ pub fn plot(path: &Path, points: &[Point]) -> Result<()> {
                 .margin(10)
                 .x_label_area_size(36)
                 .y_label_area_size(56)
-                .build_cartesian_2d((left..right).log_scale(), (low..high).log_scale())
+                .build_cartesian_2d((left..right).log_scale().base(2.0), (low..high).log_scale().base(2.0))
                 .map_err(|e| failed(&e))?;
             let mut mesh = chart.configure_mesh();
-            mesh.x_desc(axis).y_desc(name).x_labels(5).y_labels(5).light_line_style(WHITE);
+            let short = |v: &f64| if *v < 1.0 { format!("{v:.3}") } else { format!("{v}") };
+            mesh.x_desc(axis).y_desc(name).x_labels(8).y_labels(8).light_line_style(WHITE);
+            mesh.x_label_formatter(&short).y_label_formatter(&short);
             mesh.draw().map_err(|e| failed(&e))?;
             let colour = RGBColor(20, 70, 160);
             chart.draw_series(LineSeries::new(line.clone(), colour.stroke_width(2))).map_err(|e| failed(&e))?;

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use flowtape_engine::optim::{AdamW, AdamWConfig, Stepping};
 use flowtape_engine::profile::{Entry, Profile};
-use flowtape_engine::{Device, GradientSink, Tape, Tensor, VarId};
+use flowtape_engine::{Device, GradientSink, Tape, Tensor, VarId, cpu};
 use flowtape_models::Transformer;
 use serde::Serialize;
 
@@ -76,6 +76,10 @@ pub struct Measurement {
     /// Seconds of a step, the mean: what the kernels' times add up to.
     #[serde(skip)]
     pub s_mean: f64,
+    /// Floating-point operations a second that the CPU's units can do at best in the dtype of the products, where kernels
+    /// were timed there.
+    #[serde(skip)]
+    pub peak_flops: Option<f64>,
     /// Time by kernel, of one step on average, the longest first; empty where it was not asked for.
     #[serde(skip)]
     pub profile: Vec<(String, Entry)>,
@@ -121,10 +125,10 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
     let before = process::memory();
     let (mut forward, mut backward, mut update, mut total) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut losses, mut first_step_s, mut misses) = (Vec::new(), 0.0, 0);
-    let (mut cpu, mut wall) = (process::seconds(), Instant::now());
+    let (mut busy, mut wall) = (process::seconds(), Instant::now());
     for index in 0..options.warmup + options.steps {
         if index == options.warmup {
-            (cpu, wall) = (process::seconds(), Instant::now());
+            (busy, wall) = (process::seconds(), Instant::now());
             misses = device.backend().memory().misses;
             profile.take();
         }
@@ -157,7 +161,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         }
     }
     let memory = device.backend().memory();
-    let cpu_per_wall = (process::seconds() - cpu) / wall.elapsed().as_secs_f64();
+    let cpu_per_wall = (process::seconds() - busy) / wall.elapsed().as_secs_f64();
     let mut profile = profile.take();
     for (_, entry) in &mut profile {
         let steps = options.steps.max(1) as f64;
@@ -193,6 +197,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         loss_first: rounded(losses.first().copied().unwrap_or(f64::NAN), 4),
         loss_last: rounded(losses.last().copied().unwrap_or(f64::NAN), 4),
         s_mean,
+        peak_flops: (options.profile && device.backend().is_host()).then(|| cpu::peak_flops(options.dtype.into())),
         profile,
     })
 }
