@@ -2,7 +2,6 @@
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use flowtape_engine::Device;
 use flowtape_trainer::bench::{Measurement, Options, Precision, Work, step};
 
 /// What to measure.
@@ -20,9 +19,12 @@ pub struct Step {
     /// What flows where: `bf16` means weights, activations, gradients and moments.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
-    /// Where to run.
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: DeviceName,
+    /// Where to run: cpu, cuda, cuda:NUMBER, wgpu or wgpu:NUMBER.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Samples of a batch; the size's own number by default.
+    #[arg(long)]
+    batch: Option<usize>,
     /// Steps that count.
     #[arg(long, default_value_t = 7)]
     steps: usize,
@@ -42,6 +44,7 @@ enum Config {
     S,
     M,
     L,
+    Xl,
     Digits,
 }
 
@@ -51,11 +54,6 @@ enum DtypeName {
     Bf16,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum DeviceName {
-    Cpu,
-}
-
 fn name<T: ValueEnum>(value: T) -> String {
     value.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()
 }
@@ -63,10 +61,9 @@ fn name<T: ValueEnum>(value: T) -> String {
 /// Runs a benchmark and prints it.
 pub fn run(bench: &Bench) -> Result<()> {
     let Bench::Step(args) = bench;
-    let work = Work::named(&name(args.config)).context("a configuration")?;
-    let device = match args.device {
-        DeviceName::Cpu => Device::cpu(),
-    };
+    let mut work = Work::named(&name(args.config)).context("a configuration")?;
+    work.batch = args.batch.unwrap_or(work.batch);
+    let device = flowtape_gpu::device(&args.device)?;
     let precision = match args.dtype {
         DtypeName::F32 => Precision::F32,
         DtypeName::Bf16 => Precision::Bf16,
@@ -85,7 +82,8 @@ pub fn run(bench: &Bench) -> Result<()> {
 }
 
 fn print_step(m: &Measurement) {
-    println!("{} {}, {} threads, {} parameters", m.config, name_of(m.dtype), m.threads, m.params);
+    println!("{} {}, batch {}, {} parameters", m.config, name_of(m.dtype), m.batch, m.params);
+    println!("device   {}, {} threads", m.device, m.threads);
     println!("step     {:.4} s  (fastest {:.4}, slowest {:.4})", m.s_step, m.s_min, m.s_max);
     println!("forward  {:.4} s, backward {:.4} s, optimiser {:.4} s", m.s_fwd, m.s_bwd, m.s_opt);
     println!("rate     {:.1} GFLOP/s, {:.2} cores busy", m.gflops, m.cpu_per_wall);

@@ -28,7 +28,7 @@ pub struct Recipe {
     /// Weights, activations, gradients and moments: `f32` or `bf16`.
     #[serde(default)]
     pub dtype: Dtype,
-    /// Where it runs: `cpu`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
+    /// Where it runs: `cpu`, `cuda`, `cuda:<number>`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
     #[serde(default = "cpu")]
     pub device: String,
     /// What is trained on.

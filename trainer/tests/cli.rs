@@ -295,5 +295,5 @@ fn a_step_is_measured_with_the_fields_of_its_peer() {
     }
     let out = stdout(&flowtape(&["bench", "step", "--config", "digits", "--steps", "1", "--warmup", "0", "--profile"]));
     assert!(out.contains("matmul NT 1152x128x512 f32") && out.contains("attention 64x4x18x32 f32"), "{out}");
-    assert!(failure(&flowtape(&["bench", "step", "--config", "xl"])).contains("digits"));
+    assert!(failure(&flowtape(&["bench", "step", "--config", "xxl"])).contains("digits"));
 }

@@ -3,7 +3,7 @@
 //! | file | what it does |
 //! |---|---|
 //! | `gpu.rs` | a device: context, stream, failures in words |
-//! | `memory.rs` | the pool's raw memory, uploads through pinned memory |
+//! | `memory.rs`, `read.rs` | the pool's raw memory, uploads and reads through pinned memory |
 //! | `launch.rs` | modules, kernels, launches |
 //! | `ptx.rs` | prints programs as PTX |
 //! | `pointwise.rs`, `reduce.rs` | kernels printed from programs |
@@ -21,6 +21,7 @@ mod norm;
 mod pointwise;
 mod ptx;
 mod random;
+mod read;
 mod reduce;
 mod view;
 

@@ -48,8 +48,12 @@ pub struct Options {
 pub struct Measurement {
     /// Who was measured.
     pub peer: &'static str,
+    /// The device's name.
+    pub device: String,
     /// The work's name.
     pub config: String,
+    /// Samples of a batch.
+    pub batch: usize,
     /// What flowed where.
     pub dtype: Precision,
     /// Threads.
@@ -64,11 +68,11 @@ pub struct Measurement {
     pub s_min: f64,
     /// The slowest.
     pub s_max: f64,
-    /// Seconds of the forward pass, the median.
+    /// Seconds of the forward pass, the median; on a GPU until it is enqueued.
     pub s_fwd: f64,
-    /// Seconds of the backward pass, the median.
+    /// Seconds of the backward pass, the median; on a GPU until it is enqueued.
     pub s_bwd: f64,
-    /// Seconds of the optimiser, the median.
+    /// Seconds of the optimiser, the median; on a GPU until all of the step is done.
     pub s_opt: f64,
     /// `gflop / s_step`.
     pub gflops: f64,
@@ -129,8 +133,11 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         let t2 = start.elapsed().as_secs_f64();
         optimizer.step(params, &gradients, lr, weight_decay, None)?;
         drop(gradients);
-        let t3 = start.elapsed().as_secs_f64();
+        // Reading waits for all work before, the update too: on a GPU the step ends here.
+        let host = device.backend().is_host();
+        let enqueued = start.elapsed().as_secs_f64();
         losses.push(loss.item()?);
+        let t3 = if host { enqueued } else { start.elapsed().as_secs_f64() };
         if index == 0 {
             first_step_s = t3;
         }
@@ -155,7 +162,9 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
     let s_step = median(total);
     Ok(Measurement {
         peer: "flowtape",
+        device: device.backend().name().to_owned(),
         config: work.name.clone(),
+        batch: work.batch,
         dtype: options.precision,
         threads: rayon::current_num_threads(),
         params: params.numel(),

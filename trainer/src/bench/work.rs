@@ -38,7 +38,7 @@ pub struct Work {
 }
 
 impl Work {
-    /// The configurations that are compared with PyTorch: `s`, `m`, `l` and `digits`.
+    /// The configurations that are compared with PyTorch: `s`, `m`, `l`, `xl` (FLUX.1's widths at 1024 pixels) and `digits`.
     pub fn named(name: &str) -> Option<Self> {
         let flux = |batch, side, text, heads, double, single, pooled| Self {
             name: name.to_uppercase(),
@@ -58,6 +58,7 @@ impl Work {
             "s" => Some(flux(16, 8, 16, 4, 4, 4, 256)),
             "m" => Some(flux(2, 16, 64, 12, 6, 12, 768)),
             "l" => Some(flux(1, 16, 64, 16, 6, 12, 768)),
+            "xl" => Some(Self { head_dim: 128, axes: [16, 56, 56], joint: 4096, ..flux(1, 64, 512, 24, 4, 8, 768) }),
             "digits" => Some(Self {
                 name: name.into(),
                 batch: 64,
