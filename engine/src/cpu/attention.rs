@@ -2,16 +2,22 @@
 
 use super::View;
 use super::gemm::scratch::Scratch;
-use super::gemm::{Matrix, multiply, rounded, widened};
+use super::gemm::{Matrix, Narrow, multiply, rounded, widened};
 use super::isa::{Work, dispatch, isa};
 use super::math::Real;
 use super::team::{self, threads};
+use crate::DType;
 
-/// Queries and keys of a block of scores.
-const QUERIES: usize = 64;
+/// Most queries and keys of a block of scores.
+const QUERIES: usize = 96;
 const KEYS: usize = 256;
-/// Numbers that a loop takes at once: one or two vectors.
+/// Numbers that a loop takes at once: one or two vectors. Rows of scores are padded to a multiple.
 const LANES: usize = 16;
+
+/// The size of blocks that are nearly equal and at most `most`.
+fn even(size: usize, most: usize) -> usize {
+    size.div_ceil(size.div_ceil(most).max(1)).max(1)
+}
 
 /// One head of a `[B, H, ..]` view.
 fn head(view: &View<'_>, index: usize) -> Matrix {
@@ -25,7 +31,8 @@ fn head_rows(view: &View<'_>, index: usize) -> *mut f32 {
     head(&wide, index).ptr.cast()
 }
 
-/// A block of scores that become probabilities.
+/// A block of scores `[rows, cols]`, its rows padded to whole lanes.
+#[derive(Clone, Copy)]
 struct Scores {
     s: *mut f32,
     rows: usize,
@@ -36,44 +43,68 @@ struct Scores {
 }
 
 impl Scores {
-    /// Row `i`, scaled and masked in place.
+    /// From row to row.
+    fn stride(&self) -> usize {
+        self.cols.next_multiple_of(LANES)
+    }
+
+    fn matrix(&self) -> Matrix {
+        Matrix::dense(self.s, self.stride())
+    }
+
+    /// Row `i`, masked, and the factor that it still lacks. The padding is masked out.
+    ///
+    /// Safety: the block is writable, and the mask has as many elements.
     #[inline(always)]
-    unsafe fn row(&self, i: usize) -> &'static mut [f32] {
-        // SAFETY: the caller's promise: the block is `[rows, cols]`, and the mask has as many elements.
+    unsafe fn row(&self, i: usize) -> (&'static mut [f32], f32) {
+        // SAFETY: the caller's promise.
         unsafe {
-            let row = std::slice::from_raw_parts_mut(self.s.add(i * self.cols), self.cols);
+            let row = std::slice::from_raw_parts_mut(self.s.add(i * self.stride()), self.stride());
+            row[self.cols..].fill(f32::NEG_INFINITY);
+            let live = &mut row[..self.cols];
             match self.mask {
-                None => row.iter_mut().for_each(|s| *s *= self.scale),
+                None if self.scale > 0.0 => return (row, self.scale),
+                None => live.iter_mut().for_each(|s| *s *= self.scale),
                 Some(mask) => {
                     let from = mask.at(i, 0).ptr.cast::<f32>();
-                    row.iter_mut().enumerate().for_each(|(j, s)| *s = *s * self.scale + *from.add(j * mask.cols));
+                    live.iter_mut().enumerate().for_each(|(j, s)| *s = *s * self.scale + *from.add(j * mask.cols));
                 }
             }
-            row
+            (row, 1.0)
         }
     }
 }
 
-/// The largest element.
-#[inline(always)]
-fn largest(row: &[f32]) -> f32 {
-    let (blocks, rest) = row.as_chunks::<LANES>();
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for block in blocks {
-        lanes.iter_mut().zip(block).for_each(|(m, &s)| *m = if s > *m { s } else { *m });
-    }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m })
+/// Where rows of numbers for the next product go: beside the scores as bf16, or in their place.
+#[derive(Clone, Copy)]
+struct Rows<T> {
+    to: *mut T,
+    stride: usize,
 }
 
-/// The sum, in a fixed order.
-#[inline(always)]
-fn sum(row: &[f32]) -> f32 {
-    let (blocks, rest) = row.as_chunks::<LANES>();
-    let mut lanes = [0f32; LANES];
-    for block in blocks {
-        lanes.iter_mut().zip(block).for_each(|(m, s)| *m += s);
+impl<T: Narrow> Rows<T> {
+    /// Writes numbers from `(i, j)` on.
+    ///
+    /// Safety: they lie in the rows, which are writable.
+    #[inline(always)]
+    unsafe fn put(&self, i: usize, j: usize, values: &[f32; LANES]) {
+        let mut narrow = [T::round(0.0); LANES];
+        for l in 0..LANES {
+            narrow[l] = T::round(values[l]);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.to.add(i * self.stride + j).cast::<[T; LANES]>().write_unaligned(narrow) };
     }
-    lanes.iter().chain(rest).sum()
+}
+
+/// The largest element; rows are whole lanes.
+#[inline(always)]
+fn largest(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for block in row.as_chunks::<LANES>().0 {
+        lanes.iter_mut().zip(block).for_each(|(m, &s)| *m = if s > *m { s } else { *m });
+    }
+    lanes.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m })
 }
 
 /// A maximum that may be subtracted: 0 stands for that of a row without keys.
@@ -83,28 +114,42 @@ fn finite(max: f32) -> f32 {
 }
 
 /// Turns scores into numerators, and moves maximum, sum and result on to this block.
-struct Softmax<'a> {
+struct Softmax<'a, T> {
     scores: Scores,
+    /// Where the numerators go.
+    p: Rows<T>,
     max: &'a mut [f32],
     sum: &'a mut [f32],
-    acc: &'a mut [f32],
+    /// The result so far; nothing at the first block.
+    acc: Option<&'a mut [f32]>,
 }
 
-impl Work for Softmax<'_> {
+impl<T: Narrow> Work for Softmax<'_, T> {
     #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let width = self.acc.len() / self.max.len();
+    fn run<const FMA: bool>(mut self) {
         for i in 0..self.scores.rows {
             // SAFETY: made for a whole block.
-            let row = unsafe { self.scores.row(i) };
+            let (row, factor) = unsafe { self.scores.row(i) };
             let before = self.max[i];
-            let next = largest(row).max(before);
+            let next = (largest(row) * factor).max(before);
             let shift = finite(next);
-            row.iter_mut().for_each(|s| *s = Real::exp::<FMA>(*s - shift));
+            let mut sums = [0f32; LANES];
+            for (j, block) in row.as_chunks::<LANES>().0.iter().enumerate() {
+                let mut e = [0f32; LANES];
+                for l in 0..LANES {
+                    e[l] = Real::exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -shift));
+                    sums[l] += e[l];
+                }
+                // SAFETY: as above; what lies in the scores' place was just read.
+                unsafe { self.p.put(i, j * LANES, &e) };
+            }
             let decay = Real::exp::<FMA>(before - shift);
             self.max[i] = next;
-            self.sum[i] = self.sum[i] * decay + sum(row);
-            self.acc[i * width..][..width].iter_mut().for_each(|o| *o *= decay);
+            self.sum[i] = self.sum[i] * decay + sums.iter().sum::<f32>();
+            if let Some(acc) = &mut self.acc {
+                let width = acc.len() / self.max.len();
+                acc[i * width..][..width].iter_mut().for_each(|o| *o *= decay);
+            }
         }
     }
 }
@@ -129,25 +174,39 @@ impl Work for Finish<'_> {
 }
 
 /// Turns scores into probabilities, and the gradient of the probabilities into that of the scores.
-struct Derivative<'a> {
+struct Derivative<'a, T> {
     scores: Scores,
     lse: &'a [f32],
     delta: &'a [f32],
-    dp: &'a mut [f32],
+    /// Rows like those of the scores.
+    dp: *mut f32,
+    p: Rows<T>,
+    ds: Rows<T>,
 }
 
-impl Work for Derivative<'_> {
+impl<T: Narrow> Work for Derivative<'_, T> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let (cols, scale) = (self.scores.cols, self.scores.scale);
+        let (stride, cols, scale) = (self.scores.stride(), self.scores.cols, self.scores.scale);
         for i in 0..self.scores.rows {
             // SAFETY: made for a whole block.
-            let p = unsafe { self.scores.row(i) };
+            let (row, factor) = unsafe { self.scores.row(i) };
             let lse = if self.lse[i] < f32::MIN { f32::INFINITY } else { self.lse[i] };
             let delta = self.delta[i];
-            for (p, dp) in p.iter_mut().zip(&mut self.dp[i * cols..][..cols]) {
-                *p = Real::exp::<FMA>(*p - lse);
-                *dp = *p * (*dp - delta) * scale;
+            // SAFETY: as above.
+            let dp = unsafe { std::slice::from_raw_parts_mut(self.dp.add(i * stride), stride) };
+            dp[cols..].fill(0.0);
+            for (j, (block, dp)) in row.as_chunks::<LANES>().0.iter().zip(dp.as_chunks::<LANES>().0).enumerate() {
+                let (mut p, mut ds) = ([0f32; LANES], [0f32; LANES]);
+                for l in 0..LANES {
+                    p[l] = Real::exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -lse));
+                    ds[l] = p[l] * (dp[l] - delta) * scale;
+                }
+                // SAFETY: as above; what lies in the place of scores and dp was just read.
+                unsafe {
+                    self.p.put(i, j * LANES, &p);
+                    self.ds.put(i, j * LANES, &ds);
+                }
             }
         }
     }
@@ -193,6 +252,65 @@ fn spread(tasks: usize, flops: usize, work: impl Fn(usize) + Sync + Send) {
     }
 }
 
+/// A block of scores' worth of numbers for the next product, as bf16 where the operands are.
+struct Narrowed {
+    matrix: Matrix,
+    #[expect(dead_code)] // keeps the memory
+    own: Option<Scratch>,
+}
+
+impl Narrowed {
+    /// In the place of `wide`, dense rows `stride` apart, or in memory of its own.
+    fn new(wide: *mut f32, rows: usize, stride: usize, dtype: DType) -> Self {
+        if dtype != DType::BF16 {
+            return Self { matrix: Matrix::dense(wide, stride), own: None };
+        }
+        let own = Scratch::take(rows * stride / 2);
+        let matrix = Matrix { ptr: own.ptr().cast(), dtype, rows: stride, cols: 1 };
+        Self { matrix, own: Some(own) }
+    }
+}
+
+/// A result that products add up: in place where it is f32, else in f32 rows that are rounded at the end.
+struct Sum {
+    to: Matrix,
+    own: Option<Scratch>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Sum {
+    fn new(to: Matrix, rows: usize, cols: usize) -> Self {
+        let own = (to.dtype != DType::F32).then(|| Scratch::take(rows * cols));
+        Self { to, own, rows, cols }
+    }
+
+    fn matrix(&self) -> Matrix {
+        self.own.as_ref().map_or(self.to, |own| Matrix::dense(own.ptr(), self.cols))
+    }
+
+    /// Safety: the result is writable and summed up.
+    unsafe fn finish(self) {
+        if let Some(own) = &self.own {
+            // SAFETY: the caller's promise.
+            unsafe { rounded(own.ptr(), self.to, self.rows, self.cols) };
+        }
+    }
+}
+
+/// Runs `$body` with `$t` as the element type of [`Narrowed`].
+macro_rules! with_narrowed {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        if $dtype == DType::BF16 {
+            type $t = half::bf16;
+            $body
+        } else {
+            type $t = f32;
+            $body
+        }
+    };
+}
+
 /// `o = softmax(q k^T scale + mask) v` and the log-sum-exp of each row of scores; no dtype is f64.
 ///
 /// # Safety
@@ -209,24 +327,32 @@ pub(super) unsafe fn attention_forward(
     let isa = isa();
     let (heads, queries, keys) = (q.dims[0] * q.dims[1], q.dims[2], k.dims[2]);
     let (depth, width) = (q.dims[3], v.dims[3]);
-    let blocks = queries.div_ceil(QUERIES);
+    let (high, wide) = (even(queries, QUERIES), even(keys, KEYS));
+    let blocks = queries.div_ceil(high);
     spread(heads * blocks, 2 * heads * queries * keys * (depth + width), |task| {
-        let (at, i) = (task / blocks, task % blocks * QUERIES);
-        let m = QUERIES.min(queries - i);
+        let (at, i) = (task / blocks, task % blocks * high);
+        let m = high.min(queries - i);
         let (q, k, v, o) = (head(q, at).at(i, 0), head(k, at), head(v, at), head(o, at).at(i, 0));
-        let state = [Scratch::take(m), Scratch::take(m), Scratch::take(m * width), Scratch::take(m * KEYS.min(keys))];
+        let stride = wide.next_multiple_of(LANES);
+        let state = [Scratch::take(m), Scratch::take(m), Scratch::take(m * width), Scratch::take(m * stride)];
         let (max, sum) = (filled(&state[0], m, f32::NEG_INFINITY), filled(&state[1], m, 0.0));
-        let acc = filled(&state[2], m * width, 0.0);
-        for j in (0..keys).step_by(KEYS) {
-            let n = KEYS.min(keys - j);
-            let s = Matrix::dense(state[3].ptr(), n);
+        // SAFETY: the scratch is that large, initialised, and used through this slice and the products alone.
+        let acc = unsafe { std::slice::from_raw_parts_mut(state[2].ptr(), m * width) };
+        let numerators = Narrowed::new(state[3].ptr(), m, stride, v.dtype);
+        for j in (0..keys).step_by(wide) {
+            let n = wide.min(keys - j);
             let mask = mask.map(|mask| head(mask, at).at(i, j));
             let scores = Scores { s: state[3].ptr(), rows: m, cols: n, scale: scale as f32, mask };
+            let p = Matrix { rows: scores.stride(), ..numerators.matrix };
             // SAFETY: the caller's promise; the scratch holds `[m, n]` and `[m, width]`.
             unsafe {
-                multiply(isa, q, k.at(j, 0).flipped(), s, [m, depth, n], false);
-                dispatch(isa, Softmax { scores, max, sum, acc });
-                multiply(isa, s, v.at(j, 0), Matrix::dense(acc.as_mut_ptr(), width), [m, n, width], true);
+                multiply(isa, q, k.at(j, 0).flipped(), scores.matrix(), [m, depth, n], false);
+                let acc_so_far = (j > 0).then_some(&mut *acc);
+                with_narrowed!(v.dtype, T => {
+                    let p = Rows::<T> { to: p.ptr.cast(), stride: p.rows };
+                    dispatch(isa, Softmax { scores, p, max, sum, acc: acc_so_far });
+                });
+                multiply(isa, p, v.at(j, 0), Matrix::dense(acc.as_mut_ptr(), width), [m, n, width], j > 0);
             }
         }
         dispatch(isa, Finish { max, sum, acc });
@@ -259,53 +385,53 @@ pub(super) unsafe fn attention_backward(
     let isa = isa();
     let (heads, queries, keys) = (q.dims[0] * q.dims[1], q.dims[2], k.dims[2]);
     let (depth, width) = (q.dims[3], v.dims[3]);
+    let (high, wide) = (even(queries, QUERIES), even(keys, KEYS));
     spread(heads, 2 * heads * queries * keys * (3 * depth + 2 * width), |at| {
-        let (q, k, v) = (head(q, at), head(k, at), head(v, at));
-        let (rows, cols) = (QUERIES.min(queries), KEYS.min(keys));
-        let sizes = [queries, queries * depth, cols * depth, cols * width, rows * cols, rows * cols];
-        let state = sizes.map(Scratch::take);
-        let (delta, d_q) = (filled(&state[0], queries, 0.0), filled(&state[1], queries * depth, 0.0));
-        // SAFETY: the caller's promise; the scratch holds what is written to it.
-        let (lse, o, g) = unsafe {
-            let lse = std::slice::from_raw_parts(head_rows(lse, at).cast_const(), queries);
-            (lse, widened(isa, head(o, at), queries, width), widened(isa, head(grad, at), queries, width))
+        let (q, k, v, g) = (head(q, at), head(k, at), head(v, at), head(grad, at));
+        let stride = wide.next_multiple_of(LANES);
+        let state = [queries, high * stride, high * stride].map(Scratch::take);
+        let [p, ds] = [&state[1], &state[2]].map(|wide| Narrowed::new(wide.ptr(), high, stride, q.dtype));
+        let delta = filled(&state[0], queries, 0.0);
+        // SAFETY: the caller's promise; the copies are of this size.
+        let lse = unsafe {
+            let [o, g] = [head(o, at), g].map(|x| widened(isa, x, queries, width));
+            let [a, b] = [&o, &g].map(|x| std::slice::from_raw_parts(x.ptr().cast_const(), queries * width));
+            dispatch(isa, RowDots { a, b, out: &mut *delta });
+            std::slice::from_raw_parts(head_rows(lse, at).cast_const(), queries)
         };
-        let [o, g_rows] = [&o, &g].map(|x| {
-            // SAFETY: just made, of this size.
-            unsafe { std::slice::from_raw_parts(x.ptr().cast_const(), queries * width) }
-        });
-        dispatch(isa, RowDots { a: o, b: g_rows, out: delta });
-        let g = Matrix::dense(g.ptr(), width);
-        for j in (0..keys).step_by(KEYS) {
-            let n = KEYS.min(keys - j);
-            filled(&state[2], n * depth, 0.0);
-            filled(&state[3], n * width, 0.0);
-            let (d_k, d_v) = (Matrix::dense(state[2].ptr(), depth), Matrix::dense(state[3].ptr(), width));
+        let d_q = Sum::new(head(dq, at), queries, depth);
+        for j in (0..keys).step_by(wide) {
+            let n = wide.min(keys - j);
+            let (d_k, d_v) = (Sum::new(head(dk, at).at(j, 0), n, depth), Sum::new(head(dv, at).at(j, 0), n, width));
             let (k, v) = (k.at(j, 0), v.at(j, 0));
-            for i in (0..queries).step_by(QUERIES) {
-                let m = QUERIES.min(queries - i);
-                let (p, ds) = (Matrix::dense(state[4].ptr(), n), Matrix::dense(state[5].ptr(), n));
+            for i in (0..queries).step_by(high) {
+                let m = high.min(queries - i);
+                let (q, g) = (q.at(i, 0), g.at(i, 0));
                 let mask = mask.map(|mask| head(mask, at).at(i, j));
-                let scores = Scores { s: state[4].ptr(), rows: m, cols: n, scale: scale as f32, mask };
-                // SAFETY: the caller's promise; the scratch holds two blocks of scores and the three gradients.
+                let scores = Scores { s: state[1].ptr(), rows: m, cols: n, scale: scale as f32, mask };
+                let stride = scores.stride();
+                let [p, ds] = [&p, &ds].map(|x| Matrix { rows: stride, ..x.matrix });
+                // SAFETY: the caller's promise; the scratch holds two blocks of scores, and the sums what they are for.
                 unsafe {
-                    multiply(isa, q.at(i, 0), k.flipped(), p, [m, depth, n], false);
-                    multiply(isa, g.at(i, 0), v.flipped(), ds, [m, width, n], false);
-                    let dp = std::slice::from_raw_parts_mut(state[5].ptr(), m * n);
-                    dispatch(isa, Derivative { scores, lse: &lse[i..i + m], delta: &delta[i..i + m], dp });
-                    let d_q = Matrix::dense(d_q.as_mut_ptr(), depth).at(i, 0);
-                    multiply(isa, ds, k, d_q, [m, n, depth], true);
-                    multiply(isa, ds.flipped(), q.at(i, 0), d_k, [n, m, depth], true);
-                    multiply(isa, p.flipped(), g.at(i, 0), d_v, [n, m, width], true);
+                    multiply(isa, q, k.flipped(), scores.matrix(), [m, depth, n], false);
+                    multiply(isa, g, v.flipped(), Matrix::dense(state[2].ptr(), stride), [m, width, n], false);
+                    with_narrowed!(q.dtype, T => {
+                        let [p, ds] = [p, ds].map(|x| Rows::<T> { to: x.ptr.cast(), stride });
+                        let (lse, delta) = (&lse[i..i + m], &delta[i..i + m]);
+                        dispatch(isa, Derivative { scores, lse, delta, dp: state[2].ptr(), p, ds });
+                    });
+                    multiply(isa, ds, k, d_q.matrix().at(i, 0), [m, n, depth], j > 0);
+                    multiply(isa, ds.flipped(), q, d_k.matrix(), [n, m, depth], i > 0);
+                    multiply(isa, p.flipped(), g, d_v.matrix(), [n, m, width], i > 0);
                 }
             }
             // SAFETY: the caller's promise; blocks of keys do not overlap.
             unsafe {
-                rounded(state[2].ptr(), head(dk, at).at(j, 0), n, depth);
-                rounded(state[3].ptr(), head(dv, at).at(j, 0), n, width);
+                d_k.finish();
+                d_v.finish();
             }
         }
         // SAFETY: as above.
-        unsafe { rounded(d_q.as_ptr(), head(dq, at), queries, depth) };
+        unsafe { d_q.finish() };
     });
 }

@@ -3,7 +3,7 @@
 pub(super) use crate::space::{Space, memory_order};
 
 /// Elements of a block: a few KB, so that a chain of operations stays in the first cache.
-pub(super) const BLOCK: usize = 512;
+pub(super) const BLOCK: usize = 1024;
 
 impl Space {
     /// Takes the innermost axis off: its size and strides (1 and zeros when there is none).

@@ -5,10 +5,12 @@ use half::{bf16, f16};
 
 use super::View;
 use super::blocks::BLOCK;
+use super::gemm::scratch::Scratch;
 use super::isa::Isa;
 use super::math::Real;
+use super::steps::{Kernel, arity, kernel};
 use crate::DType;
-use crate::expr::{Binary, Opcode, Program, Reduce, Unary};
+use crate::expr::{Program, Reduce};
 
 /// An element as it lies in memory.
 pub(super) trait Stored: Copy {
@@ -122,26 +124,93 @@ pub(super) enum Sink<'a> {
     Cols(Reduce, &'a mut [f64]),
 }
 
-/// A program with the scratch memory of one thread.
+/// Elements from the block of one slot to that of the next: not a power of two, where all would fall on the same lines of
+/// the cache.
+const STRIDE: usize = BLOCK + 16;
+
+/// A step made ready: operands and target are places in [`Evaluator::places`].
+struct Step<A> {
+    kernel: Kernel<A>,
+    operands: [usize; 4],
+    target: usize,
+}
+
+/// The block of a place in the scratch.
+fn block<A>(scratch: &Scratch, place: usize) -> *mut A {
+    scratch.ptr().cast::<A>().wrapping_add(place * STRIDE)
+}
+
+/// A program made ready for one thread: what depends on scalars and constants alone is computed once.
 pub(super) struct Evaluator<'a, A> {
     program: &'a Program,
     isa: Isa,
-    scratch: Vec<A>,
-    /// Where each slot's block lies: in scratch, or an input in place.
-    slots: Vec<*mut A>,
+    steps: Vec<Step<A>>,
+    /// Where things lie: the block of each slot (in scratch, or in an input or output in place), then single values,
+    /// then blocks full of a single value.
+    places: Vec<*mut A>,
+    /// The places of the outputs.
+    outputs: Vec<usize>,
+    /// Memory of the single values and the blocks.
+    values: Box<[A]>,
+    scratch: Scratch,
     /// What the scratch of each input holds: broadcast operands are loaded once.
     held: Vec<Option<(Window, usize, usize)>>,
 }
 
 impl<'a, A: Arithmetic> Evaluator<'a, A> {
     pub fn new(program: &'a Program, scalars: &[f64], isa: Isa) -> Self {
-        let mut scratch = vec![A::ZERO; program.slots() * BLOCK];
-        let uniforms = scalars.iter().chain(&program.constants);
-        for (block, &value) in scratch[program.first_uniform() * BLOCK..].chunks_mut(BLOCK).zip(uniforms) {
-            block.fill(A::from_f64(value));
+        let slots = program.slots();
+        // Each uniform and each step that has but single values gives one.
+        let uniforms = scalars.iter().chain(&program.constants).map(|&value| A::from_f64(value));
+        let mut values: Box<[A]> = uniforms.chain(program.instructions.iter().map(|_| A::ZERO)).collect();
+        let base = values.as_mut_ptr();
+        let mut places = vec![std::ptr::null_mut(); slots];
+        places.extend((0..values.len()).map(|i| base.wrapping_add(i)));
+        // The place of what each slot holds while the steps go by.
+        let mut now: Vec<usize> = (0..slots).collect();
+        for (i, slot) in (program.first_uniform()..program.first_register()).enumerate() {
+            now[slot] = slots + i;
         }
-        let slots = scratch.chunks_mut(BLOCK).map(<[A]>::as_mut_ptr).collect();
-        Self { program, isa, scratch, slots, held: vec![None; program.inputs] }
+        let is_single = |place: usize| place >= slots;
+        let first_result = slots + program.first_register() - program.first_uniform();
+        let (mut steps, mut full) = (Vec::with_capacity(program.instructions.len()), Vec::new());
+        for (at, instruction) in program.instructions.iter().enumerate() {
+            let (opcode, count) = (instruction.opcode, arity(instruction.opcode));
+            let mut operands = instruction.operands.map(|slot| now[slot]);
+            let single = (0..count).filter(|&k| is_single(operands[k])).fold(0u8, |bits, k| bits | 1 << k);
+            let all = single.count_ones() as usize == count;
+            let kernel = kernel(opcode, if all { 0 } else { single }, isa).or_else(|| {
+                for operand in operands[..count].iter_mut().filter(|place| is_single(**place)) {
+                    let block = full.iter().position(|value| value == operand).unwrap_or_else(|| {
+                        full.push(*operand);
+                        full.len() - 1
+                    });
+                    *operand = places.len() + block;
+                }
+                kernel(opcode, 0, isa)
+            });
+            let Some(kernel) = kernel else { continue };
+            now[instruction.target] = if all { first_result + at } else { instruction.target };
+            if all {
+                // SAFETY: single values, each written before it is read.
+                unsafe { kernel(places[first_result + at], operands.map(|place| places[place].cast_const()), 1) };
+            } else {
+                steps.push(Step { kernel, operands, target: instruction.target });
+            }
+        }
+        let outputs = program.outputs.iter().map(|&slot| now[slot]).collect();
+        let words = size_of::<A>() / size_of::<f32>();
+        let scratch = Scratch::take((slots + full.len() + 1) * STRIDE * words);
+        for (slot, place) in places[..slots].iter_mut().enumerate() {
+            *place = block(&scratch, slot);
+        }
+        for (i, value) in full.into_iter().enumerate() {
+            let own = block::<A>(&scratch, slots + 1 + i);
+            // SAFETY: a block of the scratch, and a single value.
+            unsafe { std::slice::from_raw_parts_mut(own, BLOCK).fill(places[value].read()) };
+            places.push(own);
+        }
+        Self { program, isa, steps, places, outputs, values, scratch, held: vec![None; program.inputs] }
     }
 
     /// Runs the program on one block of at most [`BLOCK`] elements.
@@ -157,7 +226,7 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
                 Isa::Avx512 | Isa::Avx512Bf16 => self.run_avx512(inputs, rows, cols, sink),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => self.run_avx2(inputs, rows, cols, sink),
-                _ => self.block::<false>(inputs, rows, cols, sink),
+                _ => self.block(inputs, rows, cols, sink),
             }
         }
     }
@@ -166,46 +235,41 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
     unsafe fn run_avx512(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
         // SAFETY: the caller's promise.
-        unsafe { self.block::<true>(inputs, rows, cols, sink) }
+        unsafe { self.block(inputs, rows, cols, sink) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn run_avx2(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
         // SAFETY: the caller's promise.
-        unsafe { self.block::<true>(inputs, rows, cols, sink) }
+        unsafe { self.block(inputs, rows, cols, sink) }
     }
 
     /// Lets a register that becomes an output lie in the output itself, where that is a plain run that no input shares.
     #[inline(always)]
-    fn aim(&mut self, windows: &[Window], inputs: usize, rows: usize, cols: usize) {
-        let program = self.program;
-        for (k, (&slot, window)) in program.outputs.iter().zip(windows).enumerate() {
-            if slot < program.first_register() {
+    fn aim(&mut self, windows: &[Window], inputs: &[Window], rows: usize, cols: usize) {
+        let registers = self.program.first_register()..self.program.slots();
+        for (k, (&place, window)) in self.outputs.iter().zip(windows).enumerate() {
+            if !registers.contains(&place) || self.outputs[..k].contains(&place) {
                 continue;
             }
             let plain = A::is(window.dtype) && window.is_run(rows, cols);
-            let shared = self.slots[..inputs].iter().any(|p| std::ptr::eq(p.cast(), window.ptr));
-            let once = !program.outputs[..k].contains(&slot);
-            if plain && !shared && once {
-                self.slots[slot] = window.ptr.cast();
-            } else if once {
-                self.slots[slot] = self.scratch[slot * BLOCK..].as_mut_ptr();
-            }
+            let shared = inputs.iter().any(|input| std::ptr::eq(input.ptr, window.ptr));
+            self.places[place] = if plain && !shared { window.ptr.cast() } else { block(&self.scratch, place) };
         }
     }
 
     #[inline(always)]
-    unsafe fn block<const FMA: bool>(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
+    unsafe fn block(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
         let n = rows * cols;
         debug_assert!(n <= BLOCK);
         for (i, window) in inputs.iter().enumerate() {
             if A::is(window.dtype) && window.is_run(rows, cols) {
-                self.slots[i] = window.ptr.cast();
+                self.places[i] = window.ptr.cast();
                 continue;
             }
-            let own = self.scratch[i * BLOCK..].as_mut_ptr();
-            self.slots[i] = own;
+            let own = block(&self.scratch, i);
+            self.places[i] = own;
             if self.held[i].is_some_and(|(w, r, c)| w == *window && r >= rows && c == cols) {
                 continue;
             }
@@ -214,20 +278,28 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
             self.held[i] = Some((*window, rows, cols));
         }
         if let Sink::Store(windows) = &sink {
-            self.aim(windows, inputs.len(), rows, cols);
+            self.aim(windows, inputs, rows, cols);
         }
-        for step in &self.program.instructions {
-            let source = |k: usize| self.slots[step.operands[k]].cast_const();
-            // SAFETY: slots hold `n` elements, and the target is a register that the step does not read.
-            unsafe {
-                let target = std::slice::from_raw_parts_mut(self.slots[step.target], n);
-                let read = |k: usize| std::slice::from_raw_parts(source(k), n);
-                execute::<A, FMA>(step.opcode, target, read);
+        for step in &self.steps {
+            let operands = step.operands.map(|place| self.places[place].cast_const());
+            // SAFETY: blocks hold `n` elements, and the target is a register that the step does not read.
+            unsafe { (step.kernel)(self.places[step.target], operands, n) };
+        }
+        let slots = self.program.slots();
+        let singles = slots..slots + self.values.len();
+        let blocks = self.outputs.iter().map(|&place| {
+            let from = self.places[place];
+            if !singles.contains(&place) {
+                // SAFETY: results lie in registers, or are inputs read in place.
+                return unsafe { std::slice::from_raw_parts(from.cast_const(), n) };
             }
-        }
-        let outputs = self.program.outputs.iter();
-        // SAFETY: as above: results lie in registers, or are inputs read in place.
-        let blocks = outputs.map(|&slot| unsafe { std::slice::from_raw_parts(self.slots[slot].cast_const(), n) });
+            // SAFETY: the block past the slots' is for results that are one value, one at a time.
+            unsafe {
+                let spare = std::slice::from_raw_parts_mut(block::<A>(&self.scratch, slots), n);
+                spare.fill(from.read());
+                spare
+            }
+        });
         match sink {
             Sink::Store(windows) => {
                 for (values, window) in blocks.zip(windows) {
@@ -398,59 +470,6 @@ unsafe fn store_as<A: Arithmetic, S: Stored>(window: &Window, rows: usize, cols:
                 1 => values.iter().enumerate().for_each(|(i, v)| to.add(i).write(v.store())),
                 2 => values.iter().enumerate().for_each(|(i, v)| to.add(2 * i).write(v.store())),
                 step => values.iter().enumerate().for_each(|(i, v)| to.add(step * i).write(v.store())),
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn execute<'s, A: Real, const FMA: bool>(opcode: Opcode, target: &mut [A], read: impl Fn(usize) -> &'s [A]) {
-    macro_rules! loop1 {
-        ($f:expr) => {
-            target.iter_mut().zip(read(0)).for_each(|(t, &a)| *t = $f(a))
-        };
-    }
-    macro_rules! loop2 {
-        ($f:expr) => {
-            target.iter_mut().zip(read(0)).zip(read(1)).for_each(|((t, &a), &b)| *t = $f(a, b))
-        };
-    }
-    macro_rules! loop3 {
-        ($f:expr) => {
-            target.iter_mut().zip(read(0)).zip(read(1)).zip(read(2)).for_each(|(((t, &a), &b), &c)| *t = $f(a, b, c))
-        };
-    }
-    let one = A::from_f64(1.0);
-    match opcode {
-        Opcode::Unary(op) => match op {
-            Unary::Neg => loop1!(|a: A| a.neg()),
-            Unary::Exp => loop1!(|a: A| a.exp::<FMA>()),
-            Unary::Log => loop1!(|a: A| a.log::<FMA>()),
-            Unary::Sqrt => loop1!(|a: A| a.sqrt()),
-            Unary::Rsqrt => loop1!(|a: A| one.div(a.sqrt())),
-            Unary::Recip => loop1!(|a: A| one.div(a)),
-            Unary::Abs => loop1!(|a: A| a.abs()),
-            Unary::Sin => loop1!(|a: A| a.sin::<FMA>()),
-            Unary::Cos => loop1!(|a: A| a.cos::<FMA>()),
-            Unary::Tanh => loop1!(|a: A| a.tanh::<FMA>()),
-            Unary::Erf => loop1!(|a: A| a.erf::<FMA>()),
-            Unary::Sigmoid => loop1!(|a: A| a.sigmoid::<FMA>()),
-        },
-        Opcode::Binary(op) => match op {
-            Binary::Add => loop2!(|a: A, b| a.add(b)),
-            Binary::Sub => loop2!(|a: A, b| a.sub(b)),
-            Binary::Mul => loop2!(|a: A, b| a.mul(b)),
-            Binary::Div => loop2!(|a: A, b| a.div(b)),
-            // NaN wins, as in PyTorch.
-            Binary::Max => loop2!(|a: A, b: A| if a > b || a != a { a } else { b }),
-            Binary::Min => loop2!(|a: A, b: A| if a < b || a != a { a } else { b }),
-        },
-        Opcode::MulAdd => loop3!(|a: A, b, c| a.mul_add::<FMA>(b, c)),
-        Opcode::MulSub => loop3!(|a: A, b, c: A| a.mul_add::<FMA>(b, c.neg())),
-        Opcode::Select => {
-            let (a, b, c, d) = (read(0), read(1), read(2), read(3));
-            for (i, t) in target.iter_mut().enumerate() {
-                *t = if a[i] < b[i] { c[i] } else { d[i] };
             }
         }
     }

@@ -4,6 +4,8 @@
 //! `FMA` says whether that set has a fused multiply-add; without it the call would be a function of libm.
 #![expect(clippy::excessive_precision)] // coefficients as published
 
+use crate::expr::{GELU_CUBIC, GELU_FACTOR};
+
 /// The arithmetic of a program: f32, or f64 for gradient checks.
 pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
     const ZERO: Self;
@@ -24,6 +26,30 @@ pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
     fn tanh<const FMA: bool>(self) -> Self;
     fn erf<const FMA: bool>(self) -> Self;
     fn sigmoid<const FMA: bool>(self) -> Self;
+
+    /// `2u` of GELU's tanh form.
+    #[inline(always)]
+    fn gelu_argument<const FMA: bool>(self) -> Self {
+        let [factor, cubic] = [GELU_FACTOR, GELU_FACTOR * GELU_CUBIC].map(Self::from_f64);
+        self.mul(self.mul(self).mul_add::<FMA>(cubic, factor))
+    }
+
+    #[inline(always)]
+    fn gelu<const FMA: bool>(self) -> Self {
+        self.mul(self.gelu_argument::<FMA>().sigmoid::<FMA>())
+    }
+
+    /// `s + x s' 2u'`, with the sigmoid's slope from `e^-|2u|`, where `s (1 - s)` would cancel.
+    #[inline(always)]
+    fn gelu_slope<const FMA: bool>(self) -> Self {
+        let u = self.gelu_argument::<FMA>();
+        let [factor, triple] = [GELU_FACTOR, 3.0 * GELU_FACTOR * GELU_CUBIC].map(Self::from_f64);
+        let line = self.mul(self.mul(self).mul_add::<FMA>(triple, factor));
+        let (e, one) = (u.abs().neg().exp::<FMA>(), Self::from_f64(1.0));
+        let r = one.div(one.add(e));
+        let er = e.mul(r);
+        line.mul_add::<FMA>(er.mul(r), if u < Self::ZERO { er } else { r })
+    }
 }
 
 /// Horner's rule, highest coefficient first.
@@ -314,6 +340,19 @@ mod tests {
         ];
         for (name, worst) in cases {
             assert!(worst < 2.5, "{name}: {worst} ulps");
+        }
+    }
+
+    #[test]
+    fn gelu_and_its_slope_follow_their_definition() {
+        for i in -1000..=1000 {
+            let x = f64::from(i) / 128.0;
+            let inner = |x: f64| (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            let (t, du) = (inner(x).tanh(), (2.0 / std::f64::consts::PI).sqrt() * (1.0 + 3.0 * 0.044715 * x * x));
+            let (y, slope) = (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * du);
+            let bound = 3.0 * f64::from(f32::EPSILON) * x.abs().max(1.0);
+            assert!((f64::from(Real::gelu::<true>(x as f32)) - y).abs() < bound, "gelu({x})");
+            assert!((f64::from(Real::gelu_slope::<true>(x as f32)) - slope).abs() < bound, "gelu'({x})");
         }
     }
 

@@ -10,6 +10,7 @@ mod math;
 mod norm;
 mod pointwise;
 mod pool;
+mod steps;
 mod team;
 
 use std::any::Any;

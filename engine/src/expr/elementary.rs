@@ -3,7 +3,7 @@
 
 use std::f32::consts::{FRAC_2_PI, LOG2_E};
 
-use super::Unary;
+use super::{GELU_CUBIC, GELU_FACTOR, Unary};
 use super::lower::{Builder, Value};
 
 const SIGN: i32 = i32::MIN;
@@ -36,7 +36,32 @@ impl Builder {
                 let sum = self.add(one, e);
                 self.div(one, sum)
             }
+            Unary::Gelu => {
+                let u = self.gelu_argument(x, 1.0);
+                let s = self.unary(Unary::Sigmoid, u);
+                self.mul(x, s)
+            }
+            Unary::GeluSlope => {
+                // The sigmoid's slope from e^-|2u|: s (1 - s) would cancel.
+                let (u, line) = (self.gelu_argument(x, 1.0), self.gelu_argument(x, 3.0));
+                let size = self.abs(u);
+                let minus = self.neg(size);
+                let (e, one, zero) = (self.exp(minus), one(self), self.float(0.0));
+                let sum = self.add(one, e);
+                let r = self.div(one, sum);
+                let er = self.mul(e, r);
+                let (bend, s) = (self.mul(er, r), self.select_lt(u, zero, er, r));
+                self.mul_add(line, bend, s)
+            }
         }
+    }
+
+    /// `2u` of GELU's tanh form where `times` is 1, and `2u' x` where it is 3.
+    fn gelu_argument(&mut self, x: Value, times: f64) -> Value {
+        let [factor, cubic] = [GELU_FACTOR, times * GELU_FACTOR * GELU_CUBIC].map(|c| self.float(c as f32));
+        let square = self.mul(x, x);
+        let sum = self.mul_add(square, cubic, factor);
+        self.mul(x, sum)
     }
 
     /// Horner's rule from `first` on, highest coefficient first.

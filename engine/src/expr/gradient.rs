@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::f64::consts::FRAC_2_SQRT_PI;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use super::{Binary, Expr, Function, Graph, Node, Unary};
+use super::{Binary, Expr, Function, GELU_CUBIC, GELU_FACTOR, Graph, Node, Unary};
 
 type Cache = Mutex<HashMap<(Function, Vec<usize>), Function>>;
 
@@ -59,6 +59,13 @@ fn derive(function: &Function, wrt: &[usize]) -> Function {
                     Unary::Tanh => g * (1.0 - y * y),
                     Unary::Erf => g * FRAC_2_SQRT_PI * (-(x * x)).exp(),
                     Unary::Sigmoid => g * (y * (1.0 - y)),
+                    Unary::Gelu => g * x.gelu_tanh_slope(),
+                    Unary::GeluSlope => {
+                        let cubic = x.square() * GELU_CUBIC;
+                        let s = (x * GELU_FACTOR * (cubic + 1.0)).sigmoid();
+                        let (slope, bend) = ((cubic * 3.0 + 1.0) * GELU_FACTOR, x * (6.0 * GELU_FACTOR * GELU_CUBIC));
+                        g * (s * (1.0 - s) * (slope * 2.0 + x * (slope.square() * (1.0 - s * 2.0) + bend)))
+                    }
                 };
                 add(&mut adjoints, a, term);
             }

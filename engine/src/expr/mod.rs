@@ -53,7 +53,16 @@ pub enum Unary {
     Erf,
     /// `1 / (1 + e^-x)`
     Sigmoid,
+    /// GELU by its tanh form: `x sigmoid(2u)`, `2u = x (c + c 0.044715 x^2)` with `c` = [`GELU_FACTOR`].
+    Gelu,
+    /// The derivative of [`Unary::Gelu`].
+    GeluSlope,
 }
+
+/// The factor of x in GELU's tanh form: `2 sqrt(2 / pi)`.
+pub(crate) const GELU_FACTOR: f64 = 2.0 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
+/// The factor of `x^2` beside it.
+pub(crate) const GELU_CUBIC: f64 = 0.044715;
 
 /// A function of two numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -239,12 +248,6 @@ impl<'a> Expr<'a> {
         self * self.sigmoid()
     }
 
-    /// GELU by its tanh form: `x (1 + tanh u) / 2 = x sigmoid(2u)`, `u = sqrt(2/pi) (x + 0.044715 x^3)`.
-    pub fn gelu_tanh(self) -> Self {
-        let factor = 2.0 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
-        self * (self * factor * (self.square() * 0.044715 + 1.0)).sigmoid()
-    }
-
     /// The exact GELU, `x (1 + erf(x / sqrt 2)) / 2`.
     pub fn gelu_erf(self) -> Self {
         self * 0.5 * ((self * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0)
@@ -284,6 +287,10 @@ unary! {
     erf Erf;
     /// `1 / (1 + e^-x)`.
     sigmoid Sigmoid;
+    /// GELU by its tanh form: `x (1 + tanh u) / 2 = x sigmoid(2u)`, `u = sqrt(2/pi) (x + 0.044715 x^3)`.
+    gelu_tanh Gelu;
+    /// The derivative of [`Expr::gelu_tanh`].
+    gelu_tanh_slope GeluSlope;
 }
 
 impl Neg for Expr<'_> {

@@ -326,6 +326,7 @@ const UNARY: &[Case] = unary_cases! {
     "sigmoid" standard Tensor::sigmoid;
     "silu" standard Tensor::silu;
     "gelu" standard Tensor::gelu;
+    "gelu_slope" standard |x: &Tensor| pointwise([x], |[x]| x.gelu_tanh_slope());
     "gelu_erf" standard Tensor::gelu_erf;
     "abs" distinct Tensor::abs;
     "relu" distinct Tensor::relu;

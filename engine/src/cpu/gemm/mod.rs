@@ -8,7 +8,8 @@ mod pack;
 pub(super) mod scratch;
 
 use self::kernel::{Kernels, Tile, kernels};
-use self::pack::{Narrow, Source, panels, rows, with_narrow};
+pub(super) use self::pack::Narrow;
+use self::pack::{Source, panels, rows, with_narrow};
 use self::scratch::Scratch;
 use super::View;
 use super::blocks::Space;
@@ -234,12 +235,12 @@ impl Packer {
         unsafe {
             #[cfg(target_arch = "x86_64")]
             if self.set.pairs {
-                if a.cols == 1 && k.is_multiple_of(2) && (a.rows.is_multiple_of(2) || m == 1) {
-                    let (from, stride) = (a.ptr.cast::<f32>().cast_const(), a.rows / 2);
-                    if !collides(stride) || m <= 4 {
-                        return by_rows(from, stride);
+                if a.cols == 1 {
+                    let whole = k.is_multiple_of(2) && (a.rows.is_multiple_of(2) || m == 1);
+                    if whole && (!collides(a.rows / 2) || m <= 4) {
+                        return by_rows(a.ptr.cast::<f32>().cast_const(), a.rows / 2);
                     }
-                    rows(isa, &Source { ptr: from, ks: 1, ns: stride, k: words, n: m }, packed, to);
+                    pack::pair_rows(&a.flipped().source(k, m), packed, to);
                     return by_rows(packed, to);
                 }
                 pack::pair_panels(mr, &a.flipped().source(k, m), packed);

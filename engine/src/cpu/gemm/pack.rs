@@ -135,9 +135,11 @@ pub(crate) unsafe fn rows<T: Narrow>(isa: Isa, s: &Source<T>, out: *mut f32, ld:
     // SAFETY: the caller's promise.
     unsafe {
         match isa {
+            Isa::Portable => rows_of(s, out, ld),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 | Isa::Avx512 => rows_avx2(s, out, ld),
-            _ => rows_of(s, out, ld),
+            _ => rows_avx2(s, out, ld),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => {}
         }
     }
 }
@@ -291,6 +293,23 @@ pub(crate) unsafe fn pair_panels(width: usize, s: &Source<bf16>, out: *mut f32) 
                 for k in 0..words {
                     *out.add(k * width) = bits(2 * k, j) | bits(2 * k + 1, j) << 16;
                 }
+            }
+        }
+    }
+}
+
+/// Rows of a `[rows, k]` window as rows of pairs, `ld` words apart, an odd last one filled up with zero.
+///
+/// Safety: the source's rows are dense and valid, `out` is for the rows.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn pair_rows(s: &Source<bf16>, out: *mut f32, ld: usize) {
+    for j in 0..s.n {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = out.add(j * ld).cast::<bf16>();
+            std::ptr::copy_nonoverlapping(s.ptr.add(j * s.ns), to, s.k);
+            if !s.k.is_multiple_of(2) {
+                to.add(s.k).write(bf16::ZERO);
             }
         }
     }
