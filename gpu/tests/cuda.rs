@@ -54,8 +54,14 @@ fn attention_at_the_head_dims_of_its_kernels() -> Result<()> {
                 let mask = Tensor::from_slice(&bits, &[1, 1, queries, keys], xs[0].device())?;
                 ops::attention(&xs[0], &xs[1], &xs[2], masked.then_some(&mask), None)
             })?;
-            let dtype = HALVES[i % 2];
-            check(&format!("attention {depth} {width} {queries} {keys} {masked} {dtype}"), &sample, dtype, &kernels)?;
+            for dtype in [HALVES[i % 2], DType::F32] {
+                check(
+                    &format!("attention {depth} {width} {queries} {keys} {masked} {dtype}"),
+                    &sample,
+                    dtype,
+                    &kernels,
+                )?;
+            }
         }
     }
     Ok(())

@@ -3,8 +3,8 @@
 
 use std::f32::consts::{FRAC_2_PI, LOG2_E};
 
-use super::{GELU_CUBIC, GELU_FACTOR, Unary};
 use super::lower::{Builder, Value};
+use super::{GELU_CUBIC, GELU_FACTOR, Unary};
 
 const SIGN: i32 = i32::MIN;
 

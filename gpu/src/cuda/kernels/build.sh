@@ -20,6 +20,9 @@ gemm_f16 gemm.cu -DTYPE=f16
 norm norm.cu
 index index.cu
 random random.cu
+$(for depth in 32 64 128 256; do
+    echo "attention_f32_$depth attention_f32.cu -DDEPTH=$depth"
+done)
 $(for type in bf16 f16; do for depth in 32 64 128 256; do
     echo "attention_${type}_$depth attention.cu -DTYPE=$type -DDEPTH=$depth"
 done; done)"
@@ -96,7 +99,7 @@ fi
 
 mkdir "$work/ptx"
 xargs -P "$(nproc)" -L 1 bash -euo pipefail -c 'compile "$@"' _ <<<"$KERNELS"
-cat tile.cuh attention.cu gemm.cu index.cu norm.cu random.cu | sha256sum | cut -d' ' -f1 >"$work/ptx/HASH"
+cat layout.h ./*.cuh ./*.cu | sha256sum | cut -d' ' -f1 >"$work/ptx/HASH"
 resources >"$work/ptx/RESOURCES.md"
 if [ "${1:-}" = --check ]; then
     diff -r ptx "$work/ptx" && echo "the kernels are those of their source"
