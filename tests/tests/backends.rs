@@ -2,8 +2,6 @@
 //! goldens and the CPU.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
-use std::path::Path;
-
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::pointwise;
@@ -15,7 +13,7 @@ use flowtape_gpu::wgpu::{Wgpu, WgpuOptions};
 use flowtape_models::checkpoint;
 use flowtape_models::flux::FluxAdapter;
 use flowtape_tests::devices::{gpus, gpus_of, is_slow, say};
-use flowtape_tests::{Outcome, goldens, sampling, step};
+use flowtape_tests::{Outcome, goldens, recipes, sampling, step};
 use flowtape_trainer::Recipe;
 use flowtape_trainer::train::Trainer;
 
@@ -177,7 +175,7 @@ fn model_goldens_are_met() {
 /// The recipe of the digits: the same losses as on the CPU. Noise differs by rounding, and each step hands it on.
 #[test]
 fn the_digits_losses_follow_the_cpu() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/digits.yaml");
+    let path = recipes().join("digits.yaml");
     let losses = |device: &str, batch: usize, steps: u64| -> Vec<(f64, f64)> {
         let settings = [format!("step_scheduler.local_batch_size={batch}"), format!("device={device}")];
         let recipe = Recipe::load(&path, &settings).unwrap();

@@ -6,6 +6,7 @@ use half::f16;
 
 use crate::arithmetic::{arithmetic_of_lanes, compared, convert, f, fused, lanes, masked, signed};
 use crate::parse::{Arithmetic, Kernel, Op, Source, Space, Type};
+use crate::shared::Shared;
 
 /// Why a kernel stopped.
 pub(crate) type Trap = String;
@@ -72,11 +73,18 @@ impl Warp {
     }
 }
 
+fn is_aligned(space: Space, at: u64, bytes: usize) -> Result<(), Trap> {
+    if at.is_multiple_of(bytes as u64) {
+        return Ok(());
+    }
+    Err(format!("{space:?} address {at:#x} is no multiple of {bytes}"))
+}
+
 struct Block<'a> {
     kernel: &'a Kernel,
     parameter: &'a [u8],
     memory: &'a Allocations,
-    shared: Vec<u8>,
+    shared: Shared,
     at: [u32; 3],
     grid: [u32; 3],
     threads: u32,
@@ -98,54 +106,69 @@ impl Block<'_> {
         }
     }
 
-    /// A checked host address of `bytes` bytes, a multiple of `aligned`.
-    fn address(
-        &mut self,
-        last: &mut (u64, u64),
-        space: Space,
-        at: u64,
-        bytes: usize,
-        aligned: u64,
-    ) -> Result<*mut u8, Trap> {
-        if !at.is_multiple_of(aligned) {
-            return Err(format!("{space:?} address {at:#x} is no multiple of {aligned}"));
-        }
-        let end = at.checked_add(bytes as u64).ok_or("an address past the end")?;
-        match space {
-            Space::Param if end <= self.parameter.len() as u64 => {
-                Ok(self.parameter.as_ptr().cast_mut().wrapping_add(at as usize))
+    /// Reads `out.len()` bytes, from a multiple of that.
+    fn read(&mut self, warp: &mut Warp, space: Space, at: u64, out: &mut [u8]) -> Result<(), Trap> {
+        is_aligned(space, at, out.len())?;
+        let from = match space {
+            Space::Param => {
+                let end = at.saturating_add(out.len() as u64);
+                let bytes = self.parameter.get(at as usize..end as usize);
+                bytes.ok_or_else(|| format!("Param address {at:#x} is past the end"))?
             }
-            Space::Shared if end <= self.shared.len() as u64 => Ok(self.shared.as_mut_ptr().wrapping_add(at as usize)),
+            Space::Shared => self.shared.read(warp.first / 32, at, out.len())?,
             Space::Global => {
-                if at < last.0 || end > last.1 {
-                    let block = self.memory.range(..=at).next_back();
-                    let (&start, &size) = block.ok_or_else(|| format!("global address {at:#x} is nobody's"))?;
-                    if end > start + size as u64 {
-                        let past = end - start - size as u64;
-                        return Err(format!("global address {at:#x} is {past} bytes past a block"));
-                    }
-                    *last = (start, start + size as u64);
-                }
-                Ok(at as *mut u8)
+                self.global(&mut warp.last, at, out.len())?;
+                // SAFETY: the address was checked; the driver's memory lives as long as the launch.
+                unsafe { std::slice::from_raw_parts(at as *const u8, out.len()) }
             }
-            _ => Err(format!("{space:?} address {at:#x} is past the end")),
+        };
+        out.copy_from_slice(from);
+        Ok(())
+    }
+
+    /// Writes bytes, to a multiple of their number.
+    fn write(&mut self, warp: &mut Warp, space: Space, at: u64, bytes: &[u8]) -> Result<(), Trap> {
+        is_aligned(space, at, bytes.len())?;
+        match space {
+            Space::Param => return Err("a store to the parameters".into()),
+            Space::Shared => self.shared.write(warp.first / 32, at, bytes.len())?.copy_from_slice(bytes),
+            Space::Global => {
+                self.global(&mut warp.last, at, bytes.len())?;
+                // SAFETY: the address was checked; nobody else runs while a kernel does.
+                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+            }
         }
+        Ok(())
+    }
+
+    /// Whether bytes of global memory lie in one block of it.
+    fn global(&self, last: &mut (u64, u64), at: u64, bytes: usize) -> Result<(), Trap> {
+        let end = at.checked_add(bytes as u64).ok_or("an address past the end")?;
+        if at < last.0 || end > last.1 {
+            let block = self.memory.range(..=at).next_back();
+            let (&start, &size) = block.ok_or_else(|| format!("global address {at:#x} is nobody's"))?;
+            if end > start + size as u64 {
+                let past = end - start - size as u64;
+                return Err(format!("global address {at:#x} is {past} bytes past a block"));
+            }
+            *last = (start, start + size as u64);
+        }
+        Ok(())
     }
 
     /// Lets copies of a thread arrive until at most `left` closed groups are on their way.
     fn arrive(&mut self, warp: &mut Warp, lane: usize, left: usize) -> Result<(), Trap> {
         while warp.copies[lane].closed.len() > left {
             for (to, from, bytes) in warp.copies[lane].closed.pop_front().unwrap_or_default() {
-                let target = self.address(&mut warp.last, Space::Shared, to, 16, 16)?;
                 let mut value = [0u8; 16];
                 if bytes > 0 {
                     let size = bytes.min(16);
-                    let source = self.address(&mut warp.last, Space::Global, from, size, 16)?;
+                    is_aligned(Space::Global, from, 16)?;
+                    self.global(&mut warp.last, from, size)?;
                     // SAFETY: the address was checked.
-                    unsafe { std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), size) };
+                    unsafe { std::ptr::copy_nonoverlapping(from as *const u8, value.as_mut_ptr(), size) };
                 }
-                // SAFETY: the address was checked.
-                unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), target, 16) };
+                self.write(warp, Space::Shared, to, &value)?;
             }
         }
         Ok(())
@@ -174,13 +197,13 @@ impl Block<'_> {
             Op::Load(space, bytes, is_signed, to, base, offset) => {
                 let base = value!(*base);
                 let (size, whole) = (*bytes as usize, *bytes as usize * to.len());
+                let mut read = [0; 32];
                 for lane in lanes(active) {
                     let at = base[lane].wrapping_add(*offset as u64);
-                    let from = self.address(&mut warp.last, *space, at, whole, whole as u64).map_err(|e| (lane, e))?;
-                    for (i, to) in to.iter().enumerate() {
+                    self.read(warp, *space, at, &mut read[..whole]).map_err(|e| (lane, e))?;
+                    for (to, part) in to.iter().zip(read.chunks_exact(size)) {
                         let mut value = [0; 8];
-                        // SAFETY: the address was checked; the value has eight bytes.
-                        unsafe { std::ptr::copy_nonoverlapping(from.add(i * size), value.as_mut_ptr(), size) };
+                        value[..size].copy_from_slice(part);
                         let value = u64::from_le_bytes(value);
                         let value = if *is_signed { signed(value, 8 * bytes) as u64 } else { value };
                         warp.registers[*to as usize][lane] = value;
@@ -190,17 +213,17 @@ impl Block<'_> {
             Op::Store(space, bytes, values, base, offset) => {
                 let base = value!(*base);
                 let (size, whole) = (*bytes as usize, *bytes as usize * values.len());
+                let mut written = [0; 32];
                 for lane in lanes(active) {
-                    let at = base[lane].wrapping_add(*offset as u64);
-                    let to = self.address(&mut warp.last, *space, at, whole, whole as u64).map_err(|e| (lane, e))?;
-                    for (i, source) in values.iter().enumerate() {
+                    for (part, source) in written.chunks_exact_mut(size).zip(values) {
                         let value = match source {
                             Source::Register(r) => warp.registers[*r as usize][lane],
                             source => value!(*source)[lane],
                         };
-                        // SAFETY: the address was checked; the value has eight bytes.
-                        unsafe { std::ptr::copy_nonoverlapping(value.to_le_bytes().as_ptr(), to.add(i * size), size) };
+                        part.copy_from_slice(&value.to_le_bytes()[..size]);
                     }
+                    let at = base[lane].wrapping_add(*offset as u64);
+                    self.write(warp, *space, at, &written[..whole]).map_err(|e| (lane, e))?;
                 }
             }
             Op::Arithmetic(op, kind, to, [a, b]) => {
@@ -264,9 +287,7 @@ impl Block<'_> {
                 for lane in lanes(active) {
                     let to = to[lane].wrapping_add(*to_offset as u64);
                     // What is not waited for shows up as NaN.
-                    let target = self.address(&mut warp.last, Space::Shared, to, 16, 16).map_err(|e| (lane, e))?;
-                    // SAFETY: the address was checked.
-                    unsafe { target.write_bytes(0xff, 16) };
+                    self.write(warp, Space::Shared, to, &[0xff; 16]).map_err(|e| (lane, e))?;
                     let from = from[lane].wrapping_add(*from_offset as u64);
                     warp.copies[lane].open.push((to, from, bytes[lane] as usize));
                 }
@@ -365,10 +386,10 @@ impl Block<'_> {
                     let mut values = [[0u64; 8]; 8];
                     for (row, values) in values.iter_mut().enumerate() {
                         let at = base[8 * matrix + row].wrapping_add(*offset as u64);
-                        let from = self.address(&mut warp.last, Space::Shared, at, 16, 16)?;
-                        for (col, value) in values.iter_mut().enumerate() {
-                            // SAFETY: the address was checked.
-                            *value = unsafe { from.add(2 * col).cast::<u16>().read() }.into();
+                        let mut bytes = [0; 16];
+                        self.read(warp, Space::Shared, at, &mut bytes)?;
+                        for (value, half) in values.iter_mut().zip(bytes.chunks_exact(2)) {
+                            *value = u16::from_le_bytes([half[0], half[1]]).into();
                         }
                     }
                     warp.registers[*to as usize] = std::array::from_fn(|lane| {
@@ -444,6 +465,7 @@ impl Block<'_> {
             if waiting.len() < self.threads as usize {
                 return Err("a barrier that some threads of the block never reach".into());
             }
+            self.shared.barrier();
             for warp in warps.iter_mut() {
                 (warp.pc, warp.running, warp.waiting) = ([pc + 1; 32], warp.all, 0);
             }
@@ -465,7 +487,7 @@ pub(crate) fn launch(
     for z in 0..grid[2] {
         for y in 0..grid[1] {
             for x in 0..grid[0] {
-                let shared = vec![0xff; kernel.shared + dynamic];
+                let shared = Shared::new(kernel.shared + dynamic);
                 let mut block = Block { kernel, parameter, memory, shared, at: [x, y, z], grid, threads };
                 block.finish(&mut warps)?;
             }
@@ -524,6 +546,15 @@ mod tests {
             ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d2];", "no multiple of 16"),
             ("setp.lt.u32 %p0, %r0, 3;\n@%p0 bra SKIP;\nbar.sync 0;\nSKIP:", "never reach"),
             ("setp.lt.u32 %p0, %r0, 3;\n@%p0 bra SKIP;\nshfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;\nSKIP:", "a warp meet"),
+            (
+                "mad.lo.u32 %r1, %r0, 4, 0;\nst.shared.u32 [%r1], %r0;\nsub.u32 %r2, 252, %r1;\nld.shared.u32 %r3, [%r2];",
+                "a race",
+            ),
+            (
+                "mad.lo.u32 %r1, %r0, 4, 0;\nld.shared.u32 %r3, [%r1];\nsub.u32 %r2, 252, %r1;\nst.shared.u32 [%r2], %r0;",
+                "a race",
+            ),
+            ("mov.u32 %r1, 0;\nst.shared.u32 [%r1], %r0;", "a race"),
             ("red.global.add.f32 [%d2], 0f00000000;", "no such instruction"),
         ];
         for (body, told) in cases {
