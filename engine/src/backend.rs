@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::expr::{Program, Reduce};
+use crate::ops::RopeLayout;
+use crate::pool::PoolUsage;
 use crate::{Error, Result, Tensor};
 
 /// A device. Object-safe and small; everything only enqueues, `download` alone waits.
@@ -25,6 +27,10 @@ pub trait Backend: Debug + Send + Sync {
     /// Whether it computes in f64.
     fn has_f64(&self) -> bool {
         true
+    }
+    /// What its tensors take; nothing where it does not count that.
+    fn memory(&self) -> PoolUsage {
+        PoolUsage::default()
     }
     /// Uninitialised memory of at least `bytes` bytes.
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
@@ -55,6 +61,12 @@ pub trait Backend: Debug + Send + Sync {
     fn gather(&self, table: &Tensor, index: &Tensor, out: &Tensor) -> Result<()>;
     /// `out[index[i], ..] += rows[i, ..]`, in the order of `i`.
     fn scatter_add(&self, rows: &Tensor, index: &Tensor, out: &Tensor) -> Result<()>;
+    /// Whether [`Backend::fused`] runs `op` on such inputs, and its gradient on what belongs to them. Asked where the
+    /// composition is one of recorded ops, which has to be known before.
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        let _ = (op, inputs);
+        false
+    }
     /// A kernel of the backend's own, or [`Ran::Declined`]: then the op's composition runs.
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         let _ = (op, inputs, outputs);
@@ -118,6 +130,29 @@ pub enum Fused {
         /// As forward.
         weight: bool,
     },
+    /// Inputs x `[B, L, d]`, shift and scale `[B, 1, d]` or `[B, L, d]`; outputs `y = layer_norm(x) (1 + scale) + shift`, and
+    /// the mean and the reciprocal deviation of each row, f32 `[B, L, 1]`.
+    ModulatedNormForward {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// Inputs x, the gradient of y (dense), mean and reciprocal deviation, scale; outputs the gradients of x, shift and
+    /// scale.
+    ModulatedNormBackward,
+    /// Inputs x `[B, L, H, d]`, a weight `[d]`, cosines and sines `[L, d]`, f32; outputs the rotated `rms_norm(x) weight`, and
+    /// the reciprocal root mean square of each row, f32 `[B, L, H, 1]`.
+    NormRopeForward {
+        /// Added to the mean square.
+        eps: f64,
+        /// Which elements form a pair.
+        layout: RopeLayout,
+    },
+    /// Inputs x, the gradient of y, the reciprocal root mean squares, weight, cosines and sines; outputs the gradients of x
+    /// and the weight.
+    NormRopeBackward {
+        /// As forward.
+        layout: RopeLayout,
+    },
     /// Inputs q, k, v, o, the gradient of o, the log-sum-exp and maybe the mask; outputs dq, dk, dv.
     AttentionBackward {
         /// Factor of the scores.
@@ -125,6 +160,9 @@ pub enum Fused {
         /// Whether the last input is a mask.
         masked: bool,
     },
+    /// Inputs a parameter, its gradient and its two moments; outputs the parameter and the moments again, which are written
+    /// in place, and maybe the new parameter in another dtype.
+    AdamW(AdamWScalars),
     /// No input; output contiguous random numbers of Philox4x32-10 from a fresh block on: u32 for bits, else f32.
     Random {
         /// What is drawn.
@@ -134,6 +172,27 @@ pub enum Fused {
         /// Its next block.
         counter: u64,
     },
+}
+
+/// What an update of AdamW computes with, from the rates, the configuration and the number of updates `t`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct AdamWScalars {
+    /// What the gradient is multiplied with.
+    pub clip: f64,
+    /// `1 - lr * weight_decay`.
+    pub decay: f64,
+    /// Decay rate of the second moment.
+    pub beta2: f64,
+    /// `lr / (1 - beta1^t)`.
+    pub step_size: f64,
+    /// `sqrt(1 - beta2^t)`.
+    pub root2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// `1 - beta1`.
+    pub rest1: f64,
+    /// `1 - beta2`.
+    pub rest2: f64,
 }
 
 /// What random numbers are drawn from.
@@ -155,6 +214,11 @@ impl Fused {
             Self::AttentionBackward { .. } => "attention backward",
             Self::NormForward { .. } => "norm",
             Self::NormBackward { .. } => "norm backward",
+            Self::ModulatedNormForward { .. } => "modulated norm",
+            Self::ModulatedNormBackward => "modulated norm backward",
+            Self::NormRopeForward { .. } => "norm and rope",
+            Self::NormRopeBackward { .. } => "norm and rope backward",
+            Self::AdamW(_) => "AdamW",
             Self::Random { .. } => "random numbers",
         }
     }
@@ -248,6 +312,14 @@ impl Storage {
     /// Says that the storage is written in place.
     pub(crate) fn touch(&self) {
         self.version.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// Runs a kernel that the backend said it has.
+pub(crate) fn run_fused(op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<()> {
+    match inputs[0].device().backend().fused(op, inputs, outputs)? {
+        Ran::Done => Ok(()),
+        Ran::Declined => Err(Error::argument(op.name(), "a backend that runs what it fuses", "one that declined")),
     }
 }
 

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::backend::{Backend, Buffer, Fused, Ran};
-use crate::cpu::size_class;
+use crate::cpu::ALIGN;
 use crate::expr::{Program, Reduce};
+use crate::pool::{PoolUsage, class};
 use crate::{Device, Error, Result, Tensor};
 
 /// What its tensors take, in bytes, rounded up as the CPU's pool does.
@@ -60,8 +61,12 @@ impl Backend for Meta {
         false
     }
 
+    fn memory(&self) -> PoolUsage {
+        PoolUsage { used: self.used(), peak: self.peak(), ..PoolUsage::default() }
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
-        let size = size_class(bytes).ok_or_else(|| Error::argument("alloc", "a size that fits memory", bytes))?;
+        let size = class(bytes, ALIGN).ok_or_else(|| Error::argument("alloc", "a size that fits memory", bytes))?;
         let used = self.0.used.fetch_add(size, Ordering::Relaxed) + size;
         self.0.peak.fetch_max(used, Ordering::Relaxed);
         Ok(Box::new(MetaBuffer { size, counts: self.0.clone() }))
@@ -100,6 +105,10 @@ impl Backend for Meta {
 
     fn scatter_add(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<()> {
         Ok(())
+    }
+
+    fn fuses(&self, _: &Fused, _: &[&Tensor]) -> bool {
+        true
     }
 
     fn fused(&self, _: &Fused, _: &[&Tensor], _: &[&Tensor]) -> Result<Ran> {

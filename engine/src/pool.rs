@@ -1,18 +1,17 @@
 //! Freed memory of a device, kept for reuse: a training step asks for the same sizes again and again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Result;
 
-/// The smallest block, and what all sizes are a multiple of.
-const UNIT: usize = 256;
-
 /// Where blocks come from.
 pub trait Raw: Debug + Send + Sync {
     /// A handle of a block, such as a device address.
     type Block: Clone + Debug + Send + Sync;
+    /// The smallest block, and what all sizes are a multiple of.
+    const UNIT: usize = 256;
     /// A new block of `bytes` bytes.
     ///
     /// # Errors
@@ -31,20 +30,48 @@ pub struct PoolUsage {
     pub kept: usize,
     /// The most that was in use.
     pub peak: usize,
+    /// Blocks that were asked of the device, because none of their size was kept.
+    pub misses: u64,
 }
 
 #[derive(Debug)]
 struct Inner<R: Raw> {
     raw: R,
-    /// What may be kept beyond the size of the memory in use.
+    /// What may be held beyond the most that was ever in use.
     spare: usize,
     free: Mutex<Free<R::Block>>,
 }
 
 #[derive(Debug)]
 struct Free<B> {
-    by_size: HashMap<usize, Vec<B>>,
+    /// By size, oldest first, with the time when each was freed.
+    by_size: HashMap<usize, VecDeque<(u64, B)>>,
     usage: PoolUsage,
+    /// Counts what is freed.
+    time: u64,
+}
+
+impl<B> Free<B> {
+    fn take(&mut self, size: usize) -> Option<B> {
+        let (_, block) = self.by_size.get_mut(&size)?.pop_back()?;
+        self.usage.kept -= size;
+        Some(block)
+    }
+
+    fn put(&mut self, size: usize, block: B) {
+        self.time += 1;
+        self.usage.kept += size;
+        self.by_size.entry(size).or_default().push_back((self.time, block));
+    }
+
+    /// Takes what was not used for the longest time.
+    fn take_oldest(&mut self) -> Option<B> {
+        let first = self.by_size.iter().filter_map(|(&size, blocks)| Some((blocks.front()?.0, size)));
+        let (_, size) = first.min()?;
+        let (_, block) = self.by_size.get_mut(&size)?.pop_front()?;
+        self.usage.kept -= size;
+        Some(block)
+    }
 }
 
 /// Blocks by size class. Clones share them.
@@ -65,10 +92,11 @@ pub struct Pooled<R: Raw> {
     pool: Pool<R>,
 }
 
-/// Eight classes an octave: at most an eighth is wasted. `None` past the end of numbers.
-fn class(bytes: usize) -> Option<usize> {
-    let bytes = bytes.max(UNIT);
-    let step = (bytes.checked_next_power_of_two()? / 16).max(UNIT);
+/// What a block of `bytes` bytes takes, in multiples of `unit`: eight classes an octave, so at most an eighth is wasted.
+/// `None` past the end of numbers.
+pub(crate) fn class(bytes: usize, unit: usize) -> Option<usize> {
+    let bytes = bytes.max(unit);
+    let step = (bytes.checked_next_power_of_two()? / 16).max(unit);
     bytes.checked_next_multiple_of(step)
 }
 
@@ -83,7 +111,7 @@ impl<R: Raw> Inner<R> {
             free.usage.kept = 0;
             std::mem::take(&mut free.by_size)
         };
-        kept.into_values().flatten().for_each(|block| self.raw.free(block));
+        kept.into_values().flatten().for_each(|(_, block)| self.raw.free(block));
     }
 }
 
@@ -94,9 +122,10 @@ impl<R: Raw> Drop for Inner<R> {
 }
 
 impl<R: Raw> Pool<R> {
-    /// An empty pool that keeps at most `spare` bytes more than are in use.
+    /// An empty pool. It holds at most `spare` bytes more than were ever in use at once; beyond that it gives back what was
+    /// not used for the longest time.
     pub fn new(raw: R, spare: usize) -> Self {
-        let free = Free { by_size: HashMap::new(), usage: PoolUsage::default() };
+        let free = Free { by_size: HashMap::new(), usage: PoolUsage::default(), time: 0 };
         Self(Arc::new(Inner { raw, spare, free: Mutex::new(free) }))
     }
 
@@ -105,23 +134,25 @@ impl<R: Raw> Pool<R> {
     /// # Errors
     /// What the device says then.
     pub fn alloc(&self, bytes: usize) -> Result<Pooled<R>> {
-        let size = class(bytes).unwrap_or(usize::MAX);
-        let reused = {
-            let mut free = self.0.lock();
-            let block = free.by_size.get_mut(&size).and_then(Vec::pop);
-            free.usage.kept -= if block.is_some() { size } else { 0 };
-            block
-        };
-        let block = match reused {
+        let size = class(bytes, R::UNIT).unwrap_or(usize::MAX);
+        let mut free = self.0.lock();
+        let block = match free.take(size) {
             Some(block) => block,
-            None => self.0.raw.alloc(size).or_else(|_| {
-                self.trim();
-                self.0.raw.alloc(size)
-            })?,
+            None => {
+                drop(free);
+                let block = self.0.raw.alloc(size).or_else(|_| {
+                    self.trim();
+                    self.0.raw.alloc(size)
+                })?;
+                free = self.0.lock();
+                free.usage.misses += 1;
+                block
+            }
         };
-        let usage = &mut self.0.lock().usage;
+        let usage = &mut free.usage;
         usage.used += size;
         usage.peak = usage.peak.max(usage.used);
+        drop(free);
         Ok(Pooled { block, bytes: size, pool: self.clone() })
     }
 
@@ -158,13 +189,13 @@ impl<R: Raw> Drop for Pooled<R> {
         let Inner { raw, spare, .. } = &*self.pool.0;
         let mut free = self.pool.0.lock();
         free.usage.used -= self.bytes;
-        if free.usage.kept + self.bytes <= free.usage.used + spare {
-            free.usage.kept += self.bytes;
-            free.by_size.entry(self.bytes).or_default().push(self.block.clone());
-        } else {
-            drop(free);
-            raw.free(self.block.clone());
+        free.put(self.bytes, self.block.clone());
+        let mut given_back = Vec::new();
+        while free.usage.used + free.usage.kept > free.usage.peak.saturating_add(*spare) {
+            given_back.extend(free.take_oldest());
         }
+        drop(free);
+        given_back.into_iter().for_each(|block| raw.free(block));
     }
 }
 
@@ -211,7 +242,7 @@ mod tests {
         let id = *first.block();
         assert!(first.bytes() >= 1000);
         drop(first);
-        assert_eq!(pool.usage(), PoolUsage { used: 0, kept: 1024, peak: 1024 });
+        assert_eq!(pool.usage(), PoolUsage { used: 0, kept: 1024, peak: 1024, misses: 1 });
         assert_eq!(*pool.alloc(1001)?.block(), id);
         assert_ne!(*pool.alloc(2000)?.block(), id);
         Ok(())
@@ -229,13 +260,18 @@ mod tests {
     }
 
     #[test]
-    fn no_more_than_the_spare_is_kept() -> Result<()> {
+    fn no_more_than_the_spare_is_kept_beyond_the_peak_and_the_oldest_goes_first() -> Result<()> {
         let pool = Counter::pool(100_000, 1024);
-        let (a, b) = (pool.alloc(1024)?, pool.alloc(2048)?);
-        drop(b);
-        assert_eq!(pool.usage(), PoolUsage { used: 1024, kept: 2048, peak: 3072 });
-        drop(a);
-        assert_eq!(pool.usage().kept, 2048);
+        let old = pool.alloc(1024)?;
+        let first = *old.block();
+        drop((old, pool.alloc(2048)?));
+        // Held are a peak of 3072 and no more than 1024 beyond it.
+        assert_eq!(pool.usage(), PoolUsage { used: 0, kept: 3072, peak: 3072, misses: 2 });
+        drop(pool.alloc(512)?);
+        assert_eq!(pool.usage().kept, 3584);
+        drop(pool.alloc(768)?);
+        assert_eq!(pool.usage(), PoolUsage { used: 0, kept: 3328, peak: 3072, misses: 4 });
+        assert!(!pool.raw().state.lock().unwrap().1.contains_key(&first));
         pool.trim();
         assert!(pool.raw().state.lock().unwrap().1.is_empty());
         Ok(())
@@ -243,9 +279,9 @@ mod tests {
 
     #[test]
     fn classes_waste_at_most_an_eighth() {
-        for bytes in [1usize, 257, 1000, 4097, 1 << 20, (1 << 20) + 1] {
-            let size = class(bytes).unwrap();
-            assert!(size >= bytes && size <= bytes + bytes / 8 + UNIT);
+        for (bytes, unit) in [1usize, 257, 1000, 4097, 1 << 20, (1 << 20) + 1].into_iter().zip([64, 256].repeat(3)) {
+            let size = class(bytes, unit).unwrap();
+            assert!(size >= bytes && size <= bytes + bytes / 8 + unit && size.is_multiple_of(unit));
         }
     }
 }

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::backend::{Backend, Buffer, Fused, Ran};
+use crate::backend::{Backend, Buffer, Fused, Pending, Ran};
 use crate::expr::{Program, Reduce};
+use crate::pool::PoolUsage;
 use crate::{DType, Device, Result, Tensor};
 
 /// What the calls of one kind came to.
@@ -106,6 +107,26 @@ impl Backend for Measured {
         self.inner.backend().name()
     }
 
+    fn has_data(&self) -> bool {
+        self.inner.backend().has_data()
+    }
+
+    fn is_host(&self) -> bool {
+        self.inner.backend().is_host()
+    }
+
+    fn has_f64(&self) -> bool {
+        self.inner.backend().has_f64()
+    }
+
+    fn memory(&self) -> PoolUsage {
+        self.inner.backend().memory()
+    }
+
+    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
+        self.run(|| "read_later".into(), 0.0, bytes, |b| b.read_later(buffer, bytes))
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         self.run(|| "alloc".into(), 0.0, 0, |b| b.alloc(bytes))
     }
@@ -167,6 +188,10 @@ impl Backend for Measured {
 
     fn scatter_add(&self, rows: &Tensor, index: &Tensor, out: &Tensor) -> Result<()> {
         self.run(|| "scatter_add".into(), 0.0, 3 * bytes([&rows]), |b| b.scatter_add(rows, index, out))
+    }
+
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        self.inner.backend().fuses(op, inputs)
     }
 
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {

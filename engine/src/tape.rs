@@ -8,6 +8,8 @@ use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::expr::Function;
+use crate::ops::pointwise::run_pointwise;
 use crate::{Error, Result, Tensor};
 
 /// The identity of a differentiable value, unique in the process.
@@ -166,10 +168,7 @@ impl Gradients {
     /// Adds another set, as gradient accumulation does.
     pub fn add(&mut self, other: Self) -> Result<()> {
         for (var, gradient) in other.0 {
-            let sum = match self.0.get(&var) {
-                Some(before) => before.add(&gradient)?,
-                None => gradient,
-            };
+            let sum = sum(self.0.remove(&var), gradient)?;
             self.0.insert(var, sum);
         }
         Ok(())
@@ -317,12 +316,23 @@ fn replay(
 }
 
 fn add_gradient(pending: &mut HashMap<VarId, Tensor>, var: VarId, gradient: Tensor) -> Result<()> {
-    let sum = match pending.remove(&var) {
-        Some(before) => before.add(&gradient)?,
-        None => gradient,
-    };
+    let sum = sum(pending.remove(&var), gradient)?;
     pending.insert(var, sum);
     Ok(())
+}
+
+/// The sum of gradients, in the memory of one of them where nobody else has it.
+fn sum(before: Option<Tensor>, gradient: Tensor) -> Result<Tensor> {
+    let Some(before) = before else { return Ok(gradient) };
+    let alike = (before.dims(), before.dtype()) == (gradient.dims(), gradient.dtype());
+    match [&before, &gradient].into_iter().find(|t| alike && t.is_sole_owner()) {
+        Some(own) => {
+            own.storage().touch();
+            run_pointwise(&Function::build(|[a, b]| [a + b]), &[&before, &gradient], &[], &[own])?;
+            Ok(own.clone())
+        }
+        None => before.add(&gradient),
+    }
 }
 
 /// Runs an op, and records it where its inputs ask for that.

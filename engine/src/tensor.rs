@@ -205,6 +205,11 @@ impl Tensor {
         &self.storage
     }
 
+    /// Whether nobody else has its memory, and each element has a place of its own in it: it may be written in place.
+    pub(crate) fn is_sole_owner(&self) -> bool {
+        Arc::strong_count(&self.storage) == 1 && self.layout.is_contiguous()
+    }
+
     /// The variable of a leaf, a parameter or a recorded output.
     pub fn var(&self) -> Option<VarId> {
         self.var

@@ -10,7 +10,7 @@ use flowtape_engine::nn::{
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::{DType, Device, Tape, Tensor};
 use flowtape_models::blocks::{
-    ChannelOrder, CombinedTimestepTextProjEmbeddings, Modulation, RopePrecision, RopeTables, modulate, unpatchify,
+    ChannelOrder, CombinedTimestepTextProjEmbeddings, Modulation, RopePrecision, RopeTables, unpatchify,
 };
 use flowtape_models::flux::{FluxSingleTransformerBlock, FluxTransformerBlock};
 use flowtape_models::flux2;
@@ -409,9 +409,8 @@ impl Case<'_> {
             |p| Modulation::new(&p.sub("linear"), width, parts),
             |m| {
                 let parts = m.forward(emb)?;
-                let x = ops::layer_norm(x, None, None, 1e-6)?;
                 let (shift, scale) = if parts.len() == 2 { (1, 0) } else { (0, 1) };
-                let mut out = vec![modulate(&x, &parts[shift], &parts[scale])?];
+                let mut out = vec![ops::modulated_layer_norm(x, &parts[shift], &parts[scale], 1e-6)?];
                 for part in &parts[2..] {
                     out.push(part.squeeze(1)?);
                 }

@@ -65,11 +65,16 @@ impl Backend for Counted {
     fn scatter_add(&self, rows: &Tensor, index: &Tensor, out: &Tensor) -> Result<()> {
         self.cpu.backend().scatter_add(rows, index, out)
     }
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        self.cpu.backend().fuses(op, inputs)
+    }
+
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         let ran = self.cpu.backend().fused(op, inputs, outputs)?;
         // Random numbers are drawn on the host where a backend has no kernel: no composition of operations.
         if !matches!(op, Fused::Random { .. }) {
-            let name = format!("{op:?}").split(' ').next().unwrap().to_owned();
+            // A norm counts as one, whatever runs along with it.
+            let name = format!("{op:?}").split(' ').next().unwrap().replace("Modulated", "").replace("Rope", "");
             self.counts.lock().unwrap().entry(name).or_default()[usize::from(ran == Ran::Declined)] += 1;
         }
         Ok(ran)

@@ -1,14 +1,22 @@
 //! `flowtape bench`.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use flowtape_trainer::bench::{Measurement, Options, Precision, Work, step};
+use flowtape_engine::DType;
+use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Work, ops, plot, scaling, step, table};
+use flowtape_trainer::recipe::Dtype;
 
 /// What to measure.
 #[derive(Subcommand)]
 pub enum Bench {
     /// A training step: forward, backward and AdamW.
     Step(Step),
+    /// The operations one by one, against what the machine can do at best.
+    Ops(Ops),
+    /// How a step's time and memory grow with the batch, the tokens, the width and the depth.
+    Scaling(Scaling),
 }
 
 #[derive(Args)]
@@ -16,10 +24,10 @@ pub struct Step {
     /// The sizes; docs/BENCHMARKS.md has them.
     #[arg(long, value_enum, default_value = "s")]
     config: Config,
-    /// What flows where: `bf16` means weights, activations, gradients and moments.
+    /// What flows where: `bf16` means weights, activations, gradients and moments; `mixed` keeps weights and moments in f32.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
-    /// Where to run: cpu, cuda, cuda:NUMBER, wgpu or wgpu:NUMBER.
+    /// Where to run: a name that `flowtape devices` lists.
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Samples of a batch; the size's own number by default.
@@ -34,9 +42,63 @@ pub struct Step {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+    /// Update after the backward pass, not each parameter as soon as its gradient is final: more memory, the same bits.
+    #[arg(long)]
+    update_last: bool,
     /// Print where the time goes, kernel by kernel.
     #[arg(long)]
     profile: bool,
+}
+
+#[derive(Args)]
+pub struct Ops {
+    /// The operands.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: OperandName,
+    /// Where to run: a name that `flowtape devices` lists.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// The sizes of FLUX.1 at 1024 x 1024 pixels, for GPUs.
+    #[arg(long)]
+    large: bool,
+    /// Only operations whose name or sizes contain this, such as matmul, "attention backward" or 640x768.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Seconds that each operation is measured for.
+    #[arg(long, default_value_t = 0.2)]
+    seconds: f64,
+    /// The device's peak in GFLOP/s by its data sheet; the CPU's is measured.
+    #[arg(long, value_name = "GFLOPS")]
+    peak: Option<f64>,
+    /// Print one JSON object a line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+pub struct Scaling {
+    /// What flows where.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DtypeName,
+    /// Where to run: a name that `flowtape devices` lists.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Steps of each size that count.
+    #[arg(long, default_value_t = 3)]
+    steps: usize,
+    /// Write a picture to this SVG.
+    #[arg(long, value_name = "SVG")]
+    plot: Option<PathBuf>,
+    /// Print one JSON object a line instead of a Markdown table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OperandName {
+    F32,
+    Bf16,
+    F16,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -52,6 +114,17 @@ enum Config {
 enum DtypeName {
     F32,
     Bf16,
+    Mixed,
+}
+
+impl From<DtypeName> for Dtype {
+    fn from(name: DtypeName) -> Self {
+        match name {
+            DtypeName::F32 => Self::F32,
+            DtypeName::Bf16 => Self::Bf16,
+            DtypeName::Mixed => Self::Mixed,
+        }
+    }
 }
 
 fn name<T: ValueEnum>(value: T) -> String {
@@ -60,16 +133,67 @@ fn name<T: ValueEnum>(value: T) -> String {
 
 /// Runs a benchmark and prints it.
 pub fn run(bench: &Bench) -> Result<()> {
-    let Bench::Step(args) = bench;
+    match bench {
+        Bench::Step(args) => run_step(args),
+        Bench::Ops(args) => run_ops(args),
+        Bench::Scaling(args) => run_scaling(args),
+    }
+}
+
+fn run_ops(args: &Ops) -> Result<()> {
+    let options = OpsOptions {
+        device: flowtape_gpu::device(&args.device)?,
+        device_name: args.device.clone(),
+        dtype: match args.dtype {
+            OperandName::F32 => DType::F32,
+            OperandName::Bf16 => DType::BF16,
+            OperandName::F16 => DType::F16,
+        },
+        large: args.large,
+        only: args.only.clone(),
+        seconds: args.seconds,
+        peak_gflops: args.peak,
+    };
+    if !args.json {
+        println!(
+            "{:<22} {:<16} {:>10} {:>10} {:>9} {:>7} {:>6}  limit",
+            "op", "shape", "best us", "median us", "GFLOP/s", "GB/s", "%"
+        );
+    }
+    ops(&options, |m| if args.json { println!("{}", serde_json::json!(m)) } else { print_op(m) })?;
+    Ok(())
+}
+
+fn run_scaling(args: &Scaling) -> Result<()> {
+    let device = flowtape_gpu::device(&args.device)?;
+    let points = scaling(&device, args.dtype.into(), args.steps, |point| {
+        if args.json {
+            println!("{}", serde_json::json!(point));
+        } else {
+            eprintln!("{} {}: {} s, {} MiB", point.axis, point.value, point.s_step, point.memory_mb);
+        }
+    })?;
+    if !args.json {
+        print!("{}", table(&points));
+    }
+    args.plot.as_ref().map_or(Ok(()), |path| Ok(plot(path, &points)?))
+}
+
+fn print_op(m: &OpMeasurement) {
+    let optional = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v:.1}"));
+    let OpMeasurement { op, shape, limit, .. } = m;
+    let (best, median, flops) = (1e6 * m.s_min, 1e6 * m.s_median, optional(m.gflops));
+    let percent = optional(m.fraction.map(|f| 100.0 * f));
+    println!("{op:<22} {shape:<16} {best:>10.1} {median:>10.1} {flops:>9} {:>7.1} {percent:>6}  {limit}", m.gb_s);
+}
+
+fn run_step(args: &Step) -> Result<()> {
     let mut work = Work::named(&name(args.config)).context("a configuration")?;
     work.batch = args.batch.unwrap_or(work.batch);
     let device = flowtape_gpu::device(&args.device)?;
-    let precision = match args.dtype {
-        DtypeName::F32 => Precision::F32,
-        DtypeName::Bf16 => Precision::Bf16,
-    };
-    let Step { steps, warmup, profile, .. } = *args;
-    let measured = step(&work, &device, &Options { precision, steps, warmup, profile })?;
+    let &Step { steps, warmup, profile, .. } = args;
+    let dtype = args.dtype.into();
+    let measured = step(&work, &device, &Options { dtype, steps, warmup, at_once: !args.update_last, profile })?;
     if profile {
         print_profile(&measured);
     }
@@ -82,19 +206,13 @@ pub fn run(bench: &Bench) -> Result<()> {
 }
 
 fn print_step(m: &Measurement) {
-    println!("{} {}, batch {}, {} parameters", m.config, name_of(m.dtype), m.batch, m.params);
+    println!("{} {:?}, batch {}, {} parameters", m.config, m.dtype, m.batch, m.params);
     println!("device   {}, {} threads", m.device, m.threads);
     println!("step     {:.4} s  (fastest {:.4}, slowest {:.4})", m.s_step, m.s_min, m.s_max);
     println!("forward  {:.4} s, backward {:.4} s, optimiser {:.4} s", m.s_fwd, m.s_bwd, m.s_opt);
     println!("rate     {:.1} GFLOP/s, {:.2} cores busy", m.gflops, m.cpu_per_wall);
     println!("memory   {} MiB at most, {} before the first step", m.peak_rss_mb, m.rss_before_mb);
-}
-
-fn name_of(precision: Precision) -> &'static str {
-    match precision {
-        Precision::F32 => "f32",
-        Precision::Bf16 => "bf16",
-    }
+    println!("tensors  {} MiB at most, {} blocks asked of the system after warm-up", m.tensors_mb, m.pool_misses);
 }
 
 /// Rates are those of each kernel's fastest call, so that they hold on a busy machine too.
@@ -112,13 +230,13 @@ fn print_profile(m: &Measurement) {
             "{:>6} {:>9.3} {:>6.2} {:>9.3} {:>8} {:>6}  {kernel}",
             e.calls,
             1e3 * e.seconds,
-            100.0 * e.seconds / m.s_step,
+            100.0 * e.seconds / m.s_mean,
             1e3 * calls * e.fastest,
             rate(e.flops),
             rate(e.bytes)
         );
     }
-    let rest = m.s_step - kernels;
-    println!("{:>6} {:>9.3} {:>6.2} {:>32}", "", 1e3 * rest, 100.0 * rest / m.s_step, "the tape, views and shapes");
+    let rest = m.s_mean - kernels;
+    println!("{:>6} {:>9.3} {:>6.2} {:>32}", "", 1e3 * rest, 100.0 * rest / m.s_mean, "the tape, views and shapes");
     println!("{:>6} {:>9.3} {:>6} {:>9.3}  all kernels", "", 1e3 * kernels, "", 1e3 * best);
 }

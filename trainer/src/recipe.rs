@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use flowtape_engine::DType;
+use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::optim::{AdamWConfig, LrSchedulerConfig};
+use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
 use serde::{Deserialize, Serialize};
 use serde_yaml_ng::{Mapping, Value};
@@ -25,7 +26,7 @@ pub struct Recipe {
     /// All random numbers follow from it.
     #[serde(default)]
     pub seed: u64,
-    /// Weights, activations, gradients and moments: `f32` or `bf16`.
+    /// What flows where: `f32`, `bf16` (weights and moments too) or `mixed` (bf16 with weights and moments kept in f32).
     #[serde(default)]
     pub dtype: Dtype,
     /// Where it runs: `cpu`, `cuda`, `cuda:<number>`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
@@ -66,22 +67,34 @@ fn cpu() -> String {
     "cpu".into()
 }
 
-/// A dtype by its short name.
+/// What flows where in training.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// 32 bits.
+    /// Everything in 32 bits.
     #[default]
     F32,
-    /// 16 bits with the exponent of f32.
+    /// Weights, activations, gradients and moments in bf16, as after PyTorch's `.to(bfloat16)`.
     Bf16,
+    /// Activations and gradients in bf16; the weights that are trained and saved and their moments in f32 (Micikevicius et
+    /// al. 2018).
+    Mixed,
 }
 
+impl Dtype {
+    /// A maker of a model's parameters.
+    pub fn params(self, seed: u64, device: &Device) -> ParamBuilder {
+        let params = ParamBuilder::new(seed, self.into(), device);
+        if self == Self::Mixed { params.with_masters(DType::F32) } else { params }
+    }
+}
+
+/// What a model computes in.
 impl From<Dtype> for DType {
     fn from(dtype: Dtype) -> Self {
         match dtype {
             Dtype::F32 => Self::F32,
-            Dtype::Bf16 => Self::BF16,
+            Dtype::Bf16 | Dtype::Mixed => Self::BF16,
         }
     }
 }

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, LrScheduler, LrSchedulerConfig, clip_grad_norm};
 use flowtape_engine::{DType, Device, Gradients, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
@@ -20,6 +19,7 @@ use crate::picture::{save_animation, save_grid, save_loss_curve};
 use crate::recipe::Init;
 use crate::report::{FirstFrame, Quality, judge, judge_first_frames, judge_videos};
 use crate::run::{Line, RunFolder, write_line};
+use crate::update::backward_and_step;
 use crate::{Error, Recipe, Result};
 
 /// Streams of random numbers of a run, each its own fork of the seed.
@@ -141,12 +141,13 @@ impl<'a> Trainer<'a> {
     /// When a section does not fit.
     pub fn new(recipe: &'a Recipe) -> Result<Self> {
         let device = flowtape_gpu::device(&recipe.device)?;
-        let mut model = create_model(&recipe.model, &ParamBuilder::new(recipe.seed, recipe.dtype.into(), &device))?;
+        let mut model = create_model(&recipe.model, &recipe.dtype.params(recipe.seed, &device))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if recipe.init == Init::AdalnZero {
             let names = model.zero_init_parameters();
-            for (_, parameter) in model.params().iter().filter(|(name, _)| names.iter().any(|n| n == name)) {
-                parameter.copy_from(&Tensor::zeros(parameter.dims(), parameter.dtype(), &device)?)?;
+            let params = model.params();
+            for (name, parameter) in params.iter().filter(|(name, _)| names.iter().any(|n| n == name)) {
+                params.set(name, &Tensor::zeros(parameter.dims(), parameter.dtype(), &device)?)?;
             }
         }
         let optimizer = &recipe.optimizer;
@@ -187,8 +188,12 @@ impl<'a> Trainer<'a> {
         let (global, local) = (self.recipe.global_batch_size(), self.recipe.step_scheduler.local_batch_size);
         let parts = global / local;
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
+        let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
+        // A gradient that needs no other one, neither for the norm nor for a sum, is used and gone at once.
+        let at_once = parts == 1 && self.recipe.clip_grad_norm.is_none();
         let mut gradients = Gradients::default();
         let mut losses = Vec::with_capacity(parts);
+        let mut norm = None;
         for i in 0..parts {
             let from = step as usize * global + i * local;
             let batch = self.data.batch(from, local, &self.device)?;
@@ -202,17 +207,28 @@ impl<'a> Trainer<'a> {
             let output = self.pipeline.step(&*self.model, &batch, step, &mut draws, &options)?;
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             losses.push(share.read_later()?);
-            let part = tape.backward(&share)?;
             let without = self.model.parameters_without_gradient(&output.inputs);
-            self.model.params().check_gradients(&part, &without)?;
-            gradients.add(part)?;
+            let params = self.model.params();
+            if at_once {
+                let rates = (lr, weight_decay);
+                norm = Some(backward_and_step(&tape, &share, &mut self.optimizer, params, rates, &without)?);
+            } else {
+                let part = tape.backward(&share)?;
+                params.check_gradients(&part, &without)?;
+                gradients.add(part)?;
+            }
         }
-        let params = self.model.params();
-        let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
-        let clipping = clip_grad_norm(&gradients, max_norm)?;
-        let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
-        self.optimizer.step(params, &gradients, lr, weight_decay, Some(&clipping.coefficient))?;
-        Ok(Enqueued { step: step + 1, losses, norm: clipping.norm.read_later()?, lr, samples: global, started })
+        let norm = match norm {
+            Some(norm) => norm,
+            None => {
+                let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
+                let clipping = clip_grad_norm(&gradients, max_norm)?;
+                let (params, coefficient) = (self.model.params(), Some(&clipping.coefficient));
+                self.optimizer.step(params, &gradients, lr, weight_decay, coefficient)?;
+                clipping.norm
+            }
+        };
+        Ok(Enqueued { step: step + 1, losses, norm: norm.read_later()?, lr, samples: global, started })
     }
 
     /// Whether the numbers of a step are there as soon as it is enqueued.

@@ -1,7 +1,7 @@
 //! The binary, used as a stranger would: real input, wrong input, interruptions.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -109,27 +109,70 @@ fn a_run_leaves_everything_and_can_be_sampled() {
     assert!(again.contains("holds a run already") && again.contains("--resume"), "{again}");
 }
 
+/// What a run wrote for each of its steps.
+fn metrics(run: &Path, key: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()[key].to_string()).collect()
+}
+
 #[test]
 fn an_interrupted_run_goes_on_to_the_same_bits() {
+    for dtype in ["dtype=f32", "dtype=mixed"] {
+        let folder = tempfile::tempdir().unwrap();
+        let [whole, parts] = ["whole", "parts"].map(|n| folder.path().join(n));
+        stdout(&train(&whole, &["--set", dtype]));
+        stdout(&train(&parts, &["--set", dtype]));
+        // As if the second had been killed after its checkpoint of step 4: take that state, and cut a line in half.
+        let short = folder.path().join("short");
+        let until = ["--set", "step_scheduler.max_steps=4", "--set", "lr_scheduler.lr_decay_steps=6"];
+        stdout(&train(&short, &[&["--set", dtype], &until[..]].concat()));
+        std::fs::remove_dir_all(parts.join("checkpoint")).unwrap();
+        std::fs::rename(short.join("checkpoint"), parts.join("checkpoint.old")).unwrap();
+        let path = parts.join("metrics.jsonl");
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, &text[..text.len() - 20]).unwrap();
+        stdout(&flowtape(&["train", "--resume", parts.to_str().unwrap()]));
+        assert!(weights(&whole) == weights(&parts), "the resumed run has other weights ({dtype})");
+        let losses = metrics(&parts, "loss");
+        assert_eq!((losses.len(), losses), (6, metrics(&whole, "loss")));
+    }
+}
+
+#[test]
+fn updates_on_the_way_of_the_backward_pass_give_the_same_bits() {
+    for dtype in ["dtype=f32", "dtype=bf16", "dtype=mixed"] {
+        let folder = tempfile::tempdir().unwrap();
+        let [at_once, last] = ["at_once", "last"].map(|n| folder.path().join(n));
+        stdout(&train(&at_once, &["--set", dtype, "--set", "clip_grad_norm=null"]));
+        // A limit that is never reached: all gradients are kept for their norm, and multiplied with 1.
+        stdout(&train(&last, &["--set", dtype, "--set", "clip_grad_norm.max_norm=1e30"]));
+        assert!(weights(&at_once) == weights(&last), "{dtype}");
+        let state = |run: &Path| std::fs::read(run.join("checkpoint/optimizer.safetensors")).unwrap();
+        assert!(state(&at_once) == state(&last), "{dtype}");
+        for key in ["loss", "grad_norm"] {
+            assert_eq!(metrics(&at_once, key), metrics(&last, key), "{dtype}");
+        }
+    }
+}
+
+#[test]
+fn mixed_training_comes_out_close_to_f32_and_saves_f32() {
     let folder = tempfile::tempdir().unwrap();
-    let [whole, parts] = ["whole", "parts"].map(|n| folder.path().join(n));
-    stdout(&train(&whole, &[]));
-    stdout(&train(&parts, &[]));
-    // As if the second had been killed after its checkpoint of step 4: take that state, and cut a line in half.
-    let short = folder.path().join("short");
-    stdout(&train(&short, &["--set", "step_scheduler.max_steps=4", "--set", "lr_scheduler.lr_decay_steps=6"]));
-    std::fs::remove_dir_all(parts.join("checkpoint")).unwrap();
-    std::fs::rename(short.join("checkpoint"), parts.join("checkpoint.old")).unwrap();
-    let metrics = parts.join("metrics.jsonl");
-    let text = std::fs::read_to_string(&metrics).unwrap();
-    std::fs::write(&metrics, &text[..text.len() - 20]).unwrap();
-    stdout(&flowtape(&["train", "--resume", parts.to_str().unwrap()]));
-    assert!(weights(&whole) == weights(&parts), "the resumed run has other weights");
-    let losses = |run: &PathBuf| {
-        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].to_string()).collect::<Vec<_>>()
+    let run = |dtype: &str| {
+        let run = folder.path().join(dtype);
+        let dtype = format!("dtype={dtype}");
+        let more =
+            ["--set", "step_scheduler.max_steps=60", "--set", "step_scheduler.local_batch_size=16", "--set", &dtype];
+        stdout(&train(&run, &more));
+        let losses: Vec<f64> = metrics(&run, "loss").iter().map(|l| l.parse().unwrap()).collect();
+        (weights(&run), losses)
     };
-    assert_eq!((losses(&parts).len(), losses(&parts)), (6, losses(&whole)));
+    let ((wide, losses), (mixed, close)) = (run("f32"), run("mixed"));
+    assert_eq!(wide.len(), mixed.len(), "the trained weights are saved in f32");
+    assert!(losses.iter().zip(&close).all(|(a, b)| (a / b - 1.0).abs() < 0.03), "{losses:?}\n{close:?}");
+    // It did learn something.
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    assert!(mean(&close[50..]) < 0.9 * mean(&close[..10]), "{close:?}");
 }
 
 #[test]
@@ -224,10 +267,7 @@ fn a_run_trains_and_samples_on_wgpu() {
     let [cpu, gpu] = ["cpu", "gpu"].map(|n| folder.path().join(n));
     stdout(&train(&cpu, &["--set", "step_scheduler.max_steps=2"]));
     stdout(&train(&gpu, &["--set", "step_scheduler.max_steps=2", "--device", "wgpu"]));
-    let losses = |run: &PathBuf| -> Vec<f64> {
-        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap()).collect()
-    };
+    let losses = |run: &Path| -> Vec<f64> { metrics(run, "loss").iter().map(|l| l.parse().unwrap()).collect() };
     for (a, b) in losses(&gpu).iter().zip(losses(&cpu)) {
         assert!((a - b).abs() < 1e-3 * b, "{a} instead of {b}");
     }
@@ -296,4 +336,7 @@ fn a_step_is_measured_with_the_fields_of_its_peer() {
     let out = stdout(&flowtape(&["bench", "step", "--config", "digits", "--steps", "1", "--warmup", "0", "--profile"]));
     assert!(out.contains("matmul NT 1152x128x512 f32") && out.contains("attention 64x4x18x32 f32"), "{out}");
     assert!(failure(&flowtape(&["bench", "step", "--config", "xxl"])).contains("digits"));
+    let out = stdout(&flowtape(&["bench", "ops", "--only", "modulate", "--seconds", "0.001", "--json"]));
+    let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert!(lines.len() == 8 && lines.iter().all(|l| l["fraction"].as_f64().is_some_and(|f| f > 0.0)), "{out}");
 }

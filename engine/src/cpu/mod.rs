@@ -1,13 +1,16 @@
 //! The CPU backend: SIMD kernels chosen at run time, spread over rayon's threads.
 
+mod adamw;
 mod attention;
 mod blocks;
 mod eval;
 mod gemm;
 mod index;
 mod isa;
+mod limits;
 mod math;
 mod norm;
+mod norm_fused;
 mod pointwise;
 mod pool;
 mod steps;
@@ -16,17 +19,25 @@ mod team;
 use std::any::Any;
 
 use self::isa::{Isa, isa};
-pub(crate) use self::pool::class as size_class;
-use self::pool::{CpuBuffer, Pool};
+pub use self::limits::peak_flops;
+pub(crate) use self::pool::ALIGN;
+use self::pool::{CpuBuffer, Host};
 pub use self::team::awake;
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::expr::{Program, Reduce};
+use crate::pool::{Pool, PoolUsage};
 use crate::{DType, Error, Result, Tensor};
 
 /// The CPU. Work runs on the current rayon pool; results do not depend on its size.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Cpu {
-    pool: Pool,
+    pool: Pool<Host>,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self { pool: pool::pool() }
+    }
 }
 
 /// The instruction set in use: `portable`, `avx2`, `avx512` or `avx512bf16`. It is the machine's best, or less if the
@@ -84,14 +95,18 @@ impl Backend for Cpu {
         true
     }
 
+    fn memory(&self) -> PoolUsage {
+        self.pool.usage()
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(self.pool.alloc(bytes)?))
     }
 
     fn upload(&self, target: &dyn Buffer, bytes: &[u8]) -> Result<()> {
         let target = buffer(target)?;
-        if bytes.len() > target.len() {
-            return Err(Error::argument("upload", format!("at most {} bytes", target.len()), bytes.len()));
+        if bytes.len() > target.bytes() {
+            return Err(Error::argument("upload", format!("at most {} bytes", target.bytes()), bytes.len()));
         }
         // SAFETY: the buffer holds that many bytes; it is new, so nobody else reads it yet.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.as_ptr(), bytes.len()) };
@@ -100,8 +115,8 @@ impl Backend for Cpu {
 
     fn download(&self, source: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
         let source = buffer(source)?;
-        if bytes > source.len() {
-            return Err(Error::argument("download", format!("at most {} bytes", source.len()), bytes));
+        if bytes > source.bytes() {
+            return Err(Error::argument("download", format!("at most {} bytes", source.bytes()), bytes));
         }
         // SAFETY: the buffer holds that many initialised bytes.
         Ok(unsafe { std::slice::from_raw_parts(source.as_ptr(), bytes) }.to_vec())
@@ -161,6 +176,25 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        let dense = |t: &Tensor| t.layout().strides.last() == Some(&1);
+        let narrow = inputs.iter().all(|t| matches!(t.dtype(), DType::F32 | DType::BF16 | DType::F16));
+        match (op, inputs) {
+            (Fused::ModulatedNormForward { .. }, [x, shift, scale]) => {
+                let of_x = |t: &Tensor| {
+                    let [b, l, d] = [0, 1, 2].map(|axis| x.dims()[axis]);
+                    (t.dims() == [b, 1, d] || t.dims() == [b, l, d]) && dense(t)
+                };
+                narrow && dense(x) && of_x(shift) && of_x(scale) && shift.dims() == scale.dims()
+            }
+            (Fused::NormRopeForward { .. }, [x, _, cos, sin]) => {
+                let table = |t: &Tensor| t.dtype() == DType::F32 && dense(t);
+                narrow && dense(x) && table(cos) && table(sin)
+            }
+            _ => false,
+        }
+    }
+
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         if inputs.iter().any(|t| t.dtype() == DType::F64) {
             return Ok(Ran::Declined);
@@ -187,6 +221,23 @@ impl Backend for Cpu {
                     let mean = rest.first().filter(|_| *centred);
                     let weight = rest.get(usize::from(*centred)).filter(|_| *weight);
                     if !norm::norm_backward(x, mean, scale, weight, grad, dx) {
+                        return Ok(Ran::Declined);
+                    }
+                }
+                (Fused::ModulatedNormForward { eps }, [x, shift, scale], [y, mean, deviation]) => {
+                    norm_fused::modulated_forward([x, shift, scale], *eps, [y, mean, deviation]);
+                }
+                (Fused::ModulatedNormBackward, [x, grad, mean, deviation, scale], [dx, d_shift, d_scale]) => {
+                    norm_fused::modulated_backward([x, grad, mean, deviation, scale], [dx, d_shift, d_scale]);
+                }
+                (Fused::NormRopeForward { eps, layout }, [x, weight, cos, sin], [y, deviation]) => {
+                    norm_fused::norm_rope_forward([x, weight, cos, sin], *eps, *layout, [y, deviation]);
+                }
+                (Fused::NormRopeBackward { layout }, [x, grad, s, weight, cos, sin], [dx, dw]) => {
+                    norm_fused::norm_rope_backward([x, grad, s, weight, cos, sin], *layout, [dx, dw]);
+                }
+                (Fused::AdamW(scalars), [p, g, m, v], [_, _, _, rounded @ ..]) => {
+                    if !adamw::adamw(isa(), scalars, p, g, m, v, rounded.first()) {
                         return Ok(Ran::Declined);
                     }
                 }

@@ -90,7 +90,7 @@ unsafe fn fill(to: Matrix, n: usize, write: impl FnOnce(&mut [f32])) {
 
 /// The sum of `f` over rows of one length, in a fixed order.
 #[inline(always)]
-fn sum<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
+pub(super) fn sum<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let n = rows[0].len();
     let whole = n - n % LANES;
@@ -101,7 +101,14 @@ fn sum<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
         }
     }
     let rest: f32 = (whole..n).map(|i| f(rows.map(|r| r[i]))).sum();
-    lanes.iter().sum::<f32>() + rest
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0] + rest
 }
 
 /// Mean and reciprocal deviation of a row, and the row normalised.

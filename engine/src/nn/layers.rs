@@ -2,7 +2,7 @@
 
 use super::{Init, ParamBuilder};
 use crate::expr::Expr;
-use crate::ops::{self, pointwise};
+use crate::ops::{self, RopeLayout, pointwise};
 use crate::{Result, Tensor};
 
 /// `x W^T + b` over the last axis; parameters `weight` `[out, in]` and maybe `bias` `[out]`.
@@ -73,6 +73,18 @@ impl LayerNorm {
         let (weight, bias) = self.affine.as_ref().map_or((None, None), |(w, b)| (Some(w), Some(b)));
         ops::layer_norm(x, weight, bias, self.eps)
     }
+
+    /// `forward(x) (1 + scale) + shift` in the dtype of x `[B, L, width]`; shift and scale `[B, 1, width]`, or one per
+    /// token.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn modulated(&self, x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+        if self.affine.is_none() {
+            return ops::modulated_layer_norm(x, shift, scale, self.eps);
+        }
+        ops::modulate(&self.forward(x)?, shift, scale)
+    }
 }
 
 /// Root-mean-square normalisation over the last axis; parameter `weight`, unless it is plain.
@@ -102,6 +114,17 @@ impl RmsNorm {
     /// When the shape does not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::rms_norm(x, self.weight.as_ref(), self.eps)
+    }
+
+    /// `forward(x)`, rotated: x `[B, L, H, width]`, cosines and sines `[L, width]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn rotated(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
+        match &self.weight {
+            Some(weight) => ops::rms_norm_rope(x, weight, self.eps, cos, sin, layout),
+            None => ops::rope(&self.forward(x)?, &cos.unsqueeze(1)?, &sin.unsqueeze(1)?, layout),
+        }
     }
 }
 

@@ -26,14 +26,52 @@ pub enum Init {
     },
 }
 
+/// One parameter.
+#[derive(Clone, Debug)]
+struct Parameter {
+    name: String,
+    /// What the model computes with.
+    tensor: Tensor,
+    /// The same in a wider dtype, which `tensor` is rounded from.
+    master: Option<Tensor>,
+}
+
+impl Parameter {
+    /// What is trained and saved.
+    fn kept(&self) -> &Tensor {
+        self.master.as_ref().unwrap_or(&self.tensor)
+    }
+}
+
 /// The parameters of a model, in the order in which they were made. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Params(Vec<(String, Tensor)>);
+pub struct Params(Vec<Parameter>);
 
 impl Params {
     /// Names and tensors.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.0.iter().map(|(name, tensor)| (&name[..], tensor))
+        self.0.iter().map(|p| (&p.name[..], &p.tensor))
+    }
+
+    /// The wider copy of each parameter, where there is one: what is trained and saved then.
+    pub fn masters(&self) -> impl Iterator<Item = Option<&Tensor>> {
+        self.0.iter().map(|p| p.master.as_ref())
+    }
+
+    /// What is trained and saved: names, and the wider copy of each parameter or else the parameter itself.
+    pub fn kept(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.0.iter().map(|p| (&p.name[..], p.kept()))
+    }
+
+    /// Overwrites the parameter of that name, and its wider copy.
+    ///
+    /// # Errors
+    /// When there is no such parameter, or `value` has another shape.
+    pub fn set(&self, name: &str, value: &Tensor) -> Result<()> {
+        let found = self.0.iter().find(|p| p.name == name);
+        let p = found.ok_or_else(|| Error::argument("parameter", "the name of a parameter", name))?;
+        p.kept().copy_from(value)?;
+        p.master.as_ref().map_or(Ok(()), |master| p.tensor.copy_from(master))
     }
 
     /// The parameter of that name.
@@ -56,13 +94,14 @@ impl Params {
         self.iter().map(|(_, t)| t.numel()).sum()
     }
 
-    /// Overwrites all parameters with a file's tensors of the same names, converted to the parameters' dtypes.
+    /// Overwrites all parameters with a file's tensors of the same names, converted to the parameters' dtypes; the wider
+    /// copies too.
     ///
     /// # Errors
     /// When names or shapes differ (one error lists them all; nothing is changed then), or the file can't be read.
     pub fn load(&self, file: &Shards) -> Result<()> {
         self.check_keys(file, |_| false)?;
-        self.iter().try_for_each(|(name, tensor)| tensor.copy_from(&file.get(name, tensor.device(), None)?))
+        self.iter().try_for_each(|(name, tensor)| self.set(name, &file.get(name, tensor.device(), None)?))
     }
 
     /// Checks that a file has these parameters and no others, but for those that `ignored` names.
@@ -89,14 +128,15 @@ impl Params {
         Ok(())
     }
 
-    /// Writes all parameters to `<stem>.safetensors` of a folder, or to several files of at most about `max_bytes` with an
+    /// Writes all parameters, the wider copies where there are such, to `<stem>.safetensors` of a folder, or to several files of at most about `max_bytes` with an
     /// index.
     ///
     /// # Errors
     /// When a file can't be written.
     pub fn save(&self, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
         // diffusers and transformers read this key.
-        save_sharded(folder, stem, &self.0, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
+        let all: Vec<_> = self.kept().map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
+        save_sharded(folder, stem, &all, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
     }
 
     /// Checks that every parameter has a gradient, but for those named in `allowed`.
@@ -104,8 +144,17 @@ impl Params {
     /// # Errors
     /// Names the parameters without one.
     pub fn check_gradients(&self, gradients: &Gradients, allowed: &[String]) -> Result<()> {
-        let lacks =
-            |(name, tensor): &(&str, &Tensor)| gradients.of(tensor).is_none() && !allowed.iter().any(|a| a == name);
+        self.check_reached(|var| gradients.get(var).is_some(), allowed)
+    }
+
+    /// Checks that `reached` holds for every parameter, but for those named in `allowed`.
+    ///
+    /// # Errors
+    /// Names the parameters for which it does not.
+    pub fn check_reached(&self, reached: impl Fn(VarId) -> bool, allowed: &[String]) -> Result<()> {
+        let lacks = |(name, tensor): &(&str, &Tensor)| {
+            !tensor.var().is_some_and(&reached) && !allowed.iter().any(|a| a == name)
+        };
         let names: Vec<String> = self.iter().filter(lacks).map(|(name, _)| name.into()).collect();
         if names.is_empty() { Ok(()) } else { Err(Error::MissingGradient { names }) }
     }
@@ -118,6 +167,8 @@ pub struct ParamBuilder {
     path: String,
     random: Philox,
     dtype: DType,
+    /// The dtype of wider copies.
+    masters: Option<DType>,
     device: Device,
     file: Option<Arc<Shards>>,
     made: Arc<Mutex<Params>>,
@@ -127,7 +178,14 @@ impl ParamBuilder {
     /// A builder at the root.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
         let (random, device) = (Philox::new(seed), device.clone());
-        Self { path: String::new(), random, dtype, device, file: None, made: Arc::default() }
+        Self { path: String::new(), random, dtype, masters: None, device, file: None, made: Arc::default() }
+    }
+
+    /// Keeps each parameter in a wider dtype too: that copy is what an optimiser updates and what is saved, and what the
+    /// model computes with is rounded from it.
+    #[must_use]
+    pub fn with_masters(self, dtype: DType) -> Self {
+        Self { masters: Some(dtype).filter(|d| *d != self.dtype), ..self }
     }
 
     /// A builder whose parameters are a file's tensors of their names, converted to `dtype` one by one. What does not fit
@@ -164,14 +222,16 @@ impl ParamBuilder {
         if made.get(&path).is_some() {
             return Err(Error::argument("parameter", "a new name", path));
         }
+        let kept = self.masters.unwrap_or(self.dtype);
         let value = match &self.file {
-            Some(file) if file.dims(&path) == Some(dims) => file.get(&path, &self.device, Some(self.dtype))?,
-            None if self.device.backend().has_data() => self.start(&path, dims, init)?,
-            None => Tensor::empty(dims, self.dtype, &self.device)?,
-            Some(_) => Tensor::zeros(&[], self.dtype, &self.device)?.shape_only(dims),
+            Some(file) if file.dims(&path) == Some(dims) => file.get(&path, &self.device, Some(kept))?,
+            None if self.device.backend().has_data() => self.start(&path, dims, init)?.to_dtype(kept)?,
+            None => Tensor::empty(dims, kept, &self.device)?,
+            Some(_) => Tensor::zeros(&[], kept, &self.device)?.shape_only(dims),
         };
         let parameter = value.to_dtype(self.dtype)?.with_var(VarId::fresh());
-        made.0.push((path, parameter.clone()));
+        let master = self.masters.map(|_| value);
+        made.0.push(Parameter { name: path, tensor: parameter.clone(), master });
         Ok(parameter)
     }
 

@@ -5,6 +5,7 @@ pub mod conv;
 pub mod index;
 pub mod loss;
 pub mod matmul;
+pub mod modulate;
 pub mod norm;
 pub mod pointwise;
 pub mod reduce;
@@ -16,9 +17,10 @@ pub use conv::{patchify, patchify_conv};
 pub use index::embedding;
 pub use loss::{dropout, mse};
 pub use matmul::linear;
+pub use modulate::{modulate, modulated_layer_norm};
 pub use norm::{layer_norm, rms_norm, softmax};
 pub use pointwise::{pointwise, pointwise_to};
-pub use rope::{RopeLayout, rope};
+pub use rope::{RopeLayout, rms_norm_rope, rope};
 
 /// The gradient-check cases of all ops.
 pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
@@ -28,6 +30,7 @@ pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
         index::CASES,
         loss::CASES,
         matmul::CASES,
+        modulate::CASES,
         norm::CASES,
         pointwise::CASES,
         reduce::CASES,

@@ -1,14 +1,16 @@
 //! Rotary position embedding.
 
-use crate::backend::common_device;
+use crate::backend::{Fused, common_device, run_fused};
 use crate::expr::Function;
 use crate::gradcheck::{Case, Sample};
+use crate::ops::norm::rms_norm;
 use crate::ops::pointwise::run_pointwise;
+use crate::ops::reduce::accumulator;
 use crate::tape::{Forward, InputGradients, Op, apply_one};
 use crate::{Device, Error, Result, Tensor};
 
 /// Which elements of the last axis form a pair.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum RopeLayout {
     /// `(2i, 2i + 1)`: Flux, Wan, Qwen, Hunyuan.
     Interleaved,
@@ -95,17 +97,96 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Resul
     apply_one(Rope(layout), &[x, &cos.detach(), &sin.detach()])
 }
 
+/// Inputs x, weight, cos and sin, of a backend that has a kernel for them.
+#[derive(Debug)]
+struct NormRope {
+    eps: f64,
+    layout: RopeLayout,
+}
+
+impl Op for NormRope {
+    fn name(&self) -> &'static str {
+        "rms_norm_rope"
+    }
+
+    fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        let x = &inputs[0];
+        let y = Tensor::empty(x.dims(), x.dtype(), x.device())?;
+        let rows = [&x.dims()[..3], &[1]].concat();
+        let deviation = Tensor::empty(&rows, accumulator(x.dtype()), x.device())?;
+        let fused = Fused::NormRopeForward { eps: self.eps, layout: self.layout };
+        run_fused(&fused, &inputs.iter().collect::<Vec<_>>(), &[&y, &deviation])?;
+        [x, &deviation].into_iter().chain(&inputs[1..]).for_each(|t| cx.save(t));
+        Ok(vec![y])
+    }
+
+    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let (Some(grad), [x, deviation, weight, cos, sin]) = (&grads[0], saved) else { return Ok(()) };
+        let dense = grad.layout().strides[3] == 1 || grad.dims()[3] == 1;
+        let grad = if dense { grad.clone() } else { grad.contiguous()? };
+        let dx = Tensor::empty(x.dims(), x.dtype(), x.device())?;
+        let dw = Tensor::empty(weight.dims(), weight.dtype(), x.device())?;
+        let fused = Fused::NormRopeBackward { layout: self.layout };
+        run_fused(&fused, &[x, &grad, deviation, weight, cos, sin], &[&dx, &dw])?;
+        out.set(0, dx);
+        out.set(1, dw);
+        Ok(())
+    }
+}
+
+/// [`rms_norm`] over the last axis, then [`rope`], of x `[B, L, H, d]`: weight `[d]`, cos and sin `[L, d]`.
+///
+/// # Errors
+/// As for both.
+pub fn rms_norm_rope(
+    x: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    cos: &Tensor,
+    sin: &Tensor,
+    layout: RopeLayout,
+) -> Result<Tensor> {
+    let device = common_device("rms_norm_rope", &[x, weight, cos, sin])?;
+    let (&[_, len, _, width], tables) = (x.dims(), [cos, sin]) else {
+        return Err(Error::shape("rms_norm_rope", "x [B, L, H, d]", x.dims()));
+    };
+    let fits = width.is_multiple_of(2) && tables.iter().all(|t| t.dims() == [len, width]);
+    let fused = Fused::NormRopeForward { eps, layout };
+    if fits && weight.dims() == [width] && device.backend().fuses(&fused, &[x, weight, cos, sin]) {
+        return apply_one(NormRope { eps, layout }, &[x, weight, &cos.detach(), &sin.detach()]);
+    }
+    let [cos, sin] = [cos.unsqueeze(1)?, sin.unsqueeze(1)?];
+    rope(&rms_norm(x, Some(weight), eps)?, &cos, &sin, layout)
+}
+
 /// Gradient-check cases.
-pub const CASES: &[Case] = &[Case {
-    name: "rope, interleaved and split",
-    make: |draw| {
-        let [heads, len, half] = [draw.size(1, 3), draw.size(1, 4), draw.size(1, 4)];
-        let layout = if draw.size(0, 1) == 0 { RopeLayout::Interleaved } else { RopeLayout::Split };
-        let angles: Vec<f64> = (0..len * 2 * half).map(|_| draw.number(-3.0, 3.0)).collect();
-        Sample::new(vec![draw.standard(&[2, heads, len, 2 * half])?], move |xs| {
-            let angles = Tensor::from_slice(&angles, &[len, 2 * half], &Device::cpu())?.to_dtype(xs[0].dtype())?;
-            let angles = angles.to_device(xs[0].device())?;
-            rope(&xs[0], &angles.cos()?, &angles.sin()?, layout)
-        })
+pub const CASES: &[Case] = &[
+    Case {
+        name: "rope, interleaved and split",
+        make: |draw| {
+            let [heads, len, half] = [draw.size(1, 3), draw.size(1, 4), draw.size(1, 4)];
+            let layout = if draw.size(0, 1) == 0 { RopeLayout::Interleaved } else { RopeLayout::Split };
+            let angles: Vec<f64> = (0..len * 2 * half).map(|_| draw.number(-3.0, 3.0)).collect();
+            Sample::new(vec![draw.standard(&[2, heads, len, 2 * half])?], move |xs| {
+                let angles = Tensor::from_slice(&angles, &[len, 2 * half], &Device::cpu())?.to_dtype(xs[0].dtype())?;
+                let angles = angles.to_device(xs[0].device())?;
+                rope(&xs[0], &angles.cos()?, &angles.sin()?, layout)
+            })
+        },
     },
-}];
+    Case {
+        name: "rms_norm_rope, interleaved and split",
+        make: |draw| {
+            let [b, len, heads, half] = [draw.size(1, 2), draw.size(1, 9), draw.size(1, 3), draw.size(1, 20)];
+            let layout = if draw.size(0, 1) == 0 { RopeLayout::Interleaved } else { RopeLayout::Split };
+            let angles: Vec<f64> = (0..len * 2 * half).map(|_| draw.number(-3.0, 3.0)).collect();
+            let inputs = vec![draw.standard(&[b, len, heads, 2 * half])?, draw.standard(&[2 * half])?];
+            Sample::new(inputs, move |xs| {
+                let angles = Tensor::from_slice(&angles, &[len, 2 * half], &Device::cpu())?;
+                // Tables are f32 in what is fused, f64 where f64 is checked.
+                let angles = angles.to_dtype(accumulator(xs[0].dtype()))?.to_device(xs[0].device())?;
+                rms_norm_rope(&xs[0], &xs[1], 0.1, &angles.cos()?, &angles.sin()?, layout)
+            })
+        },
+    },
+];

@@ -1,15 +1,17 @@
 //! AdamW: Adam with decoupled weight decay (Loshchilov and Hutter), in the order of operations of PyTorch.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::{AdamWScalars, Fused, Ran};
 use crate::expr::{Expr, Function};
 use crate::nn::Params;
 use crate::ops::pointwise::run_pointwise;
 use crate::safetensors::{SafeTensors, save};
-use crate::{DType, Error, Gradients, Result, Tensor, VarId};
+use crate::{DType, Error, GradientSink, Gradients, Result, Tensor, VarId};
 
 /// What stays the same during a run.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
@@ -36,20 +38,47 @@ struct State {
 }
 
 impl State {
-    fn new(parameter: &Tensor) -> Result<Self> {
-        let zeros = || Tensor::zeros(parameter.dims(), parameter.dtype(), parameter.device());
+    fn new(kept: &Tensor) -> Result<Self> {
+        let zeros = || Tensor::zeros(kept.dims(), kept.dtype(), kept.device());
         Ok(Self { steps: 0, exp_avg: zeros()?, exp_avg_sq: zeros()? })
     }
 }
 
-/// The optimiser. The moments have the parameters' dtype.
+/// The optimiser. It updates the wider copies of the parameters where there are such ([`ParamBuilder::with_masters`]), and
+/// rounds the parameters from them; the moments have the dtype of what is updated. Each parameter is one pass over memory.
+///
+/// [`ParamBuilder::with_masters`]: crate::nn::ParamBuilder::with_masters
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
+    /// Parameter and moments.
+    plain: Rule,
+    /// Also the rounded parameter.
+    rounding: Rule,
+    state: HashMap<VarId, State>,
+}
+
+/// The update as a function, for devices that have no kernel of their own.
+#[derive(Debug)]
+struct Rule {
     update: Function,
     /// The same with the coefficient of clipping as an input that gates it.
     gated: Function,
-    state: HashMap<VarId, State>,
+}
+
+impl Rule {
+    /// `outputs` chooses from the new parameter and moments.
+    fn new<const N: usize>(outputs: impl for<'a> Fn([Expr<'a>; 3]) -> [Expr<'a>; N]) -> Self {
+        // What varies from step to step is a scalar, or one value on the device.
+        let update = Function::build_with_scalars(|inputs, [clip, a, b, c, d, e, f, g]| {
+            outputs(rule(inputs, clip, [a, b, c, d, e, f, g]))
+        });
+        let gated = Function::build_with_scalars(|[p, g, m, v, clip], rest| {
+            let [p2, m2, v2] = rule([p, g, m, v], clip, rest);
+            outputs([(p, p2), (m, m2), (v, v2)].map(|(old, new)| clip.select_lt(f64::INFINITY, new, old)))
+        });
+        Self { update, gated }
+    }
 }
 
 /// The new parameter and moments. The scalars: decay, beta2, step size, root of the second correction, epsilon, and
@@ -69,18 +98,23 @@ fn finite(clip: f64) -> Result<f64> {
     Err(Error::NonFinite { op: "AdamW", what: "the gradients' norm".into() })
 }
 
+/// One parameter to update.
+#[derive(Debug)]
+struct Target<'a> {
+    name: &'a str,
+    tensor: &'a Tensor,
+    master: Option<&'a Tensor>,
+}
+
+fn targets(params: &Params) -> impl Iterator<Item = Target<'_>> {
+    params.iter().zip(params.masters()).map(|((name, tensor), master)| Target { name, tensor, master })
+}
+
 impl AdamW {
     /// Without any update so far.
     pub fn new(config: AdamWConfig) -> Self {
-        // One pass over each parameter; what varies from step to step is a scalar, or one value on the device.
-        let update = Function::build_with_scalars(|inputs, [clip, a, b, c, d, e, f, g]| {
-            rule(inputs, clip, [a, b, c, d, e, f, g])
-        });
-        let gated = Function::build_with_scalars(|[p, g, m, v, clip], rest| {
-            let [p2, m2, v2] = rule([p, g, m, v], clip, rest);
-            [(p, p2), (m, m2), (v, v2)].map(|(old, new)| clip.select_lt(f64::INFINITY, new, old))
-        });
-        Self { config, update, gated, state: HashMap::new() }
+        let (plain, rounding) = (Rule::new(|all| all), Rule::new(|[p, m, v]| [p, m, v, p]));
+        Self { config, plain, rounding, state: HashMap::new() }
     }
 
     /// One update of all parameters that have a gradient. `clip` (one value, 1 if there is none) is what the gradients
@@ -101,37 +135,72 @@ impl AdamW {
             Some(clip) if clip.device().backend().is_host() => (None, finite(clip.item()?)?),
             clip => (clip, 1.0),
         };
-        let AdamWConfig { betas: (beta1, beta2), eps } = self.config;
-        for (name, p) in params.iter() {
-            let (Some(var), Some(g)) = (p.var(), gradients.of(p)) else { continue };
-            if (g.dims(), g.dtype()) != (p.dims(), p.dtype()) {
-                return Err(Error::argument("AdamW", format!("a gradient like {name}, {p:?}"), g));
-            }
-            let state = match self.state.entry(var) {
-                std::collections::hash_map::Entry::Occupied(e) => e.into_mut(),
-                std::collections::hash_map::Entry::Vacant(e) => e.insert(State::new(p)?),
-            };
-            state.steps += 1;
-            let t = state.steps as f64;
-            let scalars = [
-                scalar,
-                1.0 - lr * weight_decay,
-                beta2,
-                lr / (1.0 - beta1.powf(t)),
-                (1.0 - beta2.powf(t)).sqrt(),
-                eps,
-                1.0 - beta1,
-                1.0 - beta2,
-            ];
-            let targets = [&p.detach(), &state.exp_avg, &state.exp_avg_sq];
-            targets.iter().for_each(|t| t.storage().touch());
-            let [p, m, v] = targets;
-            match clip {
-                Some(clip) => run_pointwise(&self.gated, &[p, g, m, v, clip], &scalars[1..], &targets)?,
-                None => run_pointwise(&self.update, &[p, g, m, v], &scalars, &targets)?,
+        for target in targets(params) {
+            if let Some(gradient) = gradients.of(target.tensor) {
+                self.update(&target, gradient, lr, weight_decay, scalar, clip)?;
             }
         }
         Ok(())
+    }
+
+    /// A sink that updates each parameter as soon as its gradient is final and lets the gradient go: never are all
+    /// gradients in memory together. The bits are those of [`AdamW::step`] without clipping, whose norm would need all
+    /// gradients first.
+    pub fn stepping<'a>(&'a mut self, params: &'a Params, lr: f64, weight_decay: f64) -> Stepping<'a> {
+        let targets: Vec<_> = targets(params).collect();
+        let places = targets.iter().enumerate().filter_map(|(i, t)| Some((t.tensor.var()?, i))).collect();
+        Stepping { optimizer: self, targets, places, lr, weight_decay }
+    }
+
+    fn update(
+        &mut self,
+        target: &Target<'_>,
+        g: &Tensor,
+        lr: f64,
+        weight_decay: f64,
+        scalar: f64,
+        clip: Option<&Tensor>,
+    ) -> Result<()> {
+        let Target { name, tensor, master } = *target;
+        let Some(var) = tensor.var() else { return Ok(()) };
+        if (g.dims(), g.dtype()) != (tensor.dims(), tensor.dtype()) {
+            return Err(Error::argument("AdamW", format!("a gradient like {name}, {tensor:?}"), g));
+        }
+        let kept = master.unwrap_or(tensor);
+        let state = match self.state.entry(var) {
+            Entry::Occupied(e) => e.into_mut(),
+            Entry::Vacant(e) => e.insert(State::new(kept)?),
+        };
+        state.steps += 1;
+        let t = state.steps as f64;
+        let AdamWConfig { betas: (beta1, beta2), eps } = self.config;
+        let scalars = AdamWScalars {
+            clip: scalar,
+            decay: 1.0 - lr * weight_decay,
+            beta2,
+            step_size: lr / (1.0 - beta1.powf(t)),
+            root2: (1.0 - beta2.powf(t)).sqrt(),
+            eps,
+            rest1: 1.0 - beta1,
+            rest2: 1.0 - beta2,
+        };
+        let (p, rounded) = (kept.detach(), tensor.detach());
+        let (m, v) = (&state.exp_avg, &state.exp_avg_sq);
+        let outputs = [&p, m, v, &rounded];
+        let outputs = if master.is_some() { &outputs[..] } else { &outputs[..3] };
+        outputs.iter().for_each(|t| t.storage().touch());
+        let inputs = [&p, g, m, v];
+        let fused = Fused::AdamW(scalars);
+        if clip.is_none() && p.numel() > 0 && p.device().backend().fused(&fused, &inputs, outputs)? == Ran::Done {
+            return Ok(());
+        }
+        let rule = if master.is_some() { &self.rounding } else { &self.plain };
+        let AdamWScalars { clip: scalar, decay, beta2, step_size, root2, eps, rest1, rest2 } = scalars;
+        let scalars = [scalar, decay, beta2, step_size, root2, eps, rest1, rest2];
+        match clip {
+            Some(clip) => run_pointwise(&rule.gated, &[&p, g, m, v, clip], &scalars[1..], outputs),
+            None => run_pointwise(&rule.update, &inputs, &scalars, outputs),
+        }
     }
 
     /// Writes moments and step counts, named `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`.
@@ -156,11 +225,11 @@ impl AdamW {
     pub fn load(&mut self, params: &Params, file: &SafeTensors) -> Result<()> {
         let mut state = HashMap::new();
         let mut mismatched = Vec::new();
-        for (name, p) in params.iter() {
+        for ((name, p), (_, kept)) in params.iter().zip(params.kept()) {
             let names = [format!("exp_avg.{name}"), format!("exp_avg_sq.{name}"), format!("step.{name}")];
             let (Some(var), Some(_)) = (p.var(), file.dims(&names[0])) else { continue };
             let read = |name: &str, dtype| file.get(name, p.device(), Some(dtype));
-            let (exp_avg, exp_avg_sq) = (read(&names[0], p.dtype())?, read(&names[1], p.dtype())?);
+            let (exp_avg, exp_avg_sq) = (read(&names[0], kept.dtype())?, read(&names[1], kept.dtype())?);
             if exp_avg.dims() != p.dims() || exp_avg_sq.dims() != p.dims() {
                 mismatched.push(format!("{name} expected {:?}, got {:?}", p.dims(), exp_avg.dims()));
             }
@@ -179,6 +248,31 @@ impl AdamW {
     pub fn moments(&self, parameter: &Tensor) -> Option<(&Tensor, &Tensor)> {
         let state = self.state.get(&parameter.var()?)?;
         Some((&state.exp_avg, &state.exp_avg_sq))
+    }
+}
+
+/// Updates parameters as their gradients become final: see [`AdamW::stepping`].
+#[derive(Debug)]
+pub struct Stepping<'a> {
+    optimizer: &'a mut AdamW,
+    targets: Vec<Target<'a>>,
+    places: HashMap<VarId, usize>,
+    lr: f64,
+    weight_decay: f64,
+}
+
+impl Stepping<'_> {
+    /// The number of a parameter in their order.
+    pub fn place(&self, var: VarId) -> Option<usize> {
+        self.places.get(&var).copied()
+    }
+}
+
+impl GradientSink for Stepping<'_> {
+    /// Gradients of what is no parameter are let go.
+    fn gradient(&mut self, var: VarId, gradient: Tensor) -> Result<()> {
+        let Some(target) = self.place(var).map(|i| &self.targets[i]) else { return Ok(()) };
+        self.optimizer.update(target, &gradient, self.lr, self.weight_decay, 1.0, None)
     }
 }
 
@@ -225,6 +319,64 @@ mod tests {
         let other = ParamBuilder::new(4, DType::F64, &cpu);
         other.get("x", &[7], Init::Zeros)?;
         assert!(optimiser.load(&other.params(), &SafeTensors::open(&path)?).is_err());
+        Ok(())
+    }
+
+    /// A parameter of `n` elements and a gradient, in the dtypes of weights, gradient and wider copy.
+    fn one(n: usize, dtype: DType, masters: DType) -> Result<(Params, Gradients)> {
+        let cpu = Device::cpu();
+        let builder = ParamBuilder::new(n as u64, dtype, &cpu).with_masters(masters);
+        let w = builder.get("w", &[n], Init::Normal { std: 1.0 })?;
+        let mut gradients = Gradients::default();
+        gradients.insert(w.var().unwrap(), Philox::new(n as u64).normal(&[n], &cpu)?.to_dtype(dtype)?);
+        Ok((builder.params(), gradients))
+    }
+
+    /// What three steps make of the parameter that is kept, in f64.
+    fn trained(params: &Params, gradients: &Gradients) -> Result<Vec<f64>> {
+        let mut optimizer = AdamW::new(AdamWConfig::default());
+        (0..3).try_for_each(|_| optimizer.step(params, gradients, 1e-2, 0.1, None))?;
+        params.kept().next().unwrap().1.to_vec::<f64>()
+    }
+
+    #[test]
+    fn the_kernel_is_the_rule_in_every_dtype_and_length() -> Result<()> {
+        for n in [1, 7, 255, 256, 257, 20_000] {
+            // The same gradient and start in f64, where the rule runs as a pointwise function.
+            for (dtype, masters, close) in [
+                (DType::F32, DType::F32, 1e-6),
+                (DType::BF16, DType::F32, 1e-6),
+                (DType::F16, DType::F32, 1e-6),
+                (DType::BF16, DType::BF16, 2e-2),
+            ] {
+                let (params, gradients) = one(n, dtype, masters)?;
+                let wide = ParamBuilder::new(n as u64, DType::F64, &Device::cpu());
+                let w = wide.get("w", &[n], Init::Zeros)?;
+                w.copy_from(params.kept().next().unwrap().1)?;
+                let mut wide_gradients = Gradients::default();
+                let gradient = gradients.iter().next().unwrap().1.to_dtype(DType::F64)?;
+                wide_gradients.insert(w.var().unwrap(), gradient);
+                let expected = trained(&wide.params(), &wide_gradients)?;
+                for (a, b) in trained(&params, &gradients)?.iter().zip(&expected) {
+                    assert!((a - b).abs() <= close * (1.0 + b.abs()), "{n} of {dtype}, {masters}: {a} instead of {b}");
+                }
+                let (weight, kept) = (params.get("w").unwrap(), params.kept().next().unwrap().1);
+                assert_eq!(weight.to_vec::<f32>()?, kept.to_dtype(dtype)?.to_vec::<f32>()?);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn wider_copies_train_as_f32_on_widened_gradients() -> Result<()> {
+        let (mixed, gradients) = one(1000, DType::BF16, DType::F32)?;
+        let (plain, _) = one(1000, DType::F32, DType::F32)?;
+        let (w, gradient) = (plain.get("w").unwrap(), gradients.iter().next().unwrap().1);
+        let mut widened = Gradients::default();
+        widened.insert(w.var().unwrap(), gradient.to_dtype(DType::F32)?);
+        // The start is that of a run in f32, too.
+        assert_eq!(mixed.kept().next().unwrap().1.to_vec::<f32>()?, w.to_vec::<f32>()?);
+        assert_eq!(trained(&mixed, &gradients)?, trained(&plain, &widened)?);
         Ok(())
     }
 }

@@ -1,11 +1,13 @@
 //! Clipping by the norm of all gradients.
 
+use std::sync::Arc;
+
 use crate::backend::common_device;
 use crate::expr::{Function, Program, Reduce};
 use crate::ops::pointwise::map;
 use crate::ops::reduce::run_reduce;
 use crate::shape::Layout;
-use crate::{DType, Error, Gradients, Result, Tensor};
+use crate::{DType, Device, Error, Gradients, Result, Tensor};
 
 /// The norm before clipping, and what gradients are to be multiplied with: both stay on the device, without axes.
 #[derive(Clone, Debug)]
@@ -30,6 +32,53 @@ impl Clipping {
     }
 }
 
+/// Sums of squares of gradients, taken one gradient at a time: each has a place of its own, so the norm does not depend on
+/// their order.
+#[derive(Debug)]
+pub struct SquareSums {
+    sums: Tensor,
+    square: Arc<Program>,
+}
+
+impl SquareSums {
+    /// Places for `count` gradients, all zero: f64, or f32 on a device that has no f64.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn new(count: usize, device: &Device) -> Result<Self> {
+        let dtype = if device.backend().has_f64() { DType::F64 } else { DType::F32 };
+        let square = Program::of(&Function::build(|[g]| [g.square()]));
+        Ok(Self { sums: Tensor::zeros(&[count], dtype, device)?, square })
+    }
+
+    /// Sets a place to the sum of a gradient's squares.
+    ///
+    /// # Errors
+    /// When there is no such place or the device fails.
+    pub fn add(&self, place: usize, gradient: &Tensor) -> Result<()> {
+        if place >= self.sums.numel() {
+            return Err(Error::argument("sum of squares", format!("a place below {}", self.sums.numel()), place));
+        }
+        if gradient.numel() == 0 {
+            return Ok(());
+        }
+        let axes = gradient.rank();
+        let place = self.sums.view(Layout { dims: vec![1; axes], strides: vec![0; axes], offset: place });
+        self.sums.device().backend().reduce(&self.square, Reduce::Sum, &[gradient], &[], &[&place])
+    }
+
+    /// The L2 norm of all gradients together, without axes.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn norm(&self) -> Result<Tensor> {
+        let (sums, dtype) = (&self.sums, self.sums.dtype());
+        let identity = Function::build(|[s]| [s]);
+        let total = run_reduce(&identity, Reduce::Sum, &[sums], sums.dims(), &[0], &[dtype])?.remove(0).reshape(&[])?;
+        map(dtype, [&total], |[t]| t.sqrt())
+    }
+}
+
 /// The norm of all gradients and the coefficient that brings it down to `max_norm`. The optimiser multiplies with it in
 /// its own pass. Nothing is read back.
 ///
@@ -38,19 +87,10 @@ impl Clipping {
 pub fn clip_grad_norm(gradients: &Gradients, max_norm: Option<f64>) -> Result<Clipping> {
     let all: Vec<&Tensor> = gradients.iter().map(|(_, gradient)| gradient).collect();
     let device = common_device("clip_grad_norm", &all)?;
-    let wide = if device.backend().has_f64() { DType::F64 } else { DType::F32 };
     let dtype = if all.iter().any(|g| g.dtype() == DType::F64) { DType::F64 } else { DType::F32 };
-    // Each gradient's sum has a place of its own; then they are summed.
-    let sums = Tensor::zeros(&[all.len()], wide, device)?;
-    let square = Program::of(&Function::build(|[g]| [g.square()]));
-    for (offset, gradient) in all.iter().enumerate().filter(|(_, g)| g.numel() > 0) {
-        let axes = gradient.rank();
-        let place = sums.view(Layout { dims: vec![1; axes], strides: vec![0; axes], offset });
-        device.backend().reduce(&square, Reduce::Sum, &[gradient], &[], &[&place])?;
-    }
-    let identity = Function::build(|[s]| [s]);
-    let total = run_reduce(&identity, Reduce::Sum, &[&sums], sums.dims(), &[0], &[wide])?.remove(0).reshape(&[])?;
-    let norm = map(wide, [&total], |[t]| t.sqrt())?;
+    let sums = SquareSums::new(all.len(), device)?;
+    all.iter().enumerate().try_for_each(|(place, gradient)| sums.add(place, gradient))?;
+    let norm = sums.norm()?;
     let coefficient = match max_norm {
         Some(max) => map(dtype, [&norm], |[n]| n.select_lt(f64::INFINITY, (max / (n + 1e-6)).minimum(1.0), f64::NAN))?,
         None => map(dtype, [&norm], |[n]| n.select_lt(f64::INFINITY, 1.0, f64::NAN))?,
@@ -61,7 +101,7 @@ pub fn clip_grad_norm(gradients: &Gradients, max_norm: Option<f64>) -> Result<Cl
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Device, Tape};
+    use crate::Tape;
 
     #[test]
     fn the_norm_is_that_of_all_gradients_together() -> Result<()> {

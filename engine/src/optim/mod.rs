@@ -4,6 +4,6 @@ mod adamw;
 mod clip;
 mod schedule;
 
-pub use adamw::{AdamW, AdamWConfig};
-pub use clip::{Clipping, clip_grad_norm};
+pub use adamw::{AdamW, AdamWConfig, Stepping};
+pub use clip::{Clipping, SquareSums, clip_grad_norm};
 pub use schedule::{DecayStyle, LrScheduler, LrSchedulerConfig, WdIncrStyle, WsdDecayStyle};

@@ -172,6 +172,10 @@ impl Backend for Cuda {
         false
     }
 
+    fn memory(&self) -> PoolUsage {
+        self.0.pool.usage()
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(CudaBuffer(self.0.pool.alloc(bytes)?)))
     }

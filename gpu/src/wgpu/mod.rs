@@ -95,6 +95,10 @@ impl Backend for Wgpu {
         false
     }
 
+    fn memory(&self) -> PoolUsage {
+        self.usage()
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         self.gpu.check()?;
         Ok(Box::new(WgpuBuffer(self.gpu.pool.alloc(bytes)?)))

@@ -103,43 +103,46 @@ impl QkvHeads {
         Ok((Linear::new(&params.sub(name), width, config.inner_dim(), config.bias)?, norm))
     }
 
-    /// Queries, keys and values `[B, H, L, D]` of x `[B, L, dim]`.
+    /// Queries, keys and values `[B, H, L, D]` of x `[B, L, dim]`, with rotated queries and keys where there are tables.
     ///
     /// # Errors
-    /// When the shape does not fit.
-    pub fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
-        let queries = self.queries(x)?;
-        let [keys, values] = self.keys_values(x)?;
+    /// When a shape does not fit.
+    pub fn forward(&self, x: &Tensor, rope: Option<&RopeTables>) -> Result<[Tensor; 3]> {
+        let queries = self.queries(x, rope)?;
+        let [keys, values] = self.keys_values(x, rope)?;
         Ok([queries, keys, values])
     }
 
-    /// Queries `[B, H, L, D]` of x `[B, L, query_dim]`.
+    /// Queries `[B, H, L, D]` of x `[B, L, query_dim]`, rotated where there are tables.
     ///
     /// # Errors
-    /// When the shape does not fit, or there are keys and values alone.
-    pub fn queries(&self, x: &Tensor) -> Result<Tensor> {
+    /// When a shape does not fit, or there are keys and values alone.
+    pub fn queries(&self, x: &Tensor, rope: Option<&RopeTables>) -> Result<Tensor> {
         let query = self.query.as_ref();
         let (linear, norm) = query.ok_or_else(|| Error::argument("queries", "a projection to queries", "none"))?;
-        self.heads(linear.forward(x)?, norm.as_ref())
+        self.heads(linear.forward(x)?, norm.as_ref(), rope)
     }
 
-    /// Keys and values `[B, H, T, D]` of a context `[B, T, context_dim]`.
+    /// Keys and values `[B, H, T, D]` of a context `[B, T, context_dim]`; the keys are rotated where there are tables.
     ///
     /// # Errors
-    /// When the shape does not fit.
-    pub fn keys_values(&self, context: &Tensor) -> Result<[Tensor; 2]> {
+    /// When a shape does not fit.
+    pub fn keys_values(&self, context: &Tensor, rope: Option<&RopeTables>) -> Result<[Tensor; 2]> {
         let (linear, norm) = &self.key;
-        let keys = self.heads(linear.forward(context)?, norm.as_ref())?;
-        Ok([keys, self.heads(self.value.forward(context)?, None)?])
+        let keys = self.heads(linear.forward(context)?, norm.as_ref(), rope)?;
+        Ok([keys, self.heads(self.value.forward(context)?, None, None)?])
     }
 
-    fn heads(&self, projected: Tensor, norm: Option<&RmsNorm>) -> Result<Tensor> {
-        let normalised = |x: Tensor, wanted| match norm {
-            Some(norm) if self.config.norm == wanted => norm.forward(&x),
-            _ => Ok(x),
-        };
-        let projected = normalised(projected, QkNorm::AcrossHeads)?;
-        normalised(split_heads(&projected, self.config.heads)?, QkNorm::PerHead)?.transpose(1, 2)
+    fn heads(&self, projected: Tensor, norm: Option<&RmsNorm>, rope: Option<&RopeTables>) -> Result<Tensor> {
+        let norm_of = |wanted| norm.filter(|_| self.config.norm == wanted);
+        let projected = norm_of(QkNorm::AcrossHeads).map_or(Ok(projected.clone()), |norm| norm.forward(&projected))?;
+        let heads = split_heads(&projected, self.config.heads)?;
+        match (norm_of(QkNorm::PerHead), rope) {
+            (Some(norm), Some(rope)) => norm.rotated(&heads, &rope.cos, &rope.sin, rope.layout)?.transpose(1, 2),
+            (Some(norm), None) => norm.forward(&heads)?.transpose(1, 2),
+            (None, Some(rope)) => rope.apply(&heads.transpose(1, 2)?),
+            (None, None) => heads.transpose(1, 2),
+        }
     }
 }
 
@@ -151,16 +154,11 @@ pub fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     x.reshape(&[x.dim(0)?, x.dim(1)?, heads, x.dim(2)? / heads])
 }
 
-/// Attention over `[B, H, L, D]`, with rotated queries and keys where there are tables, its heads joined to
-/// `[B, L, H D]`. The mask is added to the scores.
+/// Attention over `[B, H, L, D]`, its heads joined to `[B, L, H D]`. The mask is added to the scores.
 ///
 /// # Errors
 /// When the shapes do not fit.
-pub fn attend([q, k, v]: [Tensor; 3], rope: Option<&RopeTables>, mask: Option<&Tensor>) -> Result<Tensor> {
-    let (q, k) = match rope {
-        Some(rope) => (rope.apply(&q)?, rope.apply(&k)?),
-        None => (q, k),
-    };
+pub fn attend([q, k, v]: [Tensor; 3], mask: Option<&Tensor>) -> Result<Tensor> {
     attention(&q, &k, &v, mask, None)?.transpose(1, 2)?.flatten(2, 3)
 }
 

@@ -15,7 +15,7 @@ pub use checkpointing::run_block;
 pub use conditioning::with_batch_axis;
 pub(crate) use embeddings::CHANNELS;
 pub use embeddings::{CombinedTimestepTextProjEmbeddings, time_proj};
-pub use modulation::{AdaLayerNormContinuous, Modulation, ScaleShiftTable, gate, modulate};
+pub use modulation::{AdaLayerNormContinuous, Modulation, ScaleShiftTable, gate};
 pub use patch::{ChannelOrder, PatchEmbed, unpatchify};
 pub use rope::{RopePrecision, RopeTables, grid_positions};
 pub use stream::{DoubleStream, StreamKind};

@@ -109,21 +109,13 @@ impl AdaLayerNormContinuous {
     pub fn forward(&self, x: &Tensor, embedding: &Tensor) -> Result<Tensor> {
         // Here, unlike in the blocks, the scale comes first.
         let [scale, shift] = equal_parts(&self.modulation.together(embedding)?, 2)?;
-        modulate(&self.norm.forward(x)?, &shift, &scale)
+        self.norm.modulated(x, &shift, &scale)
     }
 }
 
 /// Equal parts along an axis.
 pub(super) fn equal_parts<const N: usize>(x: &Tensor, axis: usize) -> Result<[Tensor; N]> {
     x.chunk(N, axis)?.try_into().map_err(|parts: Vec<Tensor>| Error::argument("chunk", N, parts.len()))
-}
-
-/// `x (1 + scale) + shift` in the dtype of x `[B, L, dim]`; both vectors `[B, 1, dim]`, or one per token.
-///
-/// # Errors
-/// When the shapes do not fit.
-pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    pointwise_to(x.dtype(), [x, shift, scale], |[x, shift, scale]| x * (scale + 1.0) + shift)
 }
 
 /// `residual + gate y` in the dtype of the residual `[B, L, dim]`; the gate `[B, 1, dim]`, or one per token.

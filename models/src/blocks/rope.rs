@@ -108,6 +108,15 @@ impl RopeTables {
         Ok(Self::new(&positions, axes_dim, theta, RopePrecision::F64, device)?)
     }
 
+    /// The tables of `len` places from `start` on.
+    ///
+    /// # Errors
+    /// When there are not as many.
+    pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
+        let part = |table: &Tensor| table.narrow(0, start, len);
+        Ok(Self { cos: part(&self.cos)?, sin: part(&self.sin)?, layout: self.layout })
+    }
+
     /// Rotates x `[B, H, L, D]`.
     ///
     /// # Errors

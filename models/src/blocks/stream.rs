@@ -4,7 +4,7 @@ use flowtape_engine::nn::{FeedForward, LayerNorm, Linear, ParamBuilder};
 use flowtape_engine::{Result, Tensor};
 
 use super::modulation::equal_parts;
-use super::{ADDED_QKV, QKV, QkvConfig, QkvHeads, RopeTables, attend, gate, modulate};
+use super::{ADDED_QKV, QKV, QkvConfig, QkvHeads, RopeTables, attend, gate};
 
 /// Which stream of a double block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,11 +55,11 @@ impl Stream {
     }
 
     fn modulated(&self, x: &Tensor, [shift, scale, _]: &[Tensor; 3]) -> Result<Tensor> {
-        modulate(&self.norm.forward(x)?, shift, scale)
+        self.norm.modulated(x, shift, scale)
     }
 
-    fn before_attention(&self, x: &Tensor, vectors: &Vectors) -> Result<[Tensor; 3]> {
-        self.qkv.forward(&self.modulated(x, &vectors.attention)?)
+    fn before_attention(&self, x: &Tensor, vectors: &Vectors, rope: &RopeTables) -> Result<[Tensor; 3]> {
+        self.qkv.forward(&self.modulated(x, &vectors.attention)?, Some(rope))
     }
 
     fn after_attention(&self, x: &Tensor, attention: &Tensor, vectors: &Vectors) -> Result<Tensor> {
@@ -104,11 +104,12 @@ impl DoubleStream {
         mask: Option<&Tensor>,
     ) -> Result<[Tensor; 2]> {
         let [m_text, m_latents] = [Vectors::new(modulation[0])?, Vectors::new(modulation[1])?];
-        let of_text = self.text.before_attention(text, &m_text)?;
-        let of_latents = self.latents.before_attention(latents, &m_latents)?;
+        let (t, l) = (text.dim(1)?, latents.dim(1)?);
+        let of_text = self.text.before_attention(text, &m_text, &rope.narrow(0, t)?)?;
+        let of_latents = self.latents.before_attention(latents, &m_latents, &rope.narrow(t, l)?)?;
         let join = |i: usize| Tensor::cat(&[&of_text[i], &of_latents[i]], 2);
-        let joint = attend([join(0)?, join(1)?, join(2)?], Some(rope), mask)?;
-        let parts = joint.split(&[text.dim(1)?, latents.dim(1)?], 1)?;
+        let joint = attend([join(0)?, join(1)?, join(2)?], mask)?;
+        let parts = joint.split(&[t, l], 1)?;
         Ok([
             self.text.after_attention(text, &parts[0], &m_text)?,
             self.latents.after_attention(latents, &parts[1], &m_latents)?,

@@ -8,7 +8,7 @@ use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
     AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, DoubleStream, Modulation, QKV, QkvConfig,
-    QkvHeads, RopeTables, StreamKind, attend, gate, modulate, run_block, time_proj,
+    QkvHeads, RopeTables, StreamKind, attend, gate, run_block, time_proj,
 };
 use crate::registry::config_json;
 
@@ -89,9 +89,9 @@ impl FluxSingleTransformerBlock {
     /// When a shape does not fit.
     pub fn forward(&self, x: &Tensor, temb: &Tensor, rope: &RopeTables) -> Result<Tensor> {
         let parts = self.modulation.forward(temb)?;
-        let h = modulate(&self.norm.forward(x)?, &parts[0], &parts[1])?;
+        let h = self.norm.modulated(x, &parts[0], &parts[1])?;
         let mlp = Activation::GeluTanh.forward(&self.proj_mlp.forward(&h)?)?;
-        let attention = attend(self.qkv.forward(&h)?, Some(rope), None)?;
+        let attention = attend(self.qkv.forward(&h, Some(rope))?, None)?;
         gate(x, &parts[2], &self.proj_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
     }
 }

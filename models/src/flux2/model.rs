@@ -8,8 +8,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::Flux2Config;
 use crate::blocks::{
-    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, attend, gate, modulate,
-    run_block, split_heads, time_proj,
+    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, attend, gate, run_block,
+    split_heads, time_proj,
 };
 use crate::registry::config_json;
 use crate::{Transformer, parameters_under};
@@ -78,12 +78,12 @@ impl Flux2SingleTransformerBlock {
     /// When a shape does not fit.
     pub fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &RopeTables) -> Result<Tensor> {
         let m = modulation.chunk(3, 2)?;
-        let h = modulate(&self.norm.forward(x)?, &m[0], &m[1])?;
+        let h = self.norm.modulated(x, &m[0], &m[1])?;
         let parts = self.to_qkv_mlp_proj.forward(&h)?.split(&self.widths, 2)?;
         let heads = |i: usize| split_heads(&parts[i], self.heads);
-        let (q, k) = (self.norm_q.forward(&heads(0)?)?, self.norm_k.forward(&heads(1)?)?);
-        let qkv = [q.transpose(1, 2)?, k.transpose(1, 2)?, heads(2)?.transpose(1, 2)?];
-        let attention = attend(qkv, Some(rope), None)?;
+        let rotated = |norm: &RmsNorm, x| norm.rotated(&x, &rope.cos, &rope.sin, rope.layout);
+        let (q, k) = (rotated(&self.norm_q, heads(0)?)?, rotated(&self.norm_k, heads(1)?)?);
+        let attention = attend([q.transpose(1, 2)?, k.transpose(1, 2)?, heads(2)?.transpose(1, 2)?], None)?;
         let mlp = Activation::SwigluGateFirst.forward(&parts[3])?;
         gate(x, &m[2], &self.to_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
     }

@@ -88,7 +88,7 @@ impl RefinerBlock {
 
     fn forward(&self, x: &Tensor, temb: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let gates = self.gates.forward(temb)?;
-        let attention = attend(self.qkv.forward(&self.norm1.forward(x)?)?, None, Some(mask))?;
+        let attention = attend(self.qkv.forward(&self.norm1.forward(x)?, None)?, Some(mask))?;
         let x = gate(x, &gates[0], &self.to_out.forward(&attention)?)?;
         gate(&x, &gates[1], &self.ff.forward(&self.norm2.forward(&x)?)?)
     }

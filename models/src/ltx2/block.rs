@@ -1,13 +1,13 @@
 //! A block: a video and an audio stream with weights of their own, which attend to their texts and to each other.
 
 use flowtape_engine::nn::{FeedForward, Linear, ParamBuilder, RmsNorm};
-use flowtape_engine::ops::pointwise;
+use flowtape_engine::ops::{modulate, pointwise};
 use flowtape_engine::{Result, Tensor};
 
 use super::LTX2Config;
 use super::config::StreamConfig;
 use super::rope::rotate;
-use crate::blocks::{QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, modulate};
+use crate::blocks::{QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate};
 
 /// The norms of queries and keys have an epsilon of their own.
 const QK_EPS: f64 = 1e-6;
@@ -50,11 +50,11 @@ impl Attention {
         rope: Option<[&RopeTables; 2]>,
         mask: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let (mut q, [mut k, v]) = (self.qkv.queries(x)?, self.qkv.keys_values(context)?);
+        let (mut q, [mut k, v]) = (self.qkv.queries(x, None)?, self.qkv.keys_values(context, None)?);
         if let Some([of_x, of_context]) = rope {
             (q, k) = (rotate(&q, of_x)?, rotate(&k, of_context)?);
         }
-        let mut attention = attend([q, k, v], None, mask)?;
+        let mut attention = attend([q, k, v], mask)?;
         if let Some(linear) = &self.to_gate_logits {
             let logits = linear.forward(x)?.unsqueeze(3)?;
             let (batch, len, heads) = (logits.dim(0)?, logits.dim(1)?, logits.dim(2)?);

@@ -11,7 +11,7 @@ use super::LTX2Config;
 use super::block::{Constants, LTX2VideoTransformerBlock};
 use super::config::StreamConfig;
 use super::rope::{Axis, tables};
-use crate::blocks::{CHANNELS, ScaleShiftTable, modulate, run_block, time_proj};
+use crate::blocks::{CHANNELS, ScaleShiftTable, run_block, time_proj};
 use crate::registry::config_json;
 use crate::{Error, Transformer};
 
@@ -141,7 +141,7 @@ impl Ends {
 
     fn end(&self, x: &Tensor, embedded: &Tensor) -> Result<Tensor> {
         let parts = self.scale_shift_table.forward(embedded)?;
-        self.proj_out.forward(&modulate(&self.norm_out.forward(x)?, &parts[0], &parts[1])?)
+        self.proj_out.forward(&self.norm_out.modulated(x, &parts[0], &parts[1])?)
     }
 }
 

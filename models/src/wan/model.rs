@@ -9,8 +9,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::WanConfig;
 use crate::blocks::{
-    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, modulate,
-    run_block, time_proj, unpatchify,
+    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, run_block,
+    time_proj, unpatchify,
 };
 use crate::registry::config_json;
 use crate::{Error, Transformer, parameters_under};
@@ -50,7 +50,7 @@ impl WanAttention {
     /// # Errors
     /// When a shape does not fit.
     pub fn self_attention(&self, x: &Tensor, rope: &RopeTables) -> Result<Tensor> {
-        self.to_out.forward(&attend(self.qkv.forward(x)?, Some(rope), None)?)
+        self.to_out.forward(&attend(self.qkv.forward(x, Some(rope))?, None)?)
     }
 
     /// x `[B, L, dim]` attends to a text `[B, T, dim]` and, by itself, to an image `[B, I, dim]`.
@@ -58,12 +58,12 @@ impl WanAttention {
     /// # Errors
     /// When a shape does not fit.
     pub fn cross_attention(&self, x: &Tensor, text: &Tensor, image: Option<&Tensor>) -> Result<Tensor> {
-        let queries = self.qkv.queries(x)?;
-        let [keys, values] = self.qkv.keys_values(text)?;
-        let mut result = attend([queries.clone(), keys, values], None, None)?;
+        let queries = self.qkv.queries(x, None)?;
+        let [keys, values] = self.qkv.keys_values(text, None)?;
+        let mut result = attend([queries.clone(), keys, values], None)?;
         if let (Some(added), Some(image)) = (&self.added, image) {
-            let [keys, values] = added.keys_values(image)?;
-            result = result.add(&attend([queries, keys, values], None, None)?)?;
+            let [keys, values] = added.keys_values(image, None)?;
+            result = result.add(&attend([queries, keys, values], None)?)?;
         }
         self.to_out.forward(&result)
     }
@@ -112,11 +112,11 @@ impl WanTransformerBlock {
         rope: &RopeTables,
     ) -> Result<Tensor> {
         let parts = self.scale_shift_table.forward(time)?;
-        let h = modulate(&self.norm.forward(x)?, &parts[0], &parts[1])?;
+        let h = self.norm.modulated(x, &parts[0], &parts[1])?;
         let x = gate(x, &parts[2], &self.attn1.self_attention(&h, rope)?)?;
         let h = self.norm2.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(&x))?;
         let x = x.add(&self.attn2.cross_attention(&h, text, image)?)?;
-        let h = modulate(&self.norm.forward(&x)?, &parts[3], &parts[4])?;
+        let h = self.norm.modulated(&x, &parts[3], &parts[4])?;
         gate(&x, &parts[5], &self.ffn.forward(&h)?)
     }
 }
@@ -257,7 +257,7 @@ impl FlowModel for WanTransformer3DModel {
             }?;
         }
         let parts = self.scale_shift_table.forward(&temb.unsqueeze(2)?)?;
-        let x = self.proj_out.forward(&modulate(&self.norm_out.forward(&x)?, &parts[0], &parts[1])?)?;
+        let x = self.proj_out.forward(&self.norm_out.modulated(&x, &parts[0], &parts[1])?)?;
         Ok(unpatchify(&x, &grid, patch, ChannelOrder::Fastest)?.into())
     }
 }

@@ -2,43 +2,27 @@
 
 use std::time::Instant;
 
-use flowtape_engine::optim::{AdamW, AdamWConfig};
+use flowtape_engine::optim::{AdamW, AdamWConfig, Stepping};
 use flowtape_engine::profile::{Entry, Profile};
-use flowtape_engine::{DType, Device, Tape};
+use flowtape_engine::{Device, GradientSink, Tape, Tensor, VarId};
 use flowtape_models::Transformer;
 use serde::Serialize;
 
 use super::{Batch, Work};
 use crate::Result;
-
-/// What flows where.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// Everything f32.
-    F32,
-    /// Weights, activations, gradients and moments bf16, as after PyTorch's `.to(bfloat16)`.
-    Bf16,
-}
-
-impl Precision {
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::Bf16 => DType::BF16,
-        }
-    }
-}
+use crate::recipe::Dtype;
 
 /// How a step is measured.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// What flows where.
-    pub precision: Precision,
+    pub dtype: Dtype,
     /// Steps that count.
     pub steps: usize,
     /// Steps before.
     pub warmup: usize,
+    /// Whether parameters are updated as soon as their gradients are final; else after the backward pass.
+    pub at_once: bool,
     /// Whether each kernel is timed.
     pub profile: bool,
 }
@@ -55,7 +39,7 @@ pub struct Measurement {
     /// Samples of a batch.
     pub batch: usize,
     /// What flowed where.
-    pub dtype: Precision,
+    pub dtype: Dtype,
     /// Threads.
     pub threads: usize,
     /// Numbers that are trained.
@@ -68,9 +52,10 @@ pub struct Measurement {
     pub s_min: f64,
     /// The slowest.
     pub s_max: f64,
-    /// Seconds of the forward pass, the median; on a GPU until it is enqueued.
+    /// Seconds of the forward pass, the median. On a device that runs behind the host this and the next are what it took to
+    /// hand the work over, and waiting for it counts as the optimiser's.
     pub s_fwd: f64,
-    /// Seconds of the backward pass, the median; on a GPU until it is enqueued.
+    /// Seconds of the backward pass without the updates on its way, the median.
     pub s_bwd: f64,
     /// Seconds of the optimiser, the median; on a GPU until all of the step is done.
     pub s_opt: f64,
@@ -84,10 +69,17 @@ pub struct Measurement {
     pub peak_rss_mb: u64,
     /// Memory before the first step, in MiB.
     pub rss_before_mb: u64,
+    /// The most memory that the device's tensors took, in MiB.
+    pub tensors_mb: u64,
+    /// Blocks of memory that the steps that count had to ask the system or the device for.
+    pub pool_misses: u64,
     /// The loss of the first step.
     pub loss_first: f64,
     /// The loss of the last step.
     pub loss_last: f64,
+    /// Seconds of a step, the mean: what the kernels' times add up to.
+    #[serde(skip)]
+    pub s_mean: f64,
     /// Time by kernel, of one step on average, the longest first; empty where it was not asked for.
     #[serde(skip)]
     pub profile: Vec<(String, Entry)>,
@@ -103,6 +95,21 @@ fn rounded(value: f64, digits: i32) -> f64 {
     (value * unit).round() / unit
 }
 
+/// Takes the time that updates take on the way of the backward pass.
+struct Timed<'a> {
+    stepping: Stepping<'a>,
+    seconds: f64,
+}
+
+impl GradientSink for Timed<'_> {
+    fn gradient(&mut self, var: VarId, gradient: Tensor) -> flowtape_engine::Result<()> {
+        let started = Instant::now();
+        self.stepping.gradient(var, gradient)?;
+        self.seconds += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+}
+
 /// Trains for some steps and measures each.
 ///
 /// # Errors
@@ -110,44 +117,50 @@ fn rounded(value: f64, digits: i32) -> f64 {
 pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measurement> {
     let profile = Profile::default();
     let device = if options.profile { profile.device(device) } else { device.clone() };
-    let dtype = options.precision.dtype();
-    let model = work.model(dtype, &device)?;
+    let model = work.model(&options.dtype.params(0, &device))?;
     let params = model.params();
-    let mut batch = Batch::new(work, dtype, &device)?;
+    let mut batch = Batch::new(work, options.dtype.into(), &device)?;
     let mut optimizer = AdamW::new(AdamWConfig::default());
     let (lr, weight_decay) = (1e-4, 0.01);
     let before = process::memory();
     let (mut forward, mut backward, mut update, mut total) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let (mut losses, mut first_step_s) = (Vec::new(), 0.0);
+    let (mut losses, mut first_step_s, mut misses) = (Vec::new(), 0.0, 0);
     let (mut cpu, mut wall) = (process::seconds(), Instant::now());
     for index in 0..options.warmup + options.steps {
         if index == options.warmup {
             (cpu, wall) = (process::seconds(), Instant::now());
+            misses = device.backend().memory().misses;
             profile.take();
         }
         let start = Instant::now();
         let tape = Tape::new();
         let loss = batch.loss(&model, &tape)?;
         let t1 = start.elapsed().as_secs_f64();
-        let gradients = tape.backward(&loss)?;
-        let t2 = start.elapsed().as_secs_f64();
-        optimizer.step(params, &gradients, lr, weight_decay, None)?;
-        drop(gradients);
-        // Reading waits for all work before, the update too: on a GPU the step ends here.
-        let host = device.backend().is_host();
-        let enqueued = start.elapsed().as_secs_f64();
+        let (t2, on_the_way) = if options.at_once {
+            let mut sink = Timed { stepping: optimizer.stepping(params, lr, weight_decay), seconds: 0.0 };
+            let one = Tensor::ones(loss.dims(), loss.dtype(), &device)?;
+            tape.backward_with(&[(&loss, &one)], &mut sink)?;
+            (start.elapsed().as_secs_f64(), sink.seconds)
+        } else {
+            let gradients = tape.backward(&loss)?;
+            let t2 = start.elapsed().as_secs_f64();
+            optimizer.step(params, &gradients, lr, weight_decay, None)?;
+            (t2, 0.0)
+        };
+        // Waits for all of the step.
         losses.push(loss.item()?);
-        let t3 = if host { enqueued } else { start.elapsed().as_secs_f64() };
+        let t3 = start.elapsed().as_secs_f64();
         if index == 0 {
             first_step_s = t3;
         }
         if index >= options.warmup {
             forward.push(t1);
-            backward.push(t2 - t1);
-            update.push(t3 - t2);
+            backward.push(t2 - t1 - on_the_way);
+            update.push(t3 - t2 + on_the_way);
             total.push(t3);
         }
     }
+    let memory = device.backend().memory();
     let cpu_per_wall = (process::seconds() - cpu) / wall.elapsed().as_secs_f64();
     let mut profile = profile.take();
     for (_, entry) in &mut profile {
@@ -159,13 +172,14 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
     }
     let gflop = work.flops() / 1e9;
     let (low, high) = total.iter().fold((f64::INFINITY, 0.0f64), |(a, b), &t| (a.min(t), b.max(t)));
+    let s_mean = total.iter().sum::<f64>() / total.len().max(1) as f64;
     let s_step = median(total);
     Ok(Measurement {
         peer: "flowtape",
         device: device.backend().name().to_owned(),
         config: work.name.clone(),
         batch: work.batch,
-        dtype: options.precision,
+        dtype: options.dtype,
         threads: rayon::current_num_threads(),
         params: params.numel(),
         gflop: rounded(gflop, 2),
@@ -180,8 +194,11 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         first_step_s: rounded(first_step_s, 2),
         peak_rss_mb: process::peak_memory() >> 20,
         rss_before_mb: before >> 20,
+        tensors_mb: (memory.peak >> 20) as u64,
+        pool_misses: memory.misses - misses,
         loss_first: rounded(losses.first().copied().unwrap_or(f64::NAN), 4),
         loss_last: rounded(losses.last().copied().unwrap_or(f64::NAN), 4),
+        s_mean,
         profile,
     })
 }
@@ -213,5 +230,53 @@ mod process {
         let ticks: u64 = fields.skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum();
         // The clock ticks 100 times a second on every Linux.
         ticks as f64 / 100.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowtape_engine::cpu::Cpu;
+
+    use super::*;
+
+    /// The small configuration with few blocks, on a device of its own.
+    fn measured(batch: usize, dtype: Dtype, at_once: bool) -> Measurement {
+        let work = Work { double: 1, single: 1, batch, ..Work::s() };
+        let options = Options { dtype, steps: 3, warmup: 2, at_once, profile: false };
+        step(&work, &Device::new(Cpu::default()), &options).unwrap()
+    }
+
+    #[test]
+    fn a_step_after_the_first_ones_asks_the_system_for_no_memory() {
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Mixed] {
+            for at_once in [true, false] {
+                assert_eq!(measured(4, dtype, at_once).pool_misses, 0, "{dtype:?}, at once: {at_once}");
+            }
+        }
+    }
+
+    #[test]
+    fn updates_on_the_way_change_nothing_but_the_memory() {
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Mixed] {
+            let (first, last) = (measured(1, dtype, true), measured(1, dtype, false));
+            assert_eq!((first.loss_first, first.loss_last), (last.loss_first, last.loss_last), "{dtype:?}");
+            assert!(first.tensors_mb < last.tensors_mb, "{dtype:?}: {} and {}", first.tensors_mb, last.tensors_mb);
+        }
+    }
+
+    #[test]
+    fn a_mixed_step_begins_with_the_loss_of_f32() {
+        let (mixed, wide) = (measured(4, Dtype::Mixed, true), measured(4, Dtype::F32, true));
+        assert!((mixed.loss_first / wide.loss_first - 1.0).abs() < 2e-3, "{} {}", mixed.loss_first, wide.loss_first);
+        assert!((mixed.loss_last / wide.loss_last - 1.0).abs() < 1e-2, "{} {}", mixed.loss_last, wide.loss_last);
+    }
+
+    #[test]
+    fn a_profile_adds_up_to_the_step() {
+        let work = Work { double: 1, single: 1, batch: 1, ..Work::s() };
+        let options = Options { dtype: Dtype::F32, steps: 5, warmup: 1, at_once: true, profile: true };
+        let m = step(&work, &Device::cpu(), &options).unwrap();
+        let kernels: f64 = m.profile.iter().map(|(_, e)| e.seconds).sum();
+        assert!(kernels > 0.0 && kernels <= m.s_mean, "{kernels} of {}", m.s_mean);
     }
 }

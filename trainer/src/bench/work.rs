@@ -38,10 +38,10 @@ pub struct Work {
 }
 
 impl Work {
-    /// The configurations that are compared with PyTorch: `s`, `m`, `l`, `xl` (FLUX.1's widths at 1024 pixels) and `digits`.
-    pub fn named(name: &str) -> Option<Self> {
-        let flux = |batch, side, text, heads, double, single, pooled| Self {
-            name: name.to_uppercase(),
+    /// FLUX's heads and channels over a square image.
+    fn flux(name: &str, batch: usize, side: usize, text: usize, heads: usize, blocks: (usize, usize)) -> Self {
+        Self {
+            name: name.into(),
             batch,
             image: (side, side),
             text,
@@ -49,16 +49,31 @@ impl Work {
             heads,
             head_dim: 64,
             axes: [16, 24, 24],
-            double,
-            single,
+            double: blocks.0,
+            single: blocks.1,
             joint: heads * 64,
-            pooled,
-        };
+            pooled: 768,
+        }
+    }
+
+    /// The smallest of FLUX's shape.
+    pub fn s() -> Self {
+        Self { pooled: 256, ..Self::flux("S", 16, 8, 16, 4, (4, 4)) }
+    }
+
+    /// The configurations that are compared with PyTorch: `s`, `m`, `l`, `xl` (FLUX.1's widths at 1024 pixels) and
+    /// `digits`.
+    pub fn named(name: &str) -> Option<Self> {
         match name {
-            "s" => Some(flux(16, 8, 16, 4, 4, 4, 256)),
-            "m" => Some(flux(2, 16, 64, 12, 6, 12, 768)),
-            "l" => Some(flux(1, 16, 64, 16, 6, 12, 768)),
-            "xl" => Some(Self { head_dim: 128, axes: [16, 56, 56], joint: 4096, ..flux(1, 64, 512, 24, 4, 8, 768) }),
+            "s" => Some(Self::s()),
+            "m" => Some(Self::flux("M", 2, 16, 64, 12, (6, 12))),
+            "l" => Some(Self::flux("L", 1, 16, 64, 16, (6, 12))),
+            "xl" => Some(Self {
+                head_dim: 128,
+                axes: [16, 56, 56],
+                joint: 4096,
+                ..Self::flux("XL", 1, 64, 512, 24, (4, 8))
+            }),
             "digits" => Some(Self {
                 name: name.into(),
                 batch: 64,
@@ -99,11 +114,11 @@ impl Work {
         3.0 * (2 * linear + attention) as f64
     }
 
-    /// The model on `device`, its parameters in `dtype`.
+    /// The model, its parameters made by `params`.
     ///
     /// # Errors
     /// When memory runs out.
-    pub fn model(&self, dtype: DType, device: &Device) -> Result<FluxTransformer2DModel> {
+    pub fn model(&self, params: &ParamBuilder) -> Result<FluxTransformer2DModel> {
         let config = FluxConfig::from_json(&json!({
             "in_channels": self.channels,
             "num_layers": self.double,
@@ -115,7 +130,7 @@ impl Work {
             "guidance_embeds": false,
             "axes_dims_rope": self.axes,
         }))?;
-        Ok(FluxTransformer2DModel::new(config, &ParamBuilder::new(0, dtype, device))?)
+        Ok(FluxTransformer2DModel::new(config, params)?)
     }
 }
 
@@ -196,7 +211,8 @@ mod tests {
             assert!((counted - gflop).abs() < 0.005, "{name}: {counted}");
         }
         for (name, parameters) in [("s", 13_906_496), ("digits", 1_790_596)] {
-            let model = Work::named(name).unwrap().model(DType::F32, &Device::cpu()).unwrap();
+            let params = ParamBuilder::new(0, DType::F32, &Device::cpu());
+            let model = Work::named(name).unwrap().model(&params).unwrap();
             assert_eq!(model.params().numel(), parameters, "{name}");
         }
     }

@@ -8,8 +8,8 @@ mod pack;
 pub(super) mod scratch;
 
 use self::kernel::{Kernels, Tile, kernels};
-pub(super) use self::pack::Narrow;
-use self::pack::{Source, panels, rows, with_narrow};
+pub(super) use self::pack::{Narrow, with_narrow};
+use self::pack::{Source, panels, rows};
 use self::scratch::Scratch;
 use super::View;
 use super::blocks::Space;

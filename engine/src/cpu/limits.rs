@@ -1,0 +1,126 @@
+//! What the machine's arithmetic units reach at best: multiply-adds on registers alone.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use super::isa::{Isa, isa};
+use super::team::{spread, threads};
+use crate::DType;
+
+/// Independent sums: more than a multiply-add's latency times what is started in a cycle, and few enough for 16 registers.
+const CHAINS: usize = 12;
+/// Multiply-adds of each sum in one measurement: a fraction of a millisecond.
+const ROUNDS: usize = 1 << 17;
+/// Measurements, of which the best counts.
+const REPEATS: usize = 60;
+
+/// One thread's loop, and the floating-point operations of one of its multiply-adds.
+type Loop = (fn(), usize);
+
+/// Floating-point operations a second of matrix products at best, with `dtype` for operands, on all threads of the current
+/// pool: the best of some milliseconds, so another process on the machine matters little.
+pub fn peak_flops(dtype: DType) -> f64 {
+    let (work, each) = fastest(dtype);
+    let flops = (CHAINS * ROUNDS * each * threads()) as f64;
+    let time = || {
+        let started = Instant::now();
+        spread(threads(), |_| work());
+        started.elapsed()
+    };
+    flops / (0..REPEATS).map(|_| time()).min().unwrap_or(Duration::MAX).as_secs_f64()
+}
+
+fn fastest(dtype: DType) -> Loop {
+    let pairs = dtype == DType::BF16;
+    let wide = dtype == DType::F64;
+    #[cfg(target_arch = "x86_64")]
+    {
+        // SAFETY: `isa()` gives only what the machine has.
+        unsafe {
+            match isa() {
+                Isa::Avx512Bf16 if pairs => return (|| x86::bf16_avx512(), 64),
+                Isa::Avx512 | Isa::Avx512Bf16 if wide => return (|| x86::f64_avx512(), 16),
+                Isa::Avx512 | Isa::Avx512Bf16 => return (|| x86::f32_avx512(), 32),
+                Isa::Avx2 if wide => return (|| x86::f64_avx2(), 8),
+                Isa::Avx2 => return (|| x86::f32_avx2(), 16),
+                Isa::Portable => {}
+            }
+        }
+    }
+    let _ = (isa(), pairs);
+    if wide { (portable::<f64>, 2 * LANES) } else { (portable::<f32>, 2 * LANES) }
+}
+
+/// Lanes of a sum of the portable loop.
+const LANES: usize = 4;
+
+fn portable<T: Copy + Default + std::ops::Mul<Output = T> + std::ops::Add<Output = T>>() {
+    let mut chains = [[T::default(); LANES]; CHAINS];
+    let factors = black_box([T::default(); LANES]);
+    for _ in 0..ROUNDS {
+        for chain in &mut chains {
+            chain.iter_mut().zip(factors).for_each(|(sum, f)| *sum = f * f + *sum);
+        }
+    }
+    black_box(chains);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::{
+        _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_setzero_pd, _mm256_setzero_ps, _mm512_dpbf16_ps, _mm512_fmadd_pd,
+        _mm512_fmadd_ps, _mm512_setzero_pd, _mm512_setzero_ps,
+    };
+
+    use super::{CHAINS, ROUNDS, black_box};
+
+    macro_rules! loops {
+        ($($name:ident, $features:literal, $zero:ident, |$sum:ident, $factor:ident| $step:expr;)*) => {$(
+            #[target_feature(enable = $features)]
+            pub fn $name() {
+                let mut chains = [$zero(); CHAINS];
+                let $factor = black_box($zero());
+                for _ in 0..ROUNDS {
+                    for chain in &mut chains {
+                        let $sum = *chain;
+                        *chain = $step;
+                    }
+                }
+                black_box(chains);
+            }
+        )*};
+    }
+    loops! {
+        f32_avx2, "avx2,fma", _mm256_setzero_ps, |sum, f| _mm256_fmadd_ps(f, f, sum);
+        f64_avx2, "avx2,fma", _mm256_setzero_pd, |sum, f| _mm256_fmadd_pd(f, f, sum);
+        f32_avx512, "avx512f", _mm512_setzero_ps, |sum, f| _mm512_fmadd_ps(f, f, sum);
+        f64_avx512, "avx512f", _mm512_setzero_pd, |sum, f| _mm512_fmadd_pd(f, f, sum);
+        bf16_avx512, "avx512f,avx512bf16", _mm512_setzero_ps, |sum, f| {
+            // SAFETY: 512 bits either way.
+            let pairs = unsafe { std::mem::transmute::<std::arch::x86_64::__m512, std::arch::x86_64::__m512bh>(f) };
+            _mm512_dpbf16_ps(sum, pairs, pairs)
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_product_is_below_the_peak_and_not_far_below() -> crate::Result<()> {
+        let random = |seed| crate::Philox::new(seed).normal(&[256, 256], &crate::Device::cpu());
+        let (a, b) = (random(1)?, random(2)?);
+        let time = || {
+            let started = Instant::now();
+            a.matmul(&b).map(|_| started.elapsed())
+        };
+        // On one thread: a share of a busy machine has its full rate for a while.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let (peak, times) = pool.install(|| (peak_flops(DType::F32), (0..50).map(|_| time()).collect::<Vec<_>>()));
+        let best = times.into_iter().collect::<crate::Result<Vec<_>>>()?.into_iter().min().unwrap_or_default();
+        let rate = 2.0 * 256f64.powi(3) / best.as_secs_f64();
+        assert!(rate < 1.1 * peak && rate > 0.05 * peak, "{rate:e} of {peak:e}");
+        Ok(())
+    }
+}
