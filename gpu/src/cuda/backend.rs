@@ -14,7 +14,7 @@ use super::memory::{CudaBuffer, CudaRaw, Staging, download};
 use super::pointwise::At;
 use super::read::{Reader, SLOT, Slot};
 use super::view::{View, buffer};
-use super::{attention, index, matmul, norm, pointwise, random, reduce};
+use super::{attention, each, index, matmul, norm, pointwise, random, reduce};
 
 /// Memory that is kept for reuse beyond what is in use.
 const SPARE: usize = 1 << 30;
@@ -216,6 +216,20 @@ impl Backend for Cuda {
     fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
         check_counts(program, inputs, scalars, outputs)?;
         pointwise::pointwise(self.at(), program, &View::all(inputs)?, scalars, &View::all(outputs)?)
+    }
+
+    fn pointwise_each(
+        &self,
+        program: &Program,
+        groups: &[(Vec<&Tensor>, Vec<&Tensor>)],
+        scalars: &[f64],
+    ) -> Result<()> {
+        let mut views = Vec::with_capacity(groups.len());
+        for (inputs, outputs) in groups {
+            check_counts(program, inputs, scalars, outputs)?;
+            views.push((View::all(inputs)?, View::all(outputs)?));
+        }
+        each::pointwise_each(self.at(), &self.0.staging, program, &views, scalars)
     }
 
     fn reduce(
