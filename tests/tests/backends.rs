@@ -98,7 +98,12 @@ fn halves_are_rounded_as_on_the_cpu() -> Result<()> {
 #[test]
 fn small_limits_change_no_value() -> Result<()> {
     let Some(plain) = gpus_of("wgpu").into_iter().next() else { return Ok(()) };
-    let options = WgpuOptions { max_binding_size: Some(1 << 10), max_bindings: Some(8), max_workgroups: Some(3) };
+    let options = WgpuOptions {
+        max_binding_size: Some(1 << 10),
+        max_bindings: Some(8),
+        max_workgroups: Some(3),
+        tune: Some(false),
+    };
     let small = Device::new(Wgpu::open(None, options)?);
     let draw = |dims: &[usize]| Philox::new(9).normal(dims, &Device::cpu());
     for dtype in [DType::F32, DType::BF16] {
@@ -147,6 +152,28 @@ fn what_does_not_fit_is_an_error_that_names_its_size() -> Result<()> {
         assert_eq!(Tensor::ones(&[3], DType::F32, device)?.sum_all()?.item()?, 3.0);
         let wide = Tensor::ones(&[2], DType::F64, device).and_then(|x| x.exp());
         assert!(matches!(wide.unwrap_err(), Error::DType { .. }));
+    }
+    Ok(())
+}
+
+/// The CPU refuses such an index at once; a GPU goes on and tells of it with the next values that are read.
+#[test]
+fn an_index_past_the_end_is_told_with_the_next_values() -> Result<()> {
+    for device in gpus() {
+        let table = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], &[3, 2], device)?;
+        let (good, bad) =
+            (Tensor::from_slice(&[2u32, 0], &[2], device)?, Tensor::from_slice(&[2u32, 7], &[2], device)?);
+        let told = |result: Result<Vec<f32>>| {
+            let error = result.unwrap_err();
+            assert!(matches!(error, Error::Argument { .. }) && error.to_string().contains('7'), "{error}");
+        };
+        let unrelated = table.mul_scalar(2.0)?;
+        told(table.index_select(0, &bad).and_then(|rows| rows.to_vec()));
+        assert_eq!(table.index_select(0, &good)?.to_vec::<f32>()?, [5.0, 6.0, 1.0, 2.0]);
+        let sums = Tensor::zeros(&[3, 2], DType::F32, device)?;
+        device.backend().scatter_add(&table.narrow(0, 0, 2)?.contiguous()?, &bad, &sums)?;
+        told(unrelated.to_vec());
+        assert_eq!(sums.to_vec::<f32>()?, [0.0, 0.0, 0.0, 0.0, 1.0, 2.0]);
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use flowtape_engine::DType;
+use flowtape_engine::backend::Backend;
 use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Work, ops, plot, scaling, step, table};
 use flowtape_trainer::recipe::Dtype;
 
@@ -200,9 +201,17 @@ fn run_step(args: &Step) -> Result<()> {
     if args.json {
         println!("{}", serde_json::to_string(&measured)?);
     } else {
+        println!("device   {}", title(device.backend()));
         print_step(&measured);
     }
     Ok(())
+}
+
+/// A device's name and what its maker calls it. GPUs are looked for only where one is in use.
+fn title(backend: &dyn Backend) -> String {
+    let name = backend.name();
+    let report = if backend.is_host() { None } else { flowtape_gpu::reports().into_iter().find(|r| r.name == name) };
+    report.map_or(name.to_owned(), |r| format!("{name}, {}", r.title))
 }
 
 fn print_step(m: &Measurement) {

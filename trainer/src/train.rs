@@ -84,7 +84,15 @@ pub trait Progress {
 /// # Errors
 /// When the recipe, the folder or a step fails.
 pub fn train(recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
-    let trainer = Trainer::new(recipe)?;
+    train_on(&flowtape_gpu::device(&recipe.device)?, recipe, progress, stop)
+}
+
+/// The same on a device that is open already.
+///
+/// # Errors
+/// When the recipe, the folder or a step fails.
+pub fn train_on(device: &Device, recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
+    let trainer = Trainer::on(device, recipe)?;
     let run = RunFolder::create(recipe)?;
     trainer.run(&run, 0, 0.0, progress, stop)
 }
@@ -140,14 +148,21 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// When a section does not fit.
     pub fn new(recipe: &'a Recipe) -> Result<Self> {
-        let device = flowtape_gpu::device(&recipe.device)?;
-        let mut model = create_model(&recipe.model, &recipe.dtype.params(recipe.seed, &device))?;
+        Self::on(&flowtape_gpu::device(&recipe.device)?, recipe)
+    }
+
+    /// The same on a device that is open already.
+    ///
+    /// # Errors
+    /// When a section does not fit.
+    pub fn on(device: &Device, recipe: &'a Recipe) -> Result<Self> {
+        let mut model = create_model(&recipe.model, &recipe.dtype.params(recipe.seed, device))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if recipe.init == Init::AdalnZero {
             let names = model.zero_init_parameters();
             let params = model.params();
             for (name, parameter) in params.iter().filter(|(name, _)| names.iter().any(|n| n == name)) {
-                params.set(name, &Tensor::zeros(parameter.dims(), parameter.dtype(), &device)?)?;
+                params.set(name, &Tensor::zeros(parameter.dims(), parameter.dtype(), device)?)?;
             }
         }
         let optimizer = &recipe.optimizer;
@@ -165,7 +180,7 @@ impl<'a> Trainer<'a> {
             data: Data::new(&recipe.data, Philox::new(recipe.seed).fork(DATA).state().0)?,
             recipe,
             model,
-            device,
+            device: device.clone(),
         })
     }
 

@@ -113,6 +113,14 @@ fn finite(max: f32) -> f32 {
     if max < f32::MIN { 0.0 } else { max }
 }
 
+/// `e^x`, and 0 where that is subnormal: subnormal numbers take the machine many times longer, and masked scores are many.
+#[inline(always)]
+fn exp<const FMA: bool>(x: f32) -> f32 {
+    const LEAST: f32 = -87.0;
+    let y = Real::exp::<FMA>(if x < LEAST { LEAST } else { x });
+    if x < LEAST { 0.0 } else { y }
+}
+
 /// Turns scores into numerators, and moves maximum, sum and result on to this block.
 struct Softmax<'a, T> {
     scores: Scores,
@@ -137,13 +145,13 @@ impl<T: Narrow> Work for Softmax<'_, T> {
             for (j, block) in row.as_chunks::<LANES>().0.iter().enumerate() {
                 let mut e = [0f32; LANES];
                 for l in 0..LANES {
-                    e[l] = Real::exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -shift));
+                    e[l] = exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -shift));
                     sums[l] += e[l];
                 }
                 // SAFETY: as above; what lies in the scores' place was just read.
                 unsafe { self.p.put(i, j * LANES, &e) };
             }
-            let decay = Real::exp::<FMA>(before - shift);
+            let decay = exp::<FMA>(before - shift);
             self.max[i] = next;
             self.sum[i] = self.sum[i] * decay + sums.iter().sum::<f32>();
             if let Some(acc) = &mut self.acc {
@@ -199,7 +207,7 @@ impl<T: Narrow> Work for Derivative<'_, T> {
             for (j, (block, dp)) in row.as_chunks::<LANES>().0.iter().zip(dp.as_chunks::<LANES>().0).enumerate() {
                 let (mut p, mut ds) = ([0f32; LANES], [0f32; LANES]);
                 for l in 0..LANES {
-                    p[l] = Real::exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -lse));
+                    p[l] = exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -lse));
                     ds[l] = p[l] * (dp[l] - delta) * scale;
                 }
                 // SAFETY: as above; what lies in the place of scores and dp was just read.

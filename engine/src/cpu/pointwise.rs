@@ -10,6 +10,8 @@ use crate::expr::{Program, Reduce};
 
 /// Elements below which a thread's start costs more than it saves.
 const GRAIN: usize = 4 * 1024;
+/// Columns of a block whose rows are summed.
+const COLUMNS: usize = 64;
 
 /// Whether a program runs in f64: when any operand holds f64.
 fn is_wide(views: &[View<'_>]) -> bool {
@@ -125,9 +127,11 @@ unsafe fn reduce_in<A: Arithmetic>(
     // The innermost axis is a block's columns, the innermost of the other kind its rows.
     let along_cols = inner.is_none_or(reduced);
     let (width, col_strides) = if along_cols { summed.pop() } else { kept.pop() };
+    // Where rows are summed, a block has several of them: they are added before their sum becomes f64.
+    let cols = Cut::new(width, if along_cols { BLOCK } else { COLUMNS }, 16);
+    let width = cols.piece(0).1;
     let (height, row_strides) = if along_cols { kept.pop_rows(width) } else { summed.pop_rows(width) };
-    let cols = Cut::new(width, BLOCK, 16);
-    let rows = Cut::new(height, BLOCK / width.min(BLOCK), 1);
+    let rows = Cut::new(height, BLOCK / width, 1);
     let (kept_cut, summed_cut) = if along_cols { (rows, cols) } else { (cols, rows) };
     let n_out = outputs.len();
 

@@ -224,12 +224,18 @@ impl ParamBuilder {
         }
         let kept = self.masters.unwrap_or(self.dtype);
         let value = match &self.file {
-            Some(file) if file.dims(&path) == Some(dims) => file.get(&path, &self.device, Some(kept))?,
-            None if self.device.backend().has_data() => self.start(&path, dims, init)?.to_dtype(kept)?,
-            None => Tensor::empty(dims, kept, &self.device)?,
-            Some(_) => Tensor::zeros(&[], kept, &self.device)?.shape_only(dims),
+            Some(file) if file.dims(&path) == Some(dims) => file.get(&path, &self.device, Some(kept)),
+            None if self.device.backend().has_data() => self.start(&path, dims, init).and_then(|v| v.to_dtype(kept)),
+            None => Tensor::empty(dims, kept, &self.device),
+            Some(_) => Tensor::zeros(&[], kept, &self.device).map(|one| one.shape_only(dims)),
         };
-        let parameter = value.to_dtype(self.dtype)?.with_var(VarId::fresh());
+        let both = value.and_then(|value| Ok((value.to_dtype(self.dtype)?.with_var(VarId::fresh()), value)));
+        let (parameter, value) = both.map_err(|error| match error {
+            Error::OutOfMemory { device, bytes, reason } => {
+                Error::OutOfMemory { device, bytes, reason: format!("parameter {path}: {reason}") }
+            }
+            other => other,
+        })?;
         let master = self.masters.map(|_| value);
         made.0.push(Parameter { name: path, tensor: parameter.clone(), master });
         Ok(parameter)

@@ -1,10 +1,15 @@
 //! The adapters: what they are and what they can do.
 
-use ::wgpu::{Adapter, Backends, DeviceDescriptor, DeviceType, DownlevelFlags, Features, Instance, InstanceDescriptor};
+use ::wgpu::{
+    Adapter, AdapterInfo, Backends, DeviceDescriptor, DeviceType, DownlevelFlags, Features, Instance,
+    InstanceDescriptor,
+};
 use flowtape_engine::{Error, Result};
 
 use super::WgpuOptions;
-use super::queue::{Bounds, Gpu};
+use super::matmul::Cooperative;
+use super::queue::{Abilities, Bounds, Gpu};
+use super::tuning::{self, Tuning};
 use crate::DeviceReport;
 
 /// Features that kernels make use of where they are there, with their names in a report.
@@ -63,16 +68,69 @@ pub(super) fn open(index: Option<usize>, options: WgpuOptions) -> Result<Gpu> {
     if let Some(reason) = unusable(adapter) {
         return Err(missing("a usable adapter", format!("{}: {reason}", adapter.get_info().name)));
     }
-    let descriptor = DeviceDescriptor { required_limits: adapter.limits(), ..DeviceDescriptor::default() };
-    let (device, queue) =
-        pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| missing(&adapter.get_info().name, e))?;
+    let info = adapter.get_info();
+    let (device, queue) = request(adapter).map_err(|e| missing(&info.name, e))?;
     let mut bounds = Bounds::of(&adapter.limits());
     if let Some(size) = options.max_binding_size {
-        bounds.binding.size = bounds.binding.size.min(size.max(1 << 10) / 4 * 4);
+        bounds.binding.size = bounds.binding.size.min(size.max(1 << 10) / 16 * 16);
     }
     bounds.bindings = bounds.bindings.min(options.max_bindings.unwrap_or(usize::MAX).max(8));
     bounds.workgroups = bounds.workgroups.min(options.max_workgroups.unwrap_or(u32::MAX).max(1));
-    Ok(Gpu::new(device, queue, format!("wgpu:{index}"), bounds))
+    let abilities = abilities(&info, &device, adapter);
+    // What runs on the CPU is used for tests, and is slow to measure.
+    let tune = options.tune.or_else(tuning::asked).unwrap_or(info.device_type != DeviceType::Cpu);
+    let title = format!("{}, {}, {} {}", info.name, info.backend, info.driver, info.driver_info);
+    let tuning = Tuning::new(tune, title.trim(), tuning::default_file());
+    Gpu::new((device, queue), format!("wgpu:{index}"), bounds, abilities, tuning)
+}
+
+/// A device with all limits of its adapter, and with those features that kernels make use of.
+fn request(adapter: &Adapter) -> Result<(::wgpu::Device, ::wgpu::Queue), ::wgpu::RequestDeviceError> {
+    let ask = |features: Features| {
+        let descriptor = DeviceDescriptor {
+            required_limits: adapter.limits(),
+            required_features: features & adapter.features(),
+            // SAFETY: cooperative matrices are all that is experimental here. Their kernels are our own, and their
+            // results are compared with the tiles' before they are used.
+            experimental_features: unsafe { ::wgpu::ExperimentalFeatures::enabled() },
+            ..DeviceDescriptor::default()
+        };
+        pollster::block_on(adapter.request_device(&descriptor))
+    };
+    let plain = Features::SUBGROUP | Features::SHADER_F16;
+    ask(plain | Features::EXPERIMENTAL_COOPERATIVE_MATRIX).or_else(|_| ask(plain)).or_else(|_| ask(Features::empty()))
+}
+
+fn abilities(info: &AdapterInfo, device: &::wgpu::Device, adapter: &Adapter) -> Abilities {
+    let has = |feature| device.features().contains(feature);
+    let subgroups = has(Features::SUBGROUP);
+    let cooperative = if subgroups && has(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        let lanes = (info.subgroup_min_size, info.subgroup_max_size);
+        Cooperative::of(&adapter.cooperative_matrix_properties(), lanes, has(Features::SHADER_F16))
+    } else {
+        Vec::new()
+    };
+    let busy = if info.device_type == DeviceType::Cpu { 4 } else { 256 };
+    Abilities { busy, subgroups, cooperative }
+}
+
+/// Bytes of the adapter's own memory, where its interface tells them.
+#[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
+fn memory(adapter: &Adapter) -> Option<u64> {
+    /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`.
+    const DEVICE_LOCAL: u32 = 1;
+    // SAFETY: the adapter is only read, and is not kept.
+    let adapter = unsafe { adapter.as_hal::<::wgpu::hal::api::Vulkan>() }?;
+    let instance = adapter.shared_instance().raw_instance();
+    // SAFETY: the physical device is of this instance, which the adapter keeps alive.
+    let found = unsafe { instance.get_physical_device_memory_properties(adapter.raw_physical_device()) };
+    let heaps = found.memory_heaps.iter().take(found.memory_heap_count as usize);
+    Some(heaps.filter(|h| h.flags.as_raw() & DEVICE_LOCAL != 0).map(|h| h.size).sum())
+}
+
+#[cfg(not(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd")))]
+fn memory(_: &Adapter) -> Option<u64> {
+    None
 }
 
 fn report(index: usize, adapter: &Adapter) -> DeviceReport {
@@ -85,15 +143,22 @@ fn report(index: usize, adapter: &Adapter) -> DeviceReport {
         DeviceType::Other => "another kind",
     };
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+    let lanes = if info.subgroup_min_size == info.subgroup_max_size {
+        info.subgroup_max_size.to_string()
+    } else {
+        format!("{} to {}", info.subgroup_min_size, info.subgroup_max_size)
+    };
     let there = WANTED.iter().filter(|(_, f)| adapter.features().contains(*f)).map(|(name, _)| *name);
     let details = [
         ("kind", kind.to_owned()),
         ("interface", info.backend.to_string()),
         ("driver", format!("{} {}", info.driver, info.driver_info).trim().to_owned()),
+        ("memory", memory(adapter).map_or("not told by this interface".into(), mib)),
         ("largest buffer", mib(limits.max_buffer_size)),
         ("largest binding", mib(limits.max_storage_buffer_binding_size)),
         ("bindings", limits.max_storage_buffers_per_shader_stage.to_string()),
         ("workgroup memory", format!("{} KiB", limits.max_compute_workgroup_storage_size >> 10)),
+        ("subgroups", lanes),
         ("workgroups", format!("{} per dimension", limits.max_compute_workgroups_per_dimension)),
         ("features", there.collect::<Vec<_>>().join(", ")),
     ];
@@ -101,7 +166,8 @@ fn report(index: usize, adapter: &Adapter) -> DeviceReport {
         name: format!("wgpu:{index}"),
         title: info.name.clone(),
         details: details.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
-        unusable: unusable(adapter),
+        unusable: unusable(adapter)
+            .or_else(|| request(adapter).err().map(|error| format!("it can't be opened: {error}"))),
     }
 }
 

@@ -33,6 +33,16 @@ pub(super) struct Memory {
     device: Device,
     name: String,
     largest: u64,
+    /// Bytes of all blocks, and how many there may be.
+    taken: AtomicU64,
+    most: AtomicU64,
+}
+
+impl Memory {
+    /// Lets all blocks together take at most so many bytes.
+    pub(super) fn limit(&self, bytes: u64) {
+        self.most.store(bytes, Ordering::Relaxed);
+    }
 }
 
 impl Raw for Memory {
@@ -42,6 +52,10 @@ impl Raw for Memory {
         let failed = |reason: String| Error::OutOfMemory { device: self.name.clone(), bytes, reason };
         if bytes as u64 > self.largest {
             return Err(failed(format!("a buffer has at most {} bytes", self.largest)));
+        }
+        let (taken, most) = (self.taken.load(Ordering::Relaxed), self.most.load(Ordering::Relaxed));
+        if taken.saturating_add(bytes as u64) > most {
+            return Err(failed(format!("{taken} of {most} bytes are taken")));
         }
         let validation = self.device.push_error_scope(ErrorFilter::Validation);
         let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
@@ -55,12 +69,15 @@ impl Raw for Memory {
         let errors = [pollster::block_on(memory.pop()), pollster::block_on(validation.pop())];
         match errors.into_iter().flatten().next() {
             Some(error) => Err(failed(error.to_string())),
-            None => Ok(Arc::new(Block { buffer, batch: AtomicU64::new(0) })),
+            None => {
+                self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
+                Ok(Arc::new(Block { buffer, batch: AtomicU64::new(0) }))
+            }
         }
     }
 
     fn free(&self, block: Self::Block) {
-        drop(block);
+        self.taken.fetch_sub(block.buffer.size(), Ordering::Relaxed);
     }
 }
 
@@ -72,5 +89,6 @@ impl Buffer for WgpuBuffer {}
 
 /// A pool that gives nothing back before memory runs out.
 pub(super) fn pool(device: &Device, name: &str, largest: u64) -> Pool<Memory> {
-    Pool::new(Memory { device: device.clone(), name: name.into(), largest }, usize::MAX / 2)
+    let (taken, most) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
+    Pool::new(Memory { device: device.clone(), name: name.into(), largest, taken, most }, usize::MAX / 2)
 }

@@ -5,8 +5,11 @@
 //! | `adapter` | the adapters: what they are, which can be used, how one is opened |
 //! | `memory`, `view` | buffers in the engine's pool; strided windows and how bindings hold them |
 //! | `queue` | kernels compiled once, recorded one after the other, submitted many at once |
+//! | `transfer` | bytes to the device and back |
 //! | `wgsl` | what all kernels' texts share: bindings, dtypes, programs |
-//! | `pointwise`, `reduce`, `matmul`, `index`, `norm`, `attention`, `random` | a kernel and its launcher each |
+//! | `tile` | products of tiles, of which `matmul` and `attention` are made |
+//! | `tuning` | measured choices among kernels, kept on disk |
+//! | `pointwise`, `reduce`, `matmul`, `index`, `norm`, `attention`, `random` | kernels and their launchers |
 
 mod adapter;
 mod attention;
@@ -18,6 +21,9 @@ mod pointwise;
 mod queue;
 mod random;
 mod reduce;
+mod tile;
+mod transfer;
+mod tuning;
 mod view;
 mod wgsl;
 
@@ -45,6 +51,9 @@ pub struct WgpuOptions {
     pub max_bindings: Option<usize>,
     /// Workgroups along an axis.
     pub max_workgroups: Option<u32>,
+    /// Whether kernels are chosen by measurement. By default the environment's `FLOWTAPE_TUNE` says so (`1` or `0`), else it
+    /// is done on everything but software.
+    pub tune: Option<bool>,
 }
 
 /// A GPU. Clones are the same.
@@ -59,7 +68,9 @@ impl Wgpu {
     /// # Errors
     /// When there is no such adapter, or it can't be used.
     pub fn open(index: Option<usize>, options: WgpuOptions) -> Result<Self> {
-        Ok(Self { gpu: Arc::new(adapter::open(index, options)?) })
+        let gpu = Arc::new(adapter::open(index, options)?);
+        matmul::check_cooperative(&gpu)?;
+        Ok(Self { gpu })
     }
 
     /// The device of [`Wgpu::open`].
@@ -75,9 +86,14 @@ impl Wgpu {
         self.gpu.counts()
     }
 
-    /// Bytes of its pool.
-    pub fn usage(&self) -> PoolUsage {
-        self.gpu.pool.usage()
+    /// Lets all tensors together, with what the pool keeps, take at most so many bytes: what is left is for others.
+    pub fn limit_memory(&self, bytes: u64) {
+        self.gpu.pool.raw().limit(bytes);
+    }
+
+    /// Gives the device up, as if it were lost: everything on it fails from now on.
+    pub fn destroy(&self) {
+        self.gpu.destroy();
     }
 }
 
@@ -96,12 +112,11 @@ impl Backend for Wgpu {
     }
 
     fn memory(&self) -> PoolUsage {
-        self.usage()
+        self.gpu.pool.usage()
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
-        self.gpu.check()?;
-        Ok(Box::new(WgpuBuffer(self.gpu.pool.alloc(bytes)?)))
+        Ok(Box::new(WgpuBuffer(self.gpu.alloc(bytes)?)))
     }
 
     fn upload(&self, buffer: &dyn Buffer, bytes: &[u8]) -> Result<()> {

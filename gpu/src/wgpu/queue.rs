@@ -9,22 +9,21 @@ use ::wgpu::{
     BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindGroupLayoutDescriptor, BindGroupLayoutEntry,
     BindingResource, BindingType, BufferBinding, BufferBindingType, BufferDescriptor, BufferUsages, CommandEncoder,
     CommandEncoderDescriptor, ComputePass, ComputePassDescriptor, ComputePipeline, ComputePipelineDescriptor, Device,
-    ErrorFilter, MapMode, PipelineLayoutDescriptor, PollType, Queue, ShaderModuleDescriptor, ShaderSource,
+    ErrorFilter, PipelineLayoutDescriptor, PollType, Queue, ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource,
     ShaderStages, SubmissionIndex,
 };
-use flowtape_engine::backend::Pending;
 use flowtape_engine::pool::{Pool, Pooled};
 use flowtape_engine::{DType, Error, Result};
 
+use super::matmul::Cooperative;
 use super::memory::{Block, Memory};
 use super::pointwise::Body;
+use super::tuning::Tuning;
 use super::view::{Access, BindingLimits, View};
 use super::wgsl;
 
 /// Kernels of a submission.
 const KERNELS: usize = 256;
-/// Bytes of an upload that may go along as parameters.
-const INLINE: usize = 4 << 10;
 /// Bytes of the parameters of a submission.
 const PARAMS: u64 = 256 << 10;
 
@@ -47,7 +46,7 @@ impl Bounds {
         Self {
             binding: BindingLimits {
                 // Elements are counted in u32.
-                size: limits.max_storage_buffer_binding_size.min(1 << 32) / 4 * 4,
+                size: limits.max_storage_buffer_binding_size.min(1 << 32) / 16 * 16,
                 alignment: limits.min_storage_buffer_offset_alignment.into(),
             },
             bindings: limits.max_storage_buffers_per_shader_stage as usize,
@@ -56,6 +55,16 @@ impl Bounds {
             uniform: limits.min_uniform_buffer_offset_alignment.into(),
         }
     }
+}
+
+/// What kernels may make use of where it is there.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Abilities {
+    /// Workgroups that keep it busy.
+    pub(super) busy: usize,
+    pub(super) subgroups: bool,
+    /// Those offered; which of them are used is in [`Gpu::cooperative`].
+    pub(super) cooperative: Vec<Cooperative>,
 }
 
 /// What tells one kernel from another: its name, what its text depends on, and how its operands are bound.
@@ -81,14 +90,14 @@ pub(super) struct Launch<'a> {
 }
 
 #[derive(Debug, Default)]
-struct Batch {
-    pass: Option<ComputePass<'static>>,
-    encoder: Option<CommandEncoder>,
+pub(super) struct Batch {
+    pub(super) pass: Option<ComputePass<'static>>,
+    pub(super) encoder: Option<CommandEncoder>,
     params: Vec<u8>,
     kernels: usize,
-    number: u64,
+    pub(super) number: u64,
     /// Reads that the next submission copies.
-    reads: Vec<Arc<OnceLock<SubmissionIndex>>>,
+    pub(super) reads: Vec<Arc<OnceLock<SubmissionIndex>>>,
     counts: Counts,
 }
 
@@ -109,36 +118,48 @@ pub(super) struct Packed {
 }
 
 /// The first words of a block.
-fn words(block: &Arc<Block>, len: usize) -> View {
+pub(super) fn words(block: &Arc<Block>, len: usize) -> View {
     View::plain(block, DType::U32, &[len])
 }
 
 /// A device, its memory and its commands.
 #[derive(Debug)]
 pub(super) struct Gpu {
-    device: Device,
-    queue: Queue,
+    pub(super) device: Device,
+    pub(super) queue: Queue,
     pub(super) name: String,
     pub(super) bounds: Bounds,
+    pub(super) abilities: Abilities,
+    pub(super) tuning: Tuning,
+    /// Cooperative matrices that were found to multiply.
+    pub(super) cooperative: OnceLock<Vec<Cooperative>>,
     pub(super) pool: Pool<Memory>,
+    /// A word: one more than the largest index that was past the end of its table, 0 for none.
+    pub(super) fault: Pooled<Memory>,
     params: ::wgpu::Buffer,
-    batch: Mutex<Batch>,
+    pub(super) batch: Mutex<Batch>,
     kernels: Mutex<HashMap<Key, Arc<ComputePipeline>>>,
     layouts: Mutex<HashMap<Vec<bool>, BindGroupLayout>>,
     health: Arc<Health>,
-    reads: AtomicU64,
+    pub(super) reads: AtomicU64,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn failed(device: &str, what: impl ToString) -> Error {
+pub(super) fn failed(device: &str, what: impl ToString) -> Error {
     Error::DeviceFailed { device: device.into(), what: what.to_string() }
 }
 
 impl Gpu {
-    pub(super) fn new(device: Device, queue: Queue, name: String, bounds: Bounds) -> Self {
+    pub(super) fn new(
+        (device, queue): (Device, Queue),
+        name: String,
+        bounds: Bounds,
+        abilities: Abilities,
+        tuning: Tuning,
+    ) -> Result<Self> {
         let health = Arc::new(Health::default());
         let (to, called) = (health.clone(), name.clone());
         device.on_uncaptured_error(Arc::new(move |e: ::wgpu::Error| to.set(failed(&called, e))));
@@ -155,7 +176,25 @@ impl Gpu {
         let pool = super::memory::pool(&device, &name, device.limits().max_buffer_size);
         let batch = Mutex::new(Batch { number: 1, ..Batch::default() });
         let (kernels, layouts) = (Mutex::default(), Mutex::default());
-        Self { device, queue, name, bounds, pool, params, batch, kernels, layouts, health, reads: AtomicU64::new(0) }
+        let fault = pool.alloc(4)?;
+        queue.write_buffer(&fault.block().buffer, 0, &[0; 4]);
+        Ok(Self {
+            device,
+            queue,
+            name,
+            bounds,
+            abilities,
+            tuning,
+            cooperative: OnceLock::new(),
+            pool,
+            fault,
+            params,
+            batch,
+            kernels,
+            layouts,
+            health,
+            reads: AtomicU64::new(0),
+        })
     }
 
     /// An error that came up since the device was opened; from then on nothing it computes counts.
@@ -166,9 +205,31 @@ impl Gpu {
         }
     }
 
+    /// Memory of the pool. What recorded kernels still use is waited for before there is none left.
+    pub(super) fn alloc(&self, bytes: usize) -> Result<Pooled<Memory>> {
+        self.check()?;
+        match self.pool.alloc(bytes) {
+            Err(Error::OutOfMemory { .. }) => {
+                self.finish()?;
+                self.pool.alloc(bytes)
+            }
+            other => other,
+        }
+    }
+
+    /// The word that keeps indices past the end of their tables.
+    pub(super) fn fault(&self) -> View {
+        words(self.fault.block(), 1)
+    }
+
     /// Scratch memory of f32 values.
     pub(super) fn scratch(&self, dims: &[usize]) -> Result<(Pooled<Memory>, View)> {
-        let memory = self.pool.alloc(dims.iter().product::<usize>() * 4)?;
+        let memory = self.alloc(dims.iter().product::<usize>() * 4).map_err(|error| match error {
+            Error::OutOfMemory { device, bytes, reason } => {
+                Error::OutOfMemory { device, bytes, reason: format!("partial results, f32 {dims:?}; {reason}") }
+            }
+            other => other,
+        })?;
         let view = View::plain(memory.block(), DType::F32, dims);
         Ok((memory, view))
     }
@@ -231,10 +292,13 @@ impl Gpu {
 
     fn compile(&self, name: &str, source: &str, layout: &BindGroupLayout) -> Result<Arc<ComputePipeline>> {
         let scope = self.device.push_error_scope(ErrorFilter::Validation);
-        let module = self.device.create_shader_module(ShaderModuleDescriptor {
-            label: Some(name),
-            source: ShaderSource::Wgsl(source.into()),
-        });
+        let text = ShaderModuleDescriptor { label: Some(name), source: ShaderSource::Wgsl(source.into()) };
+        // Checks inside of kernels cost a comparison for each access to a tile and a counter for each loop.
+        let unchecked =
+            ShaderRuntimeChecks { bounds_checks: false, force_loop_bounding: false, ..ShaderRuntimeChecks::checked() };
+        // SAFETY: the texts are our own. Positions come from shapes, whose reach `launch` compares with the memory, or
+        // from indices that the kernels compare with the tables' sizes; every loop counts up to a size.
+        let module = unsafe { self.device.create_shader_module_trusted(text, unchecked) };
         let layout = self.device.create_pipeline_layout(&PipelineLayoutDescriptor {
             label: None,
             bind_group_layouts: &[Some(layout)],
@@ -260,11 +324,26 @@ impl Gpu {
 
     /// Records a kernel. `body` prints what follows the declarations, where the kernel is not known yet.
     pub(super) fn launch(&self, launch: &Launch<'_>, body: impl FnOnce() -> String) -> Result<()> {
+        self.launch_with("", launch, body)
+    }
+
+    /// The same of a text that begins with directives.
+    pub(super) fn launch_with(
+        &self,
+        directives: &str,
+        launch: &Launch<'_>,
+        body: impl FnOnce() -> String,
+    ) -> Result<()> {
         let Launch { name, shape, operands, params, workgroups } = launch;
         if *workgroups == 0 {
             return Ok(());
         }
         self.check()?;
+        // Kernels run without checks of their own: what they compute from shapes must lie in memory.
+        if let Some((view, _)) = operands.iter().find(|(v, _)| v.span().1 > v.block.buffer.size()) {
+            let (expected, got) = (format!("operands within {} bytes", view.block.buffer.size()), view.span());
+            return Err(Error::argument(name, expected, got));
+        }
         let plan = self.bounds.binding.plan(operands);
         let written: Vec<bool> = plan.bindings.iter().map(|b| b.written).collect();
         let layout = self.layout(&written);
@@ -280,7 +359,7 @@ impl Gpu {
         let pipeline = match known {
             Some(pipeline) => pipeline,
             None => {
-                let source = wgsl::header(operands, &plan, count) + &body();
+                let source = directives.to_owned() + &wgsl::header(operands, &plan, count) + &body();
                 let pipeline = self.compile(name, &source, &layout)?;
                 lock(&self.kernels).insert(key, pipeline.clone());
                 pipeline
@@ -330,11 +409,11 @@ impl Gpu {
         Ok(())
     }
 
-    fn encoder(&self) -> CommandEncoder {
+    pub(super) fn encoder(&self) -> CommandEncoder {
         self.device.create_command_encoder(&CommandEncoderDescriptor::default())
     }
 
-    fn submit(&self, batch: &mut Batch) {
+    pub(super) fn submit(&self, batch: &mut Batch) {
         drop(batch.pass.take());
         if let Some(encoder) = batch.encoder.take() {
             if !batch.params.is_empty() {
@@ -352,72 +431,16 @@ impl Gpu {
         let _ = self.device.poll(PollType::Poll);
     }
 
-    /// Writes to the start of a block, after all commands so far. A few bytes for a block that recorded kernels use go
-    /// along as a kernel's parameters; more of them submit those kernels.
-    pub(super) fn upload(&self, block: &Arc<Block>, bytes: &[u8]) -> Result<()> {
-        self.check()?;
-        let mut whole = bytes.to_vec();
-        whole.resize(bytes.len().next_multiple_of(4), 0);
-        let mut batch = lock(&self.batch);
-        if block.used_in(batch.number) && whole.len() <= INLINE {
-            drop(batch);
-            return self.upload_inline(block, &whole);
-        }
-        if block.used_in(batch.number) {
-            self.submit(&mut batch);
-        }
-        self.queue.write_buffer(&block.buffer, 0, &whole);
-        Ok(())
+    /// Waits for all commands so far.
+    pub(super) fn finish(&self) -> Result<()> {
+        self.submit(&mut lock(&self.batch));
+        self.device.poll(PollType::wait_indefinitely()).map_err(|e| failed(&self.name, e))?;
+        self.check()
     }
 
-    fn upload_inline(&self, block: &Arc<Block>, bytes: &[u8]) -> Result<()> {
-        let count = bytes.len() / 4;
-        let mut params = vec![count as u32];
-        params.extend(bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned::<u32>));
-        // Few sizes, few kernels.
-        params.resize((count + 1).next_power_of_two(), 0);
-        let target = words(block, count);
-        let launch = Launch {
-            name: "upload",
-            shape: vec![],
-            operands: &[(&target, Access::Write)],
-            params: &params,
-            workgroups: count.div_ceil(wgsl::THREADS),
-        };
-        self.launch(&launch, || {
-            wgsl::entry(&format!(
-                "  let i = group * 256u + index;
-  if i >= {} {{ return; }}
-  let p = i + 2u;
-  put0({} + i, P[p / 4u][p % 4u]);
-",
-                wgsl::param(1),
-                wgsl::param(0)
-            ))
-        })
-    }
-
-    /// Copies the start of a block to the host, after all commands so far.
-    pub(super) fn read_later(self: &Arc<Self>, block: &Block, bytes: usize) -> Result<Read> {
-        self.check()?;
-        let size = (bytes.max(1) as u64).next_multiple_of(4);
-        let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
-        let staging = self.device.create_buffer(&BufferDescriptor {
-            label: Some("download"),
-            size,
-            usage: BufferUsages::MAP_READ | BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
-        if let Some(error) = pollster::block_on(memory.pop()) {
-            return Err(Error::OutOfMemory { device: self.name.clone(), bytes, reason: error.to_string() });
-        }
-        let submitted = Arc::new(OnceLock::new());
-        let mut batch = lock(&self.batch);
-        drop(batch.pass.take());
-        let encoder = batch.encoder.get_or_insert_with(|| self.encoder());
-        encoder.copy_buffer_to_buffer(&block.buffer, 0, &staging, 0, size);
-        batch.reads.push(submitted.clone());
-        Ok(Read { gpu: self.clone(), staging, bytes, submitted })
+    /// Gives the device up.
+    pub(super) fn destroy(&self) {
+        self.device.destroy();
     }
 
     /// What it has done so far.
@@ -438,37 +461,6 @@ pub struct Counts {
     pub reads: u64,
 }
 
-/// Bytes on their way to the host.
-#[derive(Debug)]
-pub(super) struct Read {
-    gpu: Arc<Gpu>,
-    staging: ::wgpu::Buffer,
-    bytes: usize,
-    /// The submission that copies them, once it is made.
-    submitted: Arc<OnceLock<SubmissionIndex>>,
-}
-
-impl Pending for Read {
-    fn wait(self: Box<Self>) -> Result<Vec<u8>> {
-        let Self { gpu, staging, bytes, submitted } = *self;
-        let wrong = |e: &dyn std::fmt::Display| failed(&gpu.name, e);
-        gpu.reads.fetch_add(1, Ordering::Relaxed);
-        if submitted.get().is_none() {
-            gpu.submit(&mut lock(&gpu.batch));
-        }
-        let (sender, receiver) = std::sync::mpsc::channel();
-        staging.map_async(MapMode::Read, .., move |result| drop(sender.send(result)));
-        // For this submission alone: later ones go on.
-        let until = PollType::Wait { submission_index: submitted.get().cloned(), timeout: None };
-        gpu.device.poll(until).map_err(|e| wrong(&e))?;
-        gpu.check()?;
-        // Another thread may have been told first, and still be telling us.
-        receiver.recv().map_err(|e| wrong(&e))?.map_err(|e| wrong(&e))?;
-        let values = staging.get_mapped_range(..).map_err(|e| wrong(&e))?;
-        Ok(values[..bytes].to_vec())
-    }
-}
-
 /// `count` workgroups in three dimensions of at most `most`; there may be some more than asked for.
 fn folded(count: usize, most: u32) -> [u32; 3] {
     let most = most as usize;
@@ -479,6 +471,8 @@ fn folded(count: usize, most: u32) -> [u32; 3] {
 
 #[cfg(test)]
 mod tests {
+    use flowtape_engine::backend::Pending;
+
     use super::super::{WgpuOptions, adapter};
     use super::*;
 
@@ -487,11 +481,11 @@ mod tests {
         // Without an adapter there is none to lose; the adapters' own test says so.
         let Ok(gpu) = adapter::open(None, WgpuOptions::default()) else { return Ok(()) };
         let gpu = Arc::new(gpu);
-        let memory = gpu.pool.alloc(64)?;
+        let memory = gpu.alloc(64)?;
         gpu.upload(memory.block(), &[1; 64])?;
         let read = || Box::new(gpu.read_later(memory.block(), 4)?).wait();
         assert_eq!(read()?, [1; 4]);
-        gpu.device.destroy();
+        gpu.destroy();
         assert!(matches!(read(), Err(Error::DeviceFailed { .. } | Error::OutOfMemory { .. })));
         let error = gpu.check().unwrap_err().to_string();
         assert!(error.contains("last checkpoint"), "{error}");

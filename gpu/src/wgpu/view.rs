@@ -48,6 +48,21 @@ impl View {
         Self { block: block.clone(), dtype, dims, strides, offset }
     }
 
+    /// Any window of a block.
+    pub(super) fn strided(block: &Arc<Block>, dtype: DType, dims: &[usize], strides: &[usize]) -> Self {
+        Self { block: block.clone(), dtype, dims: dims.to_vec(), strides: strides.to_vec(), offset: 0 }
+    }
+
+    /// Whether four neighbours along an axis always lie side by side in whole words.
+    pub(super) fn quads(&self, axis: usize) -> bool {
+        let others = (0..self.dims.len()).filter(|a| *a != axis && self.dims[*a] != 1);
+        self.dtype != DType::U32
+            && self.strides[axis] == 1
+            && self.dims[axis].is_multiple_of(4)
+            && self.offset.is_multiple_of(4)
+            && others.into_iter().all(|a| self.strides[a].is_multiple_of(4))
+    }
+
     /// Whether elements are two to a word.
     pub(super) fn is_half(&self) -> bool {
         self.dtype.size() == 2
@@ -86,16 +101,29 @@ impl View {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) enum Access {
     Read,
+    /// Read by fours too, whose first lies at a multiple of four.
+    ReadQuads,
     /// Written element by element: halves of a word by atomics.
     Write,
     /// Written in pairs that fill words.
     WritePairs,
+    /// Words that only grow, by an atomic maximum.
+    Raise,
 }
 
 impl Access {
     /// Written in pairs where they fill words.
     pub(super) fn pairs_if(aligned: bool) -> Self {
         if aligned { Self::WritePairs } else { Self::Write }
+    }
+
+    /// Read by fours where they lie so.
+    pub(super) fn quads_if(aligned: bool) -> Self {
+        if aligned { Self::ReadQuads } else { Self::Read }
+    }
+
+    fn writes(self) -> bool {
+        matches!(self, Self::Write | Self::WritePairs | Self::Raise)
     }
 }
 
@@ -107,6 +135,8 @@ pub(super) struct Binding {
     pub(super) end: u64,
     pub(super) written: bool,
     pub(super) atomic: bool,
+    /// Words that are read at once: 1, 2 or 4. Memory that is written is bound word by word.
+    pub(super) vector: usize,
 }
 
 /// Which binding holds which operand.
@@ -136,7 +166,8 @@ impl BindingLimits {
             return (0, whole);
         }
         let (start, end) = view.span();
-        (start / self.alignment * self.alignment, end)
+        // Whole vectors of words; blocks end with such.
+        (start / self.alignment * self.alignment, end.next_multiple_of(16))
     }
 
     /// Whether a binding can hold it.
@@ -154,14 +185,17 @@ impl BindingLimits {
                 |b: &Binding| Arc::ptr_eq(&b.block, &view.block) && b.end.max(end) - b.start.min(start) <= self.size;
             let at = plan.bindings.iter().position(joins).unwrap_or_else(|| {
                 let block = view.block.clone();
-                plan.bindings.push(Binding { block, start, end, written: false, atomic: false });
+                plan.bindings.push(Binding { block, start, end, written: false, atomic: false, vector: 1 });
                 plan.bindings.len() - 1
             });
             let binding = &mut plan.bindings[at];
             binding.start = binding.start.min(start);
             binding.end = binding.end.max(end);
-            binding.atomic |= *access == Access::Write && view.is_half();
-            binding.written |= *access != Access::Read;
+            binding.atomic |= *access == Access::Raise || (*access == Access::Write && view.is_half());
+            binding.written |= access.writes();
+            if *access == Access::ReadQuads {
+                binding.vector = binding.vector.max(view.dtype.size());
+            }
             plan.places.push(at);
         }
         // A block in two windows, one of them written: both are bound for writing.
@@ -170,6 +204,7 @@ impl BindingLimits {
             let same = plan.bindings.iter_mut().filter(|b| Arc::ptr_eq(&b.block, &block));
             same.for_each(|b| b.written |= written);
         }
+        plan.bindings.iter_mut().filter(|b| b.written).for_each(|b| b.vector = 1);
         let offset = |(view, place): (&View, usize)| {
             (view.offset - plan.bindings[place].start as usize / view.dtype.size()) as u32
         };

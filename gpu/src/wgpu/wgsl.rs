@@ -1,14 +1,15 @@
 //! Kernels as text: bindings, loads and stores of each dtype, programs.
 //!
 //! All memory is bound as words. Operand `i` is read by `load{i}(at) -> f32` or `raw{i}(at) -> u32` and written by
-//! `store{i}`, `put{i}` or, two at once, `store2_{i}` and `put2_{i}`; `at` counts elements from the binding's start.
+//! `store{i}`, `put{i}` or, two at once, `store2_{i}` and `put2_{i}`; `at` counts elements from the binding's start. Four
+//! neighbours are read by `load4_{i}(at) -> vec4<f32>`, where `at` is a multiple of four; `raise{i}` keeps a word's maximum.
 
 use std::fmt::Write;
 
 use flowtape_engine::DType;
 use flowtape_engine::expr::{Lowered, Reduce, Step};
 
-use super::view::{Access, Plan, View};
+use super::view::{Access, Binding, Plan, View};
 
 /// Threads of a workgroup.
 pub(super) const THREADS: usize = 256;
@@ -21,6 +22,12 @@ fn is_nan(x: f32) -> bool { return (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u
 fn larger(a: f32, b: f32) -> f32 { return select(select(b, a, a > b), a, is_nan(a)); }
 fn smaller(a: f32, b: f32) -> f32 { return select(select(b, a, a < b), a, is_nan(a)); }
 fn widen_bf16(h: u32) -> f32 { return bitcast<f32>(h << 16u); }
+fn quad_bf16(h: vec2<u32>) -> vec4<f32> {
+  return bitcast<vec4<f32>>(vec4<u32>(h.x << 16u, h.x & 0xffff0000u, h.y << 16u, h.y & 0xffff0000u));
+}
+fn quad_f16(h: vec2<u32>) -> vec4<f32> {
+  return vec4<f32>(widen_f16(h.x & 0xffffu), widen_f16(h.x >> 16u), widen_f16(h.y & 0xffffu), widen_f16(h.y >> 16u));
+}
 fn narrow_bf16(x: f32) -> u32 {
   let b = bitcast<u32>(x);
   return select((b + 0x7fffu + ((b >> 16u) & 1u)) >> 16u, (b >> 16u) | 0x40u, is_nan(x));
@@ -61,18 +68,27 @@ pub(super) fn header(operands: &[(&View, Access)], plan: &Plan, params: usize) -
     let _ = writeln!(out, "@group(0) @binding(0) var<uniform> P: array<vec4<u32>, {vectors}>;");
     for (i, binding) in plan.bindings.iter().enumerate() {
         let access = if binding.written { "read_write" } else { "read" };
-        let word = if binding.atomic { "atomic<u32>" } else { "u32" };
+        let word = match binding.vector {
+            1 if binding.atomic => "atomic<u32>",
+            1 => "u32",
+            2 => "vec2<u32>",
+            _ => "vec4<u32>",
+        };
         let _ = writeln!(out, "@group(0) @binding({}) var<storage, {access}> B{i}: array<{word}>;", i + 1);
     }
     for (i, ((view, access), &b)) in operands.iter().zip(&plan.places).enumerate() {
-        let atomic = plan.bindings[b].atomic;
-        out += &accessors(i, view, *access, b, atomic);
+        let Binding { atomic, vector, .. } = plan.bindings[b];
+        out += &accessors(i, view, *access, b, (atomic, vector));
     }
     out
 }
 
-fn accessors(i: usize, view: &View, access: Access, b: usize, atomic: bool) -> String {
-    let word = |at: &str| if atomic { format!("atomicLoad(&B{b}[{at}])") } else { format!("B{b}[{at}]") };
+fn accessors(i: usize, view: &View, access: Access, b: usize, (atomic, vector): (bool, usize)) -> String {
+    let word = |at: &str| match vector {
+        1 if atomic => format!("atomicLoad(&B{b}[{at}])"),
+        1 => format!("B{b}[{at}]"),
+        _ => format!("B{b}[({at}) / {vector}u][({at}) % {vector}u]"),
+    };
     let set =
         |at: &str, v: &str| if atomic { format!("atomicStore(&B{b}[{at}], {v})") } else { format!("B{b}[{at}] = {v}") };
     let (widen, narrow) = match view.dtype {
@@ -86,7 +102,14 @@ fn accessors(i: usize, view: &View, access: Access, b: usize, atomic: bool) -> S
         if view.is_half() { format!("({} >> ((at & 1u) << 4u)) & 0xffffu", word("at >> 1u")) } else { word("at") };
     let _ = writeln!(out, "fn raw{i}(at: u32) -> u32 {{ return {read}; }}");
     let _ = writeln!(out, "fn load{i}(at: u32) -> f32 {{ let h = raw{i}(at); return {widen}; }}");
-    if access == Access::Read {
+    if access == Access::ReadQuads {
+        let _ = writeln!(out, "fn load4_{i}(at: u32) -> vec4<f32> {{ {} }}", quad(i, view, b, vector));
+    }
+    if matches!(access, Access::Read | Access::ReadQuads) {
+        return out;
+    }
+    if access == Access::Raise {
+        let _ = writeln!(out, "fn raise{i}(at: u32, h: u32) {{ atomicMax(&B{b}[at], h); }}");
         return out;
     }
     let (put, put2) = if !view.is_half() {
@@ -109,6 +132,17 @@ fn accessors(i: usize, view: &View, access: Access, b: usize, atomic: bool) -> S
     let _ = writeln!(out, "fn put2_{i}(at: u32, h0: u32, h1: u32) {{ {put2} }}");
     let _ = writeln!(out, "fn store2_{i}(at: u32, x: f32, y: f32) {{ put2_{i}(at, narrow{i}(x), narrow{i}(y)); }}");
     out
+}
+
+/// Four neighbours of operand `i`.
+fn quad(i: usize, view: &View, b: usize, vector: usize) -> String {
+    let widen = if view.dtype == DType::BF16 { "quad_bf16" } else { "quad_f16" };
+    match (vector, view.is_half()) {
+        (4, false) => format!("return bitcast<vec4<f32>>(B{b}[at / 4u]);"),
+        (4, true) => format!("let h = B{b}[at / 8u]; return {widen}(select(h.xy, h.zw, (at & 4u) != 0u));"),
+        (2, true) => format!("return {widen}(B{b}[at / 4u]);"),
+        _ => format!("return vec4<f32>(load{i}(at), load{i}(at + 1u), load{i}(at + 2u), load{i}(at + 3u));"),
+    }
 }
 
 /// A program as `fn {name}(x0: f32, …, s0: f32, …) -> array<f32, outputs>`.
@@ -181,17 +215,22 @@ pub(super) fn neutral(kind: Reduce) -> &'static str {
     }
 }
 
-/// The start of a kernel: `index` is the thread's place in its workgroup, `group` that of the workgroup among all,
-/// however they are folded.
-pub(super) fn entry(body: &str) -> String {
+/// A kernel of `threads` threads a workgroup: `index` is the thread's place in its workgroup, `group` that of the
+/// workgroup among all, however they are folded. `more` are further arguments.
+pub(super) fn entry_of(threads: usize, more: &str, body: &str) -> String {
     format!(
-        "@compute @workgroup_size({THREADS})
+        "@compute @workgroup_size({threads})
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
-        @builtin(local_invocation_index) index: u32) {{
+        @builtin(local_invocation_index) index: u32{more}) {{
   let group = (wg.z * wgs.y + wg.y) * wgs.x + wg.x;
 {body}}}
 "
     )
+}
+
+/// The same, of [`THREADS`].
+pub(super) fn entry(body: &str) -> String {
+    entry_of(THREADS, "", body)
 }
 
 /// Parameters of an iteration space: sizes, then strides by operand; and the code that walks it.

@@ -1,0 +1,155 @@
+//! Whole runs of the digits recipe on a GPU: what they submit and read, and what is left when the device fails.
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use flowtape_engine::{Device, Error};
+use flowtape_gpu::wgpu::{Counts, Wgpu, WgpuOptions};
+use flowtape_tests::devices::gpus_of;
+use flowtape_trainer::run::Line;
+use flowtape_trainer::train::{Progress, Summary, resume, train_on};
+use flowtape_trainer::{Error as TrainerError, Recipe, Result};
+
+/// A fresh device, where there is one.
+fn open() -> Option<(Wgpu, Device)> {
+    gpus_of("wgpu").first()?;
+    let wgpu = Wgpu::open(None, WgpuOptions::default()).unwrap();
+    Some((wgpu.clone(), Device::new(wgpu)))
+}
+
+/// A small run of `steps` steps.
+fn recipe(run: &Path, steps: u64, more: &[&str]) -> Recipe {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/digits.yaml");
+    let settings = [
+        format!("run_dir={}", run.display()),
+        format!("step_scheduler.max_steps={steps}"),
+        "step_scheduler.local_batch_size=4".into(),
+        "step_scheduler.ckpt_every_steps=0".into(),
+        "sampling.every_steps=0".into(),
+        "sampling.num_inference_steps=1".into(),
+        "report=null".into(),
+        "device=wgpu".into(),
+    ];
+    let settings: Vec<String> = settings.into_iter().chain(more.iter().map(|s| s.to_string())).collect();
+    Recipe::load(&path, &settings).unwrap()
+}
+
+/// Calls back after each step.
+struct Each<F>(F);
+
+impl<F: FnMut(u64)> Progress for Each<F> {
+    fn begin(&mut self, _: &Path, _: u64, _: u64, _: usize) {}
+    fn step(&mut self, line: &Line, _: f64) {
+        assert!(line.loss.is_finite() && line.grad_norm > 0.0);
+        (self.0)(line.step);
+    }
+    fn note(&mut self, _: &str) {}
+}
+
+fn run(device: &Device, recipe: &Recipe, each: impl FnMut(u64)) -> Result<Summary> {
+    train_on(device, recipe, &mut Each(each), &AtomicBool::new(false))
+}
+
+/// Loss and norm are all that a step reads, while the next one is under way; kernels go out many at once.
+#[test]
+fn a_step_waits_for_its_logged_numbers_alone() {
+    let Some((wgpu, device)) = open() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let mut after: Vec<Counts> = vec![wgpu.counts()];
+    run(&device, &recipe(&folder.path().join("run"), 7, &[]), |_| after.push(wgpu.counts())).unwrap();
+    let step = |i: usize| {
+        let (a, b) = (after[i], after[i + 1]);
+        (b.kernels - a.kernels, b.submissions - a.submissions, b.reads - a.reads)
+    };
+    // The last step is read with the one before.
+    let kernels = step(3).0;
+    for i in 2..5 {
+        let (k, submissions, reads) = step(i);
+        // A small upload goes along as a kernel where its memory is still in use.
+        assert!(k.abs_diff(kernels) < 8 && reads == 2, "step {i}: {k} of {kernels} kernels, {reads} reads");
+        assert!(k > 200 && submissions <= k / 128 + 2, "step {i}: {k} kernels, {submissions} submissions");
+    }
+    assert_eq!(step(6), (0, 0, 0));
+    // When the first step's numbers have come, the second is handed over: twice the kernels, and those that make a model.
+    assert!(after[1].kernels - after[0].kernels > 2 * kernels);
+}
+
+/// The engine's error that stopped a run.
+fn engine(error: &TrainerError) -> &Error {
+    match error {
+        TrainerError::Engine(error) | TrainerError::Pipeline(flowtape_flowmatch::Error::Engine(error)) => error,
+        other => panic!("not the engine's: {other}"),
+    }
+}
+
+fn is_lost(error: &TrainerError) -> bool {
+    matches!(engine(error), Error::DeviceFailed { .. })
+}
+
+#[test]
+fn a_run_whose_device_is_lost_goes_on_from_its_last_checkpoint() {
+    let Some((wgpu, device)) = open() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    let recipe = recipe(&path, 6, &["step_scheduler.ckpt_every_steps=2"]);
+    let lost = run(&device, &recipe, |step| {
+        if step == 3 {
+            wgpu.destroy();
+        }
+    });
+    let error = lost.unwrap_err();
+    assert!(is_lost(&error) && error.to_string().contains("last checkpoint"), "{error}");
+    // Everything on it fails now, and says so.
+    assert!(is_lost(&run(&device, &recipe, |_| ()).unwrap_err()));
+    let mut steps = Vec::new();
+    let summary = resume(&path, None, &mut Each(|step| steps.push(step)), &AtomicBool::new(false)).unwrap();
+    assert_eq!((summary.steps, steps), (6, vec![3, 4, 5, 6]));
+}
+
+#[test]
+fn a_run_without_memory_names_the_tensor_and_keeps_its_checkpoint() {
+    let Some((wgpu, device)) = open() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let out_of_memory = |error: &TrainerError, part: &str| {
+        let memory = matches!(engine(error), Error::OutOfMemory { .. });
+        assert!(memory && error.to_string().contains(part), "{error}");
+    };
+    wgpu.limit_memory(1 << 20);
+    let none = run(&device, &recipe(&folder.path().join("none"), 2, &[]), |_| ()).unwrap_err();
+    out_of_memory(&none, "parameter ");
+    // A grid takes more than a step does: it is made after the checkpoint.
+    wgpu.limit_memory(u64::MAX);
+    let path = folder.path().join("run");
+    let more = ["step_scheduler.ckpt_every_steps=2", "sampling.every_steps=2"];
+    let recipe = recipe(&path, 3, &more);
+    let failed = run(&device, &recipe, |step| {
+        if step == 1 {
+            let usage = device.backend().memory();
+            wgpu.limit_memory((usage.used + usage.kept) as u64 + (64 << 10));
+        }
+    });
+    out_of_memory(&failed.unwrap_err(), "f32 [");
+    // The device itself is well.
+    wgpu.limit_memory(u64::MAX);
+    let summary = resume(&path, None, &mut Each(|_| ()), &AtomicBool::new(false)).unwrap();
+    assert_eq!(summary.steps, 3);
+}
+
+/// Weights, activations, gradients and moments in bf16: the losses follow the CPU's.
+#[test]
+fn the_digits_train_in_bf16() {
+    if gpus_of("wgpu").is_empty() {
+        return;
+    }
+    let losses = |device: &str| -> Vec<f64> {
+        let set = ["dtype=bf16".to_owned(), format!("device={device}")];
+        let set: Vec<&str> = set.iter().map(String::as_str).collect();
+        let recipe = recipe(Path::new("unused"), 3, &set);
+        let mut trainer = flowtape_trainer::train::Trainer::new(&recipe).unwrap();
+        (0..3).map(|step| trainer.step(step).unwrap().loss).collect()
+    };
+    for (a, b) in losses("wgpu").into_iter().zip(losses("cpu")) {
+        assert!((a - b).abs() < 0.02 * b, "{a} instead of {b}");
+    }
+}
