@@ -1,46 +1,87 @@
 #!/usr/bin/env bash
-# For the day an NVIDIA GPU is at hand.
+# For the day an NVIDIA GPU is at hand. FOLDER is carried there; that machine needs the driver alone, and for `peer` a Python.
 #
-#   bench/gpu.sh pack FOLDER      where there is a Rust toolchain: test binaries, stripped, and the goldens, to carry along
-#   bench/gpu.sh check FOLDER     on the GPU's machine: all of it, in release builds, under 8 minutes
-#   bench/gpu.sh peer PYTHON      on the GPU's machine: PyTorch's ceilings and step times (PYTHON has torch and diffusers)
+#   bench/gpu.sh pack FOLDER          where there is a Rust toolchain: stripped binaries, goldens and recipes into FOLDER
+#   FOLDER/gpu.sh check FOLDER        on the GPU's machine: is all of it right; under 8 minutes
+#   FOLDER/gpu.sh figures FOLDER      our rates and step times, to FOLDER/figures.jsonl
+#   FOLDER/gpu.sh peer FOLDER PYTHON  PyTorch's on the same machine (PYTHON has torch and diffusers), to FOLDER/peer.jsonl
+#   FOLDER/gpu.sh table FOLDER        both as one Markdown table (any python3)
 set -euo pipefail
-cd "$(dirname "$0")/.."
-case "${1:-}" in
-pack)
-    mkdir -p "$2"
-    binary() {
-        cargo test --release --no-run --message-format=json "$@" |
-            sed -n -E 's/.*"kind":\["test"\].*"executable":"([^"]+)".*/\1/p' | tail -1
+
+pack() {
+    local out profile=${PROFILE:-release}
+    out=$(realpath -m "$1")
+    cd "$(dirname "$0")/.."
+    mkdir -p "$out"
+    built() {
+        cargo build --profile "$profile" --message-format=json "$@" | sed -n -E 's/.*"executable":"([^"]+)".*/\1/p' | tail -1
     }
-    cp "$(binary -p flowtape-gpu --features cuda --test cuda)" "$2/cuda"
-    cp "$(binary -p flowtape-tests --test backends)" "$2/backends"
-    strip "$2/cuda" "$2/backends"
-    cp -r tests/goldens "$2/goldens"
-    cp bench/gpu.sh "$2/"
-    ;;
-check)
-    export FLOWTAPE_REQUIRE=cuda FLOWTAPE_GOLDENS="$2/goldens"
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-    for test in cuda backends; do
-        timeout 240 "$2/$test"
+    cp "$(built -p flowtape-trainer --bin flowtape)" "$out/flowtape"
+    cp "$(built -p flowtape-gpu --features cuda --test cuda)" "$out/cuda"
+    cp "$(built -p flowtape-tests --test backends)" "$out/backends"
+    strip "$out"/{flowtape,cuda,backends}
+    cp -r tests/goldens recipes bench/gpu.sh bench/gpu_table.py bench/peer "$out/"
+}
+
+# The digits recipe to the end: its accuracy, and the same bits twice.
+digits() {
+    local runs
+    runs=$(mktemp -d)
+    for run in one two; do
+        timeout 120 ./flowtape train recipes/digits.yaml --device cuda --set "run_dir=$runs/$run" --json | tail -1 >"$runs/$run.json"
     done
+    cat "$runs/one.json"
+    cmp "$runs"/{one,two}/checkpoint/diffusion_pytorch_model.safetensors && echo "two runs have the same bits"
+    sed -E 's/.*"accuracy":([0-9.]+).*/\1/' "$runs/one.json" | awk '{exit !($1 >= 0.95)}' || { echo "accuracy below 95 %" && return 1; }
+}
+
+check() {
+    cd "$1"
+    export FLOWTAPE_REQUIRE=cuda FLOWTAPE_GOLDENS=$PWD/goldens FLOWTAPE_RECIPES=$PWD/recipes
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+    ./flowtape devices
+    timeout 120 ./cuda
+    timeout 180 ./backends
+    digits
     # Where it is there: no access out of bounds, no race in shared memory.
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
-            timeout 240 compute-sanitizer --tool "$tool" --error-exitcode 1 "$2/cuda" cases_in_bf16
+            timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 ./backends ops_in_bf16 || [ $? = 124 ]
         done
     fi
-    ;;
-peer)
-    "$2" bench/peer/torch_gpu_step.py --limits
-    for config in M L XL; do
-        "$2" bench/peer/torch_gpu_step.py --config "$config"
-        "$2" bench/peer/torch_gpu_step.py --config "$config" --compile
-    done
-    ;;
+}
+
+figures() {
+    cd "$1"
+    ./flowtape devices >&2
+    {
+        # The sizes of the peer's script.
+        ./flowtape bench step --device cuda --dtype bf16 --config m --batch 32 --json
+        ./flowtape bench step --device cuda --dtype bf16 --config l --batch 16 --json
+        ./flowtape bench step --device cuda --dtype bf16 --config xl --json
+        if ./flowtape bench ops --help >/dev/null 2>&1; then
+            ./flowtape bench ops --device cuda --dtype bf16 --large --json
+        fi
+    } | tee figures.jsonl
+}
+
+peer() {
+    cd "$1"
+    local python=$2
+    {
+        "$python" peer/torch_gpu_step.py --limits
+        for config in M L XL; do
+            "$python" peer/torch_gpu_step.py --config "$config"
+            "$python" peer/torch_gpu_step.py --config "$config" --compile
+        done
+    } | tee peer.jsonl
+}
+
+case "${1:-} $#" in
+"pack 2" | "check 2" | "figures 2" | "peer 3") "$@" ;;
+"table 2") python3 "$2/gpu_table.py" "$2/figures.jsonl" "$2/peer.jsonl" ;;
 *)
-    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    sed -n '2,8s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

@@ -46,6 +46,16 @@ pub trait Backend: Debug + Send + Sync {
     fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()>;
     /// `outputs = program(inputs)`, element by element. All views have the dims of the outputs.
     fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()>;
+    /// The same program on groups of operands, each of its own shape: inputs, then outputs. One after another, where the device
+    /// has no better way; what one group writes no other may use.
+    fn pointwise_each(
+        &self,
+        program: &Program,
+        groups: &[(Vec<&Tensor>, Vec<&Tensor>)],
+        scalars: &[f64],
+    ) -> Result<()> {
+        groups.iter().try_for_each(|(inputs, outputs)| self.pointwise(program, inputs, scalars, outputs))
+    }
     /// `outputs = kind over the axes where an output has size 1 of program(inputs)`.
     fn reduce(
         &self,

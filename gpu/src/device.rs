@@ -40,6 +40,10 @@ mod tests {
         for name in ["gpu", "cpu:0", "wgpu:x", ""] {
             assert!(device(name).unwrap_err().to_string().contains("expected cpu"), "{name}");
         }
+        #[cfg(feature = "cuda")]
+        for name in ["cuda:", "cuda:one", "cuda:-1", "cuda:99999999999"] {
+            assert!(device(name).unwrap_err().to_string().contains("cuda:<number>"), "{name}");
+        }
         #[cfg(feature = "wgpu")]
         assert!(device("wgpu:999").unwrap_err().to_string().contains("flowtape devices"));
     }

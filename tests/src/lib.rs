@@ -57,6 +57,12 @@ impl std::fmt::Display for Outcome {
     }
 }
 
+/// The folder of the recipes: `FLOWTAPE_RECIPES`, or the project's own.
+pub fn recipes() -> PathBuf {
+    std::env::var_os("FLOWTAPE_RECIPES")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../recipes"), PathBuf::from)
+}
+
 /// The folder of the goldens: `FLOWTAPE_GOLDENS`, or the project's own.
 pub fn goldens() -> PathBuf {
     std::env::var_os("FLOWTAPE_GOLDENS")

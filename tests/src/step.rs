@@ -21,12 +21,17 @@ pub fn cases(root: &Path) -> Vec<Outcome> {
 
 /// All steps on a device.
 pub fn cases_on(root: &Path, device: &Device) -> Vec<Outcome> {
+    cases_in(root, device, |_| true)
+}
+
+/// The steps on a device whose folders' names are chosen.
+pub fn cases_in(root: &Path, device: &Device, chosen: impl Fn(&str) -> bool) -> Vec<Outcome> {
     let mut folders: Vec<_> = std::fs::read_dir(root)
         .map(|entries| entries.flatten().map(|e| e.path()).filter(|p| p.join("case.json").exists()).collect())
         .unwrap_or_default();
     folders.sort();
     let name = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let steps = folders.iter().filter(|p| name(p).ends_with("_step"));
+    let steps = folders.iter().filter(|p| name(p).ends_with("_step") && chosen(&name(p)));
     steps.flat_map(|folder| collect(&name(folder), |out| step(folder, device, out))).collect()
 }
 

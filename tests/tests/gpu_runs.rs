@@ -6,14 +6,14 @@ use std::sync::atomic::AtomicBool;
 
 use flowtape_engine::{Device, Error};
 use flowtape_gpu::wgpu::{Counts, Wgpu, WgpuOptions};
-use flowtape_tests::devices::gpus;
+use flowtape_tests::devices::gpus_of;
 use flowtape_trainer::run::Line;
 use flowtape_trainer::train::{Progress, Summary, resume, train_on};
 use flowtape_trainer::{Error as TrainerError, Recipe, Result};
 
 /// A fresh device, where there is one.
 fn open() -> Option<(Wgpu, Device)> {
-    gpus().first()?;
+    gpus_of("wgpu").first()?;
     let wgpu = Wgpu::open(None, WgpuOptions::default()).unwrap();
     Some((wgpu.clone(), Device::new(wgpu)))
 }
@@ -139,7 +139,7 @@ fn a_run_without_memory_names_the_tensor_and_keeps_its_checkpoint() {
 /// Weights, activations, gradients and moments in bf16: the losses follow the CPU's.
 #[test]
 fn the_digits_train_in_bf16() {
-    if gpus().is_empty() {
+    if gpus_of("wgpu").is_empty() {
         return;
     }
     let losses = |device: &str| -> Vec<f64> {

@@ -33,6 +33,9 @@ pub struct Step {
     /// Where to run: a name that `flowtape devices` lists.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Samples of a batch; the size's own number by default.
+    #[arg(long)]
+    batch: Option<usize>,
     /// Steps that count.
     #[arg(long, default_value_t = 7)]
     steps: usize,
@@ -106,6 +109,7 @@ enum Config {
     S,
     M,
     L,
+    Xl,
     Digits,
 }
 
@@ -192,7 +196,8 @@ fn op_line(m: &OpMeasurement) -> String {
 }
 
 fn run_step(args: &Step) -> Result<()> {
-    let work = Work::named(&name(args.config)).context("a configuration")?;
+    let mut work = Work::named(&name(args.config)).context("a configuration")?;
+    work.batch = args.batch.unwrap_or(work.batch);
     let device = flowtape_gpu::device(&args.device)?;
     let &Step { steps, warmup, profile, .. } = args;
     let dtype = args.dtype.into();
@@ -216,7 +221,7 @@ fn title(backend: &dyn Backend) -> String {
 
 fn step_lines(m: &Measurement) -> String {
     [
-        format!("{} {:?}, {} threads, {} parameters\n", m.config, m.dtype, m.threads, m.params),
+        format!("{} {:?}, batch {}, {} threads, {} parameters\n", m.config, m.dtype, m.batch, m.threads, m.params),
         format!("step     {:.4} s  (fastest {:.4}, slowest {:.4})\n", m.s_step, m.s_min, m.s_max),
         format!("forward  {:.4} s, backward {:.4} s, optimiser {:.4} s\n", m.s_fwd, m.s_bwd, m.s_opt),
         format!("rate     {:.1} GFLOP/s, {:.2} cores busy\n", m.gflops, m.cpu_per_wall),

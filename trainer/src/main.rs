@@ -66,7 +66,7 @@ struct Train {
     /// Go on with this run folder from its last checkpoint.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
-    /// Where to train: cpu, wgpu or wgpu:NUMBER; see `flowtape devices`. The recipe's own device by default.
+    /// Where to train: cpu, cuda, cuda:NUMBER, wgpu or wgpu:NUMBER; see `flowtape devices`. The recipe's own device by default.
     #[arg(long)]
     device: Option<String>,
     /// Print one JSON object as the last line instead of a table.

@@ -29,7 +29,7 @@ pub struct Recipe {
     /// What flows where: `f32`, `bf16` (weights and moments too) or `mixed` (bf16 with weights and moments kept in f32).
     #[serde(default)]
     pub dtype: Dtype,
-    /// Where it runs: `cpu`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
+    /// Where it runs: `cpu`, `cuda`, `cuda:<number>`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
     #[serde(default = "cpu")]
     pub device: String,
     /// What is trained on.

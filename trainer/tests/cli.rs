@@ -335,7 +335,7 @@ fn a_step_is_measured_with_the_fields_of_its_peer() {
     }
     let out = stdout(&flowtape(&["bench", "step", "--config", "digits", "--steps", "1", "--warmup", "0", "--profile"]));
     assert!(out.contains("matmul NT 1152x128x512 f32") && out.contains("attention 64x4x18x32 f32"), "{out}");
-    assert!(failure(&flowtape(&["bench", "step", "--config", "xl"])).contains("digits"));
+    assert!(failure(&flowtape(&["bench", "step", "--config", "xxl"])).contains("digits"));
     let out = stdout(&flowtape(&["bench", "ops", "--only", "modulate", "--seconds", "0.001", "--json"]));
     let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert!(lines.len() == 8 && lines.iter().all(|l| l["fraction"].as_f64().is_some_and(|f| f > 0.0)), "{out}");

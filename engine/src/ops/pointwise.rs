@@ -70,6 +70,26 @@ pub(crate) fn run_pointwise(
     device.backend().pointwise(&Program::of(function), &views, scalars, outputs)
 }
 
+/// Runs a function on groups of plain tensors on one device, inputs and outputs of each, all of its outputs' shape after
+/// broadcasting: at once where the device can.
+pub(crate) fn run_pointwise_each(
+    function: &Function,
+    groups: &[(Vec<&Tensor>, Vec<&Tensor>)],
+    scalars: &[f64],
+) -> Result<()> {
+    let groups: Vec<_> = groups.iter().filter(|(_, outputs)| outputs.iter().all(|o| o.numel() > 0)).collect();
+    let all: Vec<&Tensor> = groups.iter().flat_map(|(inputs, outputs)| inputs.iter().chain(outputs).copied()).collect();
+    if all.is_empty() {
+        return Ok(());
+    }
+    let device = common_device("pointwise", &all)?;
+    let views = groups.iter().map(|(inputs, outputs)| expanded(inputs, outputs[0].dims()));
+    let views = views.collect::<Result<Vec<Vec<Tensor>>>>()?;
+    let groups: Vec<_> =
+        views.iter().zip(&groups).map(|(v, (_, outputs))| (v.iter().collect(), outputs.clone())).collect();
+    device.backend().pointwise_each(&Program::of(function), &groups, scalars)
+}
+
 /// Runs a function with one output on plain tensors into a new tensor.
 pub(crate) fn map<const N: usize>(
     dtype: DType,

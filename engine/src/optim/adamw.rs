@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{AdamWScalars, Fused, Ran};
 use crate::expr::{Expr, Function};
 use crate::nn::Params;
-use crate::ops::pointwise::run_pointwise;
+use crate::ops::pointwise::{run_pointwise, run_pointwise_each};
 use crate::safetensors::{SafeTensors, save};
 use crate::{DType, Error, GradientSink, Gradients, Result, Tensor, VarId};
 
@@ -106,6 +106,32 @@ struct Target<'a> {
     master: Option<&'a Tensor>,
 }
 
+/// An update of one parameter.
+#[derive(Debug)]
+struct Update {
+    scalars: AdamWScalars,
+    gradient: Tensor,
+    /// What is updated, its moments, and the rounded parameter where what is updated is a wider copy.
+    outputs: Vec<Tensor>,
+}
+
+impl Update {
+    /// Inputs (with the coefficient of clipping where there is one) and outputs.
+    fn operands<'a>(&'a self, clip: Option<&'a Tensor>) -> (Vec<&'a Tensor>, Vec<&'a Tensor>) {
+        let [p, m, v] = [0, 1, 2].map(|i| &self.outputs[i]);
+        ([p, &self.gradient, m, v].into_iter().chain(clip).collect(), self.outputs.iter().collect())
+    }
+
+    fn scalars(&self) -> [f64; 8] {
+        let AdamWScalars { clip, decay, beta2, step_size, root2, eps, rest1, rest2 } = self.scalars;
+        [clip, decay, beta2, step_size, root2, eps, rest1, rest2]
+    }
+
+    fn is_like(&self, other: &Self) -> bool {
+        self.scalars() == other.scalars() && self.outputs.len() == other.outputs.len()
+    }
+}
+
 fn targets(params: &Params) -> impl Iterator<Item = Target<'_>> {
     params.iter().zip(params.masters()).map(|((name, tensor), master)| Target { name, tensor, master })
 }
@@ -135,10 +161,19 @@ impl AdamW {
             Some(clip) if clip.device().backend().is_host() => (None, finite(clip.item()?)?),
             clip => (clip, 1.0),
         };
-        for target in targets(params) {
-            if let Some(gradient) = gradients.of(target.tensor) {
-                self.update(&target, gradient, lr, weight_decay, scalar, clip)?;
-            }
+        let updates: Vec<Update> = targets(params)
+            .filter_map(|target| Some((gradients.of(target.tensor)?, target)))
+            .filter_map(|(gradient, target)| self.prepare(&target, gradient, lr, weight_decay, scalar).transpose())
+            .collect::<Result<_>>()?;
+        if params.iter().next().is_some_and(|(_, p)| p.device().backend().is_host()) {
+            return updates.iter().try_for_each(|update| self.run(update, clip));
+        }
+        // Launches cost more than small updates: those that compute with the same numbers go out together.
+        let mut rest = &updates[..];
+        while let Some(first) = rest.first() {
+            let alike = rest.iter().take_while(|u| u.is_like(first)).count();
+            self.run_together(&rest[..alike], clip)?;
+            rest = &rest[alike..];
         }
         Ok(())
     }
@@ -152,17 +187,17 @@ impl AdamW {
         Stepping { optimizer: self, targets, places, lr, weight_decay }
     }
 
-    fn update(
+    /// What an update of a parameter takes; nothing where it is no variable.
+    fn prepare(
         &mut self,
         target: &Target<'_>,
         g: &Tensor,
         lr: f64,
         weight_decay: f64,
-        scalar: f64,
-        clip: Option<&Tensor>,
-    ) -> Result<()> {
+        clip: f64,
+    ) -> Result<Option<Update>> {
         let Target { name, tensor, master } = *target;
-        let Some(var) = tensor.var() else { return Ok(()) };
+        let Some(var) = tensor.var() else { return Ok(None) };
         if (g.dims(), g.dtype()) != (tensor.dims(), tensor.dtype()) {
             return Err(Error::argument("AdamW", format!("a gradient like {name}, {tensor:?}"), g));
         }
@@ -175,7 +210,7 @@ impl AdamW {
         let t = state.steps as f64;
         let AdamWConfig { betas: (beta1, beta2), eps } = self.config;
         let scalars = AdamWScalars {
-            clip: scalar,
+            clip,
             decay: 1.0 - lr * weight_decay,
             beta2,
             step_size: lr / (1.0 - beta1.powf(t)),
@@ -184,22 +219,38 @@ impl AdamW {
             rest1: 1.0 - beta1,
             rest2: 1.0 - beta2,
         };
-        let (p, rounded) = (kept.detach(), tensor.detach());
-        let (m, v) = (&state.exp_avg, &state.exp_avg_sq);
-        let outputs = [&p, m, v, &rounded];
-        let outputs = if master.is_some() { &outputs[..] } else { &outputs[..3] };
+        let outputs = [kept.detach(), state.exp_avg.clone(), state.exp_avg_sq.clone()];
+        let outputs: Vec<Tensor> = outputs.into_iter().chain(master.map(|_| tensor.detach())).collect();
         outputs.iter().for_each(|t| t.storage().touch());
-        let inputs = [&p, g, m, v];
-        let fused = Fused::AdamW(scalars);
-        if clip.is_none() && p.numel() > 0 && p.device().backend().fused(&fused, &inputs, outputs)? == Ran::Done {
+        Ok(Some(Update { scalars, gradient: g.clone(), outputs }))
+    }
+
+    fn rule(&self, update: &Update) -> &Rule {
+        if update.outputs.len() > 3 { &self.rounding } else { &self.plain }
+    }
+
+    fn run(&self, update: &Update, clip: Option<&Tensor>) -> Result<()> {
+        let (inputs, outputs) = update.operands(clip);
+        let p = outputs[0];
+        let fused = Fused::AdamW(update.scalars);
+        if clip.is_none() && p.numel() > 0 && p.device().backend().fused(&fused, &inputs, &outputs)? == Ran::Done {
             return Ok(());
         }
-        let rule = if master.is_some() { &self.rounding } else { &self.plain };
-        let AdamWScalars { clip: scalar, decay, beta2, step_size, root2, eps, rest1, rest2 } = scalars;
-        let scalars = [scalar, decay, beta2, step_size, root2, eps, rest1, rest2];
+        let (rule, scalars) = (self.rule(update), update.scalars());
         match clip {
-            Some(clip) => run_pointwise(&rule.gated, &[&p, g, m, v, clip], &scalars[1..], outputs),
-            None => run_pointwise(&rule.update, &inputs, &scalars, outputs),
+            Some(_) => run_pointwise(&rule.gated, &inputs, &scalars[1..], &outputs),
+            None => run_pointwise(&rule.update, &inputs, &scalars, &outputs),
+        }
+    }
+
+    /// Updates that are alike: the same numbers, each parameter of its own shape.
+    fn run_together(&self, updates: &[Update], clip: Option<&Tensor>) -> Result<()> {
+        let Some(first) = updates.first() else { return Ok(()) };
+        let groups: Vec<_> = updates.iter().map(|update| update.operands(clip)).collect();
+        let (rule, scalars) = (self.rule(first), first.scalars());
+        match clip {
+            Some(_) => run_pointwise_each(&rule.gated, &groups, &scalars[1..]),
+            None => run_pointwise_each(&rule.update, &groups, &scalars),
         }
     }
 
@@ -272,7 +323,10 @@ impl GradientSink for Stepping<'_> {
     /// Gradients of what is no parameter are let go.
     fn gradient(&mut self, var: VarId, gradient: Tensor) -> Result<()> {
         let Some(target) = self.place(var).map(|i| &self.targets[i]) else { return Ok(()) };
-        self.optimizer.update(target, &gradient, self.lr, self.weight_decay, 1.0, None)
+        match self.optimizer.prepare(target, &gradient, self.lr, self.weight_decay, 1.0)? {
+            Some(update) => self.optimizer.run(&update, None),
+            None => Ok(()),
+        }
     }
 }
 

@@ -79,6 +79,15 @@ pub unsafe fn provide(table: fn(&str) -> *mut c_void) -> bool {
     SOURCE.set(Ok(Source::Table(table))).is_ok()
 }
 
+/// The same, but only where there is no driver. Returns whether the functions of this process answer.
+///
+/// # Safety
+/// As [`provide`].
+pub unsafe fn stand_in(table: fn(&str) -> *mut c_void) -> bool {
+    let source = SOURCE.get_or_init(|| Ok(open().unwrap_or(Source::Table(table))));
+    matches!(source, Ok(Source::Table(_)))
+}
+
 /// The address of any function of the driver, also of those newer than `cust_raw` (`cuLaunchKernelEx`); `None` when
 /// there is no driver or it is too old.
 pub fn symbol(name: &str) -> Option<*mut c_void> {

@@ -28,6 +28,13 @@ pub struct Settings {
     pub runs: bool,
 }
 
+impl Default for Settings {
+    /// CUDA 13.0 and one device of capability 8.0 with 16 GiB, on which all goes well.
+    fn default() -> Self {
+        Self { version: 13_000, devices: 1, capability: (8, 0), memory: 16 << 30, ordered: true, fails: 0, runs: true }
+    }
+}
+
 /// What was asked of the emulated driver so far.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Usage {
@@ -85,15 +92,7 @@ impl std::ops::DerefMut for Held {
 fn state() -> Held {
     let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
     state.get_or_insert_with(|| State {
-        settings: Settings {
-            version: 13_000,
-            devices: 1,
-            capability: (8, 0),
-            memory: 16 << 30,
-            ordered: true,
-            fails: 0,
-            runs: true,
-        },
+        settings: Settings::default(),
         usage: Usage::default(),
         memory: Allocations::new(),
         pinned: HashMap::new(),
@@ -110,10 +109,16 @@ fn state() -> Held {
 /// Lets this machine answer in place of the CUDA driver, in the whole process. Returns `false` when the driver was
 /// asked for before, by something else.
 pub fn install() -> bool {
-    // SAFETY: each function below has the signature that `cust_raw` declares under its name.
     static ONCE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    // SAFETY: as above.
+    // SAFETY: each function below has the signature that `cust_raw` declares under its name.
     *ONCE.get_or_init(|| unsafe { flowtape_cuda_driver::provide(table) })
+}
+
+/// The same, but only where there is no CUDA driver. Returns whether this machine answers.
+pub fn stand_in() -> bool {
+    static ONCE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    // SAFETY: as in `install`.
+    *ONCE.get_or_init(|| unsafe { flowtape_cuda_driver::stand_in(table) })
 }
 
 /// Changes the settings. A failure that was seen is forgotten.
@@ -141,7 +146,7 @@ pub fn complaint() -> String {
 
 /// Writes a text to the folder that `FLOWTAPE_PTX` names, once: for a real assembler to read.
 fn keep(text: &str) {
-    let Some(folder) = std::env::var_os("FLOWTAPE_PTX") else { return };
+    let Some(folder) = std::env::var_os("FLOWTAPE_PTX").filter(|f| !f.is_empty()) else { return };
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     let path = std::path::Path::new(&folder).join(format!("{:016x}.ptx", hasher.finish()));
@@ -263,6 +268,7 @@ mod answers {
             0
         }
         cuEventRecord(_event: *mut c_void, _stream: *mut c_void) { state().failed }
+        cuStreamWaitEvent(_stream: *mut c_void, _event: *mut c_void, _flags: c_uint) { state().failed }
         cuEventSynchronize(_event: *mut c_void) { state().failed }
         cuEventDestroy_v2(_event: *mut c_void) { 0 }
         cuMemAllocAsync(address: *mut u64, bytes: usize, _stream: *mut c_void) {
@@ -278,7 +284,7 @@ mod answers {
         cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
             let state = state();
             unsafe {
-                *free = state.settings.memory - state.usage.allocated;
+                *free = state.settings.memory.saturating_sub(state.usage.allocated);
                 *total = state.settings.memory;
             }
             0

@@ -1,10 +1,12 @@
-//! Runs a kernel: block after block, each thread until it has to meet others.
+//! Runs a kernel: block after block, warp after warp. The threads of a warp that are at one instruction run it together.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use half::{bf16, f16};
+use half::f16;
 
-use crate::parse::{Arithmetic, Compare, Kernel, Op, Rounding, Source, Space, Type};
+use crate::arithmetic::{arithmetic_of_lanes, compared, convert, f, fused, lanes, masked, signed};
+use crate::parse::{Arithmetic, Kernel, Op, Source, Space, Type};
+use crate::shared::Shared;
 
 /// Why a kernel stopped.
 pub(crate) type Trap = String;
@@ -12,279 +14,390 @@ pub(crate) type Trap = String;
 /// Blocks of device memory: first address and size.
 pub(crate) type Allocations = BTreeMap<u64, usize>;
 
-#[derive(Clone, Copy, PartialEq, Debug)]
-enum Status {
-    Running,
-    /// At an instruction that the warp or the block does together.
-    Waiting,
-    Done,
-}
+/// A number for each thread of a warp.
+pub(crate) type Lanes = [u64; 32];
 
-struct Thread {
-    registers: Vec<u64>,
-    pc: usize,
-    status: Status,
-    index: u32,
-    /// Copies on their way: those of closed groups, and of the open one.
+/// `cp.async` copies of a thread on their way: those of closed groups, and of the open one.
+#[derive(Clone, Default)]
+struct Copies {
     closed: VecDeque<Vec<(u64, u64, usize)>>,
     open: Vec<(u64, u64, usize)>,
+}
+
+struct Warp {
+    /// Its first thread, and a mask of all.
+    first: u32,
+    all: u32,
+    registers: Vec<Lanes>,
+    pc: [usize; 32],
+    /// Those that run; those that are at an instruction that the warp or the block does together; the others are done.
+    running: u32,
+    waiting: u32,
+    copies: Vec<Copies>,
     /// The block of memory that was used last.
     last: (u64, u64),
+}
+
+impl Warp {
+    fn new(first: u32, threads: u32, registers: usize) -> Self {
+        Self {
+            first,
+            all: u32::MAX >> (32 - threads),
+            registers: vec![[0; 32]; registers],
+            pc: [0; 32],
+            running: 0,
+            waiting: 0,
+            copies: vec![Copies::default(); 32],
+            last: (0, 0),
+        }
+    }
+
+    fn put(&mut self, register: u32, active: u32, values: Lanes) {
+        let to = &mut self.registers[register as usize];
+        if active == u32::MAX {
+            *to = values;
+        } else {
+            lanes(active).for_each(|lane| to[lane] = values[lane]);
+        }
+    }
+
+    fn go(&mut self, mask: u32, pc: usize) {
+        lanes(mask).for_each(|lane| self.pc[lane] = pc);
+    }
+
+    /// The threads that are furthest behind, and where.
+    fn next(&self) -> Option<(usize, u32)> {
+        let pc = lanes(self.running).map(|lane| self.pc[lane]).min()?;
+        let mask = lanes(self.running).filter(|&lane| self.pc[lane] == pc).fold(0, |mask, lane| mask | 1 << lane);
+        Some((pc, mask))
+    }
+}
+
+fn is_aligned(space: Space, at: u64, bytes: usize) -> Result<(), Trap> {
+    if at.is_multiple_of(bytes as u64) {
+        return Ok(());
+    }
+    Err(format!("{space:?} address {at:#x} is no multiple of {bytes}"))
 }
 
 struct Block<'a> {
     kernel: &'a Kernel,
     parameter: &'a [u8],
     memory: &'a Allocations,
-    shared: Vec<u8>,
+    shared: Shared,
     at: [u32; 3],
     grid: [u32; 3],
     threads: u32,
 }
 
-fn f(bits: u64) -> f32 {
-    f32::from_bits(bits as u32)
-}
-
-fn masked(value: u64, bits: u32) -> u64 {
-    if bits == 64 { value } else { value & ((1 << bits) - 1) }
-}
-
-fn signed(value: u64, bits: u32) -> i64 {
-    (value << (64 - bits)) as i64 >> (64 - bits)
-}
-
 impl Block<'_> {
-    fn get(&self, thread: &Thread, source: Source) -> u64 {
+    fn get(&self, warp: &Warp, source: Source) -> Lanes {
+        let same = |value: u32| [u64::from(value); 32];
         match source {
-            Source::Register(r) => thread.registers[r as usize],
-            Source::Immediate(v) => v,
-            Source::Special(0) => thread.index.into(),
-            Source::Special(3) => self.threads.into(),
-            Source::Special(i @ 6..=8) => self.at[i as usize - 6].into(),
-            Source::Special(i @ 9..=11) => self.grid[i as usize - 9].into(),
-            Source::Special(4 | 5) => 1,
-            Source::Special(12) => (thread.index % 32).into(),
-            Source::Special(_) => 0,
+            Source::Register(r) => warp.registers[r as usize],
+            Source::Immediate(v) => [v; 32],
+            Source::Special(0) => std::array::from_fn(|lane| u64::from(warp.first) + lane as u64),
+            Source::Special(3) => same(self.threads),
+            Source::Special(i @ 6..=8) => same(self.at[i as usize - 6]),
+            Source::Special(i @ 9..=11) => same(self.grid[i as usize - 9]),
+            Source::Special(4 | 5) => same(1),
+            Source::Special(12) => std::array::from_fn(|lane| lane as u64),
+            Source::Special(_) => same(0),
         }
     }
 
-    /// A checked host address of `bytes` bytes.
-    fn address(&mut self, thread: &mut Thread, space: Space, at: u64, bytes: usize) -> Result<*mut u8, Trap> {
-        if !at.is_multiple_of(bytes as u64) {
-            return Err(format!("{space:?} address {at:#x} is no multiple of {bytes}"));
-        }
-        let end = at.checked_add(bytes as u64).ok_or("an address past the end")?;
-        match space {
-            Space::Param if end <= self.parameter.len() as u64 => {
-                Ok(self.parameter.as_ptr().cast_mut().wrapping_add(at as usize))
+    /// Reads `out.len()` bytes, from a multiple of that.
+    fn read(&mut self, warp: &mut Warp, space: Space, at: u64, out: &mut [u8]) -> Result<(), Trap> {
+        is_aligned(space, at, out.len())?;
+        let from = match space {
+            Space::Param => {
+                let end = at.saturating_add(out.len() as u64);
+                let bytes = self.parameter.get(at as usize..end as usize);
+                bytes.ok_or_else(|| format!("Param address {at:#x} is past the end"))?
             }
-            Space::Shared if end <= self.shared.len() as u64 => Ok(self.shared.as_mut_ptr().wrapping_add(at as usize)),
+            Space::Shared => self.shared.read(warp.first / 32, at, out.len())?,
             Space::Global => {
-                if at < thread.last.0 || end > thread.last.1 {
-                    let block = self.memory.range(..=at).next_back();
-                    let (&start, &size) = block.ok_or_else(|| format!("global address {at:#x} is nobody's"))?;
-                    if end > start + size as u64 {
-                        return Err(format!(
-                            "global address {at:#x} is {} bytes past a block",
-                            end - start - size as u64
-                        ));
-                    }
-                    thread.last = (start, start + size as u64);
-                }
-                Ok(at as *mut u8)
+                self.global(&mut warp.last, at, out.len())?;
+                // SAFETY: the address was checked; the driver's memory lives as long as the launch.
+                unsafe { std::slice::from_raw_parts(at as *const u8, out.len()) }
             }
-            _ => Err(format!("{space:?} address {at:#x} is past the end")),
-        }
-    }
-
-    fn read(&mut self, thread: &mut Thread, space: Space, at: u64, bytes: usize) -> Result<u64, Trap> {
-        let from = self.address(thread, space, at, bytes)?;
-        let mut value = [0; 8];
-        // SAFETY: the address was checked; the value has eight bytes.
-        unsafe { std::ptr::copy_nonoverlapping(from, value.as_mut_ptr(), bytes) };
-        Ok(u64::from_le_bytes(value))
-    }
-
-    fn write(&mut self, thread: &mut Thread, space: Space, at: u64, bytes: usize, value: u64) -> Result<(), Trap> {
-        let to = self.address(thread, space, at, bytes)?;
-        // SAFETY: the address was checked; the value has eight bytes.
-        unsafe { std::ptr::copy_nonoverlapping(value.to_le_bytes().as_ptr(), to, bytes) };
+        };
+        out.copy_from_slice(from);
         Ok(())
     }
 
-    /// Lets copies arrive until at most `left` closed groups are on their way.
-    fn arrive(&mut self, thread: &mut Thread, left: usize) -> Result<(), Trap> {
-        while thread.closed.len() > left {
-            for (to, from, bytes) in thread.closed.pop_front().unwrap_or_default() {
-                let target = self.address(thread, Space::Shared, to, 16)?;
+    /// Writes bytes, to a multiple of their number.
+    fn write(&mut self, warp: &mut Warp, space: Space, at: u64, bytes: &[u8]) -> Result<(), Trap> {
+        is_aligned(space, at, bytes.len())?;
+        match space {
+            Space::Param => return Err("a store to the parameters".into()),
+            Space::Shared => self.shared.write(warp.first / 32, at, bytes.len())?.copy_from_slice(bytes),
+            Space::Global => {
+                self.global(&mut warp.last, at, bytes.len())?;
+                // SAFETY: the address was checked; nobody else runs while a kernel does.
+                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether bytes of global memory lie in one block of it.
+    fn global(&self, last: &mut (u64, u64), at: u64, bytes: usize) -> Result<(), Trap> {
+        let end = at.checked_add(bytes as u64).ok_or("an address past the end")?;
+        if at < last.0 || end > last.1 {
+            let block = self.memory.range(..=at).next_back();
+            let (&start, &size) = block.ok_or_else(|| format!("global address {at:#x} is nobody's"))?;
+            if end > start + size as u64 {
+                let past = end - start - size as u64;
+                return Err(format!("global address {at:#x} is {past} bytes past a block"));
+            }
+            *last = (start, start + size as u64);
+        }
+        Ok(())
+    }
+
+    /// Lets copies of a thread arrive until at most `left` closed groups are on their way.
+    fn arrive(&mut self, warp: &mut Warp, lane: usize, left: usize) -> Result<(), Trap> {
+        while warp.copies[lane].closed.len() > left {
+            for (to, from, bytes) in warp.copies[lane].closed.pop_front().unwrap_or_default() {
                 let mut value = [0u8; 16];
                 if bytes > 0 {
                     let size = bytes.min(16);
-                    if !from.is_multiple_of(16) {
-                        return Err(format!("cp.async from {from:#x}"));
-                    }
-                    // Both ends are checked, of however many bytes.
-                    self.address(thread, Space::Global, from, 1)?;
-                    let source = self.address(thread, Space::Global, from + size as u64 - 1, 1)?;
-                    // SAFETY: the addresses were checked.
-                    unsafe { std::ptr::copy_nonoverlapping(source.wrapping_sub(size - 1), value.as_mut_ptr(), size) };
+                    is_aligned(Space::Global, from, 16)?;
+                    self.global(&mut warp.last, from, size)?;
+                    // SAFETY: the address was checked.
+                    unsafe { std::ptr::copy_nonoverlapping(from as *const u8, value.as_mut_ptr(), size) };
                 }
-                // SAFETY: the address was checked.
-                unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), target, 16) };
+                self.write(warp, Space::Shared, to, &value)?;
             }
         }
         Ok(())
     }
 
-    /// Runs a thread until it is done or has to meet others.
-    fn run(&mut self, thread: &mut Thread) -> Result<(), Trap> {
-        let kernel = self.kernel;
-        loop {
-            let Some(instruction) = kernel.code.get(thread.pc) else { return Err("past the end of the code".into()) };
-            if let Some((predicate, negated)) = instruction.guard
-                && (thread.registers[predicate as usize] & 1 == 1) == negated
-            {
-                thread.pc += 1;
-                continue;
-            }
-            let mut next = thread.pc + 1;
-            macro_rules! value {
-                ($source:expr) => {
-                    self.get(thread, $source)
-                };
-            }
-            match &instruction.op {
-                Op::Mov(to, from) => thread.registers[*to as usize] = value!(*from),
-                Op::Join(to, [low, high], bits) => {
-                    let joined = masked(value!(*low), *bits) | value!(*high) << bits;
-                    thread.registers[*to as usize] = masked(joined, 2 * bits);
-                }
-                Op::Split([low, high], from, bits) => {
-                    let from = value!(*from);
-                    thread.registers[*low as usize] = masked(from, *bits);
-                    thread.registers[*high as usize] = masked(from >> bits, *bits);
-                }
-                Op::Load(space, bytes, is_signed, to, base, offset) => {
-                    let at = value!(*base).wrapping_add(*offset as u64);
-                    if !at.is_multiple_of(u64::from(*bytes) * to.len() as u64) {
-                        return Err(format!("a load of {} x {bytes} bytes from {space:?} {at:#x}", to.len()));
-                    }
-                    for (i, to) in to.iter().enumerate() {
-                        let value = self.read(thread, *space, at + i as u64 * u64::from(*bytes), *bytes as usize)?;
-                        let value = if *is_signed { signed(value, 8 * bytes) as u64 } else { value };
-                        thread.registers[*to as usize] = value;
-                    }
-                }
-                Op::Store(space, bytes, values, base, offset) => {
-                    let at = value!(*base).wrapping_add(*offset as u64);
-                    if !at.is_multiple_of(u64::from(*bytes) * values.len() as u64) {
-                        return Err(format!("a store of {} x {bytes} bytes to {space:?} {at:#x}", values.len()));
-                    }
-                    for (i, source) in values.iter().enumerate() {
-                        let value = value!(*source);
-                        self.write(thread, *space, at + i as u64 * u64::from(*bytes), *bytes as usize, value)?;
-                    }
-                }
-                Op::Arithmetic(op, kind, to, [a, b]) => {
-                    thread.registers[*to as usize] = arithmetic(*op, *kind, value!(*a), value!(*b))?;
-                }
-                Op::MulAdd(kind, wide, to, [a, b, c]) => {
-                    let (a, b, c) = (value!(*a), value!(*b), value!(*c));
-                    thread.registers[*to as usize] = match kind {
-                        Type::F(32) => u64::from(f(a).mul_add(f(b), f(c)).to_bits()),
-                        Type::U(bits) | Type::S(bits) => {
-                            let op = if *wide { Arithmetic::MulWide } else { Arithmetic::Mul };
-                            let product = arithmetic(op, *kind, a, b)?;
-                            masked(product.wrapping_add(c), if *wide { 2 * bits } else { *bits })
-                        }
-                        _ => return Err(format!("mad of {kind:?}")),
-                    };
-                }
-                Op::Select(to, [a, b], p) => {
-                    thread.registers[*to as usize] = if value!(*p) & 1 == 1 { value!(*a) } else { value!(*b) };
-                }
-                Op::Insert(bits, to, [a, b, position, length]) => {
-                    let (a, b, at, len) = (value!(*a), value!(*b), value!(*position), value!(*length));
-                    let mask = masked(u64::MAX, len as u32) << at;
-                    thread.registers[*to as usize] = masked(b & !mask | (a << at) & mask, *bits);
-                }
-                Op::Set(compare, kind, to, [a, b]) => {
-                    let (a, b) = (value!(*a), value!(*b));
-                    thread.registers[*to as usize] = u64::from(compared(*compare, *kind, a, b)?);
-                }
-                Op::Convert(to, from, rounding, register, sources) => {
-                    let values: Vec<u64> = sources.iter().map(|&s| value!(s)).collect();
-                    thread.registers[*register as usize] = convert(*to, *from, *rounding, &values)?;
-                }
-                Op::Branch(target) => next = *target,
-                Op::Return => {
-                    self.arrive(thread, 0)?;
-                    thread.status = Status::Done;
-                    return Ok(());
-                }
-                Op::CopyAsync((to, to_offset), (from, from_offset), bytes) => {
-                    let to = value!(*to).wrapping_add(*to_offset as u64);
-                    let from = value!(*from).wrapping_add(*from_offset as u64);
-                    let bytes = value!(*bytes) as usize;
-                    // What is not waited for shows up as NaN.
-                    let target = self.address(thread, Space::Shared, to, 16)?;
-                    // SAFETY: the address was checked.
-                    unsafe { target.write_bytes(0xff, 16) };
-                    thread.open.push((to, from, bytes));
-                }
-                Op::Commit => {
-                    let group = std::mem::take(&mut thread.open);
-                    thread.closed.push_back(group);
-                }
-                Op::Wait(left) => self.arrive(thread, *left)?,
-                Op::Barrier | Op::WarpBarrier | Op::Shuffle(..) | Op::Mma(..) | Op::LoadMatrices(..) => {
-                    thread.status = Status::Waiting;
-                    return Ok(());
-                }
-            }
-            thread.pc = next;
+    /// What one instruction does that neither branches nor meets, on the active threads. A failure names its lane.
+    fn execute(&mut self, warp: &mut Warp, op: &Op, active: u32) -> Result<(), (usize, Trap)> {
+        let first = active.trailing_zeros() as usize;
+        macro_rules! value {
+            ($source:expr) => {
+                self.get(warp, $source)
+            };
         }
+        match op {
+            Op::Mov(to, from) => warp.put(*to, active, value!(*from)),
+            Op::Join(to, [low, high], bits) => {
+                let (low, high) = (value!(*low), value!(*high));
+                let joined = |lane| masked(masked(low[lane], *bits) | high[lane] << bits, 2 * bits);
+                warp.put(*to, active, std::array::from_fn(joined));
+            }
+            Op::Split([low, high], from, bits) => {
+                let from = value!(*from);
+                warp.put(*low, active, from.map(|v| masked(v, *bits)));
+                warp.put(*high, active, from.map(|v| masked(v >> bits, *bits)));
+            }
+            Op::Load(space, bytes, is_signed, to, base, offset) => {
+                let base = value!(*base);
+                let (size, whole) = (*bytes as usize, *bytes as usize * to.len());
+                let mut read = [0; 32];
+                for lane in lanes(active) {
+                    let at = base[lane].wrapping_add(*offset as u64);
+                    self.read(warp, *space, at, &mut read[..whole]).map_err(|e| (lane, e))?;
+                    for (to, part) in to.iter().zip(read.chunks_exact(size)) {
+                        let mut value = [0; 8];
+                        value[..size].copy_from_slice(part);
+                        let value = u64::from_le_bytes(value);
+                        let value = if *is_signed { signed(value, 8 * bytes) as u64 } else { value };
+                        warp.registers[*to as usize][lane] = value;
+                    }
+                }
+            }
+            Op::Store(space, bytes, values, base, offset) => {
+                let base = value!(*base);
+                let (size, whole) = (*bytes as usize, *bytes as usize * values.len());
+                let mut written = [0; 32];
+                for lane in lanes(active) {
+                    for (part, source) in written.chunks_exact_mut(size).zip(values) {
+                        let value = match source {
+                            Source::Register(r) => warp.registers[*r as usize][lane],
+                            source => value!(*source)[lane],
+                        };
+                        part.copy_from_slice(&value.to_le_bytes()[..size]);
+                    }
+                    let at = base[lane].wrapping_add(*offset as u64);
+                    self.write(warp, *space, at, &written[..whole]).map_err(|e| (lane, e))?;
+                }
+            }
+            Op::Arithmetic(op, kind, to, [a, b]) => {
+                let values = arithmetic_of_lanes(*op, *kind, &value!(*a), &value!(*b), active);
+                warp.put(*to, active, values.map_err(|e| (first, e))?);
+            }
+            Op::MulAdd(kind, wide, to, [a, b, c]) => {
+                let (a, b, c) = (value!(*a), value!(*b), value!(*c));
+                let values = match kind {
+                    Type::F(32) => fused(&a, &b, &c),
+                    Type::U(bits) | Type::S(bits) => {
+                        let op = if *wide { Arithmetic::MulWide } else { Arithmetic::Mul };
+                        let product = arithmetic_of_lanes(op, *kind, &a, &b, active).map_err(|e| (first, e))?;
+                        let bits = if *wide { 2 * bits } else { *bits };
+                        std::array::from_fn(|lane| masked(product[lane].wrapping_add(c[lane]), bits))
+                    }
+                    _ => return Err((first, format!("mad of {kind:?}"))),
+                };
+                warp.put(*to, active, values);
+            }
+            Op::Select(to, [a, b], p) => {
+                let (a, b, p) = (value!(*a), value!(*b), value!(*p));
+                let select = |lane| if p[lane] & 1 == 1 { a[lane] } else { b[lane] };
+                warp.put(*to, active, std::array::from_fn(select));
+            }
+            Op::Insert(bits, to, [a, b, position, length]) => {
+                let (a, b, at, len) = (value!(*a), value!(*b), value!(*position), value!(*length));
+                let insert = |lane: usize| {
+                    let mask = masked(u64::MAX, len[lane] as u32) << at[lane];
+                    masked(b[lane] & !mask | (a[lane] << at[lane]) & mask, *bits)
+                };
+                warp.put(
+                    *to,
+                    active,
+                    std::array::from_fn(|lane| if active >> lane & 1 == 1 { insert(lane) } else { 0 }),
+                );
+            }
+            Op::Set(compare, kind, to, [a, b]) => {
+                let (a, b) = (value!(*a), value!(*b));
+                let mut values = [0; 32];
+                for lane in lanes(active) {
+                    values[lane] = compared(*compare, *kind, a[lane], b[lane]).map_err(|e| (lane, e))?.into();
+                }
+                warp.put(*to, active, values);
+            }
+            Op::Convert(to, from, rounding, register, sources) => {
+                let sources: Vec<Lanes> = sources.iter().map(|&s| value!(s)).collect();
+                let mut values = [0; 32];
+                for lane in lanes(active) {
+                    let of = match &sources[..] {
+                        [one] => convert(*to, *from, *rounding, &[one[lane]]),
+                        [one, other] => convert(*to, *from, *rounding, &[one[lane], other[lane]]),
+                        _ => Err("a conversion of more than two numbers".into()),
+                    };
+                    values[lane] = of.map_err(|e| (lane, e))?;
+                }
+                warp.put(*register, active, values);
+            }
+            Op::CopyAsync((to, to_offset), (from, from_offset), bytes) => {
+                let (to, from, bytes) = (value!(*to), value!(*from), value!(*bytes));
+                for lane in lanes(active) {
+                    let to = to[lane].wrapping_add(*to_offset as u64);
+                    // What is not waited for shows up as NaN.
+                    self.write(warp, Space::Shared, to, &[0xff; 16]).map_err(|e| (lane, e))?;
+                    let from = from[lane].wrapping_add(*from_offset as u64);
+                    warp.copies[lane].open.push((to, from, bytes[lane] as usize));
+                }
+            }
+            Op::Commit => lanes(active).for_each(|lane| {
+                let copies = &mut warp.copies[lane];
+                copies.closed.push_back(std::mem::take(&mut copies.open));
+            }),
+            Op::Wait(left) => {
+                for lane in lanes(active) {
+                    self.arrive(warp, lane, *left).map_err(|e| (lane, e))?;
+                }
+            }
+            _ => return Err((first, format!("{op:?} is run elsewhere"))),
+        }
+        Ok(())
+    }
+
+    /// Runs the threads of a warp until each is done or has to meet others.
+    fn run(&mut self, warp: &mut Warp) -> Result<(), (usize, Trap)> {
+        let kernel = self.kernel;
+        while let Some((mut pc, mut mask)) = warp.next() {
+            // Threads ahead are met again further down.
+            let split = warp.running != mask;
+            loop {
+                let Some(instruction) = kernel.code.get(pc) else {
+                    return Err((mask.trailing_zeros() as usize, "past the end of the code".into()));
+                };
+                let active = match instruction.guard {
+                    None => mask,
+                    Some((predicate, negated)) => {
+                        let values = &warp.registers[predicate as usize];
+                        lanes(mask).filter(|&l| (values[l] & 1 == 1) != negated).fold(0, |mask, l| mask | 1 << l)
+                    }
+                };
+                let mut next = pc + 1;
+                match &instruction.op {
+                    _ if active == 0 => {}
+                    Op::Branch(target) if active == mask => next = *target,
+                    Op::Branch(target) => {
+                        warp.go(active, *target);
+                        warp.go(mask & !active, next);
+                        break;
+                    }
+                    op @ (Op::Return
+                    | Op::Barrier
+                    | Op::WarpBarrier
+                    | Op::Shuffle(..)
+                    | Op::Mma(..)
+                    | Op::LoadMatrices(..)) => {
+                        warp.running &= !active;
+                        if matches!(op, Op::Return) {
+                            for lane in lanes(active) {
+                                self.arrive(warp, lane, 0).map_err(|e| (lane, e))?;
+                            }
+                        } else {
+                            warp.waiting |= active;
+                            warp.go(active, pc);
+                        }
+                        mask &= !active;
+                    }
+                    op => self.execute(warp, op, active)?,
+                }
+                if mask == 0 {
+                    break;
+                }
+                pc = next;
+                if split {
+                    warp.go(mask, pc);
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Does what all threads of a warp have stopped at; nothing where that is a barrier of the block.
-    fn together(&mut self, warp: &mut [Thread]) -> Result<bool, Trap> {
+    fn together(&mut self, warp: &mut Warp) -> Result<bool, Trap> {
         let kernel = self.kernel;
-        let pc = warp.iter().find(|t| t.status == Status::Waiting).map_or(0, |t| t.pc);
+        let pc = warp.pc[warp.waiting.trailing_zeros() as usize];
         let op = &kernel.code[pc].op;
         if matches!(op, Op::Barrier) {
             return Ok(false);
         }
-        if warp.len() != 32 || warp.iter().any(|t| t.pc != pc || t.status != Status::Waiting) {
+        if warp.waiting != u32::MAX || warp.pc.iter().any(|p| *p != pc) {
             return Err(format!("the threads of a warp meet at different instructions than {op:?}"));
         }
         match op {
             Op::Shuffle(to, value, mask) => {
-                let values: Vec<u64> = warp.iter().map(|t| self.get(t, *value)).collect();
-                for (lane, thread) in warp.iter_mut().enumerate() {
-                    let other = lane ^ self.get(thread, *mask) as usize;
-                    thread.registers[*to as usize] = values[other % 32];
-                }
+                let (values, mask) = (self.get(warp, *value), self.get(warp, *mask));
+                warp.registers[*to as usize] = std::array::from_fn(|lane| values[(lane ^ mask[lane] as usize) % 32]);
             }
             Op::LoadMatrices(transposed, to, base, offset) => {
+                let base = self.get(warp, *base);
                 for (matrix, to) in to.iter().enumerate() {
                     let mut values = [[0u64; 8]; 8];
                     for (row, values) in values.iter_mut().enumerate() {
-                        let lane = &mut warp[8 * matrix + row];
-                        let at = self.get(lane, *base).wrapping_add(*offset as u64);
-                        if !at.is_multiple_of(16) {
-                            return Err(format!("ldmatrix of a row at {at:#x}"));
-                        }
-                        for (col, value) in values.iter_mut().enumerate() {
-                            *value = self.read(lane, Space::Shared, at + 2 * col as u64, 2)?;
+                        let at = base[8 * matrix + row].wrapping_add(*offset as u64);
+                        let mut bytes = [0; 16];
+                        self.read(warp, Space::Shared, at, &mut bytes)?;
+                        for (value, half) in values.iter_mut().zip(bytes.chunks_exact(2)) {
+                            *value = u16::from_le_bytes([half[0], half[1]]).into();
                         }
                     }
-                    for (lane, thread) in warp.iter_mut().enumerate() {
+                    warp.registers[*to as usize] = std::array::from_fn(|lane| {
                         let (row, col) = (lane / 4, lane % 4 * 2);
                         let [low, high] =
                             [col, col + 1].map(|col| if *transposed { values[col][row] } else { values[row][col] });
-                        thread.registers[*to as usize] = low | high << 16;
-                    }
+                        low | high << 16
+                    });
                 }
             }
             Op::Mma(kind, d, a, b, c) => {
@@ -293,69 +406,68 @@ impl Block<'_> {
                     _ => f16::from_bits(bits as u16).to_f32(),
                 };
                 let (mut left, mut right) = ([[0f32; 16]; 16], [[0f32; 8]; 16]);
-                for (lane, thread) in warp.iter().enumerate() {
-                    let (row, col) = (lane / 4, lane % 4 * 2);
-                    for (i, &source) in a.iter().enumerate() {
-                        let bits = self.get(thread, source);
-                        let (row, col) = (row + i % 2 * 8, col + i / 2 * 8);
+                for (i, &source) in a.iter().enumerate() {
+                    for (lane, bits) in self.get(warp, source).into_iter().enumerate() {
+                        let (row, col) = (lane / 4 + i % 2 * 8, lane % 4 * 2 + i / 2 * 8);
                         (left[row][col], left[row][col + 1]) = (widen(bits), widen(bits >> 16));
                     }
-                    for (i, &source) in b.iter().enumerate() {
-                        let bits = self.get(thread, source);
-                        (right[col + 8 * i][row], right[col + 8 * i + 1][row]) = (widen(bits), widen(bits >> 16));
+                }
+                for (i, &source) in b.iter().enumerate() {
+                    for (lane, bits) in self.get(warp, source).into_iter().enumerate() {
+                        let (row, col) = (lane % 4 * 2 + 8 * i, lane / 4);
+                        (right[row][col], right[row + 1][col]) = (widen(bits), widen(bits >> 16));
                     }
                 }
-                for (lane, thread) in warp.iter_mut().enumerate() {
-                    for i in 0..4 {
-                        let (row, col) = (lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2);
-                        let mut sum = f64::from(f(self.get(thread, c[i])));
-                        for k in 0..16 {
-                            sum += f64::from(left[row][k]) * f64::from(right[k][col]);
-                        }
-                        thread.registers[d[i] as usize] = u64::from((sum as f32).to_bits());
+                let mut product = [[0f64; 8]; 16];
+                for (row, sums) in product.iter_mut().enumerate() {
+                    for (k, right) in right.iter().enumerate() {
+                        let left = f64::from(left[row][k]);
+                        sums.iter_mut().zip(right).for_each(|(sum, right)| *sum += left * f64::from(*right));
                     }
+                }
+                let c = c.map(|source| self.get(warp, source));
+                for i in 0..4 {
+                    warp.registers[d[i] as usize] = std::array::from_fn(|lane| {
+                        let (row, col) = (lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2);
+                        u64::from(((f64::from(f(c[i][lane])) + product[row][col]) as f32).to_bits())
+                    });
                 }
             }
             _ => {}
         }
-        for thread in warp {
-            thread.pc = pc + 1;
-            thread.status = Status::Running;
-        }
+        warp.pc = [pc + 1; 32];
+        (warp.running, warp.waiting) = (warp.all, 0);
         Ok(true)
     }
 
-    fn finish(&mut self, threads: &mut [Thread]) -> Result<(), Trap> {
-        for thread in threads.iter_mut() {
-            thread.registers.fill(0);
-            (thread.pc, thread.status) = (0, Status::Running);
+    fn finish(&mut self, warps: &mut [Warp]) -> Result<(), Trap> {
+        for warp in warps.iter_mut() {
+            (warp.pc, warp.running, warp.waiting, warp.last) = ([0; 32], warp.all, 0, (0, 0));
         }
         loop {
-            for warp in threads.chunks_mut(32) {
+            for warp in warps.iter_mut() {
                 loop {
-                    for thread in warp.iter_mut().filter(|t| t.status == Status::Running) {
-                        let at = self.at;
-                        self.run(thread).map_err(|trap| format!("block {at:?}, thread {}: {trap}", thread.index))?;
-                    }
+                    let (at, first) = (self.at, warp.first);
+                    self.run(warp)
+                        .map_err(|(lane, trap)| format!("block {at:?}, thread {}: {trap}", first + lane as u32))?;
                     // Threads that are done take no part: only a full warp meets at what is not the block's barrier.
-                    let waiting = warp.iter().any(|t| t.status == Status::Waiting);
-                    if !waiting || !self.together(warp)? {
+                    if warp.waiting == 0 || !self.together(warp)? {
                         break;
                     }
                 }
             }
-            let mut waiting = threads.iter_mut().filter(|t| t.status == Status::Waiting).peekable();
-            let Some(first) = waiting.peek() else { return Ok(()) };
-            let pc = first.pc;
-            for thread in waiting {
-                if thread.pc != pc {
-                    return Err("the threads of a block meet at different barriers".into());
-                }
-                thread.pc += 1;
-                thread.status = Status::Running;
+            let at = |warp: &Warp| lanes(warp.waiting).map(|lane| warp.pc[lane]).collect::<Vec<_>>();
+            let waiting: Vec<usize> = warps.iter().flat_map(at).collect();
+            let Some(&pc) = waiting.first() else { return Ok(()) };
+            if waiting.iter().any(|p| *p != pc) {
+                return Err("the threads of a block meet at different barriers".into());
             }
-            if threads.iter().any(|t| t.status == Status::Done) {
+            if waiting.len() < self.threads as usize {
                 return Err("a barrier that some threads of the block never reach".into());
+            }
+            self.shared.barrier();
+            for warp in warps.iter_mut() {
+                (warp.pc, warp.running, warp.waiting) = ([pc + 1; 32], warp.all, 0);
             }
         }
     }
@@ -370,126 +482,18 @@ pub(crate) fn launch(
     dynamic: usize,
     memory: &Allocations,
 ) -> Result<(), Trap> {
-    let new = |index| Thread {
-        registers: vec![0; kernel.registers],
-        pc: 0,
-        status: Status::Running,
-        index,
-        closed: VecDeque::new(),
-        open: Vec::new(),
-        last: (0, 0),
-    };
-    let mut all: Vec<Thread> = (0..threads).map(new).collect();
+    let new = |first: u32| Warp::new(first, (threads - first).min(32), kernel.registers);
+    let mut warps: Vec<Warp> = (0..threads).step_by(32).map(new).collect();
     for z in 0..grid[2] {
         for y in 0..grid[1] {
             for x in 0..grid[0] {
-                let shared = vec![0xff; kernel.shared + dynamic];
+                let shared = Shared::new(kernel.shared + dynamic);
                 let mut block = Block { kernel, parameter, memory, shared, at: [x, y, z], grid, threads };
-                block.finish(&mut all)?;
+                block.finish(&mut warps)?;
             }
         }
     }
     Ok(())
-}
-
-fn arithmetic(op: Arithmetic, kind: Type, a: u64, b: u64) -> Result<u64, Trap> {
-    use Arithmetic as A;
-    if kind == Type::F(32) {
-        let (a, b) = (f(a), f(b));
-        let nan = a.is_nan() || b.is_nan();
-        let value = match op {
-            A::Add => a + b,
-            A::Sub => a - b,
-            A::Mul => a * b,
-            A::Div => a / b,
-            A::MinNan | A::MaxNan if nan => f32::NAN,
-            A::Min | A::MinNan => a.min(b),
-            A::Max | A::MaxNan => a.max(b),
-            A::Neg => -a,
-            A::Abs => a.abs(),
-            A::Sqrt => a.sqrt(),
-            A::Rcp => 1.0 / a,
-            A::Exp2 => a.exp2(),
-            A::Log2 => a.log2(),
-            _ => return Err(format!("{op:?} of {kind:?}")),
-        };
-        return Ok(value.to_bits().into());
-    }
-    let bits = kind.bits();
-    let is_signed = matches!(kind, Type::S(_));
-    let (a, b) = (masked(a, bits), if matches!(op, A::Shl | A::Shr) { b & 0xffff_ffff } else { masked(b, bits) });
-    let wide = |v: u64| if is_signed { i128::from(signed(v, bits)) } else { i128::from(v) };
-    let value = match op {
-        A::Add => a.wrapping_add(b),
-        A::Sub => a.wrapping_sub(b),
-        A::Mul => a.wrapping_mul(b),
-        A::MulHigh => ((wide(a) * wide(b)) >> bits) as u64,
-        A::MulWide => return Ok(masked((wide(a) * wide(b)) as u64, 2 * bits)),
-        A::Div | A::Rem if b == 0 => return Err("a division by zero".into()),
-        A::Div => (wide(a) / wide(b)) as u64,
-        A::Rem => (wide(a) % wide(b)) as u64,
-        A::Min => wide(a).min(wide(b)) as u64,
-        A::Max => wide(a).max(wide(b)) as u64,
-        A::And => a & b,
-        A::Or => a | b,
-        A::Xor => a ^ b,
-        A::Shl if b >= u64::from(bits) => 0,
-        A::Shl => a << b,
-        A::Shr if is_signed => (signed(a, bits) >> b.min(63)) as u64,
-        A::Shr if b >= u64::from(bits) => 0,
-        A::Shr => a >> b,
-        A::Not => !a,
-        A::Neg => a.wrapping_neg(),
-        _ => return Err(format!("{op:?} of {kind:?}")),
-    };
-    Ok(masked(value, bits))
-}
-
-fn compared(compare: Compare, kind: Type, a: u64, b: u64) -> Result<bool, Trap> {
-    let order = match kind {
-        Type::F(32) => f(a).partial_cmp(&f(b)),
-        Type::S(bits) => Some(signed(a, bits).cmp(&signed(b, bits))),
-        Type::U(bits) | Type::B(bits) => Some(masked(a, bits).cmp(&masked(b, bits))),
-        _ => return Err(format!("a comparison of {kind:?}")),
-    };
-    let Some(order) = order else { return Ok(matches!(compare, Compare::Unordered(_))) };
-    let compare = if let Compare::Unordered(inner) = compare { *inner } else { compare };
-    Ok(match compare {
-        Compare::Eq => order.is_eq(),
-        Compare::Ne => order.is_ne(),
-        Compare::Lt => order.is_lt(),
-        Compare::Le => order.is_le(),
-        Compare::Gt => order.is_gt(),
-        Compare::Ge => order.is_ge(),
-        Compare::Unordered(_) => return Err("a nested comparison".into()),
-    })
-}
-
-fn convert(to: Type, from: Type, rounding: Option<Rounding>, values: &[u64]) -> Result<u64, Trap> {
-    let refuse = || Err(format!("a conversion from {from:?} to {to:?} by {rounding:?}"));
-    let narrow_bf16 = |v: f32| u64::from(bf16::from_f32(v).to_bits());
-    let narrow_f16 = |v: f32| u64::from(f16::from_f32(v).to_bits());
-    if let (Type::Bf16x2 | Type::F16x2, Type::F(32), &[high, low]) = (to, from, values) {
-        let narrow = |v: u64| if to == Type::Bf16x2 { narrow_bf16(f(v)) } else { narrow_f16(f(v)) };
-        return Ok(narrow(high) << 16 | narrow(low));
-    }
-    let &[value] = values else { return refuse() };
-    Ok(match (to, from, rounding) {
-        (Type::Bf16, Type::F(32), Some(Rounding::Nearest)) => narrow_bf16(f(value)),
-        (Type::F(16), Type::F(32), Some(Rounding::Nearest)) => narrow_f16(f(value)),
-        (Type::F(32), Type::F(16), None) => f16::from_bits(value as u16).to_f32().to_bits().into(),
-        (Type::F(32), Type::F(64), Some(Rounding::Nearest)) => (f64::from_bits(value) as f32).to_bits().into(),
-        (Type::F(64), Type::F(32), None) => f64::from(f(value)).to_bits(),
-        (Type::F(32), Type::F(32), Some(Rounding::NearestInteger)) => f(value).round_ties_even().to_bits().into(),
-        (Type::F(32), Type::F(32), Some(Rounding::ZeroInteger)) => f(value).trunc().to_bits().into(),
-        (Type::F(32), Type::S(32), Some(Rounding::Nearest)) => (value as i32 as f32).to_bits().into(),
-        (Type::F(32), Type::U(32), Some(Rounding::Nearest)) => (value as u32 as f32).to_bits().into(),
-        (Type::S(32), Type::F(32), Some(Rounding::ZeroInteger)) => u64::from(f(value) as i32 as u32),
-        (Type::U(32), Type::F(32), Some(Rounding::ZeroInteger)) => u64::from(f(value) as u32),
-        (Type::S(to) | Type::U(to), Type::S(from), None) => masked(signed(value, from) as u64, to),
-        (Type::S(to) | Type::U(to), Type::U(from), None) => masked(masked(value, from), to),
-        _ => return refuse(),
-    })
 }
 
 #[cfg(test)]
@@ -522,15 +526,35 @@ mod tests {
     }
 
     #[test]
+    fn threads_go_different_ways_and_come_together() {
+        let looped = "mov.u32 %r1, 0;\nmov.u32 %r2, 0;\nAGAIN:\nsetp.ge.u32 %p0, %r2, %r0;\n@%p0 bra OUT;\n\
+                      add.u32 %r1, %r1, %r2;\nadd.u32 %r2, %r2, 1;\nbra AGAIN;\nOUT:\n\
+                      shfl.sync.bfly.b32 %r3|%p1, %r1, 1, 31, -1;\nst.global.u32 [%d2], %r3;";
+        let sum = |i: u32| (0..i).sum::<u32>();
+        assert_eq!(run(looped).unwrap(), (0..64).map(|i| sum(i ^ 1)).collect::<Vec<u32>>());
+        let ended = "setp.lt.u32 %p0, %r0, 5;\n@%p0 ret;\n@!%p0 st.global.u32 [%d2], %r0;";
+        assert_eq!(run(ended).unwrap(), (0..64).map(|i| if i < 5 { 0 } else { i }).collect::<Vec<u32>>());
+    }
+
+    #[test]
     fn mistakes_are_told() {
         let cases = [
             ("st.global.u32 [%d2+256], %r0;", "past a block"),
             ("st.global.u32 [%d2+-4096], %r0;", "global address"),
-            ("st.global.u32 [%d2+2], %r0;", "store of 1 x 4"),
+            ("st.global.u32 [%d2+2], %r0;", "no multiple of 4"),
             ("st.shared.u32 [%r0+1024], %r0;", "Shared"),
-            ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d2];", "load of 4 x 4"),
+            ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d2];", "no multiple of 16"),
             ("setp.lt.u32 %p0, %r0, 3;\n@%p0 bra SKIP;\nbar.sync 0;\nSKIP:", "never reach"),
             ("setp.lt.u32 %p0, %r0, 3;\n@%p0 bra SKIP;\nshfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;\nSKIP:", "a warp meet"),
+            (
+                "mad.lo.u32 %r1, %r0, 4, 0;\nst.shared.u32 [%r1], %r0;\nsub.u32 %r2, 252, %r1;\nld.shared.u32 %r3, [%r2];",
+                "a race",
+            ),
+            (
+                "mad.lo.u32 %r1, %r0, 4, 0;\nld.shared.u32 %r3, [%r1];\nsub.u32 %r2, 252, %r1;\nst.shared.u32 [%r2], %r0;",
+                "a race",
+            ),
+            ("mov.u32 %r1, 0;\nst.shared.u32 [%r1], %r0;", "a race"),
             ("red.global.add.f32 [%d2], 0f00000000;", "no such instruction"),
         ];
         for (body, told) in cases {

@@ -1,4 +1,5 @@
-//! Attention by `kernels/attention.cu`: bf16 and f16, head dims up to 256. Else the composition runs.
+//! Attention by `kernels/attention.cu` (bf16 and f16) and `kernels/attention_f32.cu`: head dims up to 256. Else the
+//! composition runs.
 
 use flowtape_engine::backend::Ran;
 use flowtape_engine::{DType, Result};
@@ -8,11 +9,9 @@ use super::memory::scratch;
 use super::pointwise::At;
 use super::view::View;
 
-/// Queries, or keys, of a block: sixteen for each of four warps.
-const ROWS: usize = 64;
 const THREADS: u32 = 128;
 
-/// The argument of the kernels: `struct Attention` of `attention.cu`.
+/// The argument of the kernels: `struct Attention` of `attention.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 struct Attention {
@@ -50,15 +49,51 @@ struct Attention {
     out_aligned: i32,
 }
 
-/// What the kernels take: the module's name and the padded head dim; or nothing.
-fn module(views: &[&View], mask: Option<&View>) -> Option<(String, usize)> {
-    let [q, _, v, ..] = views else { return None };
-    let padded = [32, 64, 128, 256].into_iter().find(|&d| d >= q.dims[3].max(v.dims[3]))?;
-    let fits = matches!(q.dtype, DType::BF16 | DType::F16)
-        && views.iter().all(|x| x.dtype == q.dtype && x.is_unit())
-        && mask.is_none_or(|m| m.dtype == DType::F32)
-        && q.dims[0] * q.dims[1] <= 65_535;
-    fits.then(|| (format!("attention_{}_{padded}", q.dtype), padded))
+/// The kernels of a dtype and a head dim.
+struct Kernels {
+    module: String,
+    /// Queries, or keys, of a block.
+    rows: usize,
+    /// Bytes of shared memory: forward, and of the gradient's two kernels, of keys and of queries.
+    shared: [usize; 3],
+    /// Parts of the columns that the kernel of keys makes, each in a block of its own.
+    parts: usize,
+}
+
+impl Kernels {
+    /// Those that take the operands, where there are such.
+    fn of(views: &[&View], mask: Option<&View>) -> Option<Self> {
+        let [q, _, v, ..] = views else { return None };
+        let depth = [32, 64, 128, 256].into_iter().find(|&d| d >= q.dims[3].max(v.dims[3]))?;
+        let fits = views.iter().all(|x| x.dtype == q.dtype && x.is_unit())
+            && mask.is_none_or(|m| m.dtype == DType::F32)
+            && q.dims[0] * q.dims[1] <= 65_535;
+        if !fits {
+            return None;
+        }
+        let module = format!("attention_{}_{depth}", q.dtype);
+        match q.dtype {
+            DType::BF16 | DType::F16 => {
+                // Sixteen rows for each of four warps; the other operand in blocks that fit beside them, twice.
+                let keys = if depth <= 128 { 64 } else { 32 };
+                let step = match depth {
+                    32 | 64 => 64,
+                    128 => 32,
+                    _ => 16,
+                };
+                let backward = (2 * 64 + 4 * step) * depth * 2;
+                let shared = [(64 + 4 * keys) * depth * 2, backward + 8 * step, backward];
+                Some(Self { module, rows: 64, shared, parts: depth.div_ceil(128) })
+            }
+            DType::F32 => {
+                let rows = if depth <= 128 { 32 } else { 16 };
+                let (tile, weights) = (rows * (depth + 4) * 4, rows * (if rows == 16 { 24 } else { 36 }) * 4);
+                let shared = [2 * tile + weights, 4 * tile + 2 * weights, 4 * tile + weights];
+                Some(Self { module, rows, shared, parts: 1 })
+            }
+            DType::F64 | DType::U32 => None,
+        }
+    }
 }
 
 /// The common part of the arguments.
@@ -95,21 +130,17 @@ fn is_dense(view: &View) -> bool {
 pub(super) fn forward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64) -> Result<Ran> {
     let ([q, k, v, mask @ ..], [o, lse]) = (inputs, outputs) else { return Ok(Ran::Declined) };
     let mask = mask.first();
-    let Some((module, padded)) = module(&[q, k, v, o], mask).filter(|_| is_dense(lse)) else {
-        return Ok(Ran::Declined);
-    };
+    let Some(kernels) = Kernels::of(&[q, k, v, o], mask).filter(|_| is_dense(lse)) else { return Ok(Ran::Declined) };
     let argument = Attention {
         out: o.address,
         o_s: o.leading(),
         out_aligned: i32::from(o.rows_aligned()),
         ..argument(q, k, v, mask, lse, scale)
     };
-    let keys = if padded <= 128 { 64 } else { 32 };
-    let shared = (ROWS + 4 * keys) * padded * 2;
-    let launched = at.gpu.embedded(&module, "attention_forward").and_then(|kernel| {
-        let grid = [q.dims[2].div_ceil(ROWS) as u32, (q.dims[0] * q.dims[1]) as u32, 1];
+    let launched = at.gpu.embedded(&kernels.module, "attention_forward").and_then(|kernel| {
+        let grid = [q.dims[2].div_ceil(kernels.rows) as u32, (q.dims[0] * q.dims[1]) as u32, 1];
         // SAFETY: the argument is the kernel's; the op has checked the shapes, and nobody else uses the outputs.
-        unsafe { at.gpu.launch(&kernel, Launch { grid, block: THREADS, shared: shared as u32 }, &argument) }
+        unsafe { at.gpu.launch(&kernel, Launch { grid, block: THREADS, shared: kernels.shared[0] as u32 }, &argument) }
     });
     launched.map(|()| Ran::Done).map_err(|failure| at.gpu.failed("attention", failure))
 }
@@ -119,7 +150,7 @@ pub(super) fn backward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64
     let ([q, k, v, o, grad, lse, mask @ ..], [dq, dk, dv]) = (inputs, outputs) else { return Ok(Ran::Declined) };
     let mask = mask.first();
     let views = [q, k, v, o, grad, dq, dk, dv];
-    let Some((module, padded)) = module(&views, mask).filter(|_| is_dense(lse)) else { return Ok(Ran::Declined) };
+    let Some(kernels) = Kernels::of(&views, mask).filter(|_| is_dense(lse)) else { return Ok(Ran::Declined) };
     let (heads, queries, keys) = (q.dims[0] * q.dims[1], q.dims[2], k.dims[2]);
     let delta = scratch(at.pool, 4 * heads * queries)?;
     let argument = Attention {
@@ -138,12 +169,7 @@ pub(super) fn backward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64
         out_aligned: i32::from([dq, dk, dv].iter().all(|view| view.rows_aligned())),
         ..argument(q, k, v, mask, lse, scale)
     };
-    let step = match padded {
-        32 | 64 => 64,
-        128 => 32,
-        _ => 16,
-    };
-    let tiles = (2 * ROWS + 4 * step) * padded * 2;
+    let Kernels { module, rows, shared: [_, of_keys, of_queries], parts } = kernels;
     let launch = |name: &str, blocks: usize, depth: usize, shared: usize| {
         let kernel = at.gpu.embedded(&module, name)?;
         let grid = [blocks as u32, heads as u32, depth as u32];
@@ -151,8 +177,8 @@ pub(super) fn backward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64
         unsafe { at.gpu.launch(&kernel, Launch { grid, block: THREADS, shared: shared as u32 }, &argument) }
     };
     launch("attention_delta", queries.div_ceil(4), 1, 0)
-        .and_then(|()| launch("attention_keys", keys.div_ceil(ROWS), padded.div_ceil(128), tiles + 8 * step))
-        .and_then(|()| launch("attention_queries", queries.div_ceil(ROWS), 1, tiles))
+        .and_then(|()| launch("attention_keys", keys.div_ceil(rows), parts, of_keys))
+        .and_then(|()| launch("attention_queries", queries.div_ceil(rows), 1, of_queries))
         .map(|()| Ran::Done)
         .map_err(|failure| at.gpu.failed("attention", failure))
 }

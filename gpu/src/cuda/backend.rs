@@ -1,10 +1,10 @@
 //! The engine's backend on an NVIDIA GPU.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cust::sys;
-use flowtape_engine::backend::{Backend, Buffer, Fused, Ran};
+use flowtape_engine::backend::{Backend, Buffer, Fused, Pending, Ran};
 use flowtape_engine::expr::{Program, Reduce};
 use flowtape_engine::pool::{Pool, PoolUsage, Pooled};
 use flowtape_engine::{Device, Error, Result, Tensor};
@@ -12,8 +12,9 @@ use flowtape_engine::{Device, Error, Result, Tensor};
 use super::gpu::{Gpu, checked};
 use super::memory::{CudaBuffer, CudaRaw, Staging, download};
 use super::pointwise::At;
+use super::read::{Reader, SLOT, Slot};
 use super::view::{View, buffer};
-use super::{attention, index, matmul, norm, pointwise, random, reduce};
+use super::{attention, each, index, matmul, norm, pointwise, random, reduce};
 
 /// Memory that is kept for reuse beyond what is in use.
 const SPARE: usize = 1 << 30;
@@ -29,10 +30,12 @@ pub struct Cuda(Arc<Inner>);
 struct Inner {
     // Dropped in this order: all memory goes back while the device is there.
     staging: Staging,
+    reader: Reader,
     /// Holds an index past the end of its table, plus one; or zero.
     fault: Pooled<CudaRaw>,
     pool: Pool<CudaRaw>,
     gpu: Arc<Gpu>,
+    reads: AtomicUsize,
 }
 
 /// What a device has done so far.
@@ -44,6 +47,8 @@ pub struct CudaUsage {
     pub launches: usize,
     /// Kernels printed from programs and compiled.
     pub printed: usize,
+    /// Reads that all work was waited for.
+    pub reads: usize,
 }
 
 impl Cuda {
@@ -56,7 +61,8 @@ impl Cuda {
         let gpu = Arc::new(Gpu::open(ordinal)?);
         let pool = Pool::new(CudaRaw(gpu.clone()), SPARE);
         let fault = pool.alloc(4)?;
-        let cuda = Self(Arc::new(Inner { staging: Staging::new(gpu.clone()), fault, pool, gpu }));
+        let (staging, reader) = (Staging::new(gpu.clone()), Reader::new(gpu.clone()));
+        let cuda = Self(Arc::new(Inner { staging, reader, fault, pool, gpu, reads: AtomicUsize::new(0) }));
         cuda.clear_fault()?;
         Ok(cuda)
     }
@@ -72,7 +78,8 @@ impl Cuda {
     /// What it has done so far.
     pub fn usage(&self) -> CudaUsage {
         let launches = self.0.gpu.launches.load(Ordering::Relaxed);
-        CudaUsage { pool: self.0.pool.usage(), launches, printed: self.0.gpu.printed_count() }
+        let reads = self.0.reads.load(Ordering::Relaxed);
+        CudaUsage { pool: self.0.pool.usage(), launches, printed: self.0.gpu.printed_count(), reads }
     }
 
     /// Whether a failure was seen after which it takes no more work.
@@ -94,6 +101,47 @@ impl Cuda {
             checked(unsafe { sys::cuMemsetD32Async(self.fault(), 0, 1, self.0.gpu.stream.as_inner()) })
         });
         cleared.map_err(|failure| self.0.gpu.failed("cuda", failure))
+    }
+}
+
+impl Cuda {
+    /// An index past the end of its table, where the fault word says so.
+    fn check_fault(&self, word: u32) -> Result<()> {
+        match word {
+            0 => Ok(()),
+            past => {
+                self.clear_fault()?;
+                Err(Error::argument("index_select", "indices below the number of rows", past - 1))
+            }
+        }
+    }
+}
+
+/// A read that is enqueued.
+#[derive(Debug)]
+struct Reading {
+    cuda: Cuda,
+    slot: Option<Slot>,
+    bytes: usize,
+}
+
+impl Pending for Reading {
+    fn wait(mut self: Box<Self>) -> Result<Vec<u8>> {
+        let Inner { reader, gpu, .. } = &*self.cuda.0;
+        let Some(slot) = self.slot.take() else { return Ok(Vec::new()) };
+        let read = reader.wait(&slot, self.bytes);
+        reader.give_back(slot);
+        let (bytes, fault) = read.map_err(|failure| gpu.failed("download", failure))?;
+        self.cuda.check_fault(fault)?;
+        Ok(bytes)
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot.take() {
+            self.cuda.0.reader.give_back(slot);
+        }
     }
 }
 
@@ -120,6 +168,10 @@ impl Backend for Cuda {
         &self.0.gpu.name
     }
 
+    fn has_f64(&self) -> bool {
+        false
+    }
+
     fn memory(&self) -> PoolUsage {
         self.0.pool.usage()
     }
@@ -137,17 +189,24 @@ impl Backend for Cuda {
     fn download(&self, source: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
         let source = buffer(source)?;
         check_size("download", source, bytes)?;
+        self.0.reads.fetch_add(1, Ordering::Relaxed);
         let (mut out, mut fault) = (vec![0; bytes], [0; 4]);
         download(&self.0.gpu, *source.0.block(), &mut out)
             .and_then(|()| download(&self.0.gpu, self.fault(), &mut fault))
             .map_err(|failure| self.0.gpu.failed("download", failure))?;
-        match u32::from_le_bytes(fault) {
-            0 => Ok(out),
-            past => {
-                self.clear_fault()?;
-                Err(Error::argument("index_select", "indices below the number of rows", past - 1))
-            }
+        self.check_fault(u32::from_le_bytes(fault))?;
+        Ok(out)
+    }
+
+    fn read_later(&self, source: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
+        if bytes > SLOT {
+            return Ok(Box::new(self.download(source, bytes)?));
         }
+        let source = buffer(source)?;
+        check_size("download", source, bytes)?;
+        let slot = self.0.reader.enqueue(*source.0.block(), bytes, self.fault());
+        let slot = slot.map_err(|failure| self.0.gpu.failed("download", failure))?;
+        Ok(Box::new(Reading { cuda: self.clone(), slot: Some(slot), bytes }))
     }
 
     fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()> {
@@ -157,6 +216,20 @@ impl Backend for Cuda {
     fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
         check_counts(program, inputs, scalars, outputs)?;
         pointwise::pointwise(self.at(), program, &View::all(inputs)?, scalars, &View::all(outputs)?)
+    }
+
+    fn pointwise_each(
+        &self,
+        program: &Program,
+        groups: &[(Vec<&Tensor>, Vec<&Tensor>)],
+        scalars: &[f64],
+    ) -> Result<()> {
+        let mut views = Vec::with_capacity(groups.len());
+        for (inputs, outputs) in groups {
+            check_counts(program, inputs, scalars, outputs)?;
+            views.push((View::all(inputs)?, View::all(outputs)?));
+        }
+        each::pointwise_each(self.at(), &self.0.staging, program, &views, scalars)
     }
 
     fn reduce(

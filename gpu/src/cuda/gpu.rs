@@ -192,12 +192,24 @@ fn keep_memory(device: Device) -> Result<bool, Failure> {
     Ok(true)
 }
 
+/// The version of the driver itself, where the system says it.
+fn release() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+    release_in(&text)
+}
+
+fn release_in(text: &str) -> Option<String> {
+    let is_version = |w: &&str| w.contains('.') && w.bytes().all(|b| b == b'.' || b.is_ascii_digit());
+    text.lines().find(|l| l.starts_with("NVRM"))?.split_whitespace().find(is_version).map(str::to_owned)
+}
+
 fn report(ordinal: u32) -> Result<DeviceReport, CudaError> {
     let device = Device::get_device(ordinal)?;
     let (major, minor) = capability(device)?;
     let version = CudaApiVersion::get()?;
+    let release = release().map_or(String::new(), |r| format!(" ({r})"));
     let details = [
-        ("driver", format!("CUDA {}.{}", version.major(), version.minor())),
+        ("driver", format!("CUDA {}.{}{release}", version.major(), version.minor())),
         ("memory", format!("{} MiB", device.total_memory()? >> 20)),
         ("capability", format!("{major}.{minor}")),
         ("multiprocessors", device.get_attribute(DeviceAttribute::MultiprocessorCount)?.to_string()),
@@ -228,5 +240,19 @@ pub fn reports() -> Vec<DeviceReport> {
             (0..count).map(one).collect()
         }
         Err(error) => vec![line("cuda".into(), Failure::from(error).told())],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::release_in;
+
+    #[test]
+    fn the_drivers_version_is_read_from_what_the_system_says() {
+        let closed = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC version:  gcc 11.4.0";
+        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)";
+        assert_eq!(release_in(closed).as_deref(), Some("535.129.03"));
+        assert_eq!(release_in(open).as_deref(), Some("580.65.06"));
+        assert_eq!(release_in("GCC version: 12.2.0"), None);
     }
 }

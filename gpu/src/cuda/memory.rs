@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cust::event::{Event, EventFlags};
+use cust::stream::{Stream, StreamFlags, StreamWaitEventFlags};
 use cust::sys;
 use flowtape_engine::backend::Buffer;
 use flowtape_engine::pool::{Pool, Pooled, Raw};
@@ -72,7 +73,9 @@ pub(super) fn scratch(pool: &Pool<CudaRaw>, bytes: usize) -> Result<Pooled<CudaR
 const SEGMENTS: usize = 16;
 const SEGMENT: usize = 1 << 20;
 
-/// Pinned memory that uploads go through: the host writes it and goes on, the device fetches it in the stream's order.
+/// What uploads go through: pinned memory, and as much of the device's. The host writes the pinned memory and goes on. A
+/// stream of its own fetches it, beside the work that is enqueued: the next batch while a step still runs. The stream of
+/// the work waits for that and moves it to its place, since only there it is known that nobody reads the place any more.
 #[derive(Debug)]
 pub(super) struct Staging {
     gpu: Arc<Gpu>,
@@ -82,7 +85,9 @@ pub(super) struct Staging {
 #[derive(Debug)]
 struct Pinned {
     memory: *mut u8,
-    /// When each segment was fetched.
+    landing: u64,
+    copies: Stream,
+    /// When each segment was moved to its place.
     events: Vec<Event>,
     segment: usize,
     used: usize,
@@ -91,18 +96,27 @@ struct Pinned {
 // SAFETY: plain host memory, used behind a mutex.
 unsafe impl Send for Pinned {}
 
+fn event() -> Result<Event, Failure> {
+    Ok(Event::new(EventFlags::DISABLE_TIMING)?)
+}
+
 impl Staging {
     pub fn new(gpu: Arc<Gpu>) -> Self {
         Self { gpu, state: Mutex::default() }
     }
 
     fn pinned() -> Result<Pinned, Failure> {
-        let mut memory = std::ptr::null_mut();
-        // SAFETY: the address is written to a variable.
-        checked(unsafe { sys::cuMemAllocHost_v2(&raw mut memory, SEGMENTS * SEGMENT) })?;
-        let event = |_| Ok(Event::new(EventFlags::DISABLE_TIMING)?);
-        let events = (0..SEGMENTS).map(event).collect::<Result<_, Failure>>()?;
-        Ok(Pinned { memory: memory.cast(), events, segment: 0, used: 0 })
+        let events = (0..SEGMENTS).map(|_| event()).collect::<Result<_, Failure>>()?;
+        let copies = Stream::new(StreamFlags::NON_BLOCKING, None)?;
+        let (mut memory, mut landing) = (std::ptr::null_mut(), 0);
+        // SAFETY: the addresses are written to variables; what was made is given back where the second fails.
+        unsafe {
+            checked(sys::cuMemAllocHost_v2(&raw mut memory, SEGMENTS * SEGMENT))?;
+            checked(sys::cuMemAlloc_v2(&raw mut landing, SEGMENTS * SEGMENT)).inspect_err(|_| {
+                let _ = sys::cuMemFreeHost(memory);
+            })?;
+        }
+        Ok(Pinned { memory: memory.cast(), landing, copies, events, segment: 0, used: 0 })
     }
 
     /// Enqueues a copy of `bytes` to `address`.
@@ -123,11 +137,17 @@ impl Staging {
                 pinned.used = 0;
             }
             let count = (bytes.len() - done).min(SEGMENT - pinned.used);
-            // SAFETY: `count` bytes fit the segment, which the device has fetched before; the target holds `bytes`.
+            // SAFETY: `count` bytes fit the segment, of which all before was moved away; the target holds `bytes`, and
+            // is written in the order of the work.
             unsafe {
-                let at = pinned.memory.add(pinned.segment * SEGMENT + pinned.used);
-                std::ptr::copy_nonoverlapping(bytes.as_ptr().add(done), at, count);
-                checked(sys::cuMemcpyHtoDAsync_v2(address + done as u64, at.cast(), count, stream.as_inner()))?;
+                let at = pinned.segment * SEGMENT + pinned.used;
+                let (from, landing) = (pinned.memory.add(at), pinned.landing + at as u64);
+                std::ptr::copy_nonoverlapping(bytes.as_ptr().add(done), from, count);
+                checked(sys::cuMemcpyHtoDAsync_v2(landing, from.cast(), count, pinned.copies.as_inner()))?;
+                let fetched = event()?;
+                fetched.record(&pinned.copies)?;
+                stream.wait_event(fetched, StreamWaitEventFlags::DEFAULT)?;
+                checked(sys::cuMemcpyDtoDAsync_v2(address + done as u64, landing, count, stream.as_inner()))?;
             }
             done += count;
             // Pieces begin at multiples of 16 bytes.
@@ -140,9 +160,11 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pinned) = state.take().filter(|_| self.gpu.synchronize().is_ok()) {
-            // SAFETY: from `cuMemAllocHost`, given back once, and the device has fetched all of it.
-            let _ = unsafe { sys::cuMemFreeHost(pinned.memory.cast()) };
+        if let Some(pinned) = state.take() {
+            // A device that failed reads no more either.
+            let _ = self.gpu.synchronize();
+            // SAFETY: both were allocated in `pinned`, are given back once, and the device is done with them.
+            let _ = unsafe { (sys::cuMemFreeHost(pinned.memory.cast()), sys::cuMemFree_v2(pinned.landing)) };
         }
     }
 }

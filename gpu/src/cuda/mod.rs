@@ -3,15 +3,16 @@
 //! | file | what it does |
 //! |---|---|
 //! | `gpu.rs` | a device: context, stream, failures in words |
-//! | `memory.rs` | the pool's raw memory, uploads through pinned memory |
+//! | `memory.rs`, `read.rs` | the pool's raw memory, uploads and reads through pinned memory |
 //! | `launch.rs` | modules, kernels, launches |
 //! | `ptx.rs` | prints programs as PTX |
-//! | `pointwise.rs`, `reduce.rs` | kernels printed from programs |
+//! | `pointwise.rs`, `each.rs`, `reduce.rs` | kernels printed from programs |
 //! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX |
 //! | `backend.rs` | the engine's `Backend` |
 
 mod attention;
 mod backend;
+mod each;
 mod gpu;
 mod index;
 mod launch;
@@ -21,6 +22,7 @@ mod norm;
 mod pointwise;
 mod ptx;
 mod random;
+mod read;
 mod reduce;
 mod view;
 

@@ -102,18 +102,7 @@ fn print(program: &Lowered, dtypes: &[DType], runs: &[Run], fields: &Fields, wid
     let strides: Vec<usize> = (0..fields.operands).map(|i| fields.strides(i)).collect();
     let addresses = to.locate(&index, fields.rank, fields.dims(), &strides, &pointers);
     let scalars: Vec<String> = (0..fields.scalars).map(|i| to.field("f32", fields.scalars() + 4 * i)).collect();
-    let loaded: Vec<Vec<String>> =
-        (0..program.inputs).map(|i| to.load(&addresses[i], dtypes[i], runs[i], width)).collect();
-    let constants = to.constants(program);
-    let mut results = vec![Vec::with_capacity(width); program.outputs.len()];
-    for element in 0..width {
-        let inputs: Vec<String> = loaded.iter().map(|values| values[element].clone()).collect();
-        let outputs = to.program(program, &constants, &inputs, &scalars);
-        results.iter_mut().zip(outputs).for_each(|(all, one)| all.push(one));
-    }
-    for (i, values) in results.iter().enumerate() {
-        to.store(&addresses[program.inputs + i], dtypes[program.inputs + i], values);
-    }
+    to.elements(program, &addresses, dtypes, runs, &scalars, width);
     to.write(format_args!("END:\nret;"));
     to.finish(fields.bytes(), 0)
 }

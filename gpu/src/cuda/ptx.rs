@@ -280,6 +280,31 @@ impl Printer {
         }
     }
 
+    /// Reads `width` elements of each input, runs a program on them and writes its results: operands are inputs, then
+    /// outputs.
+    pub fn elements(
+        &mut self,
+        program: &Lowered,
+        addresses: &[String],
+        dtypes: &[DType],
+        runs: &[Run],
+        scalars: &[String],
+        width: usize,
+    ) {
+        let loaded: Vec<Vec<String>> =
+            (0..program.inputs).map(|i| self.load(&addresses[i], dtypes[i], runs[i], width)).collect();
+        let constants = self.constants(program);
+        let mut results = vec![Vec::with_capacity(width); program.outputs.len()];
+        for element in 0..width {
+            let inputs: Vec<String> = loaded.iter().map(|values| values[element].clone()).collect();
+            let outputs = self.program(program, &constants, &inputs, scalars);
+            results.iter_mut().zip(outputs).for_each(|(all, one)| all.push(one));
+        }
+        for (i, values) in results.iter().enumerate() {
+            self.store(&addresses[program.inputs + i], dtypes[program.inputs + i], values);
+        }
+    }
+
     /// Constants of a program, once for all elements: by step.
     pub fn constants(&mut self, program: &Lowered) -> Vec<Option<String>> {
         let constant = |step: &Step| match *step {

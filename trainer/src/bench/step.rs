@@ -32,8 +32,12 @@ pub struct Options {
 pub struct Measurement {
     /// Who was measured.
     pub peer: &'static str,
+    /// The device's name.
+    pub device: String,
     /// The work's name.
     pub config: String,
+    /// Samples of a batch.
+    pub batch: usize,
     /// What flowed where.
     pub dtype: Dtype,
     /// Threads.
@@ -53,7 +57,7 @@ pub struct Measurement {
     pub s_fwd: f64,
     /// Seconds of the backward pass without the updates on its way, the median.
     pub s_bwd: f64,
-    /// Seconds of the optimiser, the median.
+    /// Seconds of the optimiser, the median; on a GPU until all of the step is done.
     pub s_opt: f64,
     /// `gflop / s_step`.
     pub gflops: f64,
@@ -176,7 +180,9 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
     let s_step = median(total);
     Ok(Measurement {
         peer: "flowtape",
+        device: device.backend().name().to_owned(),
         config: work.name.clone(),
+        batch: work.batch,
         dtype: options.dtype,
         threads: rayon::current_num_threads(),
         params: params.numel(),

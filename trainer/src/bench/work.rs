@@ -61,12 +61,19 @@ impl Work {
         Self { pooled: 256, ..Self::flux("S", 16, 8, 16, 4, (4, 4)) }
     }
 
-    /// The configurations that are compared with PyTorch: `s`, `m`, `l` and `digits`.
+    /// The configurations that are compared with PyTorch: `s`, `m`, `l`, `xl` (FLUX.1's widths at 1024 pixels) and
+    /// `digits`.
     pub fn named(name: &str) -> Option<Self> {
         match name {
             "s" => Some(Self::s()),
             "m" => Some(Self::flux("M", 2, 16, 64, 12, (6, 12))),
             "l" => Some(Self::flux("L", 1, 16, 64, 16, (6, 12))),
+            "xl" => Some(Self {
+                head_dim: 128,
+                axes: [16, 56, 56],
+                joint: 4096,
+                ..Self::flux("XL", 1, 64, 512, 24, (4, 8))
+            }),
             "digits" => Some(Self {
                 name: name.into(),
                 batch: 64,

@@ -2,43 +2,25 @@
 // gradient from the saved log-sum-exp. No atomics: one kernel sums the gradients of k and v over queries, another that
 // of q over keys.
 //
-// Compiled for each TYPE and each DEPTH. DP is the larger head dim rounded up to 32, 64, 128 or 256; what lies past the head dim is zero in shared memory. Each
-// of four warps has sixteen rows. Products by mma.sync; scores, softmax and sums in f32; probabilities are rounded to T
+// Compiled for each TYPE and each DEPTH. DP is the larger head dim rounded up to 32, 64, 128 or 256; what lies past the head
+// dim is zero in shared memory. Each of four warps has sixteen rows. Products by mma.sync; scores, softmax and sums in f32; probabilities are rounded to T
 // for the second product.
-#include "tile.cuh"
+#include "attention.cuh"
 
-struct Attention {
-    const void *q, *k, *v, *o, *grad;
-    const float *mask;
-    void *out, *dq, *dk, *dv;
-    float *lse, *delta;
-    int heads, queries, keys, depth, width;
-    // Of batch, head and row; elements of a row have no gaps.
-    long long q_s[3], k_s[3], v_s[3], o_s[3], grad_s[3], dq_s[3], dk_s[3], dv_s[3], mask_s[4];
-    float scale;
-    // Whether rows begin at multiples of 16 bytes; for the results all of them.
-    int q_aligned, k_aligned, v_aligned, grad_aligned, out_aligned;
-};
+constexpr int ROWS = 16 * WARPS;
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
-constexpr float LOG2_E = 1.4426950408889634f;
-
-template <class T> __device__ __forceinline__ T *head(const void *p, const long long *s, int b, int h, int row) {
-    return (T *)p + b * s[0] + h * s[1] + row * s[2];
-}
-
-// Writes sixteen rows of a warp as T, through shared memory of 16 (COUNT + 4) floats, in runs of eight elements. Each
+// Writes sixteen rows of a warp as T, through shared memory of 16 (COUNT + 8) floats, in runs of eight elements. Each
 // thread holds parts of two rows: their factors are `first` and `second`.
 template <class T, int COUNT>
 __device__ __forceinline__ void write_rows(unsigned char *memory, T *to, long long stride, int rows, int cols,
                                            bool aligned, float (*acc)[4], float first, float second) {
-    constexpr int WIDTH = COUNT + 4;
+    const int WIDTH = slab_width(COUNT);
     const int lane = threadIdx.x % 32;
     float *slab = (float *)memory + threadIdx.x / 32 * 16 * WIDTH;
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < COUNT / 8; ++j) {
-        float *at = slab + lane / 4 * WIDTH + 8 * j + lane % 4 * 2;
+        float *at = slab + result_row(lane, 0) * WIDTH + 8 * j + result_col(lane, 0);
         *(float2 *)at = make_float2(acc[j][0] * first, acc[j][1] * first);
         *(float2 *)(at + 8 * WIDTH) = make_float2(acc[j][2] * second, acc[j][3] * second);
     }
@@ -115,7 +97,7 @@ template <class T, int DP> __device__ __forceinline__ void forward(const Attenti
         for (int j = 0; j < BK / 8; ++j)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const int key = step * BK + 8 * j + lane % 4 * 2 + r % 2, row = q0 + 16 * warp + lane / 4 + r / 2 * 8;
+                const int key = step * BK + 8 * j + result_col(lane, r), row = q0 + 16 * warp + result_row(lane, r);
                 float v = s[j][r] * (a.scale * LOG2_E);
                 if (a.mask && key < a.keys && row < a.queries)
                     v += LOG2_E * a.mask[b * a.mask_s[0] + h * a.mask_s[1] + row * a.mask_s[2] + key * a.mask_s[3]];
@@ -177,18 +159,6 @@ template <class T, int DP> __device__ __forceinline__ void forward(const Attenti
     }
     write_rows<T, DP>(memory, head<T>(a.out, a.o_s, b, h, first), a.o_s[2], a.queries - first, a.width, a.out_aligned,
                       acc, factor[0], factor[1]);
-}
-
-// The product of o and its gradient, summed over each row: a warp for each.
-template <class T> __device__ __forceinline__ void delta(const Attention &a) {
-    const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (row >= a.queries) return;
-    const int b = blockIdx.y / a.heads, h = blockIdx.y % a.heads;
-    const T *o = head<const T>(a.o, a.o_s, b, h, row), *g = head<const T>(a.grad, a.grad_s, b, h, row);
-    float sum = 0;
-    for (int c = lane; c < a.width; c += 32) sum += widen(o[c]) * widen(g[c]);
-    for (int s = 16; s > 0; s /= 2) sum += __shfl_xor_sync(~0u, sum, s);
-    if (lane == 0) a.delta[(long long)blockIdx.y * a.queries + row] = sum;
 }
 
 // Queries, or keys, of a step of the gradient's kernels.
@@ -265,8 +235,8 @@ template <class T, int DP> __device__ __forceinline__ void backward_keys(const A
         for (int j = 0; j < BQ / 8; ++j)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const int i = 8 * j + lane % 4 * 2 + r % 2, q = step * BQ + i;
-                const int key = k0 + 16 * warp + lane / 4 + r / 2 * 8;
+                const int i = 8 * j + result_col(lane, r), q = step * BQ + i;
+                const int key = k0 + 16 * warp + result_row(lane, r);
                 float v = p[j][r] * (a.scale * LOG2_E);
                 if (a.mask && key < a.keys && q < a.queries)
                     v += LOG2_E * a.mask[b * a.mask_s[0] + h * a.mask_s[1] + q * a.mask_s[2] + key * a.mask_s[3]];
@@ -370,8 +340,8 @@ template <class T, int DP> __device__ __forceinline__ void backward_queries(cons
         for (int j = 0; j < BK / 8; ++j)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const int key = step * BK + 8 * j + lane % 4 * 2 + r % 2;
-                const int q = q0 + 16 * warp + lane / 4 + r / 2 * 8;
+                const int key = step * BK + 8 * j + result_col(lane, r);
+                const int q = q0 + 16 * warp + result_row(lane, r);
                 float v = p[j][r] * (a.scale * LOG2_E);
                 if (a.mask && key < a.keys && q < a.queries)
                     v += LOG2_E * a.mask[b * a.mask_s[0] + h * a.mask_s[1] + q * a.mask_s[2] + key * a.mask_s[3]];
@@ -398,8 +368,6 @@ template <class T, int DP> __device__ __forceinline__ void backward_queries(cons
                       dq, a.scale, a.scale);
 }
 
-#define KERNEL(NAME, FUNCTION)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Attention a) { FUNCTION(a); }
 KERNEL(attention_forward, (forward<TYPE, DEPTH>))
 KERNEL(attention_delta, delta<TYPE>)
 KERNEL(attention_keys, (backward_keys<TYPE, DEPTH>))

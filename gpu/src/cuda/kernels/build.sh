@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Compiles the kernels to PTX for sm_80 with the pinned compiler, and writes down their source's hash and what they take.
 #
-#   build.sh           writes ptx/*.ptx, ptx/HASH and ptx/RESOURCES.md
-#   build.sh --check   builds elsewhere, and fails where anything differs from what is checked in
-#   build.sh --check --assemble FOLDER   also lets ptxas read every *.ptx there
+#   build.sh                    writes ptx/*.ptx, ptx/HASH and ptx/RESOURCES.md
+#   build.sh --check            builds elsewhere, and fails where anything differs from what is checked in
+#   build.sh --assemble FOLDER  lets ptxas read every printed kernel there (tests print them where FLOWTAPE_PTX says)
 #
-# NVCC_ROOT is the folder with bin/nvcc and bin/ptxas; otherwise the packages below are installed into a fresh folder.
+# NVCC_ROOT is the folder with bin/nvcc and bin/ptxas; otherwise the packages below are installed under target/.
 set -euo pipefail
+if [ "${1:-}" = --assemble ]; then FOLDER=$(realpath "$2"); fi
 cd "$(dirname "$0")"
 PACKAGES=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96
     nvidia-cuda-cccl==13.0.85)
+ARCHITECTURES=(sm_80 sm_90)
 
 # name, source, definitions
 KERNELS="gemm_f32 gemm.cu
@@ -18,60 +20,90 @@ gemm_f16 gemm.cu -DTYPE=f16
 norm norm.cu
 index index.cu
 random random.cu
+$(for depth in 32 64 128 256; do
+    echo "attention_f32_$depth attention_f32.cu -DDEPTH=$depth"
+done)
 $(for type in bf16 f16; do for depth in 32 64 128 256; do
     echo "attention_${type}_$depth attention.cu -DTYPE=$type -DDEPTH=$depth"
 done; done)"
 
-work=$(mktemp -d)
+export work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 if [ -z "${NVCC_ROOT:-}" ]; then
-    python3 -m venv "$work/venv"
-    "$work/venv/bin/pip" install --quiet --no-deps "${PACKAGES[@]}"
-    NVCC_ROOT=$(echo "$work"/venv/lib/python3*/site-packages/nvidia/cu13)
+    venv=../../../../target/cuda-compiler
+    if ! [ -e "$venv/complete" ]; then
+        python3 -m venv "$venv"
+        "$venv/bin/pip" install --quiet --no-deps "${PACKAGES[@]}"
+        touch "$venv/complete"
+    fi
+    NVCC_ROOT=$(echo "$PWD/$venv"/lib/python3*/site-packages/nvidia/cu13)
 fi
-out="$work/ptx"
-mkdir "$out"
+export NVCC_ROOT
 
-while read -r kernel source definitions; do
+# One kernel file to $work/ptx, and what ptxas says of it.
+compile() {
+    local kernel=$1 source=$2
+    shift 2
     # Without a hint, the instructions are those of ISA 8.0: so drivers from CUDA 12.0 on take them; ptxas confirms it.
-    "$NVCC_ROOT/bin/nvcc" -std=c++17 -O3 -arch=compute_80 $definitions -ptx "$source" -o "$work/$kernel.ptx"
-    grep -vE '^\s*//|^\s*$|used_bytes_mask' "$work/$kernel.ptx" | sed -e 's/^\.version 9\.0$/.version 8.0/' >"$out/$kernel.ptx"
+    "$NVCC_ROOT/bin/nvcc" -std=c++17 -O3 -arch=compute_80 "$@" -ptx "$source" -o "$work/$kernel.ptx"
+    grep -vE '^\s*//|^\s*$|used_bytes_mask' "$work/$kernel.ptx" | sed -e 's/^\.version 9\.0$/.version 8.0/' >"$work/ptx/$kernel.ptx"
     for arch in sm_80 sm_90; do
-        "$NVCC_ROOT/bin/ptxas" "-arch=$arch" -v "$out/$kernel.ptx" -o "$work/cubin" 2>"$work/$kernel.$arch" ||
-            { cat "$work/$kernel.$arch" && exit 1; }
+        "$NVCC_ROOT/bin/ptxas" "-arch=$arch" -v "$work/ptx/$kernel.ptx" -o "$work/$kernel.cubin" 2>"$work/$kernel.$arch" ||
+            { cat "$work/$kernel.$arch" && return 1; }
     done
-done <<<"$KERNELS"
-cat tile.cuh attention.cu gemm.cu index.cu norm.cu random.cu | sha256sum | cut -d' ' -f1 >"$out/HASH"
+}
 
-{
+# Prints the table of what kernels take.
+resources() {
     echo "What each kernel takes, as ptxas says: registers of a thread, bytes of spills, bytes of static shared memory."
     echo
     echo "| kernel | sm_80 | | | sm_90 | | |"
     echo "|---|--:|--:|--:|--:|--:|--:|"
     for kernel in $(cut -d' ' -f1 <<<"$KERNELS"); do
-        for arch in sm_80 sm_90; do
+        for arch in "${ARCHITECTURES[@]}"; do
             sed -n -E "s/.*Compiling entry function '([^']+)'.*/name \1/p; s/.* ([0-9]+) bytes spill stores.*/spill \1/p
                 s/.*Used ([0-9]+) registers.*( ([0-9]+) bytes smem).*/use \1 \3/p; t; s/.*Used ([0-9]+) registers.*/use \1 0/p" \
                 "$work/$kernel.$arch" |
-                awk -v arch=$arch -v module=$kernel '$1 == "name" {n = module "." $2} $1 == "spill" {s = $2} $1 == "use" {print n, arch, $2, s, $3}'
+                awk -v arch="$arch" -v module="$kernel" '$1 == "name" {n = module "." $2} $1 == "spill" {s = $2} $1 == "use" {print n, arch, $2, s, $3}'
         done
-    done | sort | awk '$2 == "sm_80" {a = $3 " | " $4 " | " $5} $2 == "sm_90" {print "| `" $1 "` | " a " | " $3 " | " $4 " | " $5 " |"}'
-} >"$out/RESOURCES.md"
+    done | LC_ALL=C sort | awk '$2 == "sm_80" {a = $3 " | " $4 " | " $5} $2 == "sm_90" {print "| `" $1 "` | " a " | " $3 " | " $4 " | " $5 " |"}'
+}
 
-if [ "${1:-}" = --check ]; then
-    diff -r ptx "$out" && echo "the kernels are those of their source"
-else
-    rm -rf ptx
-    cp -r "$out" ptx
+# Printed kernels have one name and one header: a hundred of them make one file, each under a name of its own.
+join() {
+    awk 'FNR == 1 {n++} FNR > 3 || n == 1 {sub(/\.entry kernel\(/, ".entry kernel_" n "("); print}' "$@"
+}
+
+# Lets ptxas read some printed kernels; if it does not take them together, each by itself, to tell which.
+assemble() {
+    local batch
+    batch=$(mktemp -p "$work" XXXXXX.ptx)
+    join "$@" >"$batch"
+    for arch in sm_80 sm_90; do
+        "$NVCC_ROOT/bin/ptxas" "-arch=$arch" "$batch" -o "$batch.cubin" >"$batch.log" 2>&1 && continue
+        for text in "$@"; do
+            "$NVCC_ROOT/bin/ptxas" "-arch=$arch" "$text" -o "$batch.cubin" || { echo "$arch: $text" && cat "$text"; }
+        done
+        return 255
+    done
+}
+export -f compile join assemble
+
+if [ "${1:-}" = --assemble ]; then
+    # Others there are checked-in ones, which --check lets ptxas read.
+    printed=$(grep -lF '.entry kernel(' "$FOLDER"/*.ptx)
+    xargs -P "$(nproc)" -n 100 bash -euo pipefail -c 'assemble "$@"' _ <<<"$printed"
+    echo "ptxas takes $(wc -l <<<"$printed") printed kernels for ${ARCHITECTURES[*]}"
+    exit
 fi
 
-if [ "${2:-}" = --assemble ]; then
-    count=0
-    for text in "$3"/*.ptx; do
-        for arch in sm_80 sm_90; do
-            "$NVCC_ROOT/bin/ptxas" "-arch=$arch" "$text" -o "$work/cubin"
-        done
-        count=$((count + 1))
-    done
-    echo "ptxas takes $count kernels for sm_80 and sm_90"
+mkdir "$work/ptx"
+xargs -P "$(nproc)" -L 1 bash -euo pipefail -c 'compile "$@"' _ <<<"$KERNELS"
+cat layout.h ./*.cuh ./*.cu | sha256sum | cut -d' ' -f1 >"$work/ptx/HASH"
+resources >"$work/ptx/RESOURCES.md"
+if [ "${1:-}" = --check ]; then
+    diff -r ptx "$work/ptx" && echo "the kernels are those of their source"
+else
+    rm -rf ptx
+    cp -r "$work/ptx" ptx
 fi

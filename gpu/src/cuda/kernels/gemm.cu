@@ -26,14 +26,11 @@ __device__ __forceinline__ Offsets batch_offsets(const Gemm &g, int z) {
             z0 * g.out_batch[0] + z1 * g.out_batch[1] + z2 * g.out_batch[2]};
 }
 
-// The tile of a block: eight rows of tiles together, so that neighbours share operands in the cache.
+// The tile of a block.
 template <int BM, int BN> __device__ __forceinline__ void place(const Gemm &g, int &m0, int &n0) {
-    int rows = (g.m + BM - 1) / BM, cols = (g.n + BN - 1) / BN;
-    int group = blockIdx.x / (8 * cols), first = group * 8;
-    int height = rows - first < 8 ? rows - first : 8;
-    int within = blockIdx.x % (8 * cols);
-    m0 = (first + within % height) * BM;
-    n0 = within / height * BN;
+    const int rows = (g.m + BM - 1) / BM, cols = (g.n + BN - 1) / BN, tile = tile_of_block(rows, cols, blockIdx.x);
+    m0 = tile / cols * BM;
+    n0 = tile % cols * BN;
 }
 
 // Adds the bias, and what was there before, to eight neighbours of a row, and writes them.
@@ -135,7 +132,7 @@ __device__ __forceinline__ void gemm_half(const Gemm &g) {
     wait<0>();
 
     // Sixteen rows of a warp at a time go through shared memory, so that they are written in runs of eight.
-    constexpr int WIDTH = TN * 16 + 4;
+    const int WIDTH = slab_width(TN * 16);
     float *slab = (float *)memory + warp * 16 * WIDTH;
     __syncthreads();
 #pragma unroll
@@ -143,7 +140,7 @@ __device__ __forceinline__ void gemm_half(const Gemm &g) {
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < 2 * TN; ++j) {
-            float *to = slab + lane / 4 * WIDTH + 8 * j + lane % 4 * 2;
+            float *to = slab + result_row(lane, 0) * WIDTH + 8 * j + result_col(lane, 0);
             *(float2 *)to = make_float2(acc[i][j][0], acc[i][j][1]);
             *(float2 *)(to + 8 * WIDTH) = make_float2(acc[i][j][2], acc[i][j][3]);
         }

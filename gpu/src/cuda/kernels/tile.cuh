@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "layout.h"
+
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 
@@ -76,17 +78,12 @@ template <bool TRANS> __device__ __forceinline__ void load_matrices(uint32_t at,
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
-// A tile of 16-bit elements in shared memory: rows of COLS, in chunks of 16 bytes. The chunks of a row are exchanged so
-// that those of one column in eight neighbouring rows lie in different banks.
+// A tile of 16-bit elements in shared memory: rows of COLS, in chunks of 16 bytes.
 template <int COLS> struct Tile {
     static constexpr int CHUNKS = COLS / 8;
-    static constexpr int ROWS_OF_LINE = CHUNKS < 8 ? 8 / CHUNKS : 1;
-    static constexpr int MIX = CHUNKS < 8 ? CHUNKS : 8;
     uint32_t base;
 
-    __device__ __forceinline__ uint32_t at(int row, int chunk) const {
-        return base + 16 * (row * CHUNKS + (chunk ^ (row / ROWS_OF_LINE % MIX)));
-    }
+    __device__ __forceinline__ uint32_t at(int row, int chunk) const { return base + tile_offset(COLS, row, chunk); }
 
     // Fills `count` rows from memory; what lies outside `rows` x `cols` is zero. Aligned means that each row begins at
     // a multiple of 16 bytes.
@@ -110,21 +107,15 @@ template <int COLS> struct Tile {
 
     // The left operand of a product at (m, k), 16x16. Rows of the tile are m, or k if FLIPPED.
     template <bool FLIPPED> __device__ __forceinline__ void left(int m, int k, uint32_t *r) const {
-        int lane = threadIdx.x % 32;
-        if (FLIPPED)
-            load_matrices<true>(at(k + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2), r);
-        else
-            load_matrices<false>(at(m + lane % 16, k / 8 + lane / 16), r);
+        const int lane = threadIdx.x % 32;
+        load_matrices<FLIPPED>(at(left_row(FLIPPED, m, k, lane), left_chunk(FLIPPED, m, k, lane)), r);
     }
 
     // The right operand at (k, n), 16x16: registers 0 and 1 are those of the first eight columns. Rows of the tile are
     // k, or n if FLIPPED.
     template <bool FLIPPED> __device__ __forceinline__ void right(int k, int n, uint32_t *r) const {
-        int lane = threadIdx.x % 32;
-        if (FLIPPED)
-            load_matrices<false>(at(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2), r);
-        else
-            load_matrices<true>(at(k + lane % 16, n / 8 + lane / 16), r);
+        const int lane = threadIdx.x % 32;
+        load_matrices<!FLIPPED>(at(right_row(FLIPPED, k, n, lane), right_chunk(FLIPPED, k, n, lane)), r);
     }
 };
 

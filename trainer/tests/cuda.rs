@@ -1,0 +1,189 @@
+//! The trainer and NVIDIA's driver: what the binary says where there is none, and how a run ends when the device fails.
+#![cfg(all(feature = "cuda", target_os = "linux"))]
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use flowtape_cuda_emulator::{Settings, set, usage};
+use flowtape_trainer::run::Line;
+use flowtape_trainer::train::{Progress, Summary, Trained, resume, train};
+use flowtape_trainer::{Error, Recipe};
+use serde_json::Value;
+
+const RECIPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes/digits.yaml");
+
+fn flowtape(environment: &[(&str, &str)], arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_flowtape"));
+    command.args(arguments).envs(environment.iter().copied()).output().unwrap()
+}
+
+/// The block of `flowtape devices` that begins with `cuda`.
+fn listed(environment: &[(&str, &str)]) -> String {
+    let output = flowtape(environment, &["devices"]);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let after = text.lines().skip_while(|l| !l.starts_with("cuda")).enumerate();
+    let block = after.take_while(|(i, l)| *i == 0 || l.starts_with(' ') || l.starts_with("cuda"));
+    block.map(|(_, l)| l).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_binary_starts_without_a_driver_and_says_what_is_in_the_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let library = folder.path().join("libcuda.so.1");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../gpu/cuda_driver/tests/fake_cuda.c");
+    let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).status().unwrap();
+    assert!(built.success());
+    let fake = ("FLOWTAPE_LIBCUDA", library.to_str().unwrap());
+    let missing = ("FLOWTAPE_LIBCUDA", "/no/such/libcuda.so.1");
+
+    type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+    let cases: [Case; 6] = [
+        (&[missing], &["not usable", "no NVIDIA driver", "/no/such/libcuda.so.1", "install one of CUDA 12.0 or newer"]),
+        (&[fake, ("FAKE_CUDA_VERSION", "11080")], &["not usable", "CUDA 11.8", "12.0 (525) or newer"]),
+        (&[fake, ("FAKE_CUDA_DEVICES", "0")], &["not usable", "no device", "CUDA_VISIBLE_DEVICES"]),
+        (&[fake, ("FAKE_CUDA_INIT", "100")], &["not usable", "CUDA error 100", "nvidia-smi"]),
+        (&[fake, ("FAKE_CUDA_MAJOR", "7")], &["Fake GPU 0", "7.0", "not usable", "8.0 (Ampere) is the least"]),
+        (&[fake, ("FAKE_CUDA_DEVICES", "2")], &["cuda:0", "Fake GPU 1", "CUDA 13.0", "82944 MiB", "9.0", "132"]),
+    ];
+    for (environment, parts) in cases {
+        let text = listed(environment);
+        for part in parts {
+            assert!(text.contains(part), "{part:?} in {text}");
+        }
+    }
+
+    // Whatever asks for it is told the same, before anything is written.
+    let run = folder.path().join("run");
+    let run_dir = format!("run_dir={}", run.display());
+    let commands: [&[&str]; 3] = [
+        &["train", RECIPE, "--set", &run_dir, "--device", "cuda"],
+        &["train", RECIPE, "--set", &run_dir, "--set", "device=cuda"],
+        &["bench", "step", "--device", "cuda"],
+    ];
+    for arguments in commands {
+        for (environment, part) in [
+            (vec![missing], "no NVIDIA driver"),
+            (vec![fake, ("FAKE_CUDA_DEVICES", "0")], "expected device cuda:0"),
+            (vec![fake], "CUDA error 46"),
+        ] {
+            let output = flowtape(&environment, arguments);
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert!(!output.status.success() && !message.contains("panicked"), "{message}");
+            assert!(message.contains(part), "{part:?} in {message}");
+        }
+    }
+    let wrong = flowtape(&[fake], &["bench", "step", "--device", "cuda:one"]);
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("cuda:<number>"));
+    assert!(!run.exists());
+}
+
+/// The emulated driver as it was made, for one test at a time.
+fn emulated() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    assert!(flowtape_cuda_emulator::install());
+    set(|settings| *settings = Settings::default());
+    alone
+}
+
+/// A run of five steps with checkpoints after the second and the fourth.
+fn recipe(run: &Path, device: &str) -> Recipe {
+    let settings = [
+        "model.num_layers=1",
+        "model.num_single_layers=1",
+        "model.attention_head_dim=8",
+        "model.axes_dims_rope=[4, 2, 2]",
+        "step_scheduler.local_batch_size=4",
+        "step_scheduler.max_steps=5",
+        "step_scheduler.ckpt_every_steps=2",
+        "sampling.every_steps=0",
+        "sampling.num_inference_steps=1",
+        "sampling.guidance_scale=1",
+        "report=null",
+    ];
+    let more = [format!("device={device}"), format!("run_dir={}", run.display())];
+    Recipe::load(Path::new(RECIPE), &settings.iter().map(|s| (*s).to_owned()).chain(more).collect::<Vec<_>>()).unwrap()
+}
+
+/// Does something to the driver when the numbers of a step are read.
+struct After<F: FnMut(u64)>(F);
+
+impl<F: FnMut(u64)> Progress for After<F> {
+    fn begin(&mut self, _run: &Path, _from: u64, _steps: u64, _parameters: usize) {}
+    fn step(&mut self, line: &Line, _mean_loss: f64) {
+        (self.0)(line.step);
+    }
+    fn note(&mut self, _what: &str) {}
+}
+
+fn losses(run: &Path) -> Vec<f64> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap()).collect()
+}
+
+fn on_the_cpu(run: PathBuf) -> Vec<f64> {
+    train(&recipe(&run, "cpu"), &mut After(|_| {}), &AtomicBool::new(false)).unwrap();
+    losses(&run)
+}
+
+fn assert_close(got: &[f64], wanted: &[f64]) {
+    assert_eq!(got.len(), wanted.len());
+    for (step, (a, b)) in got.iter().zip(wanted).enumerate() {
+        assert!((a - b).abs() < 1e-3 * b, "step {step}: {a} instead of {b}");
+    }
+}
+
+#[test]
+fn a_run_on_cuda_trains_and_samples_as_on_the_cpu() {
+    let _alone = emulated();
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let never = AtomicBool::new(false);
+    let summary: Summary = train(&recipe(&run, "cuda"), &mut After(|_| {}), &never).unwrap();
+    assert!(summary.steps == 5 && usage().launches > 500, "{summary:?}, {:?}", usage());
+    assert_close(&losses(&run), &on_the_cpu(folder.path().join("cpu")));
+    let sample =
+        |device: Option<&str>| Trained::load(&run, device).unwrap().sample("a handwritten seven", 1, 1, None).unwrap();
+    for (a, b) in sample(None).iter().zip(sample(Some("cpu"))) {
+        assert!((a - b).abs() < 1e-3, "{a} instead of {b}");
+    }
+}
+
+#[test]
+fn a_run_that_loses_its_device_leaves_a_good_checkpoint() {
+    let _alone = emulated();
+    let folder = tempfile::tempdir().unwrap();
+    let wanted = on_the_cpu(folder.path().join("cpu"));
+    let never = AtomicBool::new(false);
+    for (code, words) in [(700, "illegal memory access"), (719, "launch failure"), (2, "out of memory")] {
+        let run = folder.path().join(format!("run{code}"));
+        set(|settings| *settings = Settings::default());
+        let mut fail = After(|step| match (step, code) {
+            // A launch of the step after: it is seen when that step's numbers are read.
+            (3, 700..) => set(|settings| settings.fails = code),
+            (3, _) => set(|settings| settings.memory = 0),
+            _ => {}
+        });
+        let error = train(&recipe(&run, "cuda"), &mut fail, &never).unwrap_err();
+        let text = error.to_string();
+        assert!(text.to_lowercase().contains(words), "{text}");
+        match (&error, code) {
+            (Error::Engine(flowtape_engine::Error::DeviceFailed { .. }), 700..) => {
+                assert!(text.contains("launched last: ") && text.contains("the last checkpoint is good"), "{text}");
+            }
+            (Error::Engine(flowtape_engine::Error::OutOfMemory { .. }), 2) => {
+                assert!(text.contains("bytes are free") && text.contains("f32 ["), "{text}");
+            }
+            _ => panic!("{error:?}"),
+        }
+        // The run goes on elsewhere, from the last checkpoint, as if nothing had been.
+        set(|settings| *settings = Settings::default());
+        let summary = resume(&run, Some("cpu"), &mut After(|_| {}), &never).unwrap();
+        assert_eq!(summary.steps, 5);
+        assert_close(&losses(&run), &wanted);
+    }
+}
