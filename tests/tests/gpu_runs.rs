@@ -136,20 +136,22 @@ fn a_run_without_memory_names_the_tensor_and_keeps_its_checkpoint() {
     assert_eq!(summary.steps, 3);
 }
 
-/// Weights, activations, gradients and moments in bf16: the losses follow the CPU's.
+/// All in bf16, and in f16 with weights and moments in f32: the losses follow the CPU's.
 #[test]
-fn the_digits_train_in_bf16() {
+fn the_digits_train_in_halves() {
     if gpus_of("wgpu").is_empty() {
         return;
     }
-    let losses = |device: &str| -> Vec<f64> {
-        let set = ["dtype=bf16".to_owned(), format!("device={device}")];
+    let losses = |dtype: &str, device: &str| -> Vec<f64> {
+        let set = [format!("dtype={dtype}"), format!("device={device}")];
         let set: Vec<&str> = set.iter().map(String::as_str).collect();
         let recipe = recipe(Path::new("unused"), 3, &set);
         let mut trainer = flowtape_trainer::train::Trainer::new(&recipe).unwrap();
         (0..3).map(|step| trainer.step(step).unwrap().loss).collect()
     };
-    for (a, b) in losses("wgpu").into_iter().zip(losses("cpu")) {
-        assert!((a - b).abs() < 0.02 * b, "{a} instead of {b}");
+    for dtype in ["bf16", "mixed_f16"] {
+        for (a, b) in losses(dtype, "wgpu").into_iter().zip(losses(dtype, "cpu")) {
+            assert!((a - b).abs() < 0.02 * b, "{dtype}: {a} instead of {b}");
+        }
     }
 }

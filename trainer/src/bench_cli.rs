@@ -27,7 +27,8 @@ pub struct Step {
     /// The sizes; docs/BENCHMARKS.md has them.
     #[arg(long, value_enum, default_value = "s")]
     config: Config,
-    /// What flows where: `bf16` means weights, activations, gradients and moments; `mixed` keeps weights and moments in f32.
+    /// What flows where: `bf16` means weights, activations, gradients and moments; `mixed` keeps weights and moments in f32,
+    /// and so does `mixed_f16`.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeName,
     /// Where to run: a name that `flowtape devices` lists.
@@ -118,6 +119,8 @@ enum DtypeName {
     F32,
     Bf16,
     Mixed,
+    #[value(name = "mixed_f16")]
+    MixedF16,
 }
 
 impl From<DtypeName> for Dtype {
@@ -126,6 +129,7 @@ impl From<DtypeName> for Dtype {
             DtypeName::F32 => Self::F32,
             DtypeName::Bf16 => Self::Bf16,
             DtypeName::Mixed => Self::Mixed,
+            DtypeName::MixedF16 => Self::MixedF16,
         }
     }
 }

@@ -26,7 +26,8 @@ pub struct Recipe {
     /// All random numbers follow from it.
     #[serde(default)]
     pub seed: u64,
-    /// What flows where: `f32`, `bf16` (weights and moments too) or `mixed` (bf16 with weights and moments kept in f32).
+    /// What flows where: `f32`, `bf16` (weights and moments too), or `mixed` or `mixed_f16` (bf16 or f16 with weights and
+    /// moments kept in f32).
     #[serde(default)]
     pub dtype: Dtype,
     /// Where it runs: `cpu`, `cuda`, `cuda:<number>`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
@@ -79,13 +80,22 @@ pub enum Dtype {
     /// Activations and gradients in bf16; the weights that are trained and saved and their moments in f32 (Micikevicius et
     /// al. 2018).
     Mixed,
+    /// The same in f16, for GPUs that have f16 and no bf16. The loss is scaled on the way back, so that small gradients stay
+    /// normal numbers.
+    #[serde(rename = "mixed_f16")]
+    MixedF16,
 }
 
 impl Dtype {
     /// A maker of a model's parameters.
     pub fn params(self, seed: u64, device: &Device) -> ParamBuilder {
         let params = ParamBuilder::new(seed, self.into(), device);
-        if self == Self::Mixed { params.with_masters(DType::F32) } else { params }
+        if matches!(self, Self::Mixed | Self::MixedF16) { params.with_masters(DType::F32) } else { params }
+    }
+
+    /// What the loss is multiplied with before backward, a power of two; the optimiser takes it off again.
+    pub(crate) fn loss_scale(self) -> f64 {
+        if self == Self::MixedF16 { 1024.0 } else { 1.0 }
     }
 }
 
@@ -95,6 +105,7 @@ impl From<Dtype> for DType {
         match dtype {
             Dtype::F32 => Self::F32,
             Dtype::Bf16 | Dtype::Mixed => Self::BF16,
+            Dtype::MixedF16 => Self::F16,
         }
     }
 }

@@ -204,8 +204,9 @@ impl<'a> Trainer<'a> {
         let parts = global / local;
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
         let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
+        let scale = self.recipe.dtype.loss_scale();
         // A gradient that needs no other one, neither for the norm nor for a sum, is used and gone at once.
-        let at_once = parts == 1 && self.recipe.clip_grad_norm.is_none();
+        let at_once = parts == 1 && self.recipe.clip_grad_norm.is_none() && scale == 1.0;
         let mut gradients = Gradients::default();
         let mut losses = Vec::with_capacity(parts);
         let mut norm = None;
@@ -228,7 +229,7 @@ impl<'a> Trainer<'a> {
                 let rates = (lr, weight_decay);
                 norm = Some(backward_and_step(&tape, &share, &mut self.optimizer, params, rates, &without)?);
             } else {
-                let part = tape.backward(&share)?;
+                let part = tape.backward(&if scale == 1.0 { share } else { share.mul_scalar(scale)? })?;
                 params.check_gradients(&part, &without)?;
                 gradients.add(part)?;
             }
@@ -236,8 +237,9 @@ impl<'a> Trainer<'a> {
         let norm = match norm {
             Some(norm) => norm,
             None => {
-                let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
+                let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| scale * c.max_norm);
                 let clipping = clip_grad_norm(&gradients, max_norm)?;
+                let clipping = if scale == 1.0 { clipping } else { clipping.unscaled(scale)? };
                 let (params, coefficient) = (self.model.params(), Some(&clipping.coefficient));
                 self.optimizer.step(params, &gradients, lr, weight_decay, coefficient)?;
                 clipping.norm

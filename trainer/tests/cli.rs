@@ -117,7 +117,7 @@ fn metrics(run: &Path, key: &str) -> Vec<String> {
 
 #[test]
 fn an_interrupted_run_goes_on_to_the_same_bits() {
-    for dtype in ["dtype=f32", "dtype=mixed"] {
+    for dtype in ["dtype=f32", "dtype=mixed", "dtype=mixed_f16"] {
         let folder = tempfile::tempdir().unwrap();
         let [whole, parts] = ["whole", "parts"].map(|n| folder.path().join(n));
         stdout(&train(&whole, &["--set", dtype]));
@@ -167,12 +167,15 @@ fn mixed_training_comes_out_close_to_f32_and_saves_f32() {
         let losses: Vec<f64> = metrics(&run, "loss").iter().map(|l| l.parse().unwrap()).collect();
         (weights(&run), losses)
     };
-    let ((wide, losses), (mixed, close)) = (run("f32"), run("mixed"));
-    assert_eq!(wide.len(), mixed.len(), "the trained weights are saved in f32");
-    assert!(losses.iter().zip(&close).all(|(a, b)| (a / b - 1.0).abs() < 0.03), "{losses:?}\n{close:?}");
-    // It did learn something.
-    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
-    assert!(mean(&close[50..]) < 0.9 * mean(&close[..10]), "{close:?}");
+    let (wide, losses) = run("f32");
+    for dtype in ["mixed", "mixed_f16"] {
+        let (mixed, close) = run(dtype);
+        assert_eq!(wide.len(), mixed.len(), "the trained weights are saved in f32");
+        assert!(losses.iter().zip(&close).all(|(a, b)| (a / b - 1.0).abs() < 0.03), "{dtype}: {losses:?}\n{close:?}");
+        // It did learn something.
+        let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+        assert!(mean(&close[50..]) < 0.9 * mean(&close[..10]), "{dtype}: {close:?}");
+    }
 }
 
 #[test]

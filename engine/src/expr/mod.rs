@@ -54,7 +54,7 @@ pub enum Unary {
     Erf,
     /// `1 / (1 + e^-x)`
     Sigmoid,
-    /// GELU by its tanh form: `x sigmoid(2u)`, `2u = x (c + c 0.044715 x^2)` with `c` = [`GELU_FACTOR`].
+    /// GELU by its tanh form: `x sigmoid(2u)`, `2u = x (c + c 0.044715 x^2)` with `c = 2 sqrt(2 / pi)`.
     Gelu,
     /// The derivative of [`Unary::Gelu`].
     GeluSlope,

@@ -20,6 +20,15 @@ pub struct Clipping {
 }
 
 impl Clipping {
+    /// That of gradients which are `scale` times too large, with a limit that was multiplied with it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn unscaled(self, scale: f64) -> Result<Self> {
+        let less = |x: &Tensor| map(x.dtype(), [x], |[x]| x * (1.0 / scale));
+        Ok(Self { norm: less(&self.norm)?, coefficient: less(&self.coefficient)? })
+    }
+
     /// The norm, once it is on the host.
     ///
     /// # Errors
@@ -116,6 +125,10 @@ mod tests {
         };
         assert_eq!(read(&gradients, Some(1.0))?, (5.0, f64::from((1.0f64 / 5.000_001) as f32)));
         assert_eq!((read(&gradients, Some(10.0))?.1, read(&gradients, None)?.1), (1.0, 1.0));
+        // As if these were gradients of 0.75 and 1 of a loss that was multiplied with 4.
+        let clipping = clip_grad_norm(&gradients, Some(0.5 * 4.0))?.unscaled(4.0)?;
+        assert_eq!(clipping.norm.item()?, 1.25);
+        assert!((clipping.coefficient.item()? * 4.0 - 0.5 / 1.25).abs() < 1e-6);
         for value in [f32::NAN, f32::INFINITY] {
             let bad = Tensor::from_slice(&[value], &[1], &Device::cpu())?;
             gradients.insert(tape.leaf(&bad).var().unwrap(), bad);
