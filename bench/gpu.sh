@@ -32,7 +32,7 @@ digits() {
     done
     cat "$runs/one.json"
     cmp "$runs"/{one,two}/checkpoint/diffusion_pytorch_model.safetensors && echo "two runs have the same bits"
-    sed -E 's/.*"accuracy":([0-9.]+).*/\1/' "$runs/one.json" | awk '{exit !($1 >= 0.95)}' || { echo "accuracy below 95 %" && return 1; }
+    sed -E 's/.*"accuracy":([0-9.]+).*/\1/' "$runs/one.json" | awk '{exit !($1 >= 0.97)}' || { echo "accuracy below 97 %" && return 1; }
 }
 
 check() {
