@@ -168,14 +168,20 @@ fn run_ops(args: &Ops) -> Result<()> {
             head[0], head[1], head[2], head[3], head[4], head[5], head[6]
         ))?;
     }
-    let mut said = Ok(());
+    let (mut said, mut found) = (Ok(()), false);
     ops(&options, |m| {
+        found = true;
         let line = if args.json { serde_json::json!(m).to_string() } else { op_line(m) };
         if said.is_ok() {
             said = say(format_args!("{line}\n"));
         }
     })?;
-    said
+    match &args.only {
+        Some(text) if !found => {
+            anyhow::bail!("--only {text}: no operation has this in its name or sizes; without it all are listed")
+        }
+        _ => said,
+    }
 }
 
 fn run_scaling(args: &Scaling) -> Result<()> {

@@ -238,8 +238,7 @@ impl<'a> Trainer<'a> {
             Some(norm) => norm,
             None => {
                 let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| scale * c.max_norm);
-                let clipping = clip_grad_norm(&gradients, max_norm)?;
-                let clipping = if scale == 1.0 { clipping } else { clipping.unscaled(scale)? };
+                let clipping = clip_grad_norm(&gradients, max_norm)?.unscaled(scale)?;
                 let (params, coefficient) = (self.model.params(), Some(&clipping.coefficient));
                 self.optimizer.step(params, &gradients, lr, weight_decay, coefficient)?;
                 clipping.norm

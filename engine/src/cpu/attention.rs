@@ -12,6 +12,7 @@ use crate::DType;
 /// Most queries and keys of a block of scores.
 const QUERIES: usize = 96;
 const KEYS: usize = 256;
+
 /// The size of blocks that are nearly equal and at most `most`.
 fn even(size: usize, most: usize) -> usize {
     size.div_ceil(size.div_ceil(most).max(1)).max(1)

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 
 use super::View;
 use super::blocks::BLOCK;
+use super::gemm::Narrow;
 use super::gemm::scratch::Scratch;
 use super::isa::Isa;
 use super::lanes::{LANES, fold};
@@ -39,21 +40,8 @@ stored! {
     f32: |x| x, |x| x as f64, |v| v, |v| v as f32;
     f64: |x| x as f32, |x| x, |v| v as f64, |v| v;
     u32: |x| x as f32, |x| x as f64, |v| v as u32, |v| v as u32;
-    bf16: widen_bf16, |x| widen_bf16(x) as f64, narrow_bf16, |v| narrow_bf16(v as f32);
+    bf16: Narrow::widen, |x: bf16| x.widen() as f64, Narrow::round, |v| Narrow::round(v as f32);
     f16: f16::to_f32, f16::to_f64, f16::from_f32, f16::from_f64;
-}
-
-#[inline(always)]
-fn widen_bf16(x: bf16) -> f32 {
-    f32::from_bits(u32::from(x.to_bits()) << 16)
-}
-
-/// Rounds to nearest even without a branch; NaN stays NaN.
-#[inline(always)]
-fn narrow_bf16(v: f32) -> bf16 {
-    let bits = v.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    bf16::from_bits(if v.is_nan() { (bits >> 16) | 0x40 } else { rounded } as u16)
 }
 
 /// How an arithmetic type reads and writes memory.

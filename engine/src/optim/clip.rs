@@ -25,6 +25,9 @@ impl Clipping {
     /// # Errors
     /// When the device fails.
     pub fn unscaled(self, scale: f64) -> Result<Self> {
+        if scale == 1.0 {
+            return Ok(self);
+        }
         let less = |x: &Tensor| map(x.dtype(), [x], |[x]| x * (1.0 / scale));
         Ok(Self { norm: less(&self.norm)?, coefficient: less(&self.coefficient)? })
     }
