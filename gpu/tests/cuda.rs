@@ -5,8 +5,9 @@
 use flowtape_cuda_emulator::launched;
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
 use flowtape_engine::nn::{Init, ParamBuilder};
+use flowtape_engine::ops::RopeLayout;
 use flowtape_engine::optim::{AdamW, AdamWConfig};
-use flowtape_engine::{DType, Device, Gradients, Result, Tensor, ops};
+use flowtape_engine::{DType, Device, Gradients, Result, Tape, Tensor, ops};
 use flowtape_gpu::cuda::Cuda;
 
 /// Whether the emulated machine runs the tests: where there is no driver, and `FLOWTAPE_REQUIRE=cuda` doesn't forbid it.
@@ -127,19 +128,139 @@ fn products_of_large_tiles() -> Result<()> {
 fn rows_of_norms_at_the_widths_of_models() -> Result<()> {
     let mut draw = Draw::new(4);
     for dtype in [DType::F32, DType::BF16, DType::F16] {
-        let (forward, backward) = (format!("norm_forward_{dtype}"), format!("norm_backward_{dtype}"));
         for width in [1536, 1001, 20] {
             let dims = [2, 3, width];
             let inputs = || -> Result<Vec<Tensor>> {
                 Ok(vec![Draw::new(9).tensor(&dims, -1.0, 1.0)?, Draw::new(8).tensor(&[width], 0.5, 1.5)?])
             };
-            let (forward, backward) = (forward.as_str(), backward.as_str());
             let mut all = inputs()?;
             all.push(draw.tensor(&[width], -1.0, 1.0)?);
             let sample = Sample::new(all, |xs| ops::layer_norm(&xs[0], Some(&xs[1]), Some(&xs[2]), 1e-5))?;
-            check("layer_norm", &sample, dtype, &[forward, backward])?;
+            check("layer_norm", &sample, dtype, &["norm_forward", "norm_backward"])?;
             let sample = Sample::new(inputs()?, |xs| ops::rms_norm(&xs[0], Some(&xs[1]), 1e-5))?;
-            check("rms_norm", &sample, dtype, &[forward, backward])?;
+            check("rms_norm", &sample, dtype, &["norm_forward", "norm_backward"])?;
+        }
+    }
+    Ok(())
+}
+
+/// Shift and scale of x `[B, L, d]` for each sample or token, as they come from a projection, in f32 where `wide`.
+fn modulated(xs: &[Tensor], wide: bool) -> Result<[Tensor; 3]> {
+    let (x, width) = (&xs[0], xs[0].dims()[2]);
+    let dtype = if wide { DType::F32.promote(x.dtype()) } else { x.dtype() };
+    let part = |i: usize| xs[1].to_dtype(dtype)?.narrow(2, i * width, width);
+    Ok([x.clone(), part(0)?, part(2)?])
+}
+
+#[test]
+fn norms_with_modulation() -> Result<()> {
+    let mut draw = Draw::new(14);
+    // Runs of eight and others, several rows for a block and a last one with fewer.
+    for (dims, per_token) in
+        [([2, 3, 1536], false), ([2, 3, 1001], false), ([2, 601, 40], false), ([2, 5, 48], true), ([2, 5, 21], true)]
+    {
+        let vectors = [dims[0], if per_token { dims[1] } else { 1 }, 3 * dims[2]];
+        let inputs = vec![draw.tensor(&dims, -1.0, 1.0)?, draw.tensor(&vectors, -1.0, 1.0)?];
+        for (dtype, wide) in [(DType::F32, false), (DType::BF16, false), (DType::F16, true)] {
+            let sample = Sample::new(inputs.clone(), move |xs| {
+                let [x, shift, scale] = modulated(xs, wide)?;
+                ops::modulated_layer_norm(&x, &shift, &scale, 1e-5)
+            })?;
+            let sums: &[&str] = if per_token { &[] } else { &["norm_sums"] };
+            let kernels = [&["modulated_norm_forward", "modulated_norm_backward"], sums].concat();
+            check(&format!("modulated {dims:?} {dtype}"), &sample, dtype, &kernels)?;
+        }
+    }
+    Ok(())
+}
+
+/// Cosines and sines `[L, d]` of x `[B, L, H, d]`.
+fn tables(x: &Tensor) -> Result<[Tensor; 2]> {
+    let (len, width) = (x.dims()[1], x.dims()[3]);
+    let angles: Vec<f64> = (0..len * width).map(|i| (i as f64 * 0.37).sin() * 3.0).collect();
+    let angles = Tensor::from_slice(&angles, &[len, width], &Device::cpu())?;
+    let there = |t: Tensor| t.to_dtype(DType::F32.promote(x.dtype()))?.to_device(x.device());
+    Ok([there(angles.cos()?)?, there(angles.sin()?)?])
+}
+
+#[test]
+fn norms_with_rotation() -> Result<()> {
+    let mut draw = Draw::new(15);
+    for (layout, name) in [(RopeLayout::Interleaved, "interleaved"), (RopeLayout::Split, "split")] {
+        let kernels = [format!("norm_rope_{name}_forward"), format!("norm_rope_{name}_backward"), "norm_sums".into()];
+        let kernels: Vec<&str> = kernels.iter().map(String::as_str).collect();
+        for dims in [[2, 9, 3, 128], [1, 7, 2, 64], [1, 5, 2, 38], [1, 2100, 4, 8]] {
+            // Heads of the second of two projections that lie side by side.
+            let [b, len, heads, width] = dims;
+            let inputs = vec![draw.tensor(&[b, len, 2 * heads, width], -1.0, 1.0)?, draw.tensor(&[width], 0.5, 1.5)?];
+            for (dtype, wide) in [(DType::F32, false), (DType::BF16, true), (DType::F16, false)] {
+                let sample = Sample::new(inputs.clone(), move |xs| {
+                    let x = xs[0].narrow(2, heads, heads)?;
+                    let weight = if wide { xs[1].to_dtype(DType::F32.promote(x.dtype()))? } else { xs[1].clone() };
+                    let [cos, sin] = tables(&x)?;
+                    ops::rms_norm_rope(&x, &weight, 1e-5, &cos, &sin, layout)
+                })?;
+                check(&format!("{name} {dims:?} {dtype}"), &sample, dtype, &kernels)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A result, its gradients, and what forward and backward launched.
+type Launched = (Vec<Vec<f32>>, [usize; 2]);
+
+/// A norm and what follows it are one launch, and their gradients two: the values of more launches.
+#[test]
+fn norms_with_what_follows_take_few_launches() -> Result<()> {
+    emulated();
+    let cuda = Cuda::open(0)?;
+    let device = Device::new(cuda.clone());
+    let mut draw = Draw::new(16);
+    let x = draw.tensor(&[2, 70, 96], -1.0, 1.0)?;
+    let (shift, scale) = (draw.tensor(&[2, 1, 96], -1.0, 1.0)?, draw.tensor(&[2, 1, 96], -1.0, 1.0)?);
+    let (heads, weight) = (draw.tensor(&[2, 35, 2, 96], -1.0, 1.0)?, draw.tensor(&[96], 0.5, 1.5)?);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let run = |inputs: &[&Tensor], f: &dyn Fn(&[Tensor]) -> Result<Tensor>| -> Result<Launched> {
+            let tape = Tape::new();
+            let there = |t: &Tensor| Ok(tape.leaf(&t.to_dtype(dtype)?.to_device(&device)?));
+            let inputs = inputs.iter().map(|t| there(t)).collect::<Result<Vec<_>>>()?;
+            let before = cuda.usage().launches;
+            let y = f(&inputs)?;
+            let forward = cuda.usage().launches;
+            let mut gradients = Gradients::default();
+            tape.backward_with(&[(&y, &inputs[0].detach())], &mut gradients)?;
+            let backward = cuda.usage().launches;
+            let mut values = vec![y.to_vec()?];
+            for input in &inputs {
+                values.push(gradients.of(input).unwrap().to_vec()?);
+            }
+            Ok((values, [forward - before, backward - forward]))
+        };
+        let same = |what: &str, fused: Launched, composed: Launched| {
+            println!("{what} in {dtype}: {:?} launches instead of {:?}", fused.1, composed.1);
+            assert!(fused.1 == [1, 2] && composed.1[0] > 1 && composed.1[1] > 2);
+            for (i, (a, b)) in fused.0.iter().zip(&composed.0).enumerate() {
+                let size = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                let unit = if dtype == DType::F32 { 1e-6 } else { 2f32.powi(-8) };
+                for (a, b) in a.iter().zip(b) {
+                    assert!((a - b).abs() <= unit * size, "{what} {i} in {dtype}: {a} instead of {b}, size {size}");
+                }
+            }
+        };
+        let inputs = [&x, &shift, &scale];
+        let fused = run(&inputs, &|xs| ops::modulated_layer_norm(&xs[0], &xs[1], &xs[2], 1e-5))?;
+        let composed = run(&inputs, &|xs| ops::modulate(&ops::layer_norm(&xs[0], None, None, 1e-5)?, &xs[1], &xs[2]))?;
+        same("modulated", fused, composed);
+        for layout in [RopeLayout::Interleaved, RopeLayout::Split] {
+            let [cos, sin] = tables(&heads.to_dtype(DType::F32)?)?.map(|t| t.to_device(&device));
+            let (cos, sin) = (cos?, sin?);
+            let fused = run(&[&heads, &weight], &|xs| ops::rms_norm_rope(&xs[0], &xs[1], 1e-5, &cos, &sin, layout))?;
+            let composed = run(&[&heads, &weight], &|xs| {
+                let normed = ops::rms_norm(&xs[0], Some(&xs[1]), 1e-5)?;
+                ops::rope(&normed, &cos.unsqueeze(1)?, &sin.unsqueeze(1)?, layout)
+            })?;
+            same(&format!("{layout:?}"), fused, composed);
         }
     }
     Ok(())

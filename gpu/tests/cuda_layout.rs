@@ -49,6 +49,9 @@ functions! {
     tile_of_block(rows, cols, block);
     float_width(cols);
     weights_width(rows);
+    sum_slot(run, i, thread, j);
+    sum_place(run, lanes, width, group, column);
+    run_place(run, column);
 }
 
 /// Widths of tiles: 32 elements of k in a product's step, its 64 or 128 rows or columns, and head dims.
@@ -122,6 +125,28 @@ proptest! {
         prop_assert!(is_free_of_conflicts(written, 4));
     }
 
+    /// Each sum of a block has a place of its own, where the thread that takes the column keeps it.
+    #[test]
+    fn sums_of_columns_are_found_where_threads_keep_them(width in 1..400i32, parts in 1..3i32, wide in any::<bool>(), row in any::<bool>()) {
+        let (run, lanes) = (if wide { 8 } else { 2 }, if row { 128 } else { 8 });
+        let chunks = (width + run * lanes - 1) / (run * lanes);
+        let mut places = BTreeSet::new();
+        for thread in 0..128 {
+            for part in 0..parts {
+                for chunk in 0..chunks {
+                    for j in 0..run {
+                        let place = sum_slot(run, part * chunks + chunk, thread, j);
+                        prop_assert!(places.insert(place) && place < 128 * run * parts * chunks);
+                        let column = run * (chunk * lanes + thread % lanes) + j;
+                        if column < width {
+                            prop_assert_eq!(place, sum_place(run, lanes, width, thread / lanes, part * width + column));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn blocks_have_each_a_tile_of_their_own(rows in 1..70i32, cols in 1..40i32) {
         let tiles: BTreeSet<i32> = (0..rows * cols).map(|block| tile_of_block(rows, cols, block)).collect();
@@ -156,5 +181,24 @@ fn attention_in_f32_reads_and_writes_without_conflicts() {
         let (rows, mine) = if depth <= 128 { (32, 2) } else { (16, 1) };
         let written = (0..32).map(|lane| 4 * (lane / 8 * mine * weights_width(rows) + lane % 8));
         assert!(is_free_of_conflicts(written, 1), "{depth}");
+    }
+}
+
+#[test]
+fn sums_of_columns_are_kept_and_folded_without_conflicts() {
+    // Vectors of four floats by a quarter of a warp, of two by half of it.
+    for (run, threads) in [(8, 8), (2, 16)] {
+        for first in (0..128).step_by(threads) {
+            for j in (0..run).step_by(if run == 8 { 4 } else { 2 }) {
+                let vectors = (first..first + threads as i32).map(|thread| 4 * sum_slot(run, 3, thread, j));
+                assert!(vectors.clone().all(|place| place % (4 * run.min(4)) == 0));
+                assert!(is_free_of_conflicts(vectors, run.min(4)), "{run} {first} {j}");
+            }
+        }
+    }
+    // A warp writes a run of 32 columns, and reads a column of 32 runs.
+    for i in 0..32 {
+        assert!(is_free_of_conflicts((0..32).map(|lane| 4 * run_place(i, lane)), 1));
+        assert!(is_free_of_conflicts((0..32).map(|lane| 4 * run_place(lane, i)), 1));
     }
 }

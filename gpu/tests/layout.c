@@ -12,3 +12,6 @@ int host_slab_width(int cols) { return slab_width(cols); }
 int host_tile_of_block(int rows, int cols, int block) { return tile_of_block(rows, cols, block); }
 int host_float_width(int cols) { return float_width(cols); }
 int host_weights_width(int rows) { return weights_width(rows); }
+int host_sum_slot(int run, int i, int thread, int j) { return sum_slot(run, i, thread, j); }
+int host_sum_place(int run, int lanes, int width, int group, int column) { return sum_place(run, lanes, width, group, column); }
+int host_run_place(int run, int column) { return run_place(run, column); }

@@ -313,7 +313,28 @@ fn kernel_sizes_match_the_cpu() {
     let rms = Sample::new(vec![tensor(&[2, 19, 2, 128]), tensor(&[128])], |xs| {
         ops::rms_norm(&xs[0].transpose(1, 2)?, Some(&xs[1]), 1e-6)
     });
+    // A sample's vectors, several of its rows in a block; and heads that lie beside others.
+    let modulated = Sample::new(vec![tensor(&[2, 530, 24]), tensor(&[2, 1, 72])], |xs| {
+        let part = |i: usize| xs[1].narrow(2, 24 * i, 24);
+        ops::modulated_layer_norm(&xs[0], &part(1)?, &part(2)?, 1e-6)
+    });
+    let rotated = |layout| {
+        let mut draw = Draw::new(9);
+        let inputs = vec![draw.standard(&[2, 19, 4, 64]).unwrap(), draw.standard(&[64]).unwrap()];
+        let sample = Sample::new(inputs, move |xs| {
+            let angles: Vec<f64> = (0..19 * 64).map(|i| f64::from(i * i % 97) / 16.0 - 3.0).collect();
+            let dtype = DType::F32.promote(xs[0].dtype());
+            let table = |angles: Tensor| angles.to_dtype(dtype)?.to_device(xs[0].device());
+            let angles = Tensor::from_slice(&angles, &[19, 64], &Device::cpu())?;
+            let (cos, sin) = (table(angles.cos()?)?, table(angles.sin()?)?);
+            ops::rms_norm_rope(&xs[0].narrow(2, 2, 2)?, &xs[1], 1e-6, &cos, &sin, layout)
+        });
+        sample.unwrap()
+    };
     let samples = [
+        ("modulated norm", modulated.unwrap()),
+        ("norm and rope of neighbours", rotated(ops::RopeLayout::Interleaved)),
+        ("norm and rope of halves", rotated(ops::RopeLayout::Split)),
         ("attention of 64, masked", attention(64, 64, 33, 50, true)),
         ("attention of 128", attention(128, 128, 21, 35, false)),
         ("attention of odd widths", attention(20, 9, 18, 17, true)),

@@ -11,10 +11,11 @@ use flowtape_engine::{Device, Error, Result, Tensor};
 
 use super::gpu::{Gpu, checked};
 use super::memory::{CudaBuffer, CudaRaw, Staging, download};
+use super::norm::{self, After, Operands};
 use super::pointwise::At;
 use super::read::{Reader, SLOT, Slot};
 use super::view::{View, buffer};
-use super::{attention, each, index, matmul, norm, pointwise, random, reduce};
+use super::{attention, each, index, matmul, pointwise, random, reduce};
 
 /// Memory that is kept for reuse beyond what is in use.
 const SPARE: usize = 1 << 30;
@@ -258,20 +259,52 @@ impl Backend for Cuda {
         index::scatter_add(self.at(), &View::of(rows)?, &View::of(at)?, &View::of(out)?, self.fault())
     }
 
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        View::all(inputs).is_ok_and(|inputs| norm::fuses(op, &inputs))
+    }
+
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         let (x, y) = (View::all(inputs)?, View::all(outputs)?);
         match (op, &x[..], &y[..]) {
             (Fused::AttentionForward { scale, .. }, ..) => attention::forward(self.at(), &x, &y, *scale),
             (Fused::AttentionBackward { scale, .. }, ..) => attention::backward(self.at(), &x, &y, *scale),
             (Fused::NormForward { centred, weight, bias, eps }, [x, affine @ ..], [y, statistics @ ..]) => {
-                let affine = [affine.first().filter(|_| *weight), affine.get(usize::from(*weight)).filter(|_| *bias)];
-                let (mean, scale) = (statistics.first().filter(|_| *centred), &statistics[usize::from(*centred)]);
-                norm::forward(self.at(), x, affine, *eps, y, mean, scale)
+                let operands = Operands {
+                    weight: affine.first().filter(|_| *weight),
+                    bias: affine.get(usize::from(*weight)).filter(|_| *bias),
+                    mean: statistics.first().filter(|_| *centred),
+                    ..Operands::new(x, y, &statistics[usize::from(*centred)])
+                };
+                norm::forward(self.at(), After::Affine, &operands, *eps)
             }
             (Fused::NormBackward { centred, weight }, [x, grad, scale, rest @ ..], [dx]) => {
                 let mean = rest.first().filter(|_| *centred);
                 let weight = rest.get(usize::from(*centred)).filter(|_| *weight);
-                norm::backward(self.at(), x, mean, scale, weight, grad, dx)
+                let operands = Operands { grad: Some(grad), weight, mean, ..Operands::new(x, dx, scale) };
+                norm::backward(self.at(), After::Affine, &operands)
+            }
+            (Fused::ModulatedNormForward { eps }, [x, shift, scale], [y, mean, deviation]) => {
+                let (weight, bias, mean) = (Some(scale), Some(shift), Some(mean));
+                let operands = Operands { weight, bias, mean, ..Operands::new(x, y, deviation) };
+                norm::forward(self.at(), After::Modulated, &operands, *eps)
+            }
+            (Fused::ModulatedNormBackward, [x, grad, mean, deviation, scale], [dx, d_shift, d_scale]) => {
+                let (weight_grad, bias_grad) = (Some(d_scale), Some(d_shift));
+                let (grad, weight, mean) = (Some(grad), Some(scale), Some(mean));
+                let operands =
+                    Operands { grad, weight, mean, weight_grad, bias_grad, ..Operands::new(x, dx, deviation) };
+                norm::backward(self.at(), After::Modulated, &operands)
+            }
+            (Fused::NormRopeForward { eps, layout }, [x, weight, cos, sin], [y, deviation]) => {
+                let operands =
+                    Operands { weight: Some(weight), tables: Some([cos, sin]), ..Operands::new(x, y, deviation) };
+                norm::forward(self.at(), After::Rotated(*layout), &operands, *eps)
+            }
+            (Fused::NormRopeBackward { layout }, [x, grad, deviation, weight, cos, sin], [dx, dw]) => {
+                let (grad, weight, weight_grad) = (Some(grad), Some(weight), Some(dw));
+                let tables = Some([cos, sin]);
+                let operands = Operands { grad, weight, tables, weight_grad, ..Operands::new(x, dx, deviation) };
+                norm::backward(self.at(), After::Rotated(*layout), &operands)
             }
             (Fused::Random { distribution, seed, counter }, [], [out]) => {
                 random::fill(self.at(), *distribution, *seed, *counter, out)

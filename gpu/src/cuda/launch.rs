@@ -39,7 +39,9 @@ embedded!(
     "gemm_f16",
     "gemm_f32",
     "index",
-    "norm",
+    "norm_bf16",
+    "norm_f16",
+    "norm_f32",
     "random",
 );
 

@@ -17,7 +17,9 @@ ARCHITECTURES=(sm_80 sm_90)
 KERNELS="gemm_f32 gemm.cu
 gemm_bf16 gemm.cu -DTYPE=bf16
 gemm_f16 gemm.cu -DTYPE=f16
-norm norm.cu
+norm_f32 norm.cu -DTYPE=float
+norm_bf16 norm.cu -DTYPE=bf16
+norm_f16 norm.cu -DTYPE=f16
 index index.cu
 random random.cu
 $(for depth in 32 64 128 256; do

@@ -45,3 +45,20 @@ INDEX int float_width(int cols) { return cols + 4; }
 // Floats of a row of its probabilities, `rows` of them: the rows of a warp's threads are one (16) or two (32) apart, and lie in
 // different banks.
 INDEX int weights_width(int rows) { return rows + (rows <= 16 ? 8 : 4); }
+
+// Floats from the start of the sums that the 128 threads of a block keep of columns to the `j`th of a thread's `run` (2 or 8)
+// numbers `i`: vectors of up to four floats, those of neighbouring threads side by side, in different banks.
+INDEX int sum_slot(int run, int i, int thread, int j) {
+    const int vector = run < 4 ? run : 4;
+    return vector * ((run / vector * i + j / vector) * 128 + thread) + j % vector;
+}
+
+// The same to the sum of a column, of a group of `lanes` threads that take runs of columns in turn. Columns are in parts of
+// `width`, whose sums are one behind the other.
+INDEX int sum_place(int run, int lanes, int width, int group, int column) {
+    const int chunks = (width + run * lanes - 1) / (run * lanes), c = column % width, at = c / run;
+    return sum_slot(run, column / width * chunks + at / lanes, group * lanes + at % lanes, c % run);
+}
+
+// Floats from the start of 32 runs of 32 columns each, which one warp writes and another reads.
+INDEX int run_place(int run, int column) { return 33 * run + column; }
