@@ -40,6 +40,14 @@ __device__ __forceinline__ void write_rows(unsigned char *memory, T *to, long lo
     }
 }
 
+// Two results of 16x8, side by side, as the left operand of a product.
+template <class T> __device__ __forceinline__ void operand(const float (*s)[4], uint32_t *r) {
+    r[0] = pack<T>(s[0][0], s[0][1]);
+    r[1] = pack<T>(s[0][2], s[0][3]);
+    r[2] = pack<T>(s[1][0], s[1][1]);
+    r[3] = pack<T>(s[1][2], s[1][3]);
+}
+
 template <int DP> constexpr int FORWARD_KEYS = DP <= 128 ? 64 : 32;
 
 template <class T, int DP> __device__ __forceinline__ void forward(const Attention &a) {
@@ -130,8 +138,8 @@ template <class T, int DP> __device__ __forceinline__ void forward(const Attenti
         }
 #pragma unroll
         for (int k = 0; k < BK / 16; ++k) {
-            const uint32_t p[4] = {pack<T>(s[2 * k][0], s[2 * k][1]), pack<T>(s[2 * k][2], s[2 * k][3]),
-                                   pack<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
+            uint32_t p[4];
+            operand<T>(s + 2 * k, p);
 #pragma unroll
             for (int j = 0; j < DP / 16; ++j) {
                 uint32_t rv[4];
@@ -164,211 +172,135 @@ template <class T, int DP> __device__ __forceinline__ void forward(const Attenti
 // Queries, or keys, of a step of the gradient's kernels.
 template <int DP> constexpr int STEP = DP <= 64 ? 64 : DP == 128 ? 32 : 16;
 
-// The gradients of sixteen keys and values for each warp, over all queries. For DP 256 a block makes 128 columns of
-// them, blockIdx.z says which: all would not fit the registers.
-template <class T, int DP> __device__ __forceinline__ void backward_keys(const Attention &a) {
-    constexpr int BQ = STEP<DP>, OUT = DP > 128 ? 128 : DP;
+// The gradients of sixteen rows for each warp, over all rows of the other operand: KEYS makes those of k and v, else that of
+// q. Those of k and v for DP 256 would not fit the registers: a block makes 128 columns of them, blockIdx.z says which.
+template <class T, int DP, bool KEYS> __device__ __forceinline__ void backward(const Attention &a) {
+    constexpr int N = STEP<DP>, OUT = KEYS && DP > 128 ? 128 : DP;
     extern __shared__ __align__(128) unsigned char memory[];
     const uint32_t base = shared_address(memory);
-    constexpr uint32_t KV_BYTES = ROWS * DP * 2, Q_BYTES = BQ * DP * 2;
-    float *rows = (float *)(memory + 2 * KV_BYTES + 4 * Q_BYTES);
-    const Tile<DP> tk{base}, tv{base + KV_BYTES};
-    const int b = blockIdx.y / a.heads, h = blockIdx.y % a.heads, k0 = blockIdx.x * ROWS, d0 = blockIdx.z * OUT;
+    constexpr uint32_t MINE = ROWS * DP * 2, OTHERS = N * DP * 2;
+    float *rows = (float *)(memory + 2 * MINE + 4 * OTHERS);
+    // q or k, and what its scores are multiplied with in the gradient: the gradient of o, or v.
+    const Tile<DP> mine{base}, mine2{base + MINE};
+    const int b = blockIdx.y / a.heads, h = blockIdx.y % a.heads, start = blockIdx.x * ROWS, d0 = KEYS ? blockIdx.z * OUT : 0;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int steps = (a.queries + BQ - 1) / BQ;
+    const int steps = ((KEYS ? a.queries : a.keys) + N - 1) / N;
 
+    auto load_queries = [&](int q0, const Tile<DP> &q, const Tile<DP> &grad, int count) {
+        q.load(head<const T>(a.q, a.q_s, b, h, q0), a.q_s[2], a.queries - q0, a.depth, a.q_aligned, count, THREADS);
+        grad.load(head<const T>(a.grad, a.grad_s, b, h, q0), a.grad_s[2], a.queries - q0, a.width, a.grad_aligned, count,
+                  THREADS);
+    };
+    auto load_keys = [&](int k0, const Tile<DP> &k, const Tile<DP> &v, int count) {
+        k.load(head<const T>(a.k, a.k_s, b, h, k0), a.k_s[2], a.keys - k0, a.depth, a.k_aligned, count, THREADS);
+        v.load(head<const T>(a.v, a.v_s, b, h, k0), a.v_s[2], a.keys - k0, a.width, a.v_aligned, count, THREADS);
+    };
     auto fetch = [&](int step) {
         if (step < steps) {
-            const int q0 = step * BQ;
-            const Tile<DP> tq{base + 2 * KV_BYTES + step % 2 * 2 * Q_BYTES}, tg{tq.base + Q_BYTES};
-            tq.load(head<const T>(a.q, a.q_s, b, h, q0), a.q_s[2], a.queries - q0, a.depth, a.q_aligned, BQ, THREADS);
-            tg.load(head<const T>(a.grad, a.grad_s, b, h, q0), a.grad_s[2], a.queries - q0, a.width, a.grad_aligned,
-                    BQ, THREADS);
+            const Tile<DP> others{base + 2 * MINE + step % 2 * 2 * OTHERS}, others2{others.base + OTHERS};
+            KEYS ? load_queries(step * N, others, others2, N) : load_keys(step * N, others, others2, N);
         }
         commit();
     };
-    tk.load(head<const T>(a.k, a.k_s, b, h, k0), a.k_s[2], a.keys - k0, a.depth, a.k_aligned, ROWS, THREADS);
-    tv.load(head<const T>(a.v, a.v_s, b, h, k0), a.v_s[2], a.keys - k0, a.width, a.v_aligned, ROWS, THREADS);
-    fetch(0);
-
-    float dk[OUT / 8][4], dv[OUT / 8][4];
-#pragma unroll
-    for (int j = 0; j < OUT / 8; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) dk[j][r] = dv[j][r] = 0;
-
-    for (int step = 0; step < steps; ++step) {
-        fetch(step + 1);
-        // A row past the end, or without keys, has probabilities of zero.
-        for (int i = threadIdx.x; i < BQ; i += THREADS) {
-            const int q = step * BQ + i;
-            const bool there = q < a.queries;
-            const long long at = (long long)blockIdx.y * a.queries + q;
-            const float lse = there ? a.lse[at] : -INFINITY;
-            rows[i] = lse == -INFINITY ? INFINITY : lse * LOG2_E;
-            rows[BQ + i] = there ? a.delta[at] : 0;
-        }
-        wait<1>();
-        __syncthreads();
-        const Tile<DP> tq{base + 2 * KV_BYTES + step % 2 * 2 * Q_BYTES}, tg{tq.base + Q_BYTES};
-        float p[BQ / 8][4], ds[BQ / 8][4];
-#pragma unroll
-        for (int j = 0; j < BQ / 8; ++j)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) p[j][r] = ds[j][r] = 0;
-#pragma unroll 2
-        for (int d = 0; d < DP; d += 16) {
-            uint32_t rk[4], rv[4], rq[4], rg[4];
-            tk.template left<false>(16 * warp, d, rk);
-            tv.template left<false>(16 * warp, d, rv);
-#pragma unroll
-            for (int j = 0; j < BQ / 16; ++j) {
-                tq.template right<true>(d, 16 * j, rq);
-                mma<T>(p[2 * j], rk, rq[0], rq[1]);
-                mma<T>(p[2 * j + 1], rk, rq[2], rq[3]);
-                tg.template right<true>(d, 16 * j, rg);
-                mma<T>(ds[2 * j], rv, rg[0], rg[1]);
-                mma<T>(ds[2 * j + 1], rv, rg[2], rg[3]);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < BQ / 8; ++j)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                const int i = 8 * j + result_col(lane, r), q = step * BQ + i;
-                const int key = k0 + 16 * warp + result_row(lane, r);
-                float v = p[j][r] * (a.scale * LOG2_E);
-                if (a.mask && key < a.keys && q < a.queries)
-                    v += LOG2_E * a.mask[b * a.mask_s[0] + h * a.mask_s[1] + q * a.mask_s[2] + key * a.mask_s[3]];
-                v = exp2_approx(v - rows[i]);
-                p[j][r] = v;
-                ds[j][r] = v * (ds[j][r] - rows[BQ + i]);
-            }
-#pragma unroll
-        for (int k = 0; k < BQ / 16; ++k) {
-            const uint32_t rp[4] = {pack<T>(p[2 * k][0], p[2 * k][1]), pack<T>(p[2 * k][2], p[2 * k][3]),
-                                    pack<T>(p[2 * k + 1][0], p[2 * k + 1][1]), pack<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
-            const uint32_t rs[4] = {pack<T>(ds[2 * k][0], ds[2 * k][1]), pack<T>(ds[2 * k][2], ds[2 * k][3]),
-                                    pack<T>(ds[2 * k + 1][0], ds[2 * k + 1][1]), pack<T>(ds[2 * k + 1][2], ds[2 * k + 1][3])};
-#pragma unroll
-            for (int j = 0; j < OUT / 16; ++j) {
-                uint32_t rg[4], rq[4];
-                tg.template right<false>(16 * k, d0 + 16 * j, rg);
-                mma<T>(dv[2 * j], rp, rg[0], rg[1]);
-                mma<T>(dv[2 * j + 1], rp, rg[2], rg[3]);
-                tq.template right<false>(16 * k, d0 + 16 * j, rq);
-                mma<T>(dk[2 * j], rs, rq[0], rq[1]);
-                mma<T>(dk[2 * j + 1], rs, rq[2], rq[3]);
-            }
-        }
-        __syncthreads();
-    }
-    wait<0>();
-    const int first = k0 + 16 * warp;
-    write_rows<T, OUT>(memory, head<T>(a.dk, a.dk_s, b, h, first) + d0, a.dk_s[2], a.keys - first, a.depth - d0,
-                       a.out_aligned, dk, a.scale, a.scale);
-    write_rows<T, OUT>(memory, head<T>(a.dv, a.dv_s, b, h, first) + d0, a.dv_s[2], a.keys - first, a.width - d0,
-                       a.out_aligned, dv, 1, 1);
-}
-
-// The gradient of sixteen queries for each warp, over all keys.
-template <class T, int DP> __device__ __forceinline__ void backward_queries(const Attention &a) {
-    constexpr int BK = STEP<DP>;
-    extern __shared__ __align__(128) unsigned char memory[];
-    const uint32_t base = shared_address(memory);
-    constexpr uint32_t Q_BYTES = ROWS * DP * 2, KV_BYTES = BK * DP * 2;
-    const Tile<DP> tq{base}, tg{base + Q_BYTES};
-    const int b = blockIdx.y / a.heads, h = blockIdx.y % a.heads, q0 = blockIdx.x * ROWS;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int steps = (a.keys + BK - 1) / BK;
-
-    auto fetch = [&](int step) {
-        if (step < steps) {
-            const int k0 = step * BK;
-            const Tile<DP> tk{base + 2 * Q_BYTES + step % 2 * 2 * KV_BYTES}, tv{tk.base + KV_BYTES};
-            tk.load(head<const T>(a.k, a.k_s, b, h, k0), a.k_s[2], a.keys - k0, a.depth, a.k_aligned, BK, THREADS);
-            tv.load(head<const T>(a.v, a.v_s, b, h, k0), a.v_s[2], a.keys - k0, a.width, a.v_aligned, BK, THREADS);
-        }
-        commit();
-    };
-    tq.load(head<const T>(a.q, a.q_s, b, h, q0), a.q_s[2], a.queries - q0, a.depth, a.q_aligned, ROWS, THREADS);
-    tg.load(head<const T>(a.grad, a.grad_s, b, h, q0), a.grad_s[2], a.queries - q0, a.width, a.grad_aligned, ROWS,
-            THREADS);
-    fetch(0);
-
-    float lse[2], delta[2], dq[DP / 8][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int q = q0 + 16 * warp + lane / 4 + 8 * half;
+    // A query past the end, or without keys, has probabilities of zero.
+    auto statistics = [&](int q, float &lse, float &delta) {
         const bool there = q < a.queries;
         const long long at = (long long)blockIdx.y * a.queries + q;
         const float l = there ? a.lse[at] : -INFINITY;
-        lse[half] = l == -INFINITY ? INFINITY : l * LOG2_E;
-        delta[half] = there ? a.delta[at] : 0;
-    }
+        lse = l == -INFINITY ? INFINITY : l * LOG2_E;
+        delta = there ? a.delta[at] : 0;
+    };
+    KEYS ? load_keys(start, mine, mine2, ROWS) : load_queries(start, mine, mine2, ROWS);
+    fetch(0);
+
+    float lse[2], delta[2], acc[OUT / 8][4], acc2[KEYS ? OUT / 8 : 1][4];
+    if (!KEYS)
 #pragma unroll
-    for (int j = 0; j < DP / 8; ++j)
+        for (int half = 0; half < 2; ++half)
+            statistics(start + 16 * warp + result_row(lane, 2 * half), lse[half], delta[half]);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) dq[j][r] = 0;
+    for (int j = 0; j < OUT / 8; ++j)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            acc[j][r] = 0;
+            if (KEYS) acc2[j][r] = 0;
+        }
 
     for (int step = 0; step < steps; ++step) {
         fetch(step + 1);
+        if (KEYS)
+            for (int i = threadIdx.x; i < N; i += THREADS) statistics(step * N + i, rows[i], rows[N + i]);
         wait<1>();
         __syncthreads();
-        const Tile<DP> tk{base + 2 * Q_BYTES + step % 2 * 2 * KV_BYTES}, tv{tk.base + KV_BYTES};
-        float p[BK / 8][4], ds[BK / 8][4];
+        const Tile<DP> others{base + 2 * MINE + step % 2 * 2 * OTHERS}, others2{others.base + OTHERS};
+        float p[N / 8][4], ds[N / 8][4];
 #pragma unroll
-        for (int j = 0; j < BK / 8; ++j)
+        for (int j = 0; j < N / 8; ++j)
 #pragma unroll
             for (int r = 0; r < 4; ++r) p[j][r] = ds[j][r] = 0;
 #pragma unroll 2
         for (int d = 0; d < DP; d += 16) {
-            uint32_t rk[4], rv[4], rq[4], rg[4];
-            tq.template left<false>(16 * warp, d, rq);
-            tg.template left<false>(16 * warp, d, rg);
+            uint32_t x[4], x2[4], y[4], y2[4];
+            mine.template left<false>(16 * warp, d, x);
+            mine2.template left<false>(16 * warp, d, x2);
 #pragma unroll
-            for (int j = 0; j < BK / 16; ++j) {
-                tk.template right<true>(d, 16 * j, rk);
-                mma<T>(p[2 * j], rq, rk[0], rk[1]);
-                mma<T>(p[2 * j + 1], rq, rk[2], rk[3]);
-                tv.template right<true>(d, 16 * j, rv);
-                mma<T>(ds[2 * j], rg, rv[0], rv[1]);
-                mma<T>(ds[2 * j + 1], rg, rv[2], rv[3]);
+            for (int j = 0; j < N / 16; ++j) {
+                others.template right<true>(d, 16 * j, y);
+                mma<T>(p[2 * j], x, y[0], y[1]);
+                mma<T>(p[2 * j + 1], x, y[2], y[3]);
+                others2.template right<true>(d, 16 * j, y2);
+                mma<T>(ds[2 * j], x2, y2[0], y2[1]);
+                mma<T>(ds[2 * j + 1], x2, y2[2], y2[3]);
             }
         }
 #pragma unroll
-        for (int j = 0; j < BK / 8; ++j)
+        for (int j = 0; j < N / 8; ++j)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const int key = step * BK + 8 * j + result_col(lane, r);
-                const int q = q0 + 16 * warp + result_row(lane, r);
+                const int i = 8 * j + result_col(lane, r), other = step * N + i;
+                const int own = start + 16 * warp + result_row(lane, r);
+                const int q = KEYS ? other : own, key = KEYS ? own : other;
                 float v = p[j][r] * (a.scale * LOG2_E);
                 if (a.mask && key < a.keys && q < a.queries)
                     v += LOG2_E * a.mask[b * a.mask_s[0] + h * a.mask_s[1] + q * a.mask_s[2] + key * a.mask_s[3]];
-                v = key < a.keys ? exp2_approx(v - lse[r / 2]) : 0;
-                ds[j][r] = v * (ds[j][r] - delta[r / 2]);
+                v = KEYS || key < a.keys ? exp2_approx(v - (KEYS ? rows[i] : lse[r / 2])) : 0;
+                p[j][r] = v;
+                ds[j][r] = v * (ds[j][r] - (KEYS ? rows[N + i] : delta[r / 2]));
             }
 #pragma unroll
-        for (int k = 0; k < BK / 16; ++k) {
-            const uint32_t rs[4] = {pack<T>(ds[2 * k][0], ds[2 * k][1]), pack<T>(ds[2 * k][2], ds[2 * k][3]),
-                                    pack<T>(ds[2 * k + 1][0], ds[2 * k + 1][1]), pack<T>(ds[2 * k + 1][2], ds[2 * k + 1][3])};
+        for (int k = 0; k < N / 16; ++k) {
+            uint32_t rp[4], rs[4];
+            operand<T>(p + 2 * k, rp);
+            operand<T>(ds + 2 * k, rs);
 #pragma unroll
-            for (int j = 0; j < DP / 16; ++j) {
-                uint32_t rk[4];
-                tk.template right<false>(16 * k, 16 * j, rk);
-                mma<T>(dq[2 * j], rs, rk[0], rk[1]);
-                mma<T>(dq[2 * j + 1], rs, rk[2], rk[3]);
+            for (int j = 0; j < OUT / 16; ++j) {
+                uint32_t y[4];
+                if (KEYS) {
+                    others2.template right<false>(16 * k, d0 + 16 * j, y);
+                    mma<T>(acc2[2 * j], rp, y[0], y[1]);
+                    mma<T>(acc2[2 * j + 1], rp, y[2], y[3]);
+                }
+                others.template right<false>(16 * k, d0 + 16 * j, y);
+                mma<T>(acc[2 * j], rs, y[0], y[1]);
+                mma<T>(acc[2 * j + 1], rs, y[2], y[3]);
             }
         }
         __syncthreads();
     }
     wait<0>();
-    const int first = q0 + 16 * warp;
-    write_rows<T, DP>(memory, head<T>(a.dq, a.dq_s, b, h, first), a.dq_s[2], a.queries - first, a.depth, a.out_aligned,
-                      dq, a.scale, a.scale);
+    const int first = start + 16 * warp;
+    if (KEYS) {
+        write_rows<T, OUT>(memory, head<T>(a.dk, a.dk_s, b, h, first) + d0, a.dk_s[2], a.keys - first, a.depth - d0,
+                           a.out_aligned, acc, a.scale, a.scale);
+        write_rows<T, OUT>(memory, head<T>(a.dv, a.dv_s, b, h, first) + d0, a.dv_s[2], a.keys - first, a.width - d0,
+                           a.out_aligned, acc2, 1, 1);
+    } else {
+        write_rows<T, OUT>(memory, head<T>(a.dq, a.dq_s, b, h, first), a.dq_s[2], a.queries - first, a.depth,
+                           a.out_aligned, acc, a.scale, a.scale);
+    }
 }
 
 KERNEL(attention_forward, (forward<TYPE, DEPTH>))
 KERNEL(attention_delta, delta<TYPE>)
-KERNEL(attention_keys, (backward_keys<TYPE, DEPTH>))
-KERNEL(attention_queries, (backward_queries<TYPE, DEPTH>))
+KERNEL(attention_keys, (backward<TYPE, DEPTH, true>))
+KERNEL(attention_queries, (backward<TYPE, DEPTH, false>))

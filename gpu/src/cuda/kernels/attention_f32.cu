@@ -232,9 +232,9 @@ template <int DP, bool KEYS> __device__ __forceinline__ void backward(const Atte
                 const int q = KEYS ? other : own, key = KEYS ? own : other;
                 // A row past the end, or without keys, has probabilities of zero.
                 const long long row = (long long)blockIdx.y * a.queries + q;
-                const float lse = q < a.queries ? a.lse[row] : -INFINITY, delta = q < a.queries ? a.delta[row] : 0;
+                const float lse = q < a.queries ? a.lse[row] : INFINITY, delta = q < a.queries ? a.delta[row] : 0;
                 const float v = masked(a, s[i][j], b, h, q, key);
-                const float e = lse == -INFINITY ? 0 : exponential(v - lse);
+                const float e = q >= a.queries || lse == -INFINITY ? 0 : exponential(v - lse);
                 const int to = (at.row + i) * weights_width(N) + at.lane + 8 * j;
                 ds[to] = e * (g[i][j] - delta);
                 if (KEYS) p[to] = e;
