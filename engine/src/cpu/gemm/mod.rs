@@ -1,8 +1,9 @@
 //! Matrix products. Tiles of the output are spread over the threads; each packs what it reads and runs the kernels.
 //!
 //! The cut along k depends on k alone, and every element is one chain of multiply-adds per cut: neither the number of
-//! threads nor the shape of the tiles changes a bit.
+//! threads nor the shape of the tiles changes a bit. Products of few rows go another way, by their sizes alone ([`few`]).
 
+mod few;
 mod kernel;
 mod pack;
 pub(super) mod scratch;
@@ -151,6 +152,10 @@ pub(super) unsafe fn matmul(
         let run = |task: usize| unsafe { row_f64(&at(task / m), task % m, n) };
         return if parallel { spread(tasks, run) } else { (0..tasks).for_each(run) };
     }
+    // SAFETY: the caller's promise.
+    if batch.len() == 1 && unsafe { few::few(isa, &at(0), m, n) } {
+        return;
+    }
     let set = Packer::new(isa, a.dtype, b.dtype).set;
     let (high, wide) = if parallel { cut(set, batch.len(), m, n, threads()) } else { (m, n) };
     let (down, across) = (m.div_ceil(high), n.div_ceil(wide));
@@ -294,12 +299,8 @@ unsafe fn product(isa: Isa, p: &Product, m: usize, n: usize) {
     let direct = p.c.dtype == DType::F32 && p.c.cols == 1;
     let width = n.min(NC).next_multiple_of(set.nr);
     let out = (!direct).then(|| Scratch::take(if pieces > 1 { m } else { set.mr } * width));
-    let bias = p.bias.map(|bias| {
-        let row = Scratch::take(n);
-        // SAFETY: n elements of the bias exist.
-        with_narrow!(bias.dtype, T => unsafe { rows::<T>(isa, &bias.flipped().source(n, 1), row.ptr(), n) });
-        row
-    });
+    // SAFETY: n elements of the bias exist.
+    let bias = p.bias.map(|bias| unsafe { widened(isa, bias, 1, n) });
     let in_place = !set.pairs && p.b.dtype == DType::F32 && p.b.cols == 1 && m <= SMALL && n.is_multiple_of(set.nr);
     let packed_b = (!in_place).then(|| Scratch::take(depth * width));
     let packed_a = Scratch::take(packer.room(MC.min(m), depth));
