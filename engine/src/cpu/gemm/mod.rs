@@ -107,13 +107,13 @@ pub(super) unsafe fn widened(isa: Isa, from: Matrix, m: usize, n: usize) -> Scra
     out
 }
 
-/// Rounds dense f32 rows into an `[m, n]` matrix.
+/// Rounds an `[m, n]` matrix of f32 with dense rows into another.
 ///
 /// # Safety
 /// Both lie in memory; nobody else uses the target.
-pub(super) unsafe fn rounded(from: *const f32, to: Matrix, m: usize, n: usize) {
+pub(super) unsafe fn rounded(from: Matrix, to: Matrix, m: usize, n: usize) {
     // SAFETY: the caller's promise.
-    unsafe { store(isa(), (from, n), to, m, n, false) };
+    unsafe { store(isa(), (from.ptr.cast(), from.rows), to, m, n, false) };
 }
 
 /// `out[.., m, n] (+)= a[.., m, k] b[.., k, n] + bias[n]`. Narrow floats are widened, and all sums kept in f32;
@@ -394,6 +394,11 @@ impl<T: Narrow> Work for Store<T> {
 /// Safety: both hold `[m, n]`; nobody else uses the target.
 unsafe fn store(isa: Isa, (from, ld): (*const f32, usize), to: Matrix, m: usize, n: usize, add: bool) {
     let Matrix { ptr, rows, cols, .. } = to;
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 && to.dtype == DType::BF16 && cols == 1 && !add {
+        // SAFETY: the caller's promise, and the machine has the instruction.
+        return (0..m).for_each(|i| unsafe { pack::round_row(from.add(i * ld), to.at(i, 0).ptr.cast(), n) });
+    }
     with_narrow!(to.dtype, T => dispatch(isa, Store::<T> { from, ld, to: ptr.cast(), rows, cols, m, n, add }));
 }
 
