@@ -2,7 +2,7 @@
 
 use super::View;
 use super::gemm::scratch::Scratch;
-use super::gemm::{Matrix, Narrow, multiply, rounded, widened};
+use super::gemm::{Matrix, multiply, rounded, widened};
 use super::isa::{Work, dispatch, isa};
 use super::lanes::{LANES, fold, sum};
 use super::math::Real;
@@ -74,28 +74,6 @@ impl Scores {
     }
 }
 
-/// Where rows of numbers for the next product go: beside the scores as bf16, or in their place.
-#[derive(Clone, Copy)]
-struct Rows<T> {
-    to: *mut T,
-    stride: usize,
-}
-
-impl<T: Narrow> Rows<T> {
-    /// Writes numbers from `(i, j)` on.
-    ///
-    /// Safety: they lie in the rows, which are writable.
-    #[inline(always)]
-    unsafe fn put(&self, i: usize, j: usize, values: &[f32; LANES]) {
-        let mut narrow = [T::round(0.0); LANES];
-        for l in 0..LANES {
-            narrow[l] = T::round(values[l]);
-        }
-        // SAFETY: the caller's promise.
-        unsafe { self.to.add(i * self.stride + j).cast::<[T; LANES]>().write_unaligned(narrow) };
-    }
-}
-
 /// The largest element; rows are whole lanes.
 #[inline(always)]
 fn largest(row: &[f32]) -> f32 {
@@ -121,17 +99,15 @@ fn exp<const FMA: bool>(x: f32) -> f32 {
 }
 
 /// Turns scores into numerators, and moves maximum, sum and result on to this block.
-struct Softmax<'a, T> {
+struct Softmax<'a> {
     scores: Scores,
-    /// Where the numerators go.
-    p: Rows<T>,
     max: &'a mut [f32],
     sum: &'a mut [f32],
     /// The result so far; nothing at the first block.
     acc: Option<&'a mut [f32]>,
 }
 
-impl<T: Narrow> Work for Softmax<'_, T> {
+impl Work for Softmax<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(mut self) {
         for i in 0..self.scores.rows {
@@ -141,14 +117,11 @@ impl<T: Narrow> Work for Softmax<'_, T> {
             let next = (largest(row) * factor).max(before);
             let shift = finite(next);
             let mut sums = [0f32; LANES];
-            for (j, block) in row.as_chunks::<LANES>().0.iter().enumerate() {
-                let mut e = [0f32; LANES];
+            for block in row.as_chunks_mut::<LANES>().0 {
                 for l in 0..LANES {
-                    e[l] = exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -shift));
-                    sums[l] += e[l];
+                    block[l] = exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -shift));
+                    sums[l] += block[l];
                 }
-                // SAFETY: as above; what lies in the scores' place was just read.
-                unsafe { self.p.put(i, j * LANES, &e) };
             }
             self.max[i] = next;
             let sum = fold(sums, |a, b| a + b);
@@ -183,17 +156,15 @@ impl Work for Finish<'_> {
 }
 
 /// Turns scores into probabilities, and the gradient of the probabilities into that of the scores.
-struct Derivative<'a, T> {
+struct Derivative<'a> {
     scores: Scores,
     lse: &'a [f32],
     delta: &'a [f32],
     /// Rows like those of the scores.
     dp: *mut f32,
-    p: Rows<T>,
-    ds: Rows<T>,
 }
 
-impl<T: Narrow> Work for Derivative<'_, T> {
+impl Work for Derivative<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         let (stride, cols, scale) = (self.scores.stride(), self.scores.cols, self.scores.scale);
@@ -205,16 +176,10 @@ impl<T: Narrow> Work for Derivative<'_, T> {
             // SAFETY: as above.
             let dp = unsafe { std::slice::from_raw_parts_mut(self.dp.add(i * stride), stride) };
             dp[cols..].fill(0.0);
-            for (j, (block, dp)) in row.as_chunks::<LANES>().0.iter().zip(dp.as_chunks::<LANES>().0).enumerate() {
-                let (mut p, mut ds) = ([0f32; LANES], [0f32; LANES]);
+            for (block, dp) in row.as_chunks_mut::<LANES>().0.iter_mut().zip(dp.as_chunks_mut::<LANES>().0) {
                 for l in 0..LANES {
-                    p[l] = exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -lse));
-                    ds[l] = p[l] * (dp[l] - delta) * scale;
-                }
-                // SAFETY: as above; what lies in the place of scores and dp was just read.
-                unsafe {
-                    self.p.put(i, j * LANES, &p);
-                    self.ds.put(i, j * LANES, &ds);
+                    block[l] = exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -lse));
+                    dp[l] = block[l] * (dp[l] - delta) * scale;
                 }
             }
         }
@@ -256,22 +221,24 @@ fn spread(tasks: usize, flops: usize, work: impl Fn(usize) + Sync + Send) {
     }
 }
 
-/// A block of scores' worth of numbers for the next product, as bf16 where the operands are.
-struct Narrowed {
-    matrix: Matrix,
-    #[expect(dead_code)] // keeps the memory
-    own: Option<Scratch>,
-}
+/// Blocks of numbers for the next product, as bf16 where the operands are.
+struct Narrowed(Option<Scratch>);
 
 impl Narrowed {
-    /// In the place of `wide`, dense rows `stride` apart, or in memory of its own.
-    fn new(wide: *mut f32, rows: usize, stride: usize, dtype: DType) -> Self {
-        if dtype != DType::BF16 {
-            return Self { matrix: Matrix::dense(wide, stride), own: None };
-        }
-        let own = Scratch::take(rows * stride / 2);
-        let matrix = Matrix { ptr: own.ptr().cast(), dtype, rows: stride, cols: 1 };
-        Self { matrix, own: Some(own) }
+    /// For `len` numbers.
+    fn new(len: usize, dtype: DType) -> Self {
+        Self((dtype == DType::BF16).then(|| Scratch::take(len.div_ceil(2))))
+    }
+
+    /// An f32 block, or its copy here.
+    ///
+    /// Safety: the block is readable, and not larger than what this is for.
+    unsafe fn of(&self, wide: Matrix, m: usize, n: usize) -> Matrix {
+        let Some(own) = &self.0 else { return wide };
+        let narrow = Matrix { ptr: own.ptr().cast(), dtype: DType::BF16, ..wide };
+        // SAFETY: the caller's promise.
+        unsafe { rounded(wide, narrow, m, n) };
+        narrow
     }
 }
 
@@ -295,24 +262,11 @@ impl Sum {
 
     /// Safety: the result is writable and summed up.
     unsafe fn finish(self) {
-        if let Some(own) = &self.own {
+        if self.own.is_some() {
             // SAFETY: the caller's promise.
-            unsafe { rounded(own.ptr(), self.to, self.rows, self.cols) };
+            unsafe { rounded(self.matrix(), self.to, self.rows, self.cols) };
         }
     }
-}
-
-/// Runs `$body` with `$t` as the element type of [`Narrowed`].
-macro_rules! with_narrowed {
-    ($dtype:expr, $t:ident => $body:expr) => {
-        if $dtype == DType::BF16 {
-            type $t = half::bf16;
-            $body
-        } else {
-            type $t = f32;
-            $body
-        }
-    };
 }
 
 /// `o = softmax(q k^T scale + mask) v` and the log-sum-exp of each row of scores; no dtype is f64.
@@ -342,27 +296,24 @@ pub(super) unsafe fn attention_forward(
         let (max, sum) = (filled(&state[0], m, f32::NEG_INFINITY), filled(&state[1], m, 0.0));
         // SAFETY: the scratch is that large, initialised, and used through this slice and the products alone.
         let acc = unsafe { std::slice::from_raw_parts_mut(state[2].ptr(), m * width) };
-        let numerators = Narrowed::new(state[3].ptr(), m, stride, v.dtype);
+        let narrowed = Narrowed::new(m * stride, v.dtype);
         for j in (0..keys).step_by(wide) {
             let n = wide.min(keys - j);
             let mask = mask.map(|mask| head(mask, at).at(i, j));
             let scores = Scores { s: state[3].ptr(), rows: m, cols: n, scale: scale as f32, mask };
-            let p = Matrix { rows: scores.stride(), ..numerators.matrix };
             // SAFETY: the caller's promise; the scratch holds `[m, n]` and `[m, width]`.
             unsafe {
                 multiply(isa, q, k.at(j, 0).flipped(), scores.matrix(), [m, depth, n], false);
                 let acc_so_far = (j > 0).then_some(&mut *acc);
-                with_narrowed!(v.dtype, T => {
-                    let p = Rows::<T> { to: p.ptr.cast(), stride: p.rows };
-                    dispatch(isa, Softmax { scores, p, max, sum, acc: acc_so_far });
-                });
+                dispatch(isa, Softmax { scores, max, sum, acc: acc_so_far });
+                let p = narrowed.of(scores.matrix(), m, n);
                 multiply(isa, p, v.at(j, 0), Matrix::dense(acc.as_mut_ptr(), width), [m, n, width], j > 0);
             }
         }
         dispatch(isa, Finish { max, sum, acc });
         // SAFETY: the caller's promise; blocks of queries do not overlap.
         unsafe {
-            rounded(acc.as_ptr(), o, m, width);
+            rounded(Matrix::dense(acc.as_mut_ptr(), width), o, m, width);
             std::ptr::copy_nonoverlapping(sum.as_ptr(), head_rows(lse, at).add(i), m);
         }
     });
@@ -394,7 +345,7 @@ pub(super) unsafe fn attention_backward(
         let (q, k, v, g) = (head(q, at), head(k, at), head(v, at), head(grad, at));
         let stride = wide.next_multiple_of(LANES);
         let state = [queries, high * stride, high * stride].map(Scratch::take);
-        let [p, ds] = [&state[1], &state[2]].map(|wide| Narrowed::new(wide.ptr(), high, stride, q.dtype));
+        let narrowed = [(); 2].map(|()| Narrowed::new(high * stride, q.dtype));
         let delta = filled(&state[0], queries, 0.0);
         // SAFETY: the caller's promise; the copies are of this size.
         let lse = unsafe {
@@ -413,17 +364,14 @@ pub(super) unsafe fn attention_backward(
                 let (q, g) = (q.at(i, 0), g.at(i, 0));
                 let mask = mask.map(|mask| head(mask, at).at(i, j));
                 let scores = Scores { s: state[1].ptr(), rows: m, cols: n, scale: scale as f32, mask };
-                let stride = scores.stride();
-                let [p, ds] = [&p, &ds].map(|x| Matrix { rows: stride, ..x.matrix });
+                let dp = Matrix::dense(state[2].ptr(), scores.stride());
                 // SAFETY: the caller's promise; the scratch holds two blocks of scores, and the sums what they are for.
                 unsafe {
                     multiply(isa, q, k.flipped(), scores.matrix(), [m, depth, n], false);
-                    multiply(isa, g, v.flipped(), Matrix::dense(state[2].ptr(), stride), [m, width, n], false);
-                    with_narrowed!(q.dtype, T => {
-                        let [p, ds] = [p, ds].map(|x| Rows::<T> { to: x.ptr.cast(), stride });
-                        let (lse, delta) = (&lse[i..i + m], &delta[i..i + m]);
-                        dispatch(isa, Derivative { scores, lse, delta, dp: state[2].ptr(), p, ds });
-                    });
+                    multiply(isa, g, v.flipped(), dp, [m, width, n], false);
+                    let (lse, delta) = (&lse[i..i + m], &delta[i..i + m]);
+                    dispatch(isa, Derivative { scores, lse, delta, dp: state[2].ptr() });
+                    let (p, ds) = (narrowed[0].of(scores.matrix(), m, n), narrowed[1].of(dp, m, n));
                     multiply(isa, ds, k, d_q.matrix().at(i, 0), [m, n, depth], j > 0);
                     multiply(isa, ds.flipped(), q, d_k.matrix(), [n, m, depth], i > 0);
                     multiply(isa, p.flipped(), g, d_v.matrix(), [n, m, width], i > 0);

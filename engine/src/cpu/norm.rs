@@ -83,7 +83,7 @@ unsafe fn fill(to: Matrix, n: usize, write: impl FnOnce(&mut [f32])) {
         }
         let wide = Scratch::take(n);
         write(std::slice::from_raw_parts_mut(wide.ptr(), n));
-        rounded(wide.ptr(), to, 1, n);
+        rounded(Matrix::dense(wide.ptr(), n), to, 1, n);
     }
 }
 

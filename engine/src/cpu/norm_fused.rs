@@ -288,7 +288,7 @@ pub(super) unsafe fn modulated_backward(
             if !shared {
                 for (sum, view) in sums.into_iter().zip([d_shift, d_scale]) {
                     let to = Matrix::of(view).moved(piece.sample * view.strides[0]).at(piece.first, 0);
-                    rounded(sum, to, piece.tokens, d);
+                    rounded(Matrix::dense(sum, d), to, piece.tokens, d);
                 }
             }
         }
@@ -299,7 +299,7 @@ pub(super) unsafe fn modulated_backward(
             for (k, view) in [d_shift, d_scale].into_iter().enumerate() {
                 let to = Matrix::of(view).moved(sample * view.strides[0]);
                 // SAFETY: the caller's promise.
-                unsafe { rounded(total.wrapping_add(k * d), to, 1, d) };
+                unsafe { rounded(Matrix::dense(total.cast_mut().wrapping_add(k * d), d), to, 1, d) };
             }
         }
     }
@@ -551,5 +551,5 @@ pub(super) unsafe fn norm_rope_backward(
     let total = add_up(to.at(0), pieces.len(), d);
     let row = Matrix { ptr: dw.ptr, dtype: dw.dtype, rows: 0, cols: dw.strides[0] };
     // SAFETY: the caller's promise.
-    unsafe { rounded(total, row, 1, d) };
+    unsafe { rounded(Matrix::dense(total.cast_mut(), d), row, 1, d) };
 }

@@ -1,8 +1,9 @@
 //! Matrix products. Tiles of the output are spread over the threads; each packs what it reads and runs the kernels.
 //!
 //! The cut along k depends on k alone, and every element is one chain of multiply-adds per cut: neither the number of
-//! threads nor the shape of the tiles changes a bit.
+//! threads nor the shape of the tiles changes a bit. Products of few rows go another way, by their sizes alone ([`few`]).
 
+mod few;
 mod kernel;
 mod pack;
 pub(super) mod scratch;
@@ -106,13 +107,13 @@ pub(super) unsafe fn widened(isa: Isa, from: Matrix, m: usize, n: usize) -> Scra
     out
 }
 
-/// Rounds dense f32 rows into an `[m, n]` matrix.
+/// Rounds an `[m, n]` matrix of f32 with dense rows into another.
 ///
 /// # Safety
 /// Both lie in memory; nobody else uses the target.
-pub(super) unsafe fn rounded(from: *const f32, to: Matrix, m: usize, n: usize) {
+pub(super) unsafe fn rounded(from: Matrix, to: Matrix, m: usize, n: usize) {
     // SAFETY: the caller's promise.
-    unsafe { store(isa(), (from, n), to, m, n, false) };
+    unsafe { store(isa(), (from.ptr.cast(), from.rows), to, m, n, false) };
 }
 
 /// `out[.., m, n] (+)= a[.., m, k] b[.., k, n] + bias[n]`. Narrow floats are widened, and all sums kept in f32;
@@ -150,6 +151,10 @@ pub(super) unsafe fn matmul(
         // SAFETY: the caller's promise; rows do not overlap.
         let run = |task: usize| unsafe { row_f64(&at(task / m), task % m, n) };
         return if parallel { spread(tasks, run) } else { (0..tasks).for_each(run) };
+    }
+    // SAFETY: the caller's promise.
+    if batch.len() == 1 && unsafe { few::few(isa, &at(0), m, n) } {
+        return;
     }
     let set = Packer::new(isa, a.dtype, b.dtype).set;
     let (high, wide) = if parallel { cut(set, batch.len(), m, n, threads()) } else { (m, n) };
@@ -294,12 +299,8 @@ unsafe fn product(isa: Isa, p: &Product, m: usize, n: usize) {
     let direct = p.c.dtype == DType::F32 && p.c.cols == 1;
     let width = n.min(NC).next_multiple_of(set.nr);
     let out = (!direct).then(|| Scratch::take(if pieces > 1 { m } else { set.mr } * width));
-    let bias = p.bias.map(|bias| {
-        let row = Scratch::take(n);
-        // SAFETY: n elements of the bias exist.
-        with_narrow!(bias.dtype, T => unsafe { rows::<T>(isa, &bias.flipped().source(n, 1), row.ptr(), n) });
-        row
-    });
+    // SAFETY: n elements of the bias exist.
+    let bias = p.bias.map(|bias| unsafe { widened(isa, bias, 1, n) });
     let in_place = !set.pairs && p.b.dtype == DType::F32 && p.b.cols == 1 && m <= SMALL && n.is_multiple_of(set.nr);
     let packed_b = (!in_place).then(|| Scratch::take(depth * width));
     let packed_a = Scratch::take(packer.room(MC.min(m), depth));
@@ -393,6 +394,11 @@ impl<T: Narrow> Work for Store<T> {
 /// Safety: both hold `[m, n]`; nobody else uses the target.
 unsafe fn store(isa: Isa, (from, ld): (*const f32, usize), to: Matrix, m: usize, n: usize, add: bool) {
     let Matrix { ptr, rows, cols, .. } = to;
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 && to.dtype == DType::BF16 && cols == 1 && !add {
+        // SAFETY: the caller's promise, and the machine has the instruction.
+        return (0..m).for_each(|i| unsafe { pack::round_row(from.add(i * ld), to.at(i, 0).ptr.cast(), n) });
+    }
     with_narrow!(to.dtype, T => dispatch(isa, Store::<T> { from, ld, to: ptr.cast(), rows, cols, m, n, add }));
 }
 

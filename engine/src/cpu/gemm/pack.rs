@@ -315,6 +315,27 @@ pub(crate) unsafe fn pair_rows(s: &Source<bf16>, out: *mut f32, ld: usize) {
     }
 }
 
+/// Rounds `n` floats to nearest, ties to even; subnormal ones become zero, as in the products of pairs.
+///
+/// Safety: both rows hold `n`, and the machine has the instruction.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(crate) unsafe fn round_row(from: *const f32, to: *mut bf16, n: usize) {
+    use std::arch::x86_64::*;
+    let whole = n - n % 16;
+    // SAFETY: the caller's promise; the last vector's mask has the elements that exist.
+    unsafe {
+        for j in (0..whole).step_by(16) {
+            let narrow = _mm512_cvtneps_pbh(_mm512_loadu_ps(from.add(j)));
+            to.add(j).cast::<__m256bh>().write_unaligned(narrow);
+        }
+        let mask = ((1u32 << (n - whole)) - 1) as u16;
+        let narrow = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from.wrapping_add(whole)));
+        let bits = std::mem::transmute::<__m256bh, __m256i>(narrow);
+        _mm256_mask_storeu_epi16(to.wrapping_add(whole).cast(), mask, bits);
+    }
+}
+
 /// A panel of words that are pairs in memory too.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]

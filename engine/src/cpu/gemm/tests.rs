@@ -39,7 +39,10 @@ fn every_layout_size_and_dtype_agrees_with_f64_on_every_instruction_set() -> Res
     let mut random = Philox::new(5);
     let sizes =
         [(1, 1, 1), (6, 16, 16), (7, 33, 17), (13, 901, 5), (150, 64, 40), (5, 402, 530), (1, 129, 64), (50, 1024, 32)];
-    for (case, (m, k, n)) in sizes.into_iter().flat_map(|s| (0..9).map(move |i| (i, s))) {
+    // Streamed: few rows of a large B, and a short k.
+    let streamed =
+        [(1, 130, 1070), (2, 1100, 133), (3, 263, 515), (4, 70, 2000), (670, 1, 210), (77, 2, 1800), (1300, 3, 101)];
+    for (case, (m, k, n)) in sizes.into_iter().chain(streamed).flat_map(|s| (0..9).map(move |i| (i, s))) {
         for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
             let a = matrix(&mut random, m, k, case, dtype)?;
             let b = matrix(&mut random, k, n, case / 3, dtype)?;
@@ -95,7 +98,14 @@ fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
     let cpu = Device::cpu();
     let mut random = Philox::new(10);
     for dtype in [DType::F32, DType::BF16] {
-        for (m, k, n, kind) in [(100, 700, 300, 0), (31, 1600, 1030, 1), (600, 65, 33, 0)] {
+        for (m, k, n, kind) in [
+            (100, 700, 300, 0),
+            (31, 1600, 1030, 1),
+            (600, 65, 33, 0),
+            (2, 500, 2100, 0),
+            (2, 500, 2100, 1),
+            (901, 2, 160, 0),
+        ] {
             let (a, b) = (matrix(&mut random, m, k, kind, dtype)?, matrix(&mut random, k, n, 1 - kind, dtype)?);
             let on = |threads: usize| -> Result<Vec<f32>> {
                 let out = Tensor::zeros(&[m, n], dtype, &cpu)?;
