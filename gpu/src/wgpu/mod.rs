@@ -153,6 +153,20 @@ impl Backend for Wgpu {
         pointwise::run(&self.gpu, Body::Program(program), &inputs, &narrowed(scalars), &outputs)
     }
 
+    fn pointwise_each(
+        &self,
+        program: &Program,
+        groups: &[(Vec<&Tensor>, Vec<&Tensor>)],
+        scalars: &[f64],
+    ) -> Result<()> {
+        let group = |(inputs, outputs): &(Vec<&Tensor>, Vec<&Tensor>)| {
+            program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
+            Ok((View::all(inputs)?, View::all(outputs)?))
+        };
+        let groups = groups.iter().map(group).collect::<Result<Vec<_>>>()?;
+        pointwise::run_each(&self.gpu, program, &groups, &narrowed(scalars))
+    }
+
     fn reduce(
         &self,
         program: &Program,
