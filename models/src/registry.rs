@@ -151,6 +151,14 @@ pub(crate) fn check_sizes<const N: usize>(sizes: [(&'static str, usize); N]) -> 
     }
 }
 
+/// Checks that the axes of a rotary embedding, `N` of them, are even and fill a head.
+pub(crate) fn check_rope_axes<const N: usize>(key: &'static str, axes: &[usize], head_dim: usize) -> Result<()> {
+    if axes.len() == N && axes.iter().all(|axis| axis % 2 == 0) && axes.iter().sum::<usize>() == head_dim {
+        return Ok(());
+    }
+    Err(Error::config(key, format!("{N} even numbers with the sum {head_dim}"), axes))
+}
+
 /// Reads an adapter's arguments from a recipe's `adapter_kwargs`.
 pub(crate) fn parse_kwargs<T: DeserializeOwned>(kwargs: &Map<String, Value>) -> Result<T> {
     parse("adapter_kwargs", Value::Object(kwargs.clone()))

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::registry::{check_sizes, parse_config};
-use crate::{Error, Result};
+use crate::Result;
+use crate::registry::{check_rope_axes, check_sizes, parse_config};
 
 /// Columns of a position: time, row, column, place in the text.
 pub(super) const AXES: usize = 4;
@@ -71,12 +71,7 @@ impl Flux2Config {
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
         let config: Self = parse_config(value)?;
-        let axes = &config.axes_dims_rope;
-        let odd = axes.iter().any(|d| d % 2 != 0);
-        if axes.len() != AXES || odd || axes.iter().sum::<usize>() != config.attention_head_dim {
-            let expected = format!("{AXES} even numbers with the sum {}", config.attention_head_dim);
-            return Err(Error::config("axes_dims_rope", expected, axes));
-        }
+        check_rope_axes::<AXES>("axes_dims_rope", &config.axes_dims_rope, config.attention_head_dim)?;
         check_sizes([
             ("patch_size", config.patch_size),
             ("in_channels", config.in_channels),

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::blocks::{RopePrecision, RopeTables, grid_positions};
-use crate::registry::{check_sizes, parse_config};
+use crate::registry::{check_rope_axes, check_sizes, parse_config};
 use crate::{Error, Result};
 
 /// Width inside the projection of the second text, in diffusers.
@@ -94,12 +94,7 @@ impl HunyuanVideo15Config {
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
         let config: Self = parse_config(value)?;
-        let axes: usize = config.rope_axes_dim.iter().sum();
-        let odd = config.rope_axes_dim.iter().any(|d| d % 2 != 0);
-        if axes != config.attention_head_dim || config.rope_axes_dim.len() != 3 || odd {
-            let expected = format!("three even numbers with the sum {}", config.attention_head_dim);
-            return Err(Error::config("rope_axes_dim", expected, &config.rope_axes_dim));
-        }
+        check_rope_axes::<3>("rope_axes_dim", &config.rope_axes_dim, config.attention_head_dim)?;
         if config.qk_norm != "rms_norm" {
             return Err(Error::config("qk_norm", "rms_norm", &config.qk_norm));
         }

@@ -4,9 +4,9 @@ use flowtape_engine::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::Result;
 use crate::blocks::{RopePrecision, RopeTables};
-use crate::registry::{check_sizes, parse_config};
-use crate::{Error, Result};
+use crate::registry::{check_rope_axes, check_sizes, parse_config};
 
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
@@ -105,12 +105,7 @@ impl QwenImageConfig {
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
         let config: Self = parse_config(value)?;
-        let axes: usize = config.axes_dims_rope.iter().sum();
-        let odd = config.axes_dims_rope.iter().any(|d| d % 2 != 0);
-        if axes != config.attention_head_dim || config.axes_dims_rope.len() != 3 || odd {
-            let expected = format!("three even numbers with the sum {}", config.attention_head_dim);
-            return Err(Error::config("axes_dims_rope", expected, &config.axes_dims_rope));
-        }
+        check_rope_axes::<3>("axes_dims_rope", &config.axes_dims_rope, config.attention_head_dim)?;
         check_sizes([
             ("patch_size", config.patch_size),
             ("in_channels", config.in_channels),

@@ -114,9 +114,18 @@ impl Simd for Lanes4 {
     fn prefetch(_: *const f32) {}
 }
 
+/// A tile two vectors wide, or one where that is enough.
+///
 /// Safety: see [`Kernel`]. Inlined into functions that have the instructions of `S`.
 #[inline(always)]
-unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t: &Tile) {
+unsafe fn tile<S: Simd, const MR: usize, const ROW: bool>(t: &Tile) {
+    // SAFETY: the caller's promise.
+    unsafe { if t.live <= S::LANES { vectors::<S, MR, 1, ROW>(t) } else { vectors::<S, MR, 2, ROW>(t) } }
+}
+
+/// Safety: as for [`tile`]; the live columns lie in `NV` vectors.
+#[inline(always)]
+unsafe fn vectors<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t: &Tile) {
     // SAFETY: the caller's promise: A has MR rows of k, B k rows of NV vectors and C MR rows of `live`.
     unsafe {
         let mut acc = [[S::zero(); NV]; MR];
@@ -192,7 +201,7 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t: &T
 /// Safety: see [`Kernel`].
 unsafe fn portable<const MR: usize, const ROW: bool>(t: &Tile) {
     // SAFETY: the caller's promise.
-    unsafe { tile::<Lanes4, MR, 2, ROW>(t) }
+    unsafe { tile::<Lanes4, MR, ROW>(t) }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -289,21 +298,21 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn avx2<const MR: usize, const ROW: bool>(t: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { tile::<Ymm, MR, 2, ROW>(t) }
+        unsafe { tile::<Ymm, MR, ROW>(t) }
     }
 
     /// Safety: see [`super::Kernel`].
     #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn avx512<const MR: usize, const ROW: bool>(t: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { tile::<Zmm, MR, 2, ROW>(t) }
+        unsafe { tile::<Zmm, MR, ROW>(t) }
     }
 
     /// Safety: see [`super::Kernel`].
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub(super) unsafe fn pairs<const MR: usize, const ROW: bool>(t: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { tile::<ZmmPairs, MR, 2, ROW>(t) }
+        unsafe { tile::<ZmmPairs, MR, ROW>(t) }
     }
 }
 
