@@ -4,7 +4,7 @@
 
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
 use flowtape_engine::nn::{Init, ParamBuilder};
-use flowtape_engine::ops::pointwise;
+use flowtape_engine::ops::{RopeLayout, pointwise};
 use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, clip_grad_norm};
 use flowtape_engine::{DType, Device, Error, Gradients, Philox, Result, Tape, Tensor, ops};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, PhiloxDraws, StepOptions};
@@ -313,28 +313,25 @@ fn kernel_sizes_match_the_cpu() {
     let rms = Sample::new(vec![tensor(&[2, 19, 2, 128]), tensor(&[128])], |xs| {
         ops::rms_norm(&xs[0].transpose(1, 2)?, Some(&xs[1]), 1e-6)
     });
-    // A sample's vectors, several of its rows in a block; and heads that lie beside others.
-    let modulated = Sample::new(vec![tensor(&[2, 530, 24]), tensor(&[2, 1, 72])], |xs| {
-        let part = |i: usize| xs[1].narrow(2, 24 * i, 24);
-        ops::modulated_layer_norm(&xs[0], &part(1)?, &part(2)?, 1e-6)
+    let modulated = Sample::new(vec![tensor(&[2, 19, 384]), tensor(&[2, 1, 384]), tensor(&[2, 1, 384])], |xs| {
+        ops::modulated_layer_norm(&xs[0], &xs[1], &xs[2], 1e-6)
     });
-    let rotated = |layout| {
-        let mut draw = Draw::new(9);
-        let inputs = vec![draw.standard(&[2, 19, 4, 64]).unwrap(), draw.standard(&[64]).unwrap()];
-        let sample = Sample::new(inputs, move |xs| {
-            let angles: Vec<f64> = (0..19 * 64).map(|i| f64::from(i * i % 97) / 16.0 - 3.0).collect();
-            let dtype = DType::F32.promote(xs[0].dtype());
-            let table = |angles: Tensor| angles.to_dtype(dtype)?.to_device(xs[0].device());
-            let angles = Tensor::from_slice(&angles, &[19, 64], &Device::cpu())?;
-            let (cos, sin) = (table(angles.cos()?)?, table(angles.sin()?)?);
-            ops::rms_norm_rope(&xs[0].narrow(2, 2, 2)?, &xs[1], 1e-6, &cos, &sin, layout)
-        });
-        sample.unwrap()
+    let turned = |layout: RopeLayout, inputs: Vec<Tensor>| {
+        Sample::new(inputs, move |xs| {
+            let angles: Vec<f64> = (0..19 * 128).map(|i| (i / 128) as f64 * 0.1 * (1 + i % 7) as f64).collect();
+            let angles = Tensor::from_slice(&angles, &[19, 128], &Device::cpu())?;
+            let wide = if xs[0].dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+            let table = |t: Tensor| t.to_dtype(wide)?.to_device(xs[0].device());
+            ops::rms_norm_rope(&xs[0], &xs[1], 1e-6, &table(angles.cos()?)?, &table(angles.sin()?)?, layout)
+        })
+        .unwrap()
     };
+    let heads = vec![tensor(&[2, 19, 2, 128]), tensor(&[128])];
+    let [neighbours, halves] = [RopeLayout::Interleaved, RopeLayout::Split].map(|layout| turned(layout, heads.clone()));
     let samples = [
-        ("modulated norm", modulated.unwrap()),
-        ("norm and rope of neighbours", rotated(ops::RopeLayout::Interleaved)),
-        ("norm and rope of halves", rotated(ops::RopeLayout::Split)),
+        ("modulated_layer_norm", modulated.unwrap()),
+        ("rms_norm_rope of neighbours", neighbours),
+        ("rms_norm_rope of halves", halves),
         ("attention of 64, masked", attention(64, 64, 33, 50, true)),
         ("attention of 128", attention(128, 128, 21, 35, false)),
         ("attention of odd widths", attention(20, 9, 18, 17, true)),

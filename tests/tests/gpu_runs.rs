@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use flowtape_engine::{Device, Error};
+use flowtape_engine::{Device, Error, Tensor};
 use flowtape_gpu::wgpu::{Counts, Wgpu, WgpuOptions};
 use flowtape_tests::devices::gpus_of;
 use flowtape_trainer::run::Line;
@@ -73,6 +73,34 @@ fn a_step_waits_for_its_logged_numbers_alone() {
     assert_eq!(step(6), (0, 0, 0));
     // When the first step's numbers have come, the second is handed over: twice the kernels, and those that make a model.
     assert!(after[1].kernels - after[0].kernels > 2 * kernels);
+}
+
+/// Memory that recorded kernels use is handed on to an upload: a small one goes along with them, a larger one sends them off,
+/// and neither they nor it are waited for. Memory that none uses is written without either.
+#[test]
+fn an_upload_waits_for_nothing() {
+    let Some((wgpu, device)) = open() else { return };
+    let upload = |value: f32, len: usize| Tensor::from_vec(vec![value; len], &[len], &device).unwrap();
+    let done = |before: Counts| {
+        let after = wgpu.counts();
+        (after.kernels - before.kernels, after.submissions - before.submissions, after.reads - before.reads)
+    };
+    // Sizes of memory that nothing else has.
+    for (len, reused) in [(900, (1, 0, 0)), (300_000, (0, 1, 0))] {
+        let first = upload(2.0, len);
+        let doubled = first.add(&first).unwrap();
+        let before = wgpu.counts();
+        let beside = upload(3.0, len);
+        assert_eq!(done(before), (0, 0, 0), "{len} numbers beside recorded kernels");
+        drop(first);
+        let before = wgpu.counts();
+        let after = upload(5.0, len);
+        assert_eq!(done(before), reused, "{len} numbers to memory of recorded kernels");
+        for (tensor, value) in [(doubled, 4.0), (beside, 3.0), (after, 5.0)] {
+            // What the host wrote is read from the device too.
+            assert_eq!(tensor.mul_scalar(1.0).unwrap().to_vec::<f32>().unwrap(), vec![value; len]);
+        }
+    }
 }
 
 /// The engine's error that stopped a run.

@@ -58,7 +58,9 @@ pub fn modulated_layer_norm(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64
         let got = (x.dims(), shift.dims(), scale.dims());
         return Err(Error::shape("modulated_layer_norm", "x [B, L, d], shift and scale [B, 1, d] or [B, L, d]", got));
     }
-    if device.backend().fuses(&Fused::ModulatedNormForward { eps }, &[x, shift, scale]) {
+    let one = [x.dims()[0], 1, x.dims()[2]];
+    let alike = shift.dims() == scale.dims() && [&one, x.dims()].contains(&scale.dims());
+    if alike && device.backend().fuses(&Fused::ModulatedNormForward { eps }, &[x, shift, scale]) {
         return apply_one(ModulatedNorm { eps }, &[x, shift, scale]);
     }
     modulate(&layer_norm(x, None, None, eps)?, shift, scale)

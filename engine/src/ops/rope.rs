@@ -6,6 +6,7 @@ use crate::gradcheck::{Case, Sample};
 use crate::ops::norm::rms_norm;
 use crate::ops::pointwise::run_pointwise;
 use crate::ops::reduce::accumulator;
+use crate::shape::Layout;
 use crate::tape::{Forward, InputGradients, Op, apply_one};
 use crate::{Device, Error, Result, Tensor};
 
@@ -19,23 +20,20 @@ pub enum RopeLayout {
 }
 
 impl RopeLayout {
-    /// The first and second elements of the pairs as plain views `[.., d/2]`.
-    fn halves(self, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let mut layout = x.layout().clone();
+    /// The first and second elements of the pairs of a view's last axis, each half as wide.
+    pub fn halves(self, layout: &Layout) -> [Layout; 2] {
+        let [mut first, mut second] = [layout.clone(), layout.clone()];
         let axis = layout.dims.len() - 1;
-        let half = layout.dims[axis] / 2;
-        let step = layout.strides[axis];
-        layout.dims[axis] = half;
-        let mut second = layout.clone();
+        let (half, step) = (layout.dims[axis] / 2, layout.strides[axis]);
+        [&mut first, &mut second].into_iter().for_each(|l| l.dims[axis] = half);
         match self {
             Self::Interleaved => {
                 second.offset += step;
-                layout.strides[axis] = 2 * step;
-                second.strides[axis] = 2 * step;
+                [&mut first, &mut second].into_iter().for_each(|l| l.strides[axis] = 2 * step);
             }
             Self::Split => second.offset += half * step,
         }
-        Ok((x.view(layout), x.view(second)))
+        [first, second]
     }
 }
 
@@ -46,8 +44,8 @@ impl Rope {
     /// Rotates by the angles, or back (the transpose, which is the gradient).
     fn rotate(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, back: bool) -> Result<Tensor> {
         let out = Tensor::empty_like(x, x.dims(), x.dtype())?;
-        let ((x0, x1), (y0, y1)) = (self.0.halves(x)?, self.0.halves(&out)?);
-        let ((c0, c1), (s0, s1)) = (self.0.halves(cos)?, self.0.halves(sin)?);
+        let [[x0, x1], [y0, y1], [c0, c1], [s0, s1]] =
+            [x, &out, cos, sin].map(|t| self.0.halves(t.layout()).map(|half| t.view(half)));
         let function = if back {
             Function::build(|[a, b, c0, c1, s0, s1]| [a * c0 + b * s1, b * c1 - a * s0])
         } else {

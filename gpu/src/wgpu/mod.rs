@@ -36,7 +36,7 @@ use flowtape_engine::{DType, Device, Error, Result, Tensor};
 
 pub use self::adapter::reports;
 use self::memory::WgpuBuffer;
-use self::norm::Parts;
+use self::norm::{Norm, Then};
 use self::pointwise::Body;
 pub use self::queue::Counts;
 use self::queue::Gpu;
@@ -153,6 +153,20 @@ impl Backend for Wgpu {
         pointwise::run(&self.gpu, Body::Program(program), &inputs, &narrowed(scalars), &outputs)
     }
 
+    fn pointwise_each(
+        &self,
+        program: &Program,
+        groups: &[(Vec<&Tensor>, Vec<&Tensor>)],
+        scalars: &[f64],
+    ) -> Result<()> {
+        let group = |(inputs, outputs): &(Vec<&Tensor>, Vec<&Tensor>)| {
+            program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
+            Ok((View::all(inputs)?, View::all(outputs)?))
+        };
+        let groups = groups.iter().map(group).collect::<Result<Vec<_>>>()?;
+        pointwise::run_each(&self.gpu, program, &groups, &narrowed(scalars))
+    }
+
     fn reduce(
         &self,
         program: &Program,
@@ -179,6 +193,15 @@ impl Backend for Wgpu {
         index::scatter_add(&self.gpu, &View::of(rows)?, &View::of(at)?, &View::of(out)?)
     }
 
+    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
+        let narrow = |t: &Tensor| matches!(t.dtype(), DType::F32 | DType::BF16 | DType::F16);
+        // What exceeds a binding is done in parts, of which a row is the least.
+        let dense = |t: &Tensor| t.layout().strides.last() == Some(&1);
+        let row = |t: &Tensor| t.dims().last().is_some_and(|width| self.gpu.bounds.binding.holds(4 * width));
+        matches!(op, Fused::ModulatedNormForward { .. } | Fused::NormRopeForward { .. })
+            && inputs.iter().all(|t| narrow(t) && dense(t) && row(t))
+    }
+
     fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
         if inputs.iter().chain(outputs).any(|t| t.dtype() == DType::F64) {
             return Ok(Ran::Declined);
@@ -189,11 +212,17 @@ impl Backend for Wgpu {
             (Fused::AttentionForward { scale, .. }, [o, lse]) => attention::forward(gpu, *scale, &x, o, lse)?,
             (Fused::AttentionBackward { scale, .. }, [_, _, _]) => attention::backward(gpu, *scale, &x, &y)?,
             (Fused::NormForward { centred, weight, bias, eps }, _) => {
-                norm::forward(gpu, Parts { centred: *centred, weight: *weight, bias: *bias }, *eps, &x, &y)?
+                let then = Then::Affine { weight: *weight, bias: *bias };
+                norm::forward(gpu, Norm { centred: *centred, then }, *eps, &x, &y)?
             }
             (Fused::NormBackward { centred, weight }, [dx]) => {
-                norm::backward(gpu, Parts { centred: *centred, weight: *weight, bias: false }, &x, dx)?
+                let then = Then::Affine { weight: *weight, bias: false };
+                norm::backward(gpu, Norm { centred: *centred, then }, &x, dx)?
             }
+            (Fused::ModulatedNormForward { eps }, _) => norm::forward(gpu, Norm::MODULATED, *eps, &x, &y)?,
+            (Fused::ModulatedNormBackward, _) => norm::modulated_backward(gpu, &x, &y)?,
+            (Fused::NormRopeForward { eps, layout }, _) => norm::forward(gpu, Norm::rotated(*layout), *eps, &x, &y)?,
+            (Fused::NormRopeBackward { layout }, _) => norm::rotated_backward(gpu, *layout, &x, &y)?,
             (Fused::Random { distribution, seed, counter }, [out]) => {
                 random::fill(gpu, *distribution, *seed, *counter, out)?;
                 true

@@ -4,6 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use flowtape_engine::backend::Buffer;
+use flowtape_engine::ops::RopeLayout;
 use flowtape_engine::shape::Layout;
 use flowtape_engine::{DType, Error, Result, Tensor};
 
@@ -53,14 +54,23 @@ impl View {
         Self { block: block.clone(), dtype, dims: dims.to_vec(), strides: strides.to_vec(), offset: 0 }
     }
 
+    /// Whether `count` neighbours along an axis always begin at a multiple of `count`, side by side.
+    fn aligned(&self, axis: usize, count: usize) -> bool {
+        let mut others = (0..self.dims.len()).filter(|a| *a != axis && self.dims[*a] != 1);
+        self.strides[axis] == 1
+            && self.dims[axis].is_multiple_of(count)
+            && self.offset.is_multiple_of(count)
+            && others.all(|a| self.strides[a].is_multiple_of(count))
+    }
+
     /// Whether four neighbours along an axis always lie side by side in whole words.
     pub(super) fn quads(&self, axis: usize) -> bool {
-        let others = (0..self.dims.len()).filter(|a| *a != axis && self.dims[*a] != 1);
-        self.dtype != DType::U32
-            && self.strides[axis] == 1
-            && self.dims[axis].is_multiple_of(4)
-            && self.offset.is_multiple_of(4)
-            && others.into_iter().all(|a| self.strides[a].is_multiple_of(4))
+        self.dtype != DType::U32 && self.aligned(axis, 4)
+    }
+
+    /// Whether two neighbours along an axis always fill a word.
+    pub(super) fn pairs(&self, axis: usize) -> bool {
+        self.is_half() && self.aligned(axis, 2)
     }
 
     /// Whether elements are two to a word.
@@ -78,6 +88,33 @@ impl View {
         let size = self.dtype.size();
         let (first, end) = (self.offset * size, (self.offset + reach + 1) * size);
         (first as u64 / 4 * 4, (end as u64).next_multiple_of(4))
+    }
+
+    fn layout(&self) -> Layout {
+        Layout { dims: self.dims.clone(), strides: self.strides.clone(), offset: self.offset }
+    }
+
+    fn with(&self, layout: Layout) -> Self {
+        let Layout { dims, strides, offset } = layout;
+        Self { block: self.block.clone(), dtype: self.dtype, dims, strides, offset }
+    }
+
+    /// The same for each position of `dims`: axes are added in front, and those of size 1 repeat.
+    pub(super) fn expanded(&self, dims: &[usize]) -> Result<Self> {
+        Ok(self.with(self.layout().expand(dims)?))
+    }
+
+    /// The first and second elements of the pairs that are turned, each half as wide.
+    pub(super) fn halved(&self, pairs: RopeLayout) -> [Self; 2] {
+        pairs.halves(&self.layout()).map(|half| self.with(half))
+    }
+
+    /// The same with an axis of size 1 more.
+    pub(super) fn unsqueezed(&self, axis: usize) -> Self {
+        let mut out = self.clone();
+        out.dims.insert(axis, 1);
+        out.strides.insert(axis, 0);
+        out
     }
 
     /// `len` positions of an axis from `start`; an axis of size 1, which repeats, stays.
@@ -168,6 +205,11 @@ impl BindingLimits {
         let (start, end) = view.span();
         // Whole vectors of words; blocks end with such.
         (start / self.alignment * self.alignment, end.next_multiple_of(16))
+    }
+
+    /// Whether a binding can hold that many bytes, wherever they begin.
+    pub(super) fn holds(&self, bytes: usize) -> bool {
+        bytes as u64 + self.alignment + 16 <= self.size
     }
 
     /// Whether a binding can hold it.

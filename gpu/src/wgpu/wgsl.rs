@@ -2,7 +2,8 @@
 //!
 //! All memory is bound as words. Operand `i` is read by `load{i}(at) -> f32` or `raw{i}(at) -> u32` and written by
 //! `store{i}`, `put{i}` or, two at once, `store2_{i}` and `put2_{i}`; `at` counts elements from the binding's start. Four
-//! neighbours are read by `load4_{i}(at) -> vec4<f32>`, where `at` is a multiple of four; `raise{i}` keeps a word's maximum.
+//! neighbours are read by `load4_{i}(at) -> vec4<f32>`, where `at` is a multiple of four; `rounded{i}(x) -> f32` is what
+//! `store{i}` would keep of a number; `raise{i}` keeps a word's maximum.
 
 use std::fmt::Write;
 
@@ -129,6 +130,7 @@ fn accessors(i: usize, view: &View, access: Access, b: usize, (atomic, vector): 
         let _ = writeln!(out, "fn store{i}(at: u32, x: f32) {{ put{i}(at, {narrow}); }}");
     }
     let _ = writeln!(out, "fn narrow{i}(x: f32) -> u32 {{ return {narrow}; }}");
+    let _ = writeln!(out, "fn rounded{i}(x: f32) -> f32 {{ let h = narrow{i}(x); return {widen}; }}");
     let _ = writeln!(out, "fn put2_{i}(at: u32, h0: u32, h1: u32) {{ {put2} }}");
     let _ = writeln!(out, "fn store2_{i}(at: u32, x: f32, y: f32) {{ put2_{i}(at, narrow{i}(x), narrow{i}(y)); }}");
     out

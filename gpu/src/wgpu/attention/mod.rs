@@ -34,9 +34,7 @@ fn rows(v: &View) -> (&View, Access) {
 
 /// The last axis of a result is written in pairs where it lies so.
 fn result(v: &View) -> (&View, Access) {
-    let even = v.offset.is_multiple_of(2) && v.dims[3].is_multiple_of(2) && v.strides[3] == 1;
-    let outer = v.strides[..3].iter().zip(&v.dims).all(|(s, d)| *d == 1 || s % 2 == 0);
-    (v, Access::pairs_if(v.is_half() && even && outer))
+    (v, Access::pairs_if(v.pairs(3)))
 }
 
 /// Parameters: Lq, Lk, heads, workgroups, tiles, scale, then strides. `rows` are those that workgroups share out.

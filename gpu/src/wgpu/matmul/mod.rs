@@ -144,13 +144,7 @@ impl Product<'_> {
         let rank = out.dims.len();
         let [_, m, n, k] = self.sizes();
         let batch = Space::new(&out.dims[..rank - 2], &[a, b, out].map(|v| &v.strides[..rank - 2]), 0..rank - 2);
-        let outer_even = out.strides[..rank - 1].iter().all(|s| s % 2 == 0);
-        let paired = out.is_half()
-            && kernel.writes_pairs()
-            && n % 2 == 0
-            && stride(out, 1) == 1
-            && out.offset.is_multiple_of(2)
-            && (outer_even || (m == 1 && rank == 2));
+        let paired = kernel.writes_pairs() && out.pairs(rank - 1);
         let (along_k, mut quads) = self.reads();
         if !matches!(kernel, Kernel::Tiles(_)) {
             quads = [false; 2];
