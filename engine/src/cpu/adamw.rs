@@ -5,18 +5,20 @@ use half::{bf16, f16};
 use super::View;
 use super::eval::Stored;
 use super::isa::{Isa, Work, dispatch};
+use super::math::Real;
 use super::team::{spread, threads};
 use crate::DType;
 use crate::backend::AdamWScalars;
 use crate::shape::Layout;
 
 /// Elements that a thread has in its first cache at once.
-const BLOCK: usize = 256;
+const BLOCK: usize = 1024;
 /// Elements of one task at least.
 const GRAIN: usize = 8 * 1024;
 
 /// Updates `parameter`, `exp_avg` and `exp_avg_sq` in place; `rounded` gets the new parameter in its own dtype. Arithmetic is
-/// in f32. `false`, and nothing is done, where a view has gaps, another order or a dtype that is not f32, bf16 or f16.
+/// in f32. `false`, and nothing is done, where a view has gaps or another order, or the dtypes are others: parameter and
+/// moments have one, gradient and rounded parameter another, of f32, bf16 and f16; if they differ, the first is f32.
 ///
 /// # Safety
 /// The views have one shape and lie in memory that nobody else uses meanwhile; none overlaps another.
@@ -29,12 +31,12 @@ pub(super) unsafe fn adamw(
     exp_avg_sq: &View<'_>,
     rounded: Option<&View<'_>>,
 ) -> bool {
-    let known = |v: &View<'_>| matches!(v.dtype, DType::F32 | DType::BF16 | DType::F16);
-    let dense = |v: &View<'_>| {
-        let layout = Layout { dims: v.dims.to_vec(), strides: v.strides.to_vec(), offset: 0 };
-        known(v) && layout.is_contiguous()
-    };
-    if ![parameter, gradient, exp_avg, exp_avg_sq].into_iter().chain(rounded).all(dense) {
+    let dense = |v: &View<'_>| Layout { dims: v.dims.to_vec(), strides: v.strides.to_vec(), offset: 0 }.is_contiguous();
+    let (kept, narrow) = (parameter.dtype, gradient.dtype);
+    let known = matches!(narrow, DType::F32 | DType::BF16 | DType::F16) && (kept == narrow || kept == DType::F32);
+    let as_known =
+        [exp_avg, exp_avg_sq].into_iter().all(|v| v.dtype == kept) && rounded.is_none_or(|v| v.dtype == narrow);
+    if !(known && as_known && [parameter, gradient, exp_avg, exp_avg_sq].into_iter().chain(rounded).all(dense)) {
         return false;
     }
     let n: usize = parameter.dims.iter().product();
@@ -67,76 +69,61 @@ struct Update<'a> {
 impl Work for Update<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let AdamWScalars { clip, decay, beta2, step_size, root2, eps, rest1, rest2 } = *self.scalars;
-        let [clip, decay, beta2, step_size, eps, rest1, rest2] =
-            [clip, decay, beta2, step_size, eps, rest1, rest2].map(|s| s as f32);
-        let root2 = (1.0 / root2) as f32;
-        let mul_add = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
-        let [mut p, mut g, mut m, mut v] = [[0f32; BLOCK]; 4];
-        let mut at = self.from;
-        while at < self.to {
+        // SAFETY: the elements lie in the views, and other tasks have others.
+        unsafe {
+            match (self.parameter.dtype, self.gradient.dtype) {
+                (DType::BF16, _) => self.update::<bf16, bf16, FMA>(),
+                (DType::F16, _) => self.update::<f16, f16, FMA>(),
+                (_, DType::BF16) => self.update::<f32, bf16, FMA>(),
+                (_, DType::F16) => self.update::<f32, f16, FMA>(),
+                _ => self.update::<f32, f32, FMA>(),
+            }
+        }
+    }
+}
+
+impl Update<'_> {
+    /// Where parameter and moments are `S`, and the gradient and the rounded parameter `G`.
+    #[inline(always)]
+    unsafe fn update<S: Stored, G: Stored, const FMA: bool>(&self) {
+        for at in (self.from..self.to).step_by(BLOCK) {
             let n = BLOCK.min(self.to - at);
-            // SAFETY: the elements lie in the views, and other tasks have others.
+            // SAFETY: the caller's promise; the views do not overlap.
             unsafe {
-                load(self.parameter, at, &mut p[..n]);
-                load(self.gradient, at, &mut g[..n]);
-                load(self.exp_avg, at, &mut m[..n]);
-                load(self.exp_avg_sq, at, &mut v[..n]);
-            }
-            // All of a block, also past its end: loops of fixed length become SIMD without a rest.
-            for (((p, g), m), v) in p.iter_mut().zip(&g).zip(&mut m).zip(&mut v) {
-                let g = g * clip;
-                *m = mul_add(g - *m, rest1, *m);
-                *v = mul_add(g * g, rest2, *v * beta2);
-                let step = *m / mul_add(v.sqrt(), root2, eps);
-                *p = mul_add(-step_size, step, *p * decay);
-            }
-            // SAFETY: as above.
-            unsafe {
-                store(self.parameter, at, &p[..n]);
-                store(self.exp_avg, at, &m[..n]);
-                store(self.exp_avg_sq, at, &v[..n]);
+                let kept = |v: &View<'_>| std::slice::from_raw_parts_mut(v.ptr.cast::<S>().add(at), n);
+                let p = kept(self.parameter);
+                let g = std::slice::from_raw_parts(self.gradient.ptr.cast::<G>().add(at), n);
+                update::<S, G, FMA>(self.scalars, p, g, kept(self.exp_avg), kept(self.exp_avg_sq));
                 if let Some(rounded) = self.rounded {
-                    store(rounded, at, &p[..n]);
+                    let rounded = std::slice::from_raw_parts_mut(rounded.ptr.cast::<G>().add(at), n);
+                    rounded.iter_mut().zip(p).for_each(|(r, p)| *r = G::of_f32(p.to_f32()));
                 }
             }
-            at += n;
         }
     }
 }
 
+/// One loop of simple operations, from memory to memory: so it becomes SIMD, and the machine divides one vector while it
+/// rounds another.
 #[inline(always)]
-unsafe fn load(view: &View<'_>, at: usize, out: &mut [f32]) {
-    #[inline(always)]
-    unsafe fn load_as<S: Stored>(view: &View<'_>, at: usize, out: &mut [f32]) {
-        // SAFETY: the caller's promise: the elements are readable as `S`.
-        let from = unsafe { std::slice::from_raw_parts(view.ptr.cast::<S>().add(at), out.len()) };
-        out.iter_mut().zip(from).for_each(|(o, x)| *o = x.to_f32());
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        match view.dtype {
-            DType::BF16 => load_as::<bf16>(view, at, out),
-            DType::F16 => load_as::<f16>(view, at, out),
-            _ => load_as::<f32>(view, at, out),
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn store(view: &View<'_>, at: usize, values: &[f32]) {
-    #[inline(always)]
-    unsafe fn store_as<S: Stored>(view: &View<'_>, at: usize, values: &[f32]) {
-        // SAFETY: the caller's promise: the elements are writable as `S`, and nobody else uses them.
-        let to = unsafe { std::slice::from_raw_parts_mut(view.ptr.cast::<S>().add(at), values.len()) };
-        to.iter_mut().zip(values).for_each(|(t, &x)| *t = S::of_f32(x));
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        match view.dtype {
-            DType::BF16 => store_as::<bf16>(view, at, values),
-            DType::F16 => store_as::<f16>(view, at, values),
-            _ => store_as::<f32>(view, at, values),
-        }
+fn update<S: Stored, G: Stored, const FMA: bool>(
+    scalars: &AdamWScalars,
+    p: &mut [S],
+    g: &[G],
+    m: &mut [S],
+    v: &mut [S],
+) {
+    let AdamWScalars { clip, decay, beta2, step_size, root2, eps, rest1, rest2 } = *scalars;
+    let [clip, decay, beta2, step_size, eps, rest1, rest2] =
+        [clip, decay, beta2, step_size, eps, rest1, rest2].map(|s| s as f32);
+    let root2 = (1.0 / root2) as f32;
+    for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+        let g = g.to_f32() * clip;
+        let mean = Real::mul_add::<FMA>(g - m.to_f32(), rest1, m.to_f32());
+        let square = Real::mul_add::<FMA>(g * g, rest2, v.to_f32() * beta2);
+        let step = mean / Real::mul_add::<FMA>(square.sqrt(), root2, eps);
+        *p = S::of_f32(Real::mul_add::<FMA>(-step_size, step, p.to_f32() * decay));
+        *m = S::of_f32(mean);
+        *v = S::of_f32(square);
     }
 }
