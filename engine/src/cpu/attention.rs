@@ -90,14 +90,6 @@ fn finite(max: f32) -> f32 {
     if max < f32::MIN { 0.0 } else { max }
 }
 
-/// `e^x`, and 0 where that is subnormal: subnormal numbers take the machine many times longer, and masked scores are many.
-#[inline(always)]
-fn exp<const FMA: bool>(x: f32) -> f32 {
-    const LEAST: f32 = -87.0;
-    let y = Real::exp::<FMA>(if x < LEAST { LEAST } else { x });
-    if x < LEAST { 0.0 } else { y }
-}
-
 /// Turns scores into numerators, and moves maximum, sum and result on to this block.
 struct Softmax<'a> {
     scores: Scores,
@@ -119,7 +111,7 @@ impl Work for Softmax<'_> {
             let mut sums = [0f32; LANES];
             for block in row.as_chunks_mut::<LANES>().0 {
                 for l in 0..LANES {
-                    block[l] = exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -shift));
+                    block[l] = Real::exp_normal::<FMA>(Real::mul_add::<FMA>(block[l], factor, -shift));
                     sums[l] += block[l];
                 }
             }
@@ -129,7 +121,7 @@ impl Work for Softmax<'_> {
                 self.sum[i] = sum;
                 continue;
             };
-            let (decay, width) = (exp::<FMA>(before - shift), acc.len() / self.max.len());
+            let (decay, width) = (Real::exp_normal::<FMA>(before - shift), acc.len() / self.max.len());
             self.sum[i] = self.sum[i] * decay + sum;
             acc[i * width..][..width].iter_mut().for_each(|o| *o *= decay);
         }
@@ -178,7 +170,7 @@ impl Work for Derivative<'_> {
             dp[cols..].fill(0.0);
             for (block, dp) in row.as_chunks_mut::<LANES>().0.iter_mut().zip(dp.as_chunks_mut::<LANES>().0) {
                 for l in 0..LANES {
-                    block[l] = exp::<FMA>(Real::mul_add::<FMA>(block[l], factor, -lse));
+                    block[l] = Real::exp_normal::<FMA>(Real::mul_add::<FMA>(block[l], factor, -lse));
                     dp[l] = block[l] * (dp[l] - delta) * scale;
                 }
             }

@@ -20,6 +20,9 @@ pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
     fn abs(self) -> Self;
     fn sqrt(self) -> Self;
     fn exp<const FMA: bool>(self) -> Self;
+    /// `e^x` from -87.3 to 88.3; beyond, it soon is 0 or infinity. It costs less than [`Real::exp`], and no loop meets many
+    /// subnormal numbers, which take a machine many times longer.
+    fn exp_normal<const FMA: bool>(self) -> Self;
     fn log<const FMA: bool>(self) -> Self;
     fn sin<const FMA: bool>(self) -> Self;
     fn cos<const FMA: bool>(self) -> Self;
@@ -45,7 +48,7 @@ pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
         let u = self.gelu_argument::<FMA>();
         let [factor, triple] = [GELU_FACTOR, 3.0 * GELU_FACTOR * GELU_CUBIC].map(Self::from_f64);
         let line = self.mul(self.mul(self).mul_add::<FMA>(triple, factor));
-        let (e, one) = (u.abs().neg().exp::<FMA>(), Self::from_f64(1.0));
+        let (e, one) = (u.abs().neg().exp_normal::<FMA>(), Self::from_f64(1.0));
         let r = one.div(one.add(e));
         let er = e.mul(r);
         line.mul_add::<FMA>(er.mul(r), if u < Self::ZERO { er } else { r })
@@ -139,25 +142,42 @@ fn sin_shifted<const FMA: bool>(x: f32, shift: i32) -> f32 {
     f32::from_bits(y.to_bits() ^ (((turn as u32) & 2) << 30))
 }
 
+/// `e^x`, x in a range, as a number near 1 and an exponent of two: Cephes' polynomial.
+#[inline(always)]
+fn exp_parts<const FMA: bool>(x: f32, [low, high]: [f32; 2]) -> (f32, i32) {
+    let x = choose(x < low, low, x);
+    let x = choose(x > high, high, x);
+    let sum = Real::mul_add::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
+    let n = sum - ROUND;
+    let r = Real::mul_add::<FMA>(n, -LN_2[0], x);
+    let r = Real::mul_add::<FMA>(n, -LN_2[1], r);
+    let p = polynomial::<FMA>(r, &EXP);
+    let p = Real::mul_add::<FMA>(p, r * r, r) + 1.0;
+    (p, (sum.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
+}
+
+/// `2^n` for -126 <= n <= 127; 0 for the exponent before, infinity for the one after.
+#[inline(always)]
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) << 23) as u32)
+}
+
 impl Real for f32 {
     arithmetic!(f32);
 
-    /// Cephes' polynomial; the power of two is applied in two steps, so that small results stay exact.
+    /// The power of two is applied in two steps, so that small results stay exact.
     #[inline(always)]
     fn exp<const FMA: bool>(self) -> Self {
-        let [low, high] = EXP_RANGE;
-        let x = choose(self < low, low, self);
-        let x = choose(x > high, high, x);
-        let sum = Real::mul_add::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
-        let n = sum - ROUND;
-        let r = Real::mul_add::<FMA>(n, -LN_2[0], x);
-        let r = Real::mul_add::<FMA>(n, -LN_2[1], r);
-        let p = polynomial::<FMA>(r, &EXP);
-        let p = Real::mul_add::<FMA>(p, r * r, r) + 1.0;
-        let n = (sum.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+        let (p, n) = exp_parts::<FMA>(self, EXP_RANGE);
         let half = n >> 1;
-        let power = |k: i32| f32::from_bits((k.wrapping_add(127) << 23) as u32);
-        p * power(half) * power(n.wrapping_sub(half))
+        p * power_of_two(half) * power_of_two(n.wrapping_sub(half))
+    }
+
+    #[inline(always)]
+    fn exp_normal<const FMA: bool>(self) -> Self {
+        // The exponents -127 and 128 stand for 0 and infinity.
+        let (p, n) = exp_parts::<FMA>(self, [-88.0, 89.0]);
+        p * power_of_two(n)
     }
 
     /// Cephes' polynomial on [sqrt 1/2, sqrt 2).
@@ -194,7 +214,7 @@ impl Real for f32 {
     fn tanh<const FMA: bool>(self) -> Self {
         let t = self.abs();
         let s = self * self;
-        let big = 1.0 - 2.0 / (Real::exp::<FMA>(t + t) + 1.0);
+        let big = 1.0 - 2.0 / (Real::exp_normal::<FMA>(t + t) + 1.0);
         let p = polynomial::<FMA>(s, &TANH);
         let small = Real::mul_add::<FMA>(p * s, t, t);
         choose(t < TANH_BOUND, small, big).copysign(self)
@@ -210,7 +230,7 @@ impl Real for f32 {
         let r = Real::mul_add::<FMA>(r, s, u);
         let r = horner::<FMA>(t, r, &ERF_LOW);
         let r = Real::mul_add::<FMA>(r, t, -t);
-        let big = 1.0 - Real::exp::<FMA>(r);
+        let big = 1.0 - Real::exp_normal::<FMA>(r);
         let q = polynomial::<FMA>(s, &ERF);
         let small = Real::mul_add::<FMA>(q, t, t);
         choose(t < ERF_BOUND, small, big).copysign(self)
@@ -218,7 +238,7 @@ impl Real for f32 {
 
     #[inline(always)]
     fn sigmoid<const FMA: bool>(self) -> Self {
-        1.0 / (1.0 + Real::exp::<FMA>(-self))
+        1.0 / (1.0 + Real::exp_normal::<FMA>(-self))
     }
 }
 
@@ -227,6 +247,11 @@ impl Real for f64 {
 
     #[inline(always)]
     fn exp<const FMA: bool>(self) -> Self {
+        f64::exp(self)
+    }
+
+    #[inline(always)]
+    fn exp_normal<const FMA: bool>(self) -> Self {
         f64::exp(self)
     }
 
@@ -300,8 +325,9 @@ mod tests {
 
     #[test]
     fn functions_are_within_two_ulps() {
-        let cases: [(&str, f64); 9] = [
+        let cases: [(&str, f64); 10] = [
             ("exp", ulps(-80.0, 88.0, Real::exp::<true>, f64::exp)),
+            ("exp of normal numbers", ulps(-87.3, 88.3, Real::exp_normal::<true>, f64::exp)),
             ("exp without fma", ulps(-80.0, 88.0, Real::exp::<false>, f64::exp)),
             ("log", ulps(1e-3, 0.9, Real::log::<true>, f64::ln)),
             ("log above 1", ulps(1.1, 1e6, Real::log::<true>, f64::ln)),
@@ -343,12 +369,19 @@ mod tests {
         assert_eq!(Real::exp::<true>(f32::INFINITY), f32::INFINITY);
         assert_eq!(Real::log::<true>(0f32), f32::NEG_INFINITY);
         assert_eq!(Real::log::<true>(f32::INFINITY), f32::INFINITY);
+        for below in [f32::NEG_INFINITY, -1e30, -100.0, -87.7] {
+            assert_eq!(Real::exp_normal::<true>(below), 0.0);
+        }
+        for above in [f32::INFINITY, 1e30, 88.8] {
+            assert_eq!(Real::exp_normal::<true>(above), f32::INFINITY);
+        }
         assert_eq!(Real::tanh::<true>(f32::INFINITY), 1.0);
         assert_eq!(Real::erf::<true>(f32::NEG_INFINITY), -1.0);
         assert_eq!(Real::sigmoid::<true>(f32::NEG_INFINITY), 0.0);
         assert!(Real::log::<true>(-1f32).is_nan());
-        for f in [Real::exp::<true>, Real::log::<true>, Real::tanh::<true>, Real::erf::<true>, Real::sigmoid::<true>] {
-            assert!(f(f32::NAN).is_nan());
+        let functions = [Real::exp::<true>, Real::exp_normal::<true>, Real::log::<true>, Real::tanh::<true>];
+        for f in functions.into_iter().chain([Real::erf::<true>, Real::sigmoid::<true>]) {
+            assert!(f(f32::NAN).is_nan() && f(f32::from_bits(0x7f80_0123)).is_nan());
         }
         let denormal = f64::from(Real::exp::<true>(-100f32));
         assert!((denormal / (-100f64).exp() - 1.0).abs() < 0.05, "{denormal}");
