@@ -23,6 +23,8 @@ pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
     /// `e^x` from -87.3 to 88.3; beyond, it soon is 0 or infinity. It costs less than [`Real::exp`], and no loop meets many
     /// subnormal numbers, which take a machine many times longer.
     fn exp_normal<const FMA: bool>(self) -> Self;
+    /// `2^x` in the same way.
+    fn exp2_normal<const FMA: bool>(self) -> Self;
     fn log<const FMA: bool>(self) -> Self;
     fn sin<const FMA: bool>(self) -> Self;
     fn cos<const FMA: bool>(self) -> Self;
@@ -30,16 +32,17 @@ pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
     fn erf<const FMA: bool>(self) -> Self;
     fn sigmoid<const FMA: bool>(self) -> Self;
 
-    /// `2u` of GELU's tanh form.
+    /// `2u log2(e)` for the `u` of GELU's tanh form: its sigmoid takes one power of two.
     #[inline(always)]
     fn gelu_argument<const FMA: bool>(self) -> Self {
-        let [factor, cubic] = [GELU_FACTOR, GELU_FACTOR * GELU_CUBIC].map(Self::from_f64);
+        let [factor, cubic] = [1.0, GELU_CUBIC].map(|c| Self::from_f64(GELU_FACTOR * std::f64::consts::LOG2_E * c));
         self.mul(self.mul(self).mul_add::<FMA>(cubic, factor))
     }
 
+    /// `x sigmoid(2u)`
     #[inline(always)]
     fn gelu<const FMA: bool>(self) -> Self {
-        self.mul(self.gelu_argument::<FMA>().sigmoid::<FMA>())
+        self.div(self.gelu_argument::<FMA>().neg().exp2_normal::<FMA>().add(Self::from_f64(1.0)))
     }
 
     /// `s + x s' 2u'`, with the sigmoid's slope from `e^-|2u|`, where `s (1 - s)` would cancel.
@@ -48,7 +51,7 @@ pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
         let u = self.gelu_argument::<FMA>();
         let [factor, triple] = [GELU_FACTOR, 3.0 * GELU_FACTOR * GELU_CUBIC].map(Self::from_f64);
         let line = self.mul(self.mul(self).mul_add::<FMA>(triple, factor));
-        let (e, one) = (u.abs().neg().exp_normal::<FMA>(), Self::from_f64(1.0));
+        let (e, one) = (u.abs().neg().exp2_normal::<FMA>(), Self::from_f64(1.0));
         let r = one.div(one.add(e));
         let er = e.mul(r);
         line.mul_add::<FMA>(er.mul(r), if u < Self::ZERO { er } else { r })
@@ -180,6 +183,17 @@ impl Real for f32 {
         p * power_of_two(n)
     }
 
+    /// Cephes' polynomial.
+    #[inline(always)]
+    fn exp2_normal<const FMA: bool>(self) -> Self {
+        let x = choose(self < -127.0, -127.0, self);
+        let x = choose(x > 128.0, 128.0, x);
+        let sum = x + ROUND;
+        let r = x - (sum - ROUND);
+        let p = Real::mul_add::<FMA>(polynomial::<FMA>(r, &EXP2), r, 1.0);
+        p * power_of_two((sum.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
+    }
+
     /// Cephes' polynomial on [sqrt 1/2, sqrt 2).
     #[inline(always)]
     fn log<const FMA: bool>(self) -> Self {
@@ -256,6 +270,11 @@ impl Real for f64 {
     }
 
     #[inline(always)]
+    fn exp2_normal<const FMA: bool>(self) -> Self {
+        f64::exp2(self)
+    }
+
+    #[inline(always)]
     fn log<const FMA: bool>(self) -> Self {
         f64::ln(self)
     }
@@ -325,9 +344,10 @@ mod tests {
 
     #[test]
     fn functions_are_within_two_ulps() {
-        let cases: [(&str, f64); 10] = [
+        let cases: [(&str, f64); 11] = [
             ("exp", ulps(-80.0, 88.0, Real::exp::<true>, f64::exp)),
             ("exp of normal numbers", ulps(-87.3, 88.3, Real::exp_normal::<true>, f64::exp)),
+            ("exp2 of normal numbers", ulps(-125.9, 127.4, Real::exp2_normal::<true>, f64::exp2)),
             ("exp without fma", ulps(-80.0, 88.0, Real::exp::<false>, f64::exp)),
             ("log", ulps(1e-3, 0.9, Real::log::<true>, f64::ln)),
             ("log above 1", ulps(1.1, 1e6, Real::log::<true>, f64::ln)),
@@ -370,17 +390,28 @@ mod tests {
         assert_eq!(Real::log::<true>(0f32), f32::NEG_INFINITY);
         assert_eq!(Real::log::<true>(f32::INFINITY), f32::INFINITY);
         for below in [f32::NEG_INFINITY, -1e30, -100.0, -87.7] {
-            assert_eq!(Real::exp_normal::<true>(below), 0.0);
+            assert_eq!((Real::exp_normal::<true>(below), Real::exp2_normal::<true>(below * 1.5)), (0.0, 0.0));
         }
         for above in [f32::INFINITY, 1e30, 88.8] {
-            assert_eq!(Real::exp_normal::<true>(above), f32::INFINITY);
+            let infinite = (f32::INFINITY, f32::INFINITY);
+            assert_eq!((Real::exp_normal::<true>(above), Real::exp2_normal::<true>(above * 1.5)), infinite);
         }
         assert_eq!(Real::tanh::<true>(f32::INFINITY), 1.0);
         assert_eq!(Real::erf::<true>(f32::NEG_INFINITY), -1.0);
         assert_eq!(Real::sigmoid::<true>(f32::NEG_INFINITY), 0.0);
         assert!(Real::log::<true>(-1f32).is_nan());
-        let functions = [Real::exp::<true>, Real::exp_normal::<true>, Real::log::<true>, Real::tanh::<true>];
-        for f in functions.into_iter().chain([Real::erf::<true>, Real::sigmoid::<true>]) {
+        let functions: [fn(f32) -> f32; 9] = [
+            Real::exp::<true>,
+            Real::exp_normal::<true>,
+            Real::exp2_normal::<true>,
+            Real::log::<true>,
+            Real::tanh::<true>,
+            Real::erf::<true>,
+            Real::sigmoid::<true>,
+            Real::gelu::<true>,
+            Real::gelu_slope::<true>,
+        ];
+        for f in functions {
             assert!(f(f32::NAN).is_nan() && f(f32::from_bits(0x7f80_0123)).is_nan());
         }
         let denormal = f64::from(Real::exp::<true>(-100f32));

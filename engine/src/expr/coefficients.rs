@@ -9,6 +9,9 @@ pub(crate) const EXP_RANGE: [f32; 2] = [-104.0, 89.0];
 /// `(e^x - 1 - x) / x^2` on half an octave around 0 (Cephes).
 pub(crate) const EXP: [f32; 6] =
     [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
+/// `(2^x - 1) / x` on [-1/2, 1/2] (Cephes).
+pub(crate) const EXP2: [f32; 6] =
+    [1.535_336_2e-4, 1.339_887_5e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1];
 /// `(ln(1 + x) - x + x^2 / 2) / x^3` with 1 + x on [sqrt 1/2, sqrt 2) (Cephes).
 pub(crate) const LOG: [f32; 9] = [
     7.037_683_6e-2,
