@@ -349,29 +349,33 @@ fn turn(layout: RopeLayout, back: bool, sin: &[f32], out: &mut [f32]) {
     }
 }
 
-/// `y = x cos + partner(x) turn`; `partners` is room for as many numbers.
+/// The partners of rows of `d` numbers.
 #[inline(always)]
-fn rotate(layout: RopeLayout, x: &[f32], [cos, turn]: [&[f32]; 2], partners: &mut [f32], y: &mut [f32]) {
-    let d = y.len();
-    let (x, partners) = (&x[..d], &mut partners[..d]);
+fn partners_of(layout: RopeLayout, d: usize, x: &[f32], partners: &mut [f32]) {
     match layout {
         RopeLayout::Interleaved => {
             // A pair is eight bytes, and its halves change places.
             let (from, to) = (x.as_ptr().cast::<u64>(), partners.as_mut_ptr().cast::<u64>());
-            for pair in 0..d / 2 {
-                // SAFETY: both hold d numbers.
+            for pair in 0..x.len().min(partners.len()) / 2 {
+                // SAFETY: both hold as many pairs.
                 unsafe { to.add(pair).write_unaligned(from.add(pair).read_unaligned().rotate_left(32)) };
             }
         }
         RopeLayout::Split => {
-            let (first, second) = partners.split_at_mut(d / 2);
-            first.copy_from_slice(&x[d / 2..]);
-            second.copy_from_slice(&x[..d / 2]);
+            for (x, partners) in x.chunks_exact(d).zip(partners.chunks_exact_mut(d)) {
+                let (first, second) = partners.split_at_mut(d / 2);
+                first.copy_from_slice(&x[d / 2..]);
+                second.copy_from_slice(&x[..d / 2]);
+            }
         }
     }
-    for (((y, x), partner), (c, t)) in y.iter_mut().zip(x).zip(&*partners).zip(cos.iter().zip(turn)) {
-        *y = x * c + partner * t;
-    }
+}
+
+/// `x cos + partner turn`, as `T` rounds it.
+#[inline(always)]
+fn rotated<'a, T: Narrow>([x, partners, cos, turn]: [&'a [f32]; 4]) -> impl Iterator<Item = T> + 'a {
+    let angles = cos.iter().zip(turn);
+    x.iter().zip(partners).zip(angles).map(|((x, partner), (c, t))| T::round(x * c + partner * t))
 }
 
 /// What both directions of RMSNorm with rotation have.
@@ -406,29 +410,37 @@ struct NormRopeForward<'a, T> {
     x: Rows<T>,
     y: Rows<T>,
     eps: f32,
-    buffers: [&'a mut [f32]; 4],
+    /// Room for the heads of a token.
+    rows: [&'a mut [f32]; 2],
+    turns: &'a mut [f32],
 }
 
 impl<T: Narrow> Work for NormRopeForward<'_, T> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let (shared, [normed, turned, partners, turns]) = (self.shared, self.buffers);
-        let (d, heads, piece) = (normed.len(), shared.heads, shared.piece);
+        let (shared, [normed, partners], turns) = (self.shared, self.rows, self.turns);
+        let (d, heads, piece) = (turns.len(), shared.heads, shared.piece);
         for token in 0..piece.tokens {
             // SAFETY: made for these tokens.
             let cos = unsafe { shared.angles(token, false, turns) };
-            for head in 0..heads {
-                let at = [piece.sample, piece.first + token, head];
+            let at = |head: usize| [piece.sample, piece.first + token, head];
+            // SAFETY: as above.
+            let deviations = unsafe { std::slice::from_raw_parts_mut(shared.deviation.add(token * heads), heads) };
+            // Head by head in each step: what one waits for is no other's business.
+            for (head, (row, s)) in normed.chunks_exact_mut(d).zip(&mut *deviations).enumerate() {
                 // SAFETY: as above.
-                let (x, y) = unsafe { (self.x.row(at, d), self.y.row_mut(at, d)) };
-                widen(x, normed);
-                let square = sum([&*normed], |[x]| x * x) / d as f32;
-                let s = 1.0 / (square + self.eps).sqrt();
-                normed.iter_mut().zip(shared.weight).for_each(|(x, w)| *x = T::round(*x * s * w).widen());
-                rotate(shared.layout, normed, [cos, turns], partners, turned);
-                y.iter_mut().zip(&*turned).for_each(|(y, x)| *y = T::round(*x));
+                widen(unsafe { self.x.row(at(head), d) }, row);
+                *s = sum([&*row], |[x]| x * x) / d as f32;
+            }
+            deviations.iter_mut().for_each(|s| *s = 1.0 / (*s + self.eps).sqrt());
+            for (row, s) in normed.chunks_exact_mut(d).zip(&*deviations) {
+                row.iter_mut().zip(shared.weight).for_each(|(x, w)| *x = T::round(*x * s * w).widen());
+            }
+            partners_of(shared.layout, d, normed, partners);
+            for (head, (row, partners)) in normed.chunks_exact(d).zip(partners.chunks_exact(d)).enumerate() {
                 // SAFETY: as above.
-                unsafe { shared.deviation.add(token * heads + head).write(s) };
+                let y = unsafe { self.y.row_mut(at(head), d) };
+                y.iter_mut().zip(rotated::<T>([row, partners, cos, turns])).for_each(|(y, x)| *y = x);
             }
         }
     }
@@ -459,8 +471,9 @@ impl<T: Narrow> Work for NormRopeBackward<'_, T> {
                 // SAFETY: as above.
                 let s = unsafe { shared.deviation.add(token * heads + head).read() };
                 widen(grad, row);
-                rotate(shared.layout, row, [cos, turns], normed, weighted);
-                weighted.iter_mut().for_each(|g| *g = T::round(*g).widen());
+                partners_of(shared.layout, d, row, normed);
+                let back = rotated::<T>([row, normed, cos, turns]);
+                weighted.iter_mut().zip(back).for_each(|(g, x)| *g = x.widen());
                 normed.iter_mut().zip(x).for_each(|(normed, x)| *normed = x.widen() * s);
                 add_products::<FMA>(weighted, normed, self.dw);
                 weighted.iter_mut().zip(shared.weight).for_each(|(g, w)| *g *= w);
@@ -512,11 +525,12 @@ pub(super) unsafe fn norm_rope_forward(
     let own_weight = unsafe { widened_weight(isa, weight) };
     let [weight] = buffers(&own_weight, d).map(|w| &*w);
     Pieces::new(samples, tokens, heads).spread(|piece| {
-        let own = Scratch::take(4 * d);
+        let (own, turns) = (Scratch::take(2 * heads * d), Scratch::take(d));
+        let (rows, [turns]) = (buffers(&own, heads * d), buffers(&turns, d));
         let shared = NormRope::new(weight, [cos, sin, deviation], piece, [tokens, heads], layout);
         with_narrow!(x.dtype, T => {
             let (x, y) = (Rows::<T>::of(x), Rows::<T>::of(y));
-            dispatch(isa, NormRopeForward { shared, x, y, eps: eps as f32, buffers: buffers(&own, d) });
+            dispatch(isa, NormRopeForward { shared, x, y, eps: eps as f32, rows, turns });
         });
     });
 }

@@ -148,7 +148,7 @@ pub fn rms_norm_rope(
     let (&[_, len, _, width], tables) = (x.dims(), [cos, sin]) else {
         return Err(Error::shape("rms_norm_rope", "x [B, L, H, d]", x.dims()));
     };
-    let fits = width.is_multiple_of(2) && tables.iter().all(|t| t.dims() == [len, width]);
+    let fits = width > 0 && width.is_multiple_of(2) && tables.iter().all(|t| t.dims() == [len, width]);
     let fused = Fused::NormRopeForward { eps, layout };
     if fits && weight.dims() == [width] && device.backend().fuses(&fused, &[x, weight, cos, sin]) {
         return apply_one(NormRope { eps, layout }, &[x, weight, &cos.detach(), &sin.detach()]);
