@@ -33,10 +33,12 @@ pub(super) unsafe fn adamw(
 ) -> bool {
     let dense = |v: &View<'_>| Layout { dims: v.dims.to_vec(), strides: v.strides.to_vec(), offset: 0 }.is_contiguous();
     let (kept, narrow) = (parameter.dtype, gradient.dtype);
-    let known = matches!(narrow, DType::F32 | DType::BF16 | DType::F16) && (kept == narrow || kept == DType::F32);
-    let as_known =
-        [exp_avg, exp_avg_sq].into_iter().all(|v| v.dtype == kept) && rounded.is_none_or(|v| v.dtype == narrow);
-    if !(known && as_known && [parameter, gradient, exp_avg, exp_avg_sq].into_iter().chain(rounded).all(dense)) {
+    let known = matches!(narrow, DType::F32 | DType::BF16 | DType::F16)
+        && (kept == narrow || kept == DType::F32)
+        && exp_avg.dtype == kept
+        && exp_avg_sq.dtype == kept
+        && rounded.is_none_or(|v| v.dtype == narrow);
+    if !known || ![parameter, gradient, exp_avg, exp_avg_sq].into_iter().chain(rounded).all(dense) {
         return false;
     }
     let n: usize = parameter.dims.iter().product();

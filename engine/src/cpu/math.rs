@@ -128,6 +128,19 @@ fn choose<T>(condition: bool, a: T, b: T) -> T {
 /// Adding and taking away 1.5 * 2^23 rounds to an integer, which the low bits of the sum then hold.
 const ROUND: f32 = 12_582_912.0;
 
+/// The integer in the low bits of such a sum.
+#[inline(always)]
+fn integer(sum: f32) -> i32 {
+    (sum.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32)
+}
+
+/// `x` within a range; NaN stays.
+#[inline(always)]
+fn within(x: f32, [low, high]: [f32; 2]) -> f32 {
+    let x = choose(x < low, low, x);
+    choose(x > high, high, x)
+}
+
 /// sin (`shift` 0) or cos (`shift` 1): reduction to [-pi/4, pi/4] in f64, then polynomials in f32.
 #[inline(always)]
 fn sin_shifted<const FMA: bool>(x: f32, shift: i32) -> f32 {
@@ -147,16 +160,15 @@ fn sin_shifted<const FMA: bool>(x: f32, shift: i32) -> f32 {
 
 /// `e^x`, x in a range, as a number near 1 and an exponent of two: Cephes' polynomial.
 #[inline(always)]
-fn exp_parts<const FMA: bool>(x: f32, [low, high]: [f32; 2]) -> (f32, i32) {
-    let x = choose(x < low, low, x);
-    let x = choose(x > high, high, x);
+fn exp_parts<const FMA: bool>(x: f32, range: [f32; 2]) -> (f32, i32) {
+    let x = within(x, range);
     let sum = Real::mul_add::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
     let n = sum - ROUND;
     let r = Real::mul_add::<FMA>(n, -LN_2[0], x);
     let r = Real::mul_add::<FMA>(n, -LN_2[1], r);
     let p = polynomial::<FMA>(r, &EXP);
     let p = Real::mul_add::<FMA>(p, r * r, r) + 1.0;
-    (p, (sum.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
+    (p, integer(sum))
 }
 
 /// `2^n` for -126 <= n <= 127; 0 for the exponent before, infinity for the one after.
@@ -186,12 +198,11 @@ impl Real for f32 {
     /// Cephes' polynomial.
     #[inline(always)]
     fn exp2_normal<const FMA: bool>(self) -> Self {
-        let x = choose(self < -127.0, -127.0, self);
-        let x = choose(x > 128.0, 128.0, x);
+        let x = within(self, [-127.0, 128.0]);
         let sum = x + ROUND;
         let r = x - (sum - ROUND);
         let p = Real::mul_add::<FMA>(polynomial::<FMA>(r, &EXP2), r, 1.0);
-        p * power_of_two((sum.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
+        p * power_of_two(integer(sum))
     }
 
     /// Cephes' polynomial on [sqrt 1/2, sqrt 2).
