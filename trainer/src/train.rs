@@ -8,7 +8,7 @@ use std::time::Instant;
 use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, LrScheduler, LrSchedulerConfig, clip_grad_norm};
 use flowtape_engine::{DType, Device, Gradients, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, create_model, create_pipeline};
+use flowtape_models::{Condition, ModelKind, Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
@@ -451,8 +451,10 @@ impl Trained {
         if n == 0 {
             return refused("--n", "expected at least 1, got 0");
         }
-        if first_frame.is_some() && (self.data.video.is_none() || self.pipeline.adapter().name() != "hunyuan") {
-            return refused("--first-frame", "only video models of the adapter hunyuan go on from a frame");
+        let kind = ModelKind::of_adapter(self.pipeline.adapter().name())?;
+        if first_frame.is_some() && (self.data.video.is_none() || !kind.takes(Condition::FirstFrame)) {
+            let able = Condition::FirstFrame.adapters().join(", ");
+            return refused("--first-frame", &format!("only videos of these adapters go on from a frame: {able}"));
         }
         let first_frames = first_frame.map(|frame| frame.repeat(n));
         let prompts = vec![prompt; n];
