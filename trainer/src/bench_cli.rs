@@ -6,7 +6,10 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use flowtape_engine::DType;
 use flowtape_engine::backend::Backend;
-use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Work, ops, plot, scaling, step, table};
+use flowtape_engine::cpu::awake;
+use flowtape_trainer::bench::{
+    Measurement, OpMeasurement, OpsOptions, Options, Point, Work, ops, plot, scaling, step, table,
+};
 use flowtape_trainer::recipe::Dtype;
 
 use crate::say;
@@ -169,13 +172,14 @@ fn run_ops(args: &Ops) -> Result<()> {
         ))?;
     }
     let (mut said, mut found) = (Ok(()), false);
-    ops(&options, |m| {
+    let measured = |m: &OpMeasurement| {
         found = true;
         let line = if args.json { serde_json::json!(m).to_string() } else { op_line(m) };
         if said.is_ok() {
             said = say(format_args!("{line}\n"));
         }
-    })?;
+    };
+    awake(&options.device, || ops(&options, measured))?;
     match &args.only {
         Some(text) if !found => {
             anyhow::bail!("--only {text}: no operation has this in its name or sizes; without it all are listed")
@@ -186,9 +190,10 @@ fn run_ops(args: &Ops) -> Result<()> {
 
 fn run_scaling(args: &Scaling) -> Result<()> {
     let device = flowtape_gpu::device(&args.device)?;
-    let points = scaling(&device, args.dtype.into(), args.steps, |point| {
+    let measured = |point: &Point| {
         eprintln!("{} {}: {} s, {} MiB", point.axis, point.value, point.s_step, point.memory_mb);
-    })?;
+    };
+    let points = awake(&device, || scaling(&device, args.dtype.into(), args.steps, measured))?;
     if args.json {
         points.iter().try_for_each(|point| say(format_args!("{}\n", serde_json::json!(point))))?;
     } else {
@@ -211,7 +216,8 @@ fn run_step(args: &Step) -> Result<()> {
     let device = flowtape_gpu::device(&args.device)?;
     let &Step { steps, warmup, profile, .. } = args;
     let dtype = args.dtype.into();
-    let measured = step(&work, &device, &Options { dtype, steps, warmup, at_once: !args.update_last, profile })?;
+    let options = Options { dtype, steps, warmup, at_once: !args.update_last, profile };
+    let measured = awake(&device, || step(&work, &device, &options))?;
     if profile {
         say(format_args!("{}", profile_table(&measured)))?;
     }

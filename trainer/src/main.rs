@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use flowtape_engine::cpu::awake;
+use flowtape_engine::cpu::usable_threads;
 use flowtape_trainer::digits::SIDE;
 use flowtape_trainer::inspect::inspect;
 use flowtape_trainer::picture::load_grey;
@@ -24,7 +24,7 @@ use crate::progress::Terminal;
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Cli {
-    /// Threads of the CPU; all by default. The results do not depend on it.
+    /// Threads of the CPU, at most one for each core; 0, the default, means all cores. The results do not depend on it.
     #[arg(long, global = true)]
     threads: Option<usize>,
     #[command(subcommand)]
@@ -121,17 +121,27 @@ fn run() -> Result<()> {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads.unwrap_or(0)).build()?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads(cli.threads)).build()?;
     // All work starts inside the pool: forking from outside it costs many times more.
-    pool.install(|| {
-        awake(|| match cli.command {
-            Command::Train(args) => run_train(&args),
-            Command::Sample(args) => run_sample(&args),
-            Command::Devices => list_devices(),
-            Command::Inspect(args) => run_inspect(&args),
-            Command::Bench(args) => bench_cli::run(&args),
-        })
+    pool.install(|| match cli.command {
+        Command::Train(args) => run_train(&args),
+        Command::Sample(args) => run_sample(&args),
+        Command::Devices => list_devices(),
+        Command::Inspect(args) => run_inspect(&args),
+        Command::Bench(args) => bench_cli::run(&args),
     })
+}
+
+/// The threads to make, and a note where they are not those asked for. Unasked, rayon decides (`RAYON_NUM_THREADS`).
+fn threads(asked: Option<usize>) -> usize {
+    let Some(asked) = asked else { return 0 };
+    let threads = usable_threads(asked);
+    match asked {
+        0 => eprintln!("--threads 0: all {threads} cores"),
+        _ if asked > threads => eprintln!("--threads {asked}: this machine has {threads} cores, so {threads} are used"),
+        _ => {}
+    }
+    threads
 }
 
 fn run_train(args: &Train) -> Result<()> {
