@@ -56,7 +56,14 @@ pub(crate) fn check(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
             json,
             out: golden.tensor(out_name)?.dims().to_vec(),
             name,
-            inputs: inputs.into_iter().map(|(k, t)| (k, tape.leaf(&t))).collect(),
+            inputs: inputs
+                .into_iter()
+                .map(|(k, t)| {
+                    let differentiated = golden.has(&format!("{name}/grad.{k}"));
+                    let input = if differentiated { tape.leaf(&t) } else { tape.attach(&t) };
+                    (k, input)
+                })
+                .collect(),
             root: ParamBuilder::new(0, DType::F32, &Device::cpu()),
             params: golden.under(&format!("{name}/param."))?,
             freqs: json["freqs"].as_str().map(|freqs| golden.tensor(freqs)).transpose()?,

@@ -306,10 +306,18 @@ impl Run {
         push("grads, median", deviations[count / 2].0, number(f32_off, "median_param_grad")?, String::new());
         push("grads that are zero", of_zero / largest, worst_off, format!("{} of the largest", zero.len()));
         let bf16 = |t: &Tensor| t.dtype() == DType::BF16;
-        let narrow = bf16(step.model_pred()) && bf16(noisy) && gradients.iter().all(|(_, g)| bf16(g));
+        // Where several gradients of one parameter or leaf meet, their sum is f32.
+        let summed = |t: &Tensor| t.dtype() == DType::F32;
+        let narrow = bf16(step.model_pred())
+            && gradients.iter().all(|(_, g)| bf16(g) || summed(g))
+            && gradients.iter().any(|(_, g)| bf16(g));
         let wide = [&step.loss, &step.target, step.inputs.tensor("timestep").or(step.inputs.tensor("timesteps"))?];
         let wide = wide.iter().all(|t| t.dtype() == DType::F32);
-        out.push(exact("dtypes (bf16)", narrow && wide, "loss, target and times in f32, the rest in bf16"));
+        out.push(exact(
+            "dtypes (bf16)",
+            narrow && wide,
+            "loss, target, times and sums of gradients in f32, the rest in bf16",
+        ));
         Ok(())
     }
 
