@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use flowtape_engine::cpu::awake;
 use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, LrScheduler, LrSchedulerConfig, clip_grad_norm};
 use flowtape_engine::{DType, Device, Gradients, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
@@ -92,9 +93,11 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) ->
 /// # Errors
 /// When the recipe, the folder or a step fails.
 pub fn train_on(device: &Device, recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
-    let trainer = Trainer::on(device, recipe)?;
-    let run = RunFolder::create(recipe)?;
-    trainer.run(&run, 0, 0.0, progress, stop)
+    awake(device, || {
+        let trainer = Trainer::on(device, recipe)?;
+        let run = RunFolder::create(recipe)?;
+        trainer.run(&run, 0, 0.0, progress, stop)
+    })
 }
 
 /// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit,
@@ -105,9 +108,12 @@ pub fn train_on(device: &Device, recipe: &Recipe, progress: &mut dyn Progress, s
 pub fn resume(path: &Path, device: Option<&str>, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
     let (run, mut recipe) = RunFolder::open(path)?;
     recipe.device = device.map_or(recipe.device, str::to_owned);
-    let mut trainer = Trainer::new(&recipe)?;
-    let (step, seconds) = run.load(&*trainer.model, &mut trainer.optimizer)?;
-    trainer.run(&run, step, seconds, progress, stop)
+    let device = flowtape_gpu::device(&recipe.device)?;
+    awake(&device, || {
+        let mut trainer = Trainer::on(&device, &recipe)?;
+        let (step, seconds) = run.load(&*trainer.model, &mut trainer.optimizer)?;
+        trainer.run(&run, step, seconds, progress, stop)
+    })
 }
 
 /// A step whose numbers are still on the device.
@@ -459,6 +465,6 @@ impl Trained {
         let first_frames = first_frame.map(|frame| frame.repeat(n));
         let prompts = vec![prompt; n];
         let request = Request { prompts: &prompts, first_frames: first_frames.as_deref(), seed, device: &self.device };
-        generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.sampling)
+        awake(&self.device, || generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.sampling))
     }
 }
