@@ -25,7 +25,7 @@ const POOLED: usize = 768;
 pub struct FluxAdapter {
     /// The guidance scale that the model is told.
     pub guidance_scale: f64,
-    /// Taken for the reference's sake and without effect, as there: a guidance is always passed to a model.
+    /// Whether it is told one. The reference always tells; a model that embeds none passes it over.
     pub use_guidance_embeds: bool,
 }
 
@@ -68,6 +68,7 @@ impl ModelAdapter for FluxAdapter {
             None => Tensor::zeros(&[batch, POOLED], cx.dtype, &cx.device)?,
         };
         let [text, pooled] = drop_samples(cx, [text, pooled], draws)?;
+        let told = self.use_guidance_embeds.then(|| guidance(cx, self.guidance_scale)).transpose()?;
         let txt_ids = Tensor::zeros(&[batch, text.dim(1)?, 3], DType::F32, &Device::cpu())?;
         Ok(ModelInputs::new()
             .with("hidden_states", patchify(&cx.noisy_latents, &PATCH)?)
@@ -76,7 +77,7 @@ impl ModelAdapter for FluxAdapter {
             .with("timestep", unit_times(cx)?)
             .with("img_ids", latent_image_ids(height, width)?)
             .with("txt_ids", txt_ids)
-            .with("guidance", guidance(cx, self.guidance_scale)?))
+            .with_optional("guidance", told))
     }
 
     fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
