@@ -7,7 +7,7 @@ use crate::ops::matmul::{flipped, product};
 use crate::ops::pointwise::{map, run_pointwise};
 use crate::ops::reduce::{accumulator, run_reduce};
 use crate::shape::broadcast;
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
 
 /// Keys of one block of the composition.
@@ -88,10 +88,11 @@ impl Attention {
     }
 
     /// The gradient by blocks of keys, from the saved log-sum-exp.
-    fn compose_backward(&self, saved: &[Tensor], grad: &Tensor, outputs: [&Tensor; 3]) -> Result<()> {
-        let [q, k, v, o, g] = [wide(&saved[0])?, wide(&saved[1])?, wide(&saved[2])?, wide(&saved[3])?, wide(grad)?];
+    fn compose_backward(&self, saved: &Saved, grad: &Tensor, outputs: [&Tensor; 3]) -> Result<()> {
+        let kept = |name| saved.get(name).and_then(wide);
+        let [q, k, v, o, g] = [kept("q")?, kept("k")?, kept("v")?, kept("o")?, wide(grad)?];
         let (dtype, device) = (q.dtype(), q.device());
-        let lse = saved[4].reshape(&[&q.dims()[..3], &[1]].concat())?;
+        let lse = saved.get("lse")?.reshape(&[&q.dims()[..3], &[1]].concat())?;
         let times = Function::build(|[o, g]| [o * g]);
         let delta = run_reduce(&times, Reduce::Sum, &[&o, &g], o.dims(), &[3], &[dtype])?.remove(0);
         let dq = Tensor::zeros(q.dims(), dtype, device)?;
@@ -99,7 +100,7 @@ impl Attention {
         for start in (0..count).step_by(KEYS) {
             let len = KEYS.min(count - start);
             let (k, v) = (keys(&k, start, len)?, keys(&v, start, len)?);
-            let s = self.scores(&q, &k, mask_keys(saved.get(5), start, len)?)?;
+            let s = self.scores(&q, &k, mask_keys(saved.optional("mask"), start, len)?)?;
             // A row without keys has log-sum-exp -inf; its probabilities are zero.
             let p = map(dtype, [&s, &lse], |[s, l]| (s - l.select_lt(MASKED, f64::INFINITY, l)).exp())?;
             let dp = product(&g, &flipped(&v)?, None)?;
@@ -127,17 +128,21 @@ impl Op for Attention {
         if q.device().backend().fused(&fused, &views, &[&o, &lse])? == Ran::Declined {
             self.compose(inputs, &o, &lse)?;
         }
-        [q, k, v, &o, &lse].into_iter().chain(inputs.get(3)).for_each(|t| cx.save(t));
+        for (name, tensor) in [("q", q), ("k", k), ("v", v), ("o", &o), ("lse", &lse)] {
+            cx.save(name, tensor);
+        }
+        inputs.get(3).into_iter().for_each(|mask| cx.save("mask", mask));
         Ok(vec![o])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
         let new = |t: &Tensor| heads_last(t.dims(), t.dtype(), t);
-        let (dq, dk, dv) = (new(&saved[0])?, new(&saved[1])?, new(&saved[2])?);
+        let [q, k, v] = [saved.get("q")?, saved.get("k")?, saved.get("v")?];
+        let (dq, dk, dv) = (new(q)?, new(k)?, new(v)?);
         let fused = Fused::AttentionBackward { scale: self.scale, masked: self.masked };
-        let mut views: Vec<&Tensor> = saved.iter().collect();
-        views.insert(4, grad);
+        let views = [q, k, v, saved.get("o")?, grad, saved.get("lse")?];
+        let views: Vec<&Tensor> = views.into_iter().chain(saved.optional("mask")).collect();
         if grad.device().backend().fused(&fused, &views, &[&dq, &dk, &dv])? == Ran::Declined {
             self.compose_backward(saved, grad, [&dq, &dk, &dv])?;
         }

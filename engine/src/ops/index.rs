@@ -2,7 +2,7 @@
 
 use crate::backend::common_device;
 use crate::gradcheck::{Case, Sample};
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
 
 #[derive(Debug)]
@@ -18,17 +18,16 @@ impl Op for Gather {
         let dims = [&[index.numel()], &table.dims()[1..]].concat();
         let out = Tensor::empty(&dims, table.dtype(), table.device())?;
         table.device().backend().gather(&table, &index, &out)?;
-        cx.save(&index);
-        if cx.recording() {
-            cx.save(&Tensor::empty(&[], table.dtype(), table.device())?.shape_only(table.dims()));
-        }
+        cx.save("index", &index);
+        cx.save_shape("table", &table);
         Ok(vec![out])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
-        let table = Tensor::zeros(saved[1].dims(), saved[1].dtype(), grad.device())?;
-        grad.device().backend().scatter_add(&grad.contiguous()?, &saved[0], &table)?;
+        let (dims, dtype) = saved.shape("table")?;
+        let table = Tensor::zeros(dims, dtype, grad.device())?;
+        grad.device().backend().scatter_add(&grad.contiguous()?, saved.get("index")?, &table)?;
         out.set(0, table);
         Ok(())
     }

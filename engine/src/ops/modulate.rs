@@ -5,7 +5,7 @@ use crate::gradcheck::{Case, Sample};
 use crate::ops::norm::layer_norm;
 use crate::ops::pointwise::pointwise_to;
 use crate::ops::reduce::accumulator;
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{Error, Result, Tensor};
 
 /// Inputs x, shift and scale, of a backend that has a kernel for them.
@@ -27,15 +27,20 @@ impl Op for ModulatedNorm {
         let fused = Fused::ModulatedNormForward { eps: self.eps };
         let views: Vec<&Tensor> = inputs.iter().collect();
         run_fused(&fused, &views, &[&y, &mean, &deviation])?;
-        [x, &mean, &deviation, &inputs[1], &inputs[2]].into_iter().for_each(|t| cx.save(t));
+        let kept = [("x", x), ("mean", &mean), ("rstd", &deviation), ("scale", &inputs[2])];
+        kept.into_iter().for_each(|(name, tensor)| cx.save(name, tensor));
+        cx.save_shape("shift", &inputs[1]);
         Ok(vec![y])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let (Some(grad), [x, mean, deviation, shift, scale]) = (&grads[0], saved) else { return Ok(()) };
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let (x, mean, deviation, scale) =
+            (saved.get("x")?, saved.get("mean")?, saved.get("rstd")?, saved.get("scale")?);
+        let (shift_dims, shift_dtype) = saved.shape("shift")?;
         let grad = grad.contiguous()?;
         let dx = Tensor::empty_like(x, x.dims(), x.dtype())?;
-        let d_shift = Tensor::empty(shift.dims(), shift.dtype(), x.device())?;
+        let d_shift = Tensor::empty(shift_dims, shift_dtype, x.device())?;
         let d_scale = Tensor::empty(scale.dims(), scale.dtype(), x.device())?;
         let (inputs, outputs) = ([x, &grad, mean, deviation, scale], [&dx, &d_shift, &d_scale]);
         run_fused(&Fused::ModulatedNormBackward, &inputs, &outputs)?;

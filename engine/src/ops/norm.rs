@@ -5,7 +5,7 @@ use crate::expr::{Function, Reduce};
 use crate::gradcheck::{Case, Sample};
 use crate::ops::pointwise::{map, run_pointwise};
 use crate::ops::reduce::{accumulator, run_reduce};
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
 
 #[derive(Debug)]
@@ -26,13 +26,13 @@ impl Op for Softmax {
         let terms = Function::build(|[x, m]| [(x - m).exp()]);
         let sum = run_reduce(&terms, Reduce::Sum, &[x, &max], x.dims(), &axes, &[wide])?.remove(0);
         let y = map(x.dtype(), [x, &max, &sum], |[x, m, s]| (x - m).exp() / s)?;
-        cx.save(&y);
+        cx.save("y", &y);
         Ok(vec![y])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
-        let y = &saved[0];
+        let y = saved.get("y")?;
         let product = Function::build(|[y, g]| [y * g]);
         let dot = run_reduce(&product, Reduce::Sum, &[y, grad], y.dims(), &[self.axis], &[accumulator(y.dtype())])?;
         out.set(0, map(y.dtype(), [y, grad, &dot[0]], |[y, g, d]| y * (g - d))?);
@@ -96,8 +96,8 @@ impl Norm {
     }
 
     /// The composition of the gradient: `dx = s (gw - mean(gw) - x̂ mean(gw x̂))`; RMSNorm has no middle term.
-    fn compose_backward(&self, saved: &Saved<'_>, grad: &Tensor, dx: &Tensor) -> Result<()> {
-        let Saved { x, mean, scale, weight } = *saved;
+    fn compose_backward(&self, saved: &Statistics<'_>, grad: &Tensor, dx: &Tensor) -> Result<()> {
+        let Statistics { x, mean, scale, weight } = *saved;
         let axis = x.rank() - 1;
         let (wide, n) = (scale.dtype(), x.dims()[axis] as f64);
         let (zero, one) = constants(wide, x)?;
@@ -118,7 +118,7 @@ fn constants(dtype: DType, like: &Tensor) -> Result<(Tensor, Tensor)> {
 
 /// What forward keeps.
 #[derive(Clone, Copy)]
-struct Saved<'a> {
+struct Statistics<'a> {
     x: &'a Tensor,
     mean: Option<&'a Tensor>,
     scale: &'a Tensor,
@@ -144,21 +144,21 @@ impl Op for Norm {
         if x.device().backend().fused(&fused, &inputs.iter().collect::<Vec<_>>(), &outputs)? == Ran::Declined {
             self.compose(inputs, &y, mean.as_ref(), &scale)?;
         }
-        let kept = [Some(x), Some(&scale), mean.as_ref(), self.affine(inputs).0];
-        kept.into_iter().flatten().for_each(|t| cx.save(t));
+        let kept = [("x", Some(x)), ("rstd", Some(&scale)), ("mean", mean.as_ref()), ("weight", self.affine(inputs).0)];
+        kept.into_iter().filter_map(|(name, t)| Some((name, t?))).for_each(|(name, t)| cx.save(name, t));
         Ok(vec![y])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let (Some(grad), [x, scale, rest @ ..]) = (&grads[0], saved) else { return Ok(()) };
-        let mean = rest.first().filter(|_| self.centred);
-        let weight = rest.get(usize::from(self.centred)).filter(|_| self.weight);
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let (x, scale) = (saved.get("x")?, saved.get("rstd")?);
+        let (mean, weight) = (saved.optional("mean"), saved.optional("weight"));
         if out.needs(0) {
             let dx = Tensor::empty_like(x, x.dims(), x.dtype())?;
             let fused = Fused::NormBackward { centred: self.centred, weight: self.weight };
             let inputs: Vec<&Tensor> = [Some(x), Some(grad), Some(scale), mean, weight].into_iter().flatten().collect();
             if x.device().backend().fused(&fused, &inputs, &[&dx])? == Ran::Declined {
-                self.compose_backward(&Saved { x, mean, scale, weight }, grad, &dx)?;
+                self.compose_backward(&Statistics { x, mean, scale, weight }, grad, &dx)?;
             }
             out.set(0, dx);
         }

@@ -7,7 +7,7 @@ use crate::ops::norm::rms_norm;
 use crate::ops::pointwise::run_pointwise;
 use crate::ops::reduce::accumulator;
 use crate::shape::Layout;
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{Device, Error, Result, Tensor};
 
 /// Which elements of the last axis form a pair.
@@ -62,14 +62,14 @@ impl Op for Rope {
     }
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        cx.save(&inputs[1]);
-        cx.save(&inputs[2]);
+        cx.save("cos", &inputs[1]);
+        cx.save("sin", &inputs[2]);
         Ok(vec![self.rotate(&inputs[0], &inputs[1], &inputs[2], false)?])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         if let Some(grad) = &grads[0] {
-            out.set(0, self.rotate(grad, &saved[0], &saved[1], true)?);
+            out.set(0, self.rotate(grad, saved.get("cos")?, saved.get("sin")?, true)?);
         }
         Ok(())
     }
@@ -92,7 +92,8 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Resul
         let got = (x.dims(), cos.dims(), sin.dims());
         return Err(Error::shape("rope", "x [.., L, even D], cos and sin [L, D]", got));
     }
-    apply_one(Rope(layout), &[x, &cos.detach(), &sin.detach()])
+    let [cos, sin] = [cos.constant("rope", "tables")?, sin.constant("rope", "tables")?];
+    apply_one(Rope(layout), &[x, &cos, &sin])
 }
 
 /// Inputs x, weight, cos and sin, of a backend that has a kernel for them.
@@ -114,12 +115,15 @@ impl Op for NormRope {
         let deviation = Tensor::empty(&rows, accumulator(x.dtype()), x.device())?;
         let fused = Fused::NormRopeForward { eps: self.eps, layout: self.layout };
         run_fused(&fused, &inputs.iter().collect::<Vec<_>>(), &[&y, &deviation])?;
-        [x, &deviation].into_iter().chain(&inputs[1..]).for_each(|t| cx.save(t));
+        let kept = [("x", x), ("rstd", &deviation), ("weight", &inputs[1]), ("cos", &inputs[2]), ("sin", &inputs[3])];
+        kept.into_iter().for_each(|(name, tensor)| cx.save(name, tensor));
         Ok(vec![y])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let (Some(grad), [x, deviation, weight, cos, sin]) = (&grads[0], saved) else { return Ok(()) };
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let (x, deviation, weight) = (saved.get("x")?, saved.get("rstd")?, saved.get("weight")?);
+        let (cos, sin) = (saved.get("cos")?, saved.get("sin")?);
         let dense = grad.layout().strides[3] == 1 || grad.dims()[3] == 1;
         let grad = if dense { grad.clone() } else { grad.contiguous()? };
         let dx = Tensor::empty(x.dims(), x.dtype(), x.device())?;
@@ -151,7 +155,8 @@ pub fn rms_norm_rope(
     let fits = width > 0 && width.is_multiple_of(2) && tables.iter().all(|t| t.dims() == [len, width]);
     let fused = Fused::NormRopeForward { eps, layout };
     if fits && weight.dims() == [width] && device.backend().fuses(&fused, &[x, weight, cos, sin]) {
-        return apply_one(NormRope { eps, layout }, &[x, weight, &cos.detach(), &sin.detach()]);
+        let [cos, sin] = [cos.constant("rope", "tables")?, sin.constant("rope", "tables")?];
+        return apply_one(NormRope { eps, layout }, &[x, weight, &cos, &sin]);
     }
     let [cos, sin] = [cos.unsqueeze(1)?, sin.unsqueeze(1)?];
     rope(&rms_norm(x, Some(weight), eps)?, &cos, &sin, layout)
