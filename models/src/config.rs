@@ -47,8 +47,8 @@ pub(crate) fn read<C: Config>(value: &Value) -> Result<C> {
     }
     let mut known = object.clone();
     known.retain(|key, value| {
-        let nullable = C::NULLABLE.contains(&&**key) || key == "quantization_config";
-        !key.starts_with('_') && !(value.is_null() && nullable)
+        let default = value.is_null() && (C::NULLABLE.contains(&&**key) || key == "quantization_config");
+        !(key.starts_with('_') || default)
     });
     let config: C = parse("model", Value::Object(known))?;
     config.check()?;

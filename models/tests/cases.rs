@@ -113,14 +113,14 @@ fn first_and_last_frame_have_positions_of_their_own() {
     let folder = cases().join("models/wan_flf2v");
     let device = Device::cpu();
     let model = checkpoint::load(&folder.join("f32"), DType::F32, &device).unwrap();
-    let file = SafeTensors::open(&folder.join("inputs.safetensors")).unwrap();
+    let file = SafeTensors::open(folder.join("inputs.safetensors")).unwrap();
     let mut inputs = ModelInputs::new();
     for name in file.names() {
         inputs.insert(&name, file.get(&name, &device, Some(DType::F32)).unwrap());
     }
     let values = |x: &Tensor| x.to_vec::<f64>().unwrap();
     let got = values(&model.forward(&inputs).unwrap().sample);
-    let expected = SafeTensors::open(&folder.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::open(folder.join("expected.safetensors")).unwrap();
     let want = values(&expected.get("sample", &device, Some(DType::F32)).unwrap());
     let largest = want.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
     let worst = got.iter().zip(&want).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / largest;
