@@ -10,11 +10,14 @@ use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
 use crate::hunyuan_video::{HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
 use crate::ltx2::{LTX2Adapter, LTX2Config, LTX2VideoTransformer3DModel};
 use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
+use crate::requirements::Requirements;
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
 
 /// Makes an adapter from its `adapter_kwargs`.
 pub type NewAdapter = fn(&Map<String, Value>) -> Result<Box<dyn ModelAdapter>>;
+/// Says what a model asks of a batch, from the object of `config.json` and its adapter's `adapter_kwargs`.
+pub type NewRequirements = fn(&Value, &Map<String, Value>) -> Result<Requirements>;
 /// Makes a model from the object of `config.json`.
 pub type NewModel = fn(&Value, &ParamBuilder) -> Result<Box<dyn Transformer>>;
 
@@ -89,6 +92,8 @@ pub struct ModelKind {
     pub capabilities: Capabilities,
     /// Makes the adapter.
     pub new_adapter: NewAdapter,
+    /// What a model of a configuration and these `adapter_kwargs` asks of a batch.
+    pub requirements: NewRequirements,
     /// Makes the model.
     pub new_model: NewModel,
 }
@@ -101,6 +106,7 @@ pub const MODELS: &[ModelKind] = &[
         config: ConfigReader::of::<WanConfig>(),
         capabilities: Capabilities { data: DataType::Video, conditions: &[], guidance: GuidanceKind::ClassifierFree },
         new_adapter: |kwargs| Ok(Box::new(SimpleAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| SimpleAdapter::from_kwargs(kwargs)?.requirements(&WanConfig::from_json(config)?),
         new_model: |config, params| Ok(Box::new(WanTransformer3DModel::new(WanConfig::from_json(config)?, params)?)),
     },
     ModelKind {
@@ -109,6 +115,7 @@ pub const MODELS: &[ModelKind] = &[
         config: ConfigReader::of::<FluxConfig>(),
         capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::Embedded },
         new_adapter: |kwargs| Ok(Box::new(FluxAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| FluxAdapter::from_kwargs(kwargs)?.requirements(&FluxConfig::from_json(config)?),
         new_model: |config, params| Ok(Box::new(FluxTransformer2DModel::new(FluxConfig::from_json(config)?, params)?)),
     },
     ModelKind {
@@ -117,6 +124,9 @@ pub const MODELS: &[ModelKind] = &[
         config: ConfigReader::of::<Flux2Config>(),
         capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::Embedded },
         new_adapter: |kwargs| Ok(Box::new(Flux2Adapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            Flux2Adapter::from_kwargs(kwargs)?.requirements(&Flux2Config::from_json(config)?)
+        },
         new_model: |config, params| {
             Ok(Box::new(Flux2Transformer2DModel::new(Flux2Config::from_json(config)?, params)?))
         },
@@ -131,6 +141,9 @@ pub const MODELS: &[ModelKind] = &[
             guidance: GuidanceKind::ClassifierFree,
         },
         new_adapter: |kwargs| Ok(Box::new(HunyuanAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            HunyuanAdapter::from_kwargs(kwargs)?.requirements(&HunyuanVideo15Config::from_json(config)?)
+        },
         new_model: |config, params| {
             Ok(Box::new(HunyuanVideo15Transformer3DModel::new(HunyuanVideo15Config::from_json(config)?, params)?))
         },
@@ -145,6 +158,7 @@ pub const MODELS: &[ModelKind] = &[
             guidance: GuidanceKind::ClassifierFree,
         },
         new_adapter: |kwargs| Ok(Box::new(LTX2Adapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| LTX2Adapter::from_kwargs(kwargs)?.requirements(&LTX2Config::from_json(config)?),
         new_model: |config, params| {
             Ok(Box::new(LTX2VideoTransformer3DModel::new(LTX2Config::from_json(config)?, params)?))
         },
@@ -155,6 +169,9 @@ pub const MODELS: &[ModelKind] = &[
         config: ConfigReader::of::<QwenImageConfig>(),
         capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
         new_adapter: |kwargs| Ok(Box::new(QwenImageAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            QwenImageAdapter::from_kwargs(kwargs)?.requirements(&QwenImageConfig::from_json(config)?)
+        },
         new_model: new_qwen_image,
     },
     ModelKind {
@@ -167,6 +184,9 @@ pub const MODELS: &[ModelKind] = &[
             guidance: GuidanceKind::ClassifierFree,
         },
         new_adapter: |kwargs| Ok(Box::new(QwenImageEditAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            QwenImageEditAdapter::from_kwargs(kwargs)?.requirements(&QwenImageConfig::from_json(config)?)
+        },
         new_model: new_qwen_image,
     },
 ];

@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use flowtape_engine::meta::Meta;
 use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::safetensors::SafeTensors;
-use flowtape_engine::{DType, Device, Tensor};
-use flowtape_flowmatch::ModelInputs;
+use flowtape_engine::{DType, Device, Philox, Tape, Tensor};
+use flowtape_flowmatch::{
+    Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, ModelInputs, PhiloxDraws, StepOptions,
+};
 use flowtape_models::checkpoint::{self, load_config};
 use flowtape_models::summary::Summary;
-use flowtape_models::{MODELS, create_model};
+use flowtape_models::{Error, MODELS, create_adapter, create_model};
 use serde_json::{Value, json};
 
 fn cases() -> PathBuf {
@@ -132,4 +134,36 @@ fn first_and_last_frame_have_positions_of_their_own() {
         let error = model.forward(&inputs.clone().with("encoder_hidden_states_image", wrong)).unwrap_err().to_string();
         assert!(error.contains("pairs of images of 3 tokens"), "{error}");
     }
+}
+
+#[test]
+fn a_flux_without_guidance_trains_whatever_the_adapter_is_told() {
+    let config = |embeds: bool| {
+        json!({
+            "_class_name": "FluxTransformer2DModel", "in_channels": 4, "num_layers": 1, "num_single_layers": 1,
+            "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 8, "pooled_projection_dim": 8,
+            "guidance_embeds": embeds, "axes_dims_rope": [2, 2, 4],
+        })
+    };
+    let latents = Philox::new(1).normal(&[2, 1, 4, 4], &Device::cpu()).unwrap();
+    let text = |dims: &[usize]| Philox::new(2).normal(dims, &Device::cpu()).unwrap();
+    let batch = Batch::new(latents, DataType::Image)
+        .with("text_embeddings", text(&[2, 3, 8]))
+        .with("pooled_prompt_embeds", text(&[2, 8]));
+    let step = |embeds: bool, kwargs: Value| {
+        let kwargs = kwargs.as_object().unwrap();
+        let pipeline = FlowMatchingPipeline::new(FlowMatchingConfig::default(), create_adapter("flux", kwargs)?)?;
+        let model = create_model(&config(embeds), &ParamBuilder::new(0, DType::F32, &Device::cpu()))?;
+        let tape = Tape::new();
+        let options = StepOptions::recorded(&tape);
+        let step = pipeline.step(&*model, &batch, 1, &mut PhiloxDraws::new(3), &options)?;
+        model.params().check_gradients(&tape.backward(&step.loss)?, &[])?;
+        Ok::<f64, Error>(step.loss.item()?)
+    };
+    let schnell = step(false, json!({"use_guidance_embeds": false})).unwrap();
+    assert_eq!(step(false, json!({})).unwrap(), schnell);
+    // A model that embeds a guidance needs one.
+    assert!(step(true, json!({"guidance_scale": 1.0})).unwrap() != step(true, json!({"guidance_scale": 9.0})).unwrap());
+    let error = step(true, json!({"use_guidance_embeds": false})).unwrap_err().to_string();
+    assert!(error.contains("guidance_embeds of the model") && error.contains("use_guidance_embeds"), "{error}");
 }

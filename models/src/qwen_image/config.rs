@@ -4,9 +4,11 @@ use flowtape_engine::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::PATCH;
 use crate::Result;
 use crate::blocks::{RopePrecision, RopeTables};
 use crate::config::{Config, check_layers, check_rope_axes, check_sizes, product, read, truth};
+use crate::requirements::{Fixed, Requirements, check_prediction, packed_channels};
 
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
@@ -132,6 +134,17 @@ impl QwenImageConfig {
     /// Width of the model.
     pub fn inner_dim(&self) -> usize {
         product(&[self.num_attention_heads, self.attention_head_dim])
+    }
+
+    /// What the model asks of a batch, with either adapter.
+    pub(super) fn requirements(&self) -> Result<Requirements> {
+        let outputs = self.patch_size.pow(2) * self.out_channels();
+        check_prediction("patch_size^2 out_channels", outputs, Fixed::new("in_channels", self.in_channels))?;
+        Ok(Requirements {
+            channels: packed_channels(self.in_channels)?,
+            patch: PATCH.into(),
+            widths: vec![("text_embeddings", Fixed::new("joint_attention_dim", self.joint_attention_dim))],
+        })
     }
 
     /// Rotary tables of a text and then images `[frames, rows, columns]`.
