@@ -14,16 +14,6 @@ pub enum Error {
         /// What is wrong, with line and column where they are known.
         what: String,
     },
-    /// A prompt with words that the table does not hold.
-    #[error("prompt {prompt:?}: unknown word {word:?}; known: {known}")]
-    Prompt {
-        /// The whole prompt.
-        prompt: String,
-        /// The first unknown word.
-        word: String,
-        /// All known ones.
-        known: String,
-    },
     /// A run folder that can't be used.
     #[error("{path}: {what}")]
     Run {
@@ -48,6 +38,9 @@ pub enum Error {
         /// The encoder's reason.
         what: String,
     },
+    /// A sample can't be read, or data does not fit.
+    #[error(transparent)]
+    Data(#[from] flowtape_data::Error),
     /// The pipeline or a model failed.
     #[error(transparent)]
     Pipeline(#[from] flowtape_flowmatch::Error),
