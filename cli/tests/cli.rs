@@ -79,6 +79,12 @@ fn a_run_leaves_everything_and_can_be_sampled() {
         metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
 
+    // There is nothing left to do: the same figures at once, and no picture is made again.
+    let grid = run.join("samples/step_000006.png");
+    std::fs::remove_file(&grid).unwrap();
+    let again = stdout(&flowtape(&["train", "--resume", run.to_str().unwrap(), "--json"]));
+    assert_eq!((serde_json::from_str::<Value>(&again).unwrap(), grid.exists()), (json, false));
+
     let run = run.to_str().unwrap();
     let picture = |name: &str, seed: &str| {
         let path = folder.path().join(name);

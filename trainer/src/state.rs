@@ -56,10 +56,7 @@ impl TrainState {
     /// When a file can't be read or does not fit the parameters.
     pub fn load(&mut self, params: &Params, folder: &Path) -> Result<()> {
         self.optimizer.load(params, &SafeTensors::open(folder.join(OPTIMIZER))?)?;
-        let path = folder.join(STATE);
-        let text = std::fs::read(&path).map_err(io(&path))?;
-        let found: TrainProgress =
-            serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })?;
+        let found = TrainProgress::read(folder)?;
         let TrainProgress { recipe, data, .. } = self.progress;
         if found.recipe != recipe {
             tracing::warn!("the recipe was changed since the checkpoint of step {}", found.step);
@@ -69,5 +66,17 @@ impl TrainState {
         }
         self.progress = TrainProgress { recipe, data, ..found };
         Ok(())
+    }
+}
+
+impl TrainProgress {
+    /// Reads it from the folder of a checkpoint.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(STATE);
+        let text = std::fs::read(&path).map_err(io(&path))?;
+        serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })
     }
 }

@@ -13,6 +13,7 @@ use crate::error::io;
 use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook};
 use crate::observe::{LossCurve, Metrics};
 use crate::run::RunFolder;
+use crate::state::TrainProgress;
 use crate::trainer::{Enqueued, StepRecord, Trainer};
 use crate::{Recipe, Result, builtin};
 
@@ -75,12 +76,14 @@ pub fn resume(
     stop: &AtomicBool,
 ) -> Result<Summary> {
     let (folder, mut recipe) = RunFolder::open(path)?;
-    if let Some(summary) = folder.report()? {
+    let checkpoint = folder.checkpoint()?;
+    let step = TrainProgress::read(&checkpoint)?.step;
+    if let Some(summary) = folder.report()?.filter(|s| s.steps == step && step >= recipe.step_scheduler.max_steps) {
         return Ok(summary);
     }
     recipe.device = device.map_or(recipe.device, str::to_owned);
     let mut trainer = Trainer::new(&recipe)?;
-    trainer.load(&folder.checkpoint()?)?;
+    trainer.load(&checkpoint)?;
     Session::new(trainer, folder, hooks, stop)?.run()
 }
 
