@@ -36,10 +36,17 @@ impl Collator {
         let latents = match encoded {
             0 => self.codec.encode(&tensor)?,
             n if n == samples.len() => tensor,
-            n => return Err(Error::batch("media", "pixels alone or latents alone", format!("{n} of {}", samples.len()))),
+            n => {
+                return Err(Error::batch("media", "pixels alone or latents alone", format!("{n} of {}", samples.len())));
+            }
         };
         let dropout = Philox::new(self.seed).fork(DROPOUT);
-        let dropped: Vec<bool> = loaded.plan.picks.iter().map(|pick| dropout.fork(pick.place).next_f64() < self.caption_dropout_prob).collect();
+        let dropped: Vec<bool> = loaded
+            .plan
+            .picks
+            .iter()
+            .map(|pick| dropout.fork(pick.place).next_f64() < self.caption_dropout_prob)
+            .collect();
         let text = self.text(samples, &dropped, device)?;
         let data_type = data_type(latents.dims())?;
         let mut batch = text.into_batch(Batch::new(latents, data_type));
@@ -51,25 +58,40 @@ impl Collator {
     }
 
     fn text(&self, samples: &[Sample], dropped: &[bool], device: &Device) -> Result<TextEmbeddings> {
-        let captions: Vec<Option<&str>> = samples.iter().zip(dropped).filter_map(|(sample, drop)| match &sample.text {
-            Text::Caption(caption) => Some((!drop).then_some(caption.as_str())),
-            Text::Embeddings(_) => None,
-        }).collect();
+        let captions: Vec<Option<&str>> = samples
+            .iter()
+            .zip(dropped)
+            .filter_map(|(sample, drop)| match &sample.text {
+                Text::Caption(caption) => Some((!drop).then_some(caption.as_str())),
+                Text::Embeddings(_) => None,
+            })
+            .collect();
         if captions.len() == samples.len() {
             return self.text.encode(&captions, device);
         }
-        let embeddings: Vec<&TextEmbeddings> = samples.iter().filter_map(|sample| match &sample.text {
-            Text::Caption(_) => None,
-            Text::Embeddings(embeddings) => Some(embeddings),
-        }).collect();
+        let embeddings: Vec<&TextEmbeddings> = samples
+            .iter()
+            .filter_map(|sample| match &sample.text {
+                Text::Caption(_) => None,
+                Text::Embeddings(embeddings) => Some(embeddings),
+            })
+            .collect();
         if embeddings.len() != samples.len() {
-            return Err(Error::batch("text", "captions alone or embeddings alone", format!("{} captions of {}", captions.len(), samples.len())));
+            return Err(Error::batch(
+                "text",
+                "captions alone or embeddings alone",
+                format!("{} captions of {}", captions.len(), samples.len()),
+            ));
         }
         let mut all = TextEmbeddings::default();
         for name in names(&embeddings, |embeddings| embeddings.tensors.keys())? {
             let tensors = embeddings.iter().zip(dropped).filter_map(|(embeddings, drop)| {
                 let tensor = embeddings.tensors.get(name)?;
-                Some(if *drop { Tensor::zeros(tensor.dims(), tensor.dtype(), tensor.device()) } else { Ok(tensor.clone()) })
+                Some(if *drop {
+                    Tensor::zeros(tensor.dims(), tensor.dtype(), tensor.device())
+                } else {
+                    Ok(tensor.clone())
+                })
             });
             let tensors = tensors.collect::<Result<Vec<Tensor>, _>>()?;
             all = all.with(name, stack(name, &tensors.iter().collect::<Vec<_>>(), device)?);
@@ -104,7 +126,9 @@ fn names<'a, T, N: Iterator<Item = &'a String>>(all: &'a [T], of: impl Fn(&'a T)
     let mut lists = all.iter().map(|one| of(one).map(String::as_str).collect::<Vec<_>>());
     let first = lists.next().unwrap_or_default();
     match lists.find(|names| *names != first) {
-        Some(other) => Err(Error::batch("tensors", format!("{first:?} in all samples of a batch"), format!("{other:?}"))),
+        Some(other) => {
+            Err(Error::batch("tensors", format!("{first:?} in all samples of a batch"), format!("{other:?}")))
+        }
         None => Ok(first),
     }
 }
@@ -112,7 +136,7 @@ fn names<'a, T, N: Iterator<Item = &'a String>>(all: &'a [T], of: impl Fn(&'a T)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{BatchPlan, Cursor, PixelCodec, Pick};
+    use crate::{BatchPlan, Cursor, Pick, PixelCodec};
 
     /// The number of letters, or -1 for a dropped caption.
     struct Lengths;
@@ -120,7 +144,8 @@ mod tests {
     impl TextEncoder for Lengths {
         fn encode(&self, captions: &[Option<&str>], device: &Device) -> Result<TextEmbeddings> {
             let lengths: Vec<f32> = captions.iter().map(|c| c.map_or(-1.0, |c| c.len() as f32)).collect();
-            Ok(TextEmbeddings::default().with("text_embeddings", Tensor::from_vec(lengths, &[captions.len(), 1, 1], device)?))
+            Ok(TextEmbeddings::default()
+                .with("text_embeddings", Tensor::from_vec(lengths, &[captions.len(), 1, 1], device)?))
         }
     }
 
@@ -162,9 +187,8 @@ mod tests {
     fn pixels_and_captions_are_encoded_and_ready_made_ones_are_taken() {
         let cpu = Device::cpu();
         let dims = [1, 1, 2];
-        let caption = |pixels: &[f32], text: &str| {
-            Sample::new(Media::Pixels(tensor(pixels, &dims)), Text::Caption(text.into()))
-        };
+        let caption =
+            |pixels: &[f32], text: &str| Sample::new(Media::Pixels(tensor(pixels, &dims)), Text::Caption(text.into()));
         let raw = loaded(vec![caption(&[1.0, 2.0], "ab"), caption(&[3.0, 4.0], "abc")]);
         let batch = collator(Twice, 0.0).batch(&raw, &cpu).unwrap();
         assert_eq!((batch.latents.dims(), batch.data_type.as_str()), (&[2, 1, 1, 2][..], "image"));
@@ -184,7 +208,10 @@ mod tests {
         assert_eq!(batch.data_type.as_str(), "video");
         assert_eq!((values(&batch, "text_embeddings"), values(&batch, "loss_mask")), (vec![7.0, 8.0], vec![8.0, 9.0]));
         let dropped = collator(Twice, 1.0).batch(&ready, &cpu).unwrap();
-        assert_eq!((values(&dropped, "text_embeddings"), values(&dropped, "loss_mask")), (vec![0.0; 2], vec![8.0, 9.0]));
+        assert_eq!(
+            (values(&dropped, "text_embeddings"), values(&dropped, "loss_mask")),
+            (vec![0.0; 2], vec![8.0, 9.0])
+        );
     }
 
     #[test]

@@ -49,7 +49,8 @@ mod tests {
     #[test]
     fn it_is_fnv_1a() {
         // Test vectors of the function's authors.
-        for (text, hash) in [("", 0xcbf2_9ce4_8422_2325_u64), ("a", 0xaf63_dc4c_8601_ec8c), ("foobar", 0x8594_4171_f739_67e8)]
+        for (text, hash) in
+            [("", 0xcbf2_9ce4_8422_2325_u64), ("a", 0xaf63_dc4c_8601_ec8c), ("foobar", 0x8594_4171_f739_67e8)]
         {
             assert_eq!(Fingerprint::of(text.as_bytes()), Fingerprint(hash));
         }

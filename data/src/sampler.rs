@@ -191,7 +191,10 @@ mod tests {
         let plans = plans(&dropping, Cursor::default(), Rank::ALONE, 4);
         assert_eq!(indices(&plans), [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]);
         assert_eq!(plans[2].picks[0].place, 10);
-        assert_eq!(plans.iter().map(|p| (p.next.epoch, p.next.batch)).collect::<Vec<_>>(), [(0, 1), (0, 2), (1, 1), (1, 2)]);
+        assert_eq!(
+            plans.iter().map(|p| (p.next.epoch, p.next.batch)).collect::<Vec<_>>(),
+            [(0, 1), (0, 2), (1, 1), (1, 2)]
+        );
     }
 
     #[test]
@@ -224,11 +227,17 @@ mod tests {
 
     #[test]
     fn no_batch_at_all_is_none_and_far_cursors_are_no_trouble() {
-        let none = [EpochSampler::new(0, 2, None, false), EpochSampler::new(3, 4, None, true), EpochSampler::new(3, 0, None, false)];
+        let none = [
+            EpochSampler::new(0, 2, None, false),
+            EpochSampler::new(3, 4, None, true),
+            EpochSampler::new(3, 0, None, false),
+        ];
         assert!(none.iter().all(|s| s.plan(Cursor::default(), Rank::ALONE).is_none()));
         let far = Cursor { epoch: u64::MAX, batch: 0 };
         assert!(EpochSampler::new(7, 2, Some(1), true).plan(far, Rank::ALONE).is_some());
         assert!(EpochSampler::new(7, 2, Some(1), true).plan(Cursor { batch: u64::MAX, ..far }, Rank::ALONE).is_none());
-        assert!(EpochSampler::new(7, 2, Some(1), false).plan(Cursor { epoch: 3, batch: u64::MAX }, Rank::ALONE).is_some());
+        assert!(
+            EpochSampler::new(7, 2, Some(1), false).plan(Cursor { epoch: 3, batch: u64::MAX }, Rank::ALONE).is_some()
+        );
     }
 }

@@ -62,7 +62,10 @@ impl TrainState {
             tracing::warn!("the recipe was changed since the checkpoint of step {}", found.step);
         }
         if found.data != data {
-            tracing::warn!("the data was changed since the checkpoint of step {}: samples come in another order", found.step);
+            tracing::warn!(
+                "the data was changed since the checkpoint of step {}: samples come in another order",
+                found.step
+            );
         }
         self.progress = TrainProgress { recipe, data, ..found };
         Ok(())

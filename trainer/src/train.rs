@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use flowtape_engine::Device;
+use flowtape_engine::cpu::awake;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -59,9 +60,11 @@ pub fn train_on(
     hooks: Vec<Box<dyn Hook + '_>>,
     stop: &AtomicBool,
 ) -> Result<Summary> {
-    let trainer = Trainer::on(device, recipe)?;
-    let folder = RunFolder::create(recipe)?;
-    Session::new(trainer, folder, hooks, stop)?.run()
+    awake(device, || {
+        let trainer = Trainer::on(device, recipe)?;
+        let folder = RunFolder::create(recipe)?;
+        Session::new(trainer, folder, hooks, stop)?.run()
+    })
 }
 
 /// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit,
@@ -69,12 +72,7 @@ pub fn train_on(
 ///
 /// # Errors
 /// When the device is not there, the folder has no checkpoint, or a step or a hook fails.
-pub fn resume(
-    path: &Path,
-    device: Option<&str>,
-    hooks: Vec<Box<dyn Hook + '_>>,
-    stop: &AtomicBool,
-) -> Result<Summary> {
+pub fn resume(path: &Path, device: Option<&str>, hooks: Vec<Box<dyn Hook + '_>>, stop: &AtomicBool) -> Result<Summary> {
     let (folder, mut recipe) = RunFolder::open(path)?;
     let checkpoint = folder.checkpoint()?;
     let step = TrainProgress::read(&checkpoint)?.step;
@@ -82,9 +80,12 @@ pub fn resume(
         return Ok(summary);
     }
     recipe.device = device.map_or(recipe.device, str::to_owned);
-    let mut trainer = Trainer::new(&recipe)?;
-    trainer.load(&checkpoint)?;
-    Session::new(trainer, folder, hooks, stop)?.run()
+    let device = flowtape_gpu::device(&recipe.device)?;
+    awake(&device, || {
+        let mut trainer = Trainer::on(&device, &recipe)?;
+        trainer.load(&checkpoint)?;
+        Session::new(trainer, folder, hooks, stop)?.run()
+    })
 }
 
 /// A run under way: what hooks see of it.
@@ -101,12 +102,7 @@ pub struct Session<'h> {
 impl<'h> Session<'h> {
     /// A run with the hooks that all have and those of its recipe; `hooks` come in between, so that they hear of a step before
     /// what takes long.
-    fn new(
-        trainer: Trainer,
-        folder: RunFolder,
-        hooks: Vec<Box<dyn Hook + 'h>>,
-        stop: &'h AtomicBool,
-    ) -> Result<Self> {
+    fn new(trainer: Trainer, folder: RunFolder, hooks: Vec<Box<dyn Hook + 'h>>, stop: &'h AtomicBool) -> Result<Self> {
         let recipe = trainer.recipe();
         let mut all: Vec<Box<dyn Hook + 'h>> = vec![Box::new(Metrics::default())];
         all.extend(hooks);

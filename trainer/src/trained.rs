@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use flowtape_engine::cpu::awake;
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingPipeline;
-use flowtape_models::{Transformer, create_pipeline};
+use flowtape_models::{Condition, ModelKind, Transformer, create_pipeline};
 
 use crate::data::Data;
 use crate::generate::{Generator, Request, Samples};
@@ -54,8 +55,10 @@ impl Trained {
         if n == 0 {
             return refused("--n", "expected at least 1, got 0");
         }
-        if first_frame.is_some() && (self.sample_dims()?.len() < 4 || self.pipeline.adapter().name() != "hunyuan") {
-            return refused("--first-frame", "only video models of the adapter hunyuan go on from a frame");
+        let kind = ModelKind::of_adapter(self.pipeline.adapter().name())?;
+        if first_frame.is_some() && (self.sample_dims()?.len() < 4 || !kind.takes(Condition::FirstFrame)) {
+            let able = Condition::FirstFrame.adapters().join(", ");
+            return refused("--first-frame", &format!("only videos of these adapters go on from a frame: {able}"));
         }
         let first_frames = first_frame.map(|frame| frame.repeat(n));
         let prompts = vec![prompt; n];
@@ -67,7 +70,7 @@ impl Trained {
             device: &self.device,
         };
         let request = Request { prompts: &prompts, first_frames: first_frames.as_deref(), seed };
-        let samples = generator.generate(&request, &AtomicBool::new(false))?;
+        let samples = awake(&self.device, || generator.generate(&request, &AtomicBool::new(false)))?;
         // Nobody asks it to stop.
         Ok(samples.unwrap_or(Samples { pixels: Vec::new(), dims: self.sample_dims()? }))
     }

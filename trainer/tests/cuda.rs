@@ -68,8 +68,9 @@ fn a_run_on_cuda_trains_and_samples_as_on_the_cpu() {
     let summary: Summary = train(&recipe(&run, "cuda"), Vec::new(), &never).unwrap();
     assert!(summary.steps == 5 && usage().launches > 500, "{summary:?}, {:?}", usage());
     assert_close(&losses(&run), &on_the_cpu(folder.path().join("cpu")));
-    let sample =
-        |device: Option<&str>| Trained::load(&run, device).unwrap().sample("a handwritten seven", 1, 1, None).unwrap().pixels;
+    let sample = |device: Option<&str>| {
+        Trained::load(&run, device).unwrap().sample("a handwritten seven", 1, 1, None).unwrap().pixels
+    };
     for (a, b) in sample(None).iter().zip(sample(Some("cpu"))) {
         assert!((a - b).abs() < 1e-3, "{a} instead of {b}");
     }

@@ -97,7 +97,9 @@ mod tests {
         for name in ["text_embeddings_2", "pooled_prompt_embeds"] {
             assert!(values(&[None], name)?.iter().all(|v| *v == 0.0), "{name}");
         }
-        for (wrong, part) in [("a ten", "unknown word \"ten\""), ("a", "1 words"), ("", "0 words"), ("a a one", "3 words")] {
+        for (wrong, part) in
+            [("a ten", "unknown word \"ten\""), ("a", "1 words"), ("", "0 words"), ("a a one", "3 words")]
+        {
             let error = encoded(&[Some(wrong)]).unwrap_err().to_string();
             assert!(error.contains(part) && error.contains("such as \"a one\"; known: a one two"), "{error}");
         }

@@ -54,7 +54,11 @@ impl Hook for Preview {
     fn on(&mut self, event: &Event<'_>, run: &mut Session<'_>) -> Result<()> {
         match event {
             // The last grid comes when the last checkpoint is safe.
-            Event::Step(record) if self.needs_state(record.step) && record.step < run.trainer().recipe().step_scheduler.max_steps => self.grids(run),
+            Event::Step(record)
+                if self.needs_state(record.step) && record.step < run.trainer().recipe().step_scheduler.max_steps =>
+            {
+                self.grids(run)
+            }
             Event::Stopped(Cause::Finished) => self.grids(run),
             _ => Ok(()),
         }
