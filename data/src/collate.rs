@@ -37,7 +37,11 @@ impl Collator {
             0 => self.codec.encode(&tensor)?,
             n if n == samples.len() => tensor,
             n => {
-                return Err(Error::batch("media", "pixels alone or latents alone", format!("{n} of {}", samples.len())));
+                return Err(Error::batch(
+                    "media",
+                    "pixels alone or latents alone",
+                    format!("{n} of {}", samples.len()),
+                ));
             }
         };
         let dropout = Philox::new(self.seed).fork(DROPOUT);

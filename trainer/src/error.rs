@@ -40,13 +40,23 @@ pub enum Error {
     },
     /// A sample can't be read, or data does not fit.
     #[error(transparent)]
-    Data(#[from] flowtape_data::Error),
+    Data(flowtape_data::Error),
     /// The pipeline or a model failed.
     #[error(transparent)]
     Pipeline(#[from] flowtape_flowmatch::Error),
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] flowtape_engine::Error),
+}
+
+/// A device that fails is the engine's error, whoever used it.
+impl From<flowtape_data::Error> for Error {
+    fn from(error: flowtape_data::Error) -> Self {
+        match error {
+            flowtape_data::Error::Engine(error) => Self::Engine(error),
+            other => Self::Data(other),
+        }
+    }
 }
 
 /// The trainer's result.

@@ -2,6 +2,8 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,7 +14,7 @@ use flowtape_trainer::train::{Summary, resume, train};
 use flowtape_trainer::{Error, Recipe, Trained};
 use serde_json::Value;
 
-const RECIPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes/digits.yaml");
+use crate::common::small;
 
 /// The emulated driver as it was made, for one test at a time.
 fn emulated() -> MutexGuard<'static, ()> {
@@ -23,23 +25,8 @@ fn emulated() -> MutexGuard<'static, ()> {
     alone
 }
 
-/// A run of five steps with checkpoints after the second and the fourth.
 fn recipe(run: &Path, device: &str) -> Recipe {
-    let settings = [
-        "model.num_layers=1",
-        "model.num_single_layers=1",
-        "model.attention_head_dim=8",
-        "model.axes_dims_rope=[4, 2, 2]",
-        "step_scheduler.local_batch_size=4",
-        "step_scheduler.max_steps=5",
-        "step_scheduler.ckpt_every_steps=2",
-        "sampling.every_steps=0",
-        "sampling.num_inference_steps=1",
-        "sampling.guidance_scale=1",
-        "report=null",
-    ];
-    let more = [format!("device={device}"), format!("run_dir={}", run.display())];
-    Recipe::load(Path::new(RECIPE), &settings.iter().map(|s| (*s).to_owned()).chain(more).collect::<Vec<_>>()).unwrap()
+    small(run, &[&format!("device={device}")])
 }
 
 fn losses(run: &Path) -> Vec<f64> {
