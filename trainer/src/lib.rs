@@ -31,7 +31,6 @@ pub mod state;
 pub mod train;
 pub mod trained;
 pub mod trainer;
-mod update;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;

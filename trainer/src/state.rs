@@ -4,7 +4,7 @@ use std::path::Path;
 
 use flowtape_data::{Cursor, Fingerprint};
 use flowtape_engine::nn::Params;
-use flowtape_engine::optim::AdamW;
+use flowtape_engine::optim::{LossScale, LossScaleState, Optimizer};
 use flowtape_engine::safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
@@ -18,14 +18,16 @@ const STATE: &str = "state.json";
 /// step.
 #[derive(Debug)]
 pub struct TrainState {
-    /// The optimiser with its moments.
-    pub optimizer: AdamW,
+    /// The optimiser with what it remembers.
+    pub optimizer: Optimizer,
+    /// What the loss is multiplied with before backward, where it is.
+    pub loss_scale: Option<LossScale>,
     /// Where the run stands.
     pub progress: TrainProgress,
 }
 
 /// Where a run stands, and with what.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct TrainProgress {
     /// Optimiser steps done.
     pub step: u64,
@@ -39,6 +41,23 @@ pub struct TrainProgress {
     pub data: Fingerprint,
 }
 
+/// What is stored as JSON.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    #[serde(flatten)]
+    progress: TrainProgress,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    loss_scale: Option<LossScaleState>,
+}
+
+impl Stored {
+    fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(STATE);
+        let text = std::fs::read(&path).map_err(io(&path))?;
+        serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })
+    }
+}
+
 impl TrainState {
     /// Writes it into the folder of a checkpoint.
     ///
@@ -46,8 +65,10 @@ impl TrainState {
     /// When a file can't be written.
     pub fn save(&self, params: &Params, folder: &Path) -> Result<()> {
         self.optimizer.save(params, folder.join(OPTIMIZER))?;
+        let scale = self.loss_scale.as_ref().map(|scale| LossScaleState::read(scale.read_later()?)).transpose()?;
+        let stored = serde_json::json!(Stored { progress: self.progress, loss_scale: scale });
         let path = folder.join(STATE);
-        std::fs::write(&path, format!("{}\n", serde_json::json!(self.progress))).map_err(io(&path))
+        std::fs::write(&path, format!("{stored}\n")).map_err(io(&path))
     }
 
     /// Reads it from the folder of a checkpoint. Another recipe or other data are a warning: the run goes on with them.
@@ -56,7 +77,10 @@ impl TrainState {
     /// When a file can't be read or does not fit the parameters.
     pub fn load(&mut self, params: &Params, folder: &Path) -> Result<()> {
         self.optimizer.load(params, &SafeTensors::open(folder.join(OPTIMIZER))?)?;
-        let found = TrainProgress::read(folder)?;
+        let Stored { progress: found, loss_scale } = Stored::read(folder)?;
+        if let (Some(scale), Some(state)) = (&mut self.loss_scale, loss_scale) {
+            scale.load(state)?;
+        }
         let TrainProgress { recipe, data, .. } = self.progress;
         if found.recipe != recipe {
             tracing::warn!("the recipe was changed since the checkpoint of step {}", found.step);
@@ -78,8 +102,6 @@ impl TrainProgress {
     /// # Errors
     /// When it can't be read.
     pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(STATE);
-        let text = std::fs::read(&path).map_err(io(&path))?;
-        serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })
+        Ok(Stored::read(folder)?.progress)
     }
 }

@@ -36,6 +36,9 @@ pub struct Summary {
     pub total_seconds: f64,
     /// Whether it was stopped before everything was done.
     pub interrupted: bool,
+    /// Steps that were skipped because a gradient was not finite, where the loss is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub skipped_steps: Option<u64>,
     /// What hooks found out, by name.
     #[serde(flatten)]
     pub figures: Map<String, Value>,
@@ -95,6 +98,8 @@ pub struct Session<'h> {
     stop: &'h AtomicBool,
     /// One is missing while it is told of something.
     hooks: Vec<Option<Box<dyn Hook + 'h>>>,
+    /// The step of the last checkpoint; 0 for none.
+    saved: u64,
     /// For [`Summary::figures`].
     pub figures: Map<String, Value>,
 }
@@ -113,7 +118,9 @@ impl<'h> Session<'h> {
             all.push(report);
         }
         let hooks = all.into_iter().map(Some).collect();
-        Ok(Self { trainer, folder, stop, hooks, figures: Map::new() })
+        // Where a run goes on, it is from a checkpoint.
+        let saved = trainer.state().progress.step;
+        Ok(Self { trainer, folder, stop, hooks, saved, figures: Map::new() })
     }
 
     /// What does the steps.
@@ -140,6 +147,9 @@ impl<'h> Session<'h> {
     /// # Errors
     /// The first error of a hook.
     pub fn emit(&mut self, event: Event<'_>) -> Result<()> {
+        if let Event::Saved(step) = event {
+            self.saved = step;
+        }
         for i in 0..self.hooks.len() {
             let Some(mut hook) = self.hooks[i].take() else { continue };
             let done = hook.on(&event, self);
@@ -156,7 +166,7 @@ impl<'h> Session<'h> {
         let progress = &self.trainer.state().progress;
         let (from, seconds_before) = (progress.step, progress.train_seconds);
         let history = self.folder.history(from);
-        let mut recent: VecDeque<f64> = history.iter().rev().take(WINDOW).rev().map(|r| r.loss).collect();
+        let mut recent: VecDeque<StepRecord> = history.iter().rev().take(WINDOW).rev().cloned().collect();
         let parameters = self.trainer.model().params().numel();
         self.emit(Event::Begin(&Begin { history, from, steps, parameters }))?;
         let mut step = from;
@@ -164,7 +174,7 @@ impl<'h> Session<'h> {
         let mut ahead: Option<Enqueued> = None;
         while step < steps && !self.stopping() {
             let before = Instant::now();
-            let enqueued = self.trainer.enqueue()?;
+            let enqueued = self.trainer.enqueue().map_err(|error| error.at(step + 1, self.saved))?;
             step = enqueued.step;
             let looked_at = self.hooks.iter().flatten().any(|hook| hook.needs_state(step));
             // The device is kept busy: the step before is read while this one runs.
@@ -175,23 +185,24 @@ impl<'h> Session<'h> {
             }
             let mut done = Vec::new();
             for enqueued in to_read {
-                done.push(enqueued.read(last_read)?);
+                done.push(self.read(enqueued, last_read)?);
                 last_read = Some(Instant::now());
             }
             self.trainer.count_time(before);
             self.tell(done, &mut recent)?;
         }
         // Interrupted between two steps.
-        let rest = ahead.map(|enqueued| enqueued.read(last_read)).transpose()?;
+        let rest = ahead.map(|enqueued| self.read(enqueued, last_read)).transpose()?;
         self.tell(rest, &mut recent)?;
         self.emit(Event::Stopped(if step == steps { Cause::Finished } else { Cause::Interrupted }))?;
         let summary = Summary {
             run_dir: self.folder.path().into(),
             steps: step,
-            final_loss: recent.iter().sum::<f64>() / recent.len().max(1) as f64,
+            final_loss: recent.iter().map(|record| record.loss).sum::<f64>() / recent.len().max(1) as f64,
             train_seconds: self.trainer.state().progress.train_seconds,
             total_seconds: seconds_before + started.elapsed().as_secs_f64(),
             interrupted: self.stopping(),
+            skipped_steps: recent.back().and_then(|record| record.skipped_steps),
             figures: self.figures,
         };
         if !summary.interrupted {
@@ -201,14 +212,20 @@ impl<'h> Session<'h> {
         Ok(summary)
     }
 
+    /// Waits for a step's numbers.
+    fn read(&self, enqueued: Enqueued, last_read: Option<Instant>) -> Result<StepRecord> {
+        let step = enqueued.step;
+        enqueued.read(last_read).map_err(|error| error.at(step, self.saved))
+    }
+
     /// Tells of steps whose numbers are there.
-    fn tell(&mut self, records: impl IntoIterator<Item = StepRecord>, recent: &mut VecDeque<f64>) -> Result<()> {
+    fn tell(&mut self, records: impl IntoIterator<Item = StepRecord>, recent: &mut VecDeque<StepRecord>) -> Result<()> {
         for record in records {
-            recent.push_back(record.loss);
+            self.emit(Event::Step(&record))?;
+            recent.push_back(record);
             if recent.len() > WINDOW {
                 recent.pop_front();
             }
-            self.emit(Event::Step(&record))?;
         }
         Ok(())
     }

@@ -4,8 +4,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use flowtape_data::{Collator, Loader};
-use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, LrScheduler, LrSchedulerConfig, clip_grad_norm};
-use flowtape_engine::{Device, Gradients, Later, Philox, Tape, Tensor};
+use flowtape_engine::optim::{
+    Clipping, LossScale, LossScaleState, LrScheduler, LrSchedulerConfig, OptimizerStep, Rates, StepConfig,
+};
+use flowtape_engine::{Device, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_models::{Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
@@ -13,10 +15,9 @@ use serde::{Deserialize, Serialize};
 use crate::builtin;
 use crate::data::Data;
 use crate::generate::{Generator, Request, Samples};
-use crate::recipe::Init;
+use crate::recipe::{Dtype, Init};
 use crate::state::{TrainProgress, TrainState};
-use crate::update::backward_and_step;
-use crate::{Recipe, Result};
+use crate::{Error, Recipe, Result};
 
 /// The stream of the steps' random numbers, a fork of the seed.
 const STEPS: u64 = 2;
@@ -27,13 +28,26 @@ pub struct StepRecord {
     /// Optimiser steps done, from 1.
     pub step: u64,
     /// The mean loss of the step's samples.
+    #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
     /// The learning rate of the step.
     pub lr: f64,
-    /// The norm of all gradients before clipping.
+    /// The norm of all gradients before clipping; not finite where the step was skipped, and null in the file then.
+    #[serde(deserialize_with = "null_is_nan")]
     pub grad_norm: f64,
     /// Training speed of this step.
     pub samples_per_second: f64,
+    /// What the next step's loss is multiplied with, where it is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub loss_scale: Option<f64>,
+    /// Steps that were skipped so far because a gradient was not finite, where the loss is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub skipped_steps: Option<u64>,
+}
+
+/// JSON has no NaN.
+fn null_is_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
 /// A step whose numbers are still on the device.
@@ -42,6 +56,7 @@ pub(crate) struct Enqueued {
     pub step: u64,
     losses: Vec<Later>,
     norm: Later,
+    loss_scale: Option<Later>,
     lr: f64,
     samples: usize,
     started: Instant,
@@ -51,10 +66,23 @@ impl Enqueued {
     /// Waits for the numbers; `last_read` is when those of the step before had come.
     pub fn read(self, last_read: Option<Instant>) -> Result<StepRecord> {
         let losses = self.losses.into_iter().map(Later::item).collect::<Result<Vec<f64>, _>>()?;
-        let grad_norm = Clipping::finite(self.norm.item()?)?;
+        let loss_scale = self.loss_scale.map(LossScaleState::read).transpose()?;
+        let grad_norm = self.norm.item()?;
+        // A step that overflowed was skipped: the scale is smaller then.
+        if loss_scale.is_none() {
+            Clipping::finite(grad_norm)?;
+        }
         let since = last_read.map_or(self.started, |t| t.max(self.started));
         let samples_per_second = self.samples as f64 / since.elapsed().as_secs_f64();
-        Ok(StepRecord { step: self.step, loss: losses.iter().sum(), lr: self.lr, grad_norm, samples_per_second })
+        Ok(StepRecord {
+            step: self.step,
+            loss: losses.iter().sum(),
+            lr: self.lr,
+            grad_norm,
+            samples_per_second,
+            loss_scale: loss_scale.map(|s| s.scale),
+            skipped_steps: loss_scale.map(|s| s.skipped_steps),
+        })
     }
 }
 
@@ -116,7 +144,11 @@ impl Trainer {
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             collator: data.collator(&recipe.data, recipe.seed),
             state: TrainState {
-                optimizer: AdamW::new(AdamWConfig { betas: optimizer.betas, eps: optimizer.eps }),
+                optimizer: optimizer.build(),
+                loss_scale: match recipe.dtype {
+                    Dtype::MixedF16 => Some(LossScale::new(recipe.loss_scale, device)?),
+                    Dtype::F32 | Dtype::Bf16 | Dtype::Mixed => None,
+                },
                 progress: TrainProgress {
                     step: 0,
                     cursor: Default::default(),
@@ -181,11 +213,11 @@ impl Trainer {
         let parts = global / local;
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
-        let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
-        let scale = self.recipe.dtype.loss_scale();
-        // A gradient that needs no other one, neither for the norm nor for a sum, is used and gone at once.
-        let at_once = parts == 1 && self.recipe.clip_grad_norm.is_none() && scale == 1.0;
-        let mut gradients = Gradients::default();
+        let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
+        let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
+        let config = StepConfig { micro_batches: parts, max_norm };
+        let TrainState { optimizer, loss_scale, .. } = &mut self.state;
+        let mut sinks = OptimizerStep::new(config, rates, optimizer, self.model.params(), loss_scale.as_mut())?;
         let mut losses = Vec::with_capacity(parts);
         let mut norm = None;
         for _ in 0..parts {
@@ -207,29 +239,15 @@ impl Trainer {
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             losses.push(share.read_later()?);
             let without = self.model.parameters_without_gradient(&output.inputs);
-            let params = self.model.params();
-            if at_once {
-                let rates = (lr, weight_decay);
-                norm = Some(backward_and_step(&tape, &share, &mut self.state.optimizer, params, rates, &without)?);
-            } else {
-                let part = tape.backward(&if scale == 1.0 { share } else { share.mul_scalar(scale)? })?;
-                params.check_gradients(&part, &without)?;
-                gradients.add(part)?;
-            }
+            norm = sinks.backward(&tape, &share, &without)?;
         }
-        let norm = match norm {
-            Some(norm) => norm,
-            None => {
-                let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| scale * c.max_norm);
-                let clipping = clip_grad_norm(&gradients, max_norm)?.unscaled(scale)?;
-                let (params, coefficient) = (self.model.params(), Some(&clipping.coefficient));
-                self.state.optimizer.step(params, &gradients, lr, weight_decay, coefficient)?;
-                clipping.norm
-            }
-        };
+        drop(sinks);
+        let nothing = || Error::Run { path: self.recipe.name.clone().into(), what: "no samples".into() };
+        let norm = norm.ok_or_else(nothing)?.read_later()?;
+        let loss_scale = self.state.loss_scale.as_ref().map(LossScale::read_later).transpose()?;
         self.state.progress.step = step + 1;
         self.state.progress.cursor = cursor;
-        Ok(Enqueued { step: step + 1, losses, norm: norm.read_later()?, lr, samples: global, started })
+        Ok(Enqueued { step: step + 1, losses, norm, loss_scale, lr: rates.lr, samples: global, started })
     }
 
     /// Whether the numbers of a step are there as soon as it is enqueued.

@@ -178,7 +178,7 @@ fn a_program_trains_on_samples_of_its_own() {
     let recipe = small(Path::new("unused"), &["data.drop_last=true"]);
     let sample = |i: u32| {
         let pixels = Tensor::full(&[1, 4, 4], f64::from(i) / 9.0, flowtape_engine::DType::F32, &Device::cpu()).unwrap();
-        Sample::new(Media::Pixels(pixels), Text::Caption(if i % 2 == 0 { "a two" } else { "a one" }.into()))
+        Sample::new(Media::Pixels(pixels), Text::Caption(if i.is_multiple_of(2) { "a two" } else { "a one" }.into()))
     };
     let mut trainer = own(&recipe, MemorySource::new((0..9).map(sample).collect()).unwrap());
     let steps: Vec<u64> = (0..5).map(|_| trainer.step().unwrap().step).collect();
