@@ -2,8 +2,12 @@
 
 mod embedding;
 mod layers;
+mod param;
 mod params;
+mod plan;
 
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};
 pub use layers::{Activation, FeedForward, LayerNorm, Linear, RmsNorm};
+pub use param::{Param, Role};
 pub use params::{Init, ParamBuilder, Params};
+pub use plan::{ParamPlan, Placement};
