@@ -170,9 +170,6 @@ pub enum Fused {
         /// Whether the last input is a mask.
         masked: bool,
     },
-    /// Inputs a parameter, its gradient and its two moments; outputs the parameter and the moments again, which are written
-    /// in place, and maybe the new parameter in another dtype.
-    AdamW(AdamWScalars),
     /// No input; output contiguous random numbers of Philox4x32-10 from a fresh block on: u32 for bits, else f32.
     Random {
         /// What is drawn.
@@ -182,27 +179,6 @@ pub enum Fused {
         /// Its next block.
         counter: u64,
     },
-}
-
-/// What an update of AdamW computes with, from the rates, the configuration and the number of updates `t`.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct AdamWScalars {
-    /// What the gradient is multiplied with.
-    pub clip: f64,
-    /// `1 - lr * weight_decay`.
-    pub decay: f64,
-    /// Decay rate of the second moment.
-    pub beta2: f64,
-    /// `lr / (1 - beta1^t)`.
-    pub step_size: f64,
-    /// `sqrt(1 - beta2^t)`.
-    pub root2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// `1 - beta1`.
-    pub rest1: f64,
-    /// `1 - beta2`.
-    pub rest2: f64,
 }
 
 /// What random numbers are drawn from.
@@ -228,7 +204,6 @@ impl Fused {
             Self::ModulatedNormBackward => "modulated norm backward",
             Self::NormRopeForward { .. } => "norm and rope",
             Self::NormRopeBackward { .. } => "norm and rope backward",
-            Self::AdamW(_) => "AdamW",
             Self::Random { .. } => "random numbers",
         }
     }

@@ -28,6 +28,24 @@ impl VarId {
     }
 }
 
+/// What a gradient may be of.
+pub trait Variable {
+    /// Its variable, if it is differentiated.
+    fn var(&self) -> Option<VarId>;
+}
+
+impl Variable for Tensor {
+    fn var(&self) -> Option<VarId> {
+        Tensor::var(self)
+    }
+}
+
+impl Variable for Param {
+    fn var(&self) -> Option<VarId> {
+        Param::var(self)
+    }
+}
+
 /// An op: how it runs and how its gradient runs, side by side in one file.
 pub trait Op: Debug + Send + Sync + 'static {
     /// The name in errors.
@@ -263,9 +281,9 @@ impl Gradients {
         self.0.get(&var)
     }
 
-    /// The gradient of a leaf or parameter tensor.
-    pub fn of(&self, tensor: &Tensor) -> Option<&Tensor> {
-        tensor.var().and_then(|v| self.get(v))
+    /// The gradient of a leaf or a parameter.
+    pub fn of(&self, of: &impl Variable) -> Option<&Tensor> {
+        of.var().and_then(|v| self.get(v))
     }
 
     /// Sets the gradient of `var`.

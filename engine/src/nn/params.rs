@@ -36,7 +36,7 @@ pub struct Params {
 
 impl Params {
     /// All of them.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Param> {
+    pub fn iter(&self) -> std::slice::Iter<'_, Param> {
         self.all.iter()
     }
 
