@@ -71,3 +71,35 @@ impl<B: Send + Sync + 'static> Blocks<B> {
         Ok(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::{Linear, ParamBuilder};
+    use crate::{DType, Device, Philox, Tape};
+
+    #[test]
+    fn checkpointed_blocks_give_the_same_bits() -> Result<()> {
+        let cpu = Device::cpu();
+        let run = |checkpointing: bool| -> Result<Vec<Vec<f32>>> {
+            let root = ParamBuilder::new(1, DType::F32, &cpu);
+            let mut blocks = Blocks::new(3, |i| Linear::new(&root.sub("blocks").sub(i), 4, 4, true))?;
+            blocks.set_checkpointing(checkpointing);
+            assert_eq!((blocks.len(), blocks.iter().count(), blocks.is_empty()), (3, 3, false));
+            let tape = Tape::new();
+            let mut random = Philox::new(2);
+            let (x, y) = (tape.leaf(&random.normal(&[2, 4], &cpu)?), tape.leaf(&random.normal(&[2, 4], &cpu)?));
+            let shared = tape.leaf(&random.normal(&[1, 4], &cpu)?);
+            let [a, b] = blocks.run([x.clone(), y.clone()], [&shared], |block, [a, b], [shared]| {
+                Ok([block.forward(b)?.mul(shared)?, a.add(b)?])
+            })?;
+            let gradients = tape.backward(&a.mul(&b)?.sum_all()?)?;
+            let params = root.params();
+            let leaves = [&x, &y, &shared].into_iter().map(|t| gradients.of(t));
+            let all = leaves.chain(params.iter().map(|p| gradients.of(p))).map(|g| g.unwrap().to_vec());
+            all.collect()
+        };
+        assert_eq!(run(true)?, run(false)?);
+        Ok(())
+    }
+}

@@ -183,3 +183,60 @@ impl Param {
         Error::argument("parameter", format!("{} in memory", self.path()), "one whose value was released")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::meta::Meta;
+    use crate::nn::{Init, Linear, ParamBuilder, Placement};
+    use crate::{DType, Device, Error, Philox, Result, Tape, Tensor};
+
+    #[test]
+    fn a_value_may_go_and_come_back_between_forward_and_backward() -> Result<()> {
+        let cpu = Device::cpu();
+        let root = ParamBuilder::new(1, DType::F32, &cpu);
+        let w = root.get("w", &[3, 4], Init::Normal { std: 1.0 })?;
+        let x = Philox::new(2).normal(&[2, 4], &cpu)?;
+        let recorded = || -> Result<_> {
+            let tape = Tape::new();
+            let x = tape.leaf(&x);
+            let loss = crate::ops::linear(&x, &w.value()?, None)?.square()?.sum_all()?;
+            Ok((tape, x, loss))
+        };
+        let (tape, leaf, loss) = recorded()?;
+        let expected = tape.backward(&loss)?.of(&leaf).unwrap().to_vec::<f32>()?;
+        // Elsewhere meanwhile.
+        let (tape, leaf, loss) = recorded()?;
+        let bytes = w.release()?.to_bytes()?;
+        assert!(w.value().is_err() && w.release().is_err());
+        w.provide(&Tensor::from_bytes(&bytes, &[3, 4], DType::F32, &cpu)?)?;
+        assert_eq!(tape.backward(&loss)?.of(&leaf).unwrap().to_vec::<f32>()?, expected);
+        // Not there when it is needed, or written meanwhile: errors.
+        let (tape, _, loss) = recorded()?;
+        let value = w.release()?;
+        assert!(tape.backward(&loss).unwrap_err().to_string().contains('w'));
+        w.provide(&value)?;
+        assert!(w.provide(&value).is_err());
+        let (tape, _, loss) = recorded()?;
+        w.copy_from(&Tensor::ones(&[3, 4], DType::F32, &cpu)?)?;
+        assert!(matches!(tape.backward(&loss), Err(Error::Overwritten { .. })));
+        Ok(())
+    }
+
+    #[test]
+    fn a_linear_layer_keeps_nothing_for_a_frozen_weight() -> Result<()> {
+        for frozen in [false, true] {
+            let meta = Meta::default();
+            let device = meta.device();
+            let placement = if frozen { Placement::frozen(DType::F32) } else { Placement::trained(DType::F32) };
+            let layer = Linear::new(&ParamBuilder::with_plan(1, placement, &device), 1 << 10, 1, true)?;
+            let tape = Tape::new();
+            let x = tape.leaf(&Tensor::zeros(&[1, 1 << 10], DType::F32, &device)?);
+            let before = meta.used();
+            let loss = layer.forward(&x.mul_scalar(2.0)?)?;
+            // What the layer reads lives on for the gradient of the weight alone.
+            assert_eq!(meta.used() - before > 4 << 10, !frozen);
+            assert_eq!(tape.backward(&loss)?.iter().count(), if frozen { 1 } else { 3 });
+        }
+        Ok(())
+    }
+}

@@ -257,6 +257,7 @@ impl ParamBuilder {
 mod tests {
     use super::*;
     use crate::Tape;
+    use crate::nn::Role;
 
     fn two() -> Result<Params> {
         let root = ParamBuilder::new(1, DType::F32, &Device::cpu());
@@ -295,5 +296,41 @@ mod tests {
         let error = params.check_gradients(&gradients, &[]).unwrap_err().to_string();
         assert!(error.contains("b.0.bias") && !error.contains("a.weight"), "{error}");
         params.check_gradients(&gradients, &["b.0.bias".into()])
+    }
+
+    #[test]
+    fn a_plan_decides_by_path_and_frozen_parameters_are_no_variables() -> Result<()> {
+        let plan = |path: &str, _: &[usize]| match path {
+            "frozen" => Placement::frozen(DType::BF16),
+            _ => Placement::trained(DType::BF16).with_master(DType::F32),
+        };
+        let root = ParamBuilder::with_plan(1, plan, &Device::cpu());
+        let normal = Init::Normal { std: 1.0 };
+        let (frozen, trained) = (root.get("frozen", &[4], normal)?, root.get("trained", &[4], normal)?);
+        assert_eq!((frozen.role(), frozen.var(), frozen.master().is_none()), (Role::Frozen, None, true));
+        assert_eq!(
+            (trained.role(), trained.dtype(), trained.kept()?.dtype()),
+            (Role::Trained, DType::BF16, DType::F32)
+        );
+        assert!(trained.var().is_some());
+        let loss = Tape::new().attach(&frozen.value()?).mul(&trained.value()?)?.sum_all()?;
+        let gradients = loss.tape().unwrap().backward(&loss)?;
+        assert_eq!(gradients.iter().count(), 1);
+        // A frozen parameter is not expected to have one.
+        root.params().check_gradients(&gradients, &[])
+    }
+
+    #[test]
+    fn what_dit_starts_at_zero_is_marked_and_starts_so_where_asked() -> Result<()> {
+        for on in [false, true] {
+            let root = ParamBuilder::new(1, DType::F32, &Device::cpu()).with_adaln_zero(on);
+            let normal = Init::Normal { std: 1.0 };
+            let (gate, other) =
+                (root.sub("gate").zero_init().get("weight", &[3], normal)?, root.get("w", &[3], normal)?);
+            assert!(gate.zero_init() && !other.zero_init());
+            assert_eq!(gate.value()?.to_vec::<f32>()? == [0.0; 3], on);
+            assert!(other.value()?.to_vec::<f32>()? != [0.0; 3]);
+        }
+        Ok(())
     }
 }
