@@ -7,7 +7,10 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use flowtape_engine::DType;
 use flowtape_engine::backend::Backend;
-use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Work, ops, plot, scaling, step, table};
+use flowtape_engine::cpu::awake;
+use flowtape_trainer::bench::{
+    Measurement, OpMeasurement, OpsOptions, Options, Point, Work, ops, plot, scaling, step, table,
+};
 use flowtape_trainer::recipe::Dtype;
 
 use crate::terminal::{delivered, note, out, say};
@@ -177,10 +180,11 @@ fn run_ops(args: &Ops) -> Result<()> {
         );
     }
     let mut found = false;
-    ops(&options, |m| {
+    let measured = |m: &OpMeasurement| {
         found = true;
         say!("{}", if args.json { serde_json::json!(m).to_string() } else { op_line(m) });
-    })?;
+    };
+    awake(&options.device, || ops(&options, measured))?;
     match &args.only {
         Some(text) if !found => {
             anyhow::bail!("--only {text}: no operation has this in its name or sizes; without it all are listed")
@@ -191,9 +195,10 @@ fn run_ops(args: &Ops) -> Result<()> {
 
 fn run_scaling(args: &Scaling) -> Result<()> {
     let device = flowtape_gpu::device(&args.device)?;
-    let points = scaling(&device, args.dtype.into(), args.steps, |point| {
+    let measured = |point: &Point| {
         note!("{} {}: {} s, {} MiB", point.axis, point.value, point.s_step, point.memory_mb);
-    })?;
+    };
+    let points = awake(&device, || scaling(&device, args.dtype.into(), args.steps, measured))?;
     if args.json {
         points.iter().for_each(|point| say!("{}", serde_json::json!(point)));
     } else {
@@ -216,7 +221,8 @@ fn run_step(args: &Step) -> Result<()> {
     let device = flowtape_gpu::device(&args.device)?;
     let &Step { steps, warmup, profile, .. } = args;
     let dtype = args.dtype.into();
-    let measured = step(&work, &device, &Options { dtype, steps, warmup, at_once: !args.update_last, profile })?;
+    let options = Options { dtype, steps, warmup, at_once: !args.update_last, profile };
+    let measured = awake(&device, || step(&work, &device, &options))?;
     if profile {
         out(format_args!("{}", profile_table(&measured)));
     }

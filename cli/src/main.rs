@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use flowtape_engine::cpu::awake;
+use flowtape_engine::cpu::usable_threads;
 use flowtape_trainer::inspect::inspect;
 use tracing_subscriber::EnvFilter;
 
@@ -21,7 +21,7 @@ use crate::terminal::{Stderr, delivered, note, out, say};
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Cli {
-    /// Threads of the CPU; all by default. The results do not depend on it.
+    /// Threads of the CPU, at most one for each core; 0, the default, means all cores. The results do not depend on it.
     #[arg(long, global = true)]
     threads: Option<usize>,
     #[command(subcommand)]
@@ -62,17 +62,27 @@ fn main() -> ExitCode {
 fn run() -> Result<ExitCode> {
     log();
     let cli = Cli::parse();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads.unwrap_or(0)).build()?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads(cli.threads)).build()?;
     // All work starts inside the pool: forking from outside it costs many times more.
-    pool.install(|| {
-        awake(|| match cli.command {
-            Command::Train(args) => train::run(&args),
-            Command::Sample(args) => sample::run(&args),
-            Command::Devices => list_devices(),
-            Command::Inspect(args) => run_inspect(&args),
-            Command::Bench(args) => bench::run(&args),
-        })
+    pool.install(|| match cli.command {
+        Command::Train(args) => train::run(&args),
+        Command::Sample(args) => sample::run(&args),
+        Command::Devices => list_devices(),
+        Command::Inspect(args) => run_inspect(&args),
+        Command::Bench(args) => bench::run(&args),
     })
+}
+
+/// The threads to make, and a note where they are not those asked for. Unasked, rayon decides (`RAYON_NUM_THREADS`).
+fn threads(asked: Option<usize>) -> usize {
+    let Some(asked) = asked else { return 0 };
+    let threads = usable_threads(asked);
+    match asked {
+        0 => note!("--threads 0: all {threads} cores"),
+        _ if asked > threads => note!("--threads {asked}: this machine has {threads} cores, so {threads} are used"),
+        _ => {}
+    }
+    threads
 }
 
 /// Logs go to stderr: warnings, or what RUST_LOG asks for (flow_matching=debug shows what the pipeline does).

@@ -10,9 +10,10 @@ use flowtape_engine::nn::{
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::{DType, Device, Tape, Tensor};
 use flowtape_models::blocks::{
-    ChannelOrder, CombinedTimestepTextProjEmbeddings, Modulation, RopePrecision, RopeTables, unpatchify,
+    ChannelOrder, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, RopePrecision, RopeTables,
+    unpatchify,
 };
-use flowtape_models::flux::{FluxSingleTransformerBlock, FluxTransformerBlock};
+use flowtape_models::flux::FluxSingleTransformerBlock;
 use flowtape_models::flux2;
 use flowtape_models::qwen_image::QwenImageConfig;
 use flowtape_models::wan::{WanAttention, WanConfig};
@@ -99,11 +100,11 @@ pub(crate) fn check(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
         let tolerance = golden.tolerance("grad")?;
         let params = case.root.params();
         for (key, want) in golden.under(&format!("{name}/grad."))? {
-            let of = match key.strip_prefix("param.") {
-                Some(parameter) => params.get(parameter),
-                None => case.inputs.get(&key),
+            let got = match key.strip_prefix("param.") {
+                Some(parameter) => params.get(parameter).and_then(|p| gradients.of(p)),
+                None => case.inputs.get(&key).and_then(|t| gradients.of(t)),
             };
-            let got = of.and_then(|t| gradients.of(t)).ok_or_else(|| format!("{name}: no gradient of {key}"))?;
+            let got = got.ok_or_else(|| format!("{name}: no gradient of {key}"))?;
             out.push(tolerance.tensor(format!("{name} grad {key}"), got, &want)?);
         }
     }
@@ -140,7 +141,8 @@ impl Case<'_> {
 
     /// Sets the parameters of a module that was just built.
     fn fill(&self, params: &Params) -> Any<()> {
-        for (name, parameter) in params.iter() {
+        for parameter in params.iter() {
+            let name = parameter.path();
             parameter.copy_from(self.params.get(name).ok_or_else(|| format!("{}: no param {name}", self.name))?)?;
         }
         (params.len() == self.params.len())
@@ -414,7 +416,7 @@ impl Case<'_> {
         let (width, head) = (image.dim(2)?, rope.cos.dim(1)?);
         if self.name == "flux_double_block" {
             return self.module(
-                |p| FluxTransformerBlock::new(p, width, width / head, 4 * width),
+                |p| JointTransformerBlock::new(p, width, width / head, 4 * width),
                 |m| Ok(m.forward([text, image], temb, &rope, None)?.into()),
             );
         }

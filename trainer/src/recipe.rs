@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::nn::{ParamBuilder, Placement};
 use flowtape_engine::optim::{AdamW, LossScaleConfig, LrSchedulerConfig, Optimizer as EngineOptimizer};
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
+use flowtape_models::{Condition, ModelKind};
 use serde::{Deserialize, Serialize};
 use serde_yaml_ng::{Mapping, Value};
 
@@ -92,8 +93,10 @@ pub enum Dtype {
 impl Dtype {
     /// A maker of a model's parameters.
     pub fn params(self, seed: u64, device: &Device) -> ParamBuilder {
-        let params = ParamBuilder::new(seed, self.into(), device);
-        if matches!(self, Self::Mixed | Self::MixedF16) { params.with_masters(DType::F32) } else { params }
+        let placement = Placement::trained(self.into());
+        let wide = matches!(self, Self::Mixed | Self::MixedF16);
+        let placement = if wide { placement.with_master(DType::F32) } else { placement };
+        ParamBuilder::with_plan(seed, placement, device)
     }
 }
 
@@ -318,9 +321,11 @@ impl Recipe {
         self.loss_scale.check().map_err(|e| e.to_string())?;
         self.data.check()?;
         let adapter = &self.flow_matching.adapter_type;
-        if self.sampling.image_to_video && (self.data.video.is_none() || adapter != "hunyuan") {
+        let kind = ModelKind::of_adapter(adapter).map_err(|e| format!("flow_matching.{e}"))?;
+        if self.sampling.image_to_video && (self.data.video.is_none() || !kind.takes(Condition::FirstFrame)) {
+            let able = Condition::FirstFrame.adapters().join(", ");
             return Err(format!(
-                "sampling.image_to_video: expected a source of videos and the adapter hunyuan, got {adapter}"
+                "sampling.image_to_video: expected a source of videos and an adapter that takes a first frame ({able}), got {adapter}"
             ));
         }
         self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))

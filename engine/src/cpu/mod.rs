@@ -24,7 +24,7 @@ use self::isa::{Isa, isa};
 pub use self::limits::peak_flops;
 pub(crate) use self::pool::ALIGN;
 use self::pool::{CpuBuffer, Host};
-pub use self::team::awake;
+pub use self::team::{awake, cores, usable_threads};
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::expr::{Program, Reduce};
 use crate::pool::{Pool, PoolUsage};

@@ -16,8 +16,8 @@ impl<B: Send + Sync + 'static> Blocks<B> {
     ///
     /// # Errors
     /// Those of `make`.
-    pub fn new(count: usize, make: impl FnMut(usize) -> Result<B>) -> Result<Self> {
-        let items = (0..count).map(make).map(|block| block.map(Arc::new)).collect::<Result<_>>()?;
+    pub fn new<E>(count: usize, make: impl FnMut(usize) -> Result<B, E>) -> Result<Self, E> {
+        let items = (0..count).map(make).map(|block| block.map(Arc::new)).collect::<Result<_, E>>()?;
         Ok(Self { items, checkpointing: false })
     }
 

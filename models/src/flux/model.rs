@@ -1,62 +1,22 @@
 //! diffusers' `FluxTransformer2DModel`.
 
-use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
+use flowtape_engine::nn::{Activation, Blocks, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
 use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, DoubleStream, Modulation, QKV, QkvConfig,
-    QkvHeads, RopeTables, StreamKind, attend, gate, run_block, time_proj,
+    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QKV,
+    QkvConfig, QkvHeads, RopeTables, attend, gate, time_proj,
 };
-use crate::registry::config_json;
+use crate::config::config_json;
 
 const EPS: f64 = 1e-6;
+/// diffusers' layer that projects time and then guidance.
+const TIME_PROJ: &str = "time_text_embed.time_proj";
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
-
-/// A double block, each stream modulated by the embedding through a layer of its own.
-#[derive(Clone, Debug)]
-pub struct FluxTransformerBlock {
-    modulation: [Modulation; 2],
-    streams: DoubleStream,
-}
-
-impl FluxTransformerBlock {
-    /// A block of width `dim`, its feed-forward layers `inner` wide.
-    ///
-    /// # Errors
-    /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, dim: usize, heads: usize, inner: usize) -> Result<Self> {
-        let modulation = |name| Modulation::new(&params.sub(name).sub("linear"), dim, 6);
-        let feed_forward = |kind| {
-            let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
-            FeedForward::new(&params.sub(name), dim, inner, Activation::GeluTanh)
-        };
-        Ok(Self {
-            modulation: [modulation("norm1_context")?, modulation("norm1")?],
-            streams: DoubleStream::new(params, QkvConfig::joint(dim, heads), feed_forward)?,
-        })
-    }
-
-    /// Text and latents `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both. Text comes first in the tables,
-    /// and in the mask, which is added to the scores.
-    ///
-    /// # Errors
-    /// When a shape does not fit.
-    pub fn forward(
-        &self,
-        [text, latents]: [&Tensor; 2],
-        temb: &Tensor,
-        rope: &RopeTables,
-        mask: Option<&Tensor>,
-    ) -> Result<[Tensor; 2]> {
-        let [m_text, m_latents] = &self.modulation;
-        let modulation = [&m_text.together(temb)?, &m_latents.together(temb)?];
-        self.streams.forward([text, latents], modulation, rope, mask)
-    }
-}
 
 /// A single block: text and image as one sequence, attention and feed-forward side by side.
 #[derive(Clone, Debug)]
@@ -109,11 +69,10 @@ pub struct FluxTransformer2DModel {
     time_text_embed: CombinedTimestepTextProjEmbeddings,
     context_embedder: Linear,
     x_embedder: Linear,
-    transformer_blocks: Vec<FluxTransformerBlock>,
-    single_transformer_blocks: Vec<FluxSingleTransformerBlock>,
+    transformer_blocks: Blocks<JointTransformerBlock>,
+    single_transformer_blocks: Blocks<FluxSingleTransformerBlock>,
     norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
-    gradient_checkpointing: bool,
 }
 
 impl FluxTransformer2DModel {
@@ -124,7 +83,7 @@ impl FluxTransformer2DModel {
     pub fn new(config: FluxConfig, root: &ParamBuilder) -> Result<Self> {
         let (dim, heads) = (config.inner_dim(), config.num_attention_heads);
         let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
-        let double = |i| FluxTransformerBlock::new(&root.sub("transformer_blocks").sub(i), dim, heads, 4 * dim);
+        let double = |i| JointTransformerBlock::new(&root.sub("transformer_blocks").sub(i), dim, heads, 4 * dim);
         let single = |i| FluxSingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), dim, heads);
         Ok(Self {
             time_text_embed: CombinedTimestepTextProjEmbeddings::new(
@@ -135,46 +94,41 @@ impl FluxTransformer2DModel {
             )?,
             context_embedder: Linear::new(&root.sub("context_embedder"), config.joint_attention_dim, dim, true)?,
             x_embedder: Linear::new(&root.sub("x_embedder"), config.in_channels, dim, true)?,
-            transformer_blocks: (0..config.num_layers).map(double).collect::<Result<_>>()?,
-            single_transformer_blocks: (0..config.num_single_layers).map(single).collect::<Result<_>>()?,
+            transformer_blocks: Blocks::new(config.num_layers, double)?,
+            single_transformer_blocks: Blocks::new(config.num_single_layers, single)?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
-            proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
+            proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),
-            gradient_checkpointing: false,
             config,
         })
     }
 
     /// The embedding of time, guidance and pooled text.
     fn temb(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<Tensor> {
-        let project = |module: &str, times: &Tensor| {
+        let project = |times: &Tensor| {
             let times = times.mul_scalar(1000.0)?;
-            time_proj(inputs, module, &times, &TimestepProjection::new(CHANNELS))
+            time_proj(TIME_PROJ, &times, &TimestepProjection::new(CHANNELS))
         };
-        let time = project("time_text_embed.time_proj", inputs.tensor("timestep")?)?;
-        let guidance = inputs.optional("guidance").map(|g| project("time_text_embed.time_proj#1", g)).transpose()?;
+        let time = project(inputs.tensor("timestep")?)?;
+        let guidance = inputs.optional("guidance").map(project).transpose()?;
         Ok(self.time_text_embed.forward(&time, guidance.as_ref(), inputs.tensor("pooled_projections")?)?)
     }
 }
 
 impl FlowModel for FluxTransformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
-        let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
-        let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
+        let image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
+        let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let (temb, rope) = (self.temb(inputs)?, RopeTables::of_ids(inputs, &self.config.axes_dims_rope, THETA)?);
-        let checkpointing = self.gradient_checkpointing;
-        for block in &self.transformer_blocks {
-            let (block, rope) = (block.clone(), rope.clone());
-            let run = move |[text, image, temb]: [&Tensor; 3]| block.forward([text, image], temb, &rope, None);
-            [text, image] = run_block(checkpointing, [&text, &image, &temb], run)?;
-        }
+        let tables = rope.clone();
+        let [text, image] = self
+            .transformer_blocks
+            .run([text, image], [&temb], move |block, streams, [temb]| block.forward(streams, temb, &tables, None))?;
         let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
-        let mut x = Tensor::cat(&[&text, &image], 1)?;
-        for block in &self.single_transformer_blocks {
-            let (block, rope) = (block.clone(), rope.clone());
-            let run = move |[x, temb]: [&Tensor; 2]| Ok([block.forward(x, temb, &rope)?]);
-            [x] = run_block(checkpointing, [&x, &temb], run)?;
-        }
+        let x = Tensor::cat(&[&text, &image], 1)?;
+        let [x] = self
+            .single_transformer_blocks
+            .run([x], [&temb], move |block, [x], [temb]| Ok([block.forward(x, temb, &rope)?]))?;
         let image = x.narrow(1, text_len, image_len)?;
         Ok(self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?.into())
     }
@@ -190,16 +144,7 @@ impl Transformer for FluxTransformer2DModel {
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.gradient_checkpointing = on;
-    }
-
-    fn zero_init_parameters(&self) -> Vec<String> {
-        let zero = |name: &&str| {
-            name.contains(".norm1")
-                || name.contains(".norm.linear.")
-                || name.starts_with("norm_out.")
-                || name.starts_with("proj_out.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+        self.transformer_blocks.set_checkpointing(on);
+        self.single_transformer_blocks.set_checkpointing(on);
     }
 }

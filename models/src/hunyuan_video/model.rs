@@ -1,15 +1,14 @@
 //! diffusers' `HunyuanVideo15Transformer3DModel`.
 
-use flowtape_engine::nn::{Linear, ParamBuilder, Params};
+use flowtape_engine::nn::{Blocks, Linear, ParamBuilder, Params};
 use flowtape_engine::{Error, Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::context::{Context, TimeEmbedding};
 use super::{CLASS, HunyuanVideo15Config};
-use crate::blocks::{AdaLayerNormContinuous, ChannelOrder, PatchEmbed, key_mask, run_block, unpatchify};
-use crate::flux::FluxTransformerBlock;
-use crate::registry::config_json;
-use crate::{Transformer, parameters_under};
+use crate::Transformer;
+use crate::blocks::{AdaLayerNormContinuous, ChannelOrder, JointTransformerBlock, PatchEmbed, key_mask, unpatchify};
+use crate::config::config_json;
 
 /// Epsilon of the norm before the output projection.
 const EPS: f64 = 1e-6;
@@ -28,11 +27,10 @@ pub struct HunyuanVideo15Transformer3DModel {
     x_embedder: PatchEmbed,
     context: Context,
     time_embed: TimeEmbedding,
-    // FLUX.1's double blocks, with the context in place of the text.
-    transformer_blocks: Vec<FluxTransformerBlock>,
+    /// With the context in place of a text.
+    transformer_blocks: Blocks<JointTransformerBlock>,
     norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
-    gradient_checkpointing: bool,
 }
 
 impl HunyuanVideo15Transformer3DModel {
@@ -47,16 +45,15 @@ impl HunyuanVideo15Transformer3DModel {
         let (dim, heads, inner) = (config.inner_dim(), config.num_attention_heads, config.mlp_dim());
         let (patch, blocks) = (config.patch(), root.sub("transformer_blocks"));
         let outputs = patch.iter().product::<usize>() * config.out_channels.unwrap_or(config.in_channels);
-        let block = |i| FluxTransformerBlock::new(&blocks.sub(i), dim, heads, inner);
+        let block = |i| JointTransformerBlock::new(&blocks.sub(i), dim, heads, inner);
         Ok(Self {
             x_embedder: PatchEmbed::new(&root.sub("x_embedder").sub("proj"), config.in_channels, dim, &patch)?,
             context: Context::new(root, &config)?,
             time_embed: TimeEmbedding::new(&root.sub("time_embed"), dim, config.use_meanflow)?,
-            transformer_blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
+            transformer_blocks: Blocks::new(config.num_layers, block)?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
-            proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
+            proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),
-            gradient_checkpointing: false,
             config,
         })
     }
@@ -76,16 +73,14 @@ impl FlowModel for HunyuanVideo15Transformer3DModel {
         let latents = inputs.tensor("hidden_states")?;
         let grid = self.grid(latents)?;
         let temb = self.time_embed.forward(inputs, latents.dtype())?;
-        let mut x = self.x_embedder.forward(latents)?;
-        let [mut context, mask] = self.context.forward(inputs)?;
+        let x = self.x_embedder.forward(latents)?;
+        let [context, mask] = self.context.forward(inputs)?;
         // No latent is padding: nothing is added to their scores.
         let mask = key_mask(&mask)?.pad(3, 0, x.dim(1)?)?;
         let rope = self.config.rope(context.dim(1)?, grid, latents.device())?;
-        for block in &self.transformer_blocks {
-            let (block, rope, mask) = (block.clone(), rope.clone(), mask.clone());
-            let run = move |[context, x, temb]: [&Tensor; 3]| block.forward([context, x], temb, &rope, Some(&mask));
-            [context, x] = run_block(self.gradient_checkpointing, [&context, &x, &temb], run)?;
-        }
+        let [_, x] = self.transformer_blocks.run([context, x], [&temb], move |block, streams, [temb]| {
+            block.forward(streams, temb, &rope, Some(&mask))
+        })?;
         let x = self.proj_out.forward(&self.norm_out.forward(&x, &temb)?)?;
         Ok(unpatchify(&x, &grid, &self.config.patch(), ChannelOrder::Slowest)?.into())
     }
@@ -101,28 +96,17 @@ impl Transformer for HunyuanVideo15Transformer3DModel {
     }
 
     /// What the last block makes of the context, which nothing reads, and the embedder of a second time without one.
-    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+    fn paths_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
         let last = self.config.num_layers - 1;
         let read_by_none = ["attn.to_add_out", "ff_context"].map(|layer| format!("transformer_blocks.{last}.{layer}."));
         let mut unread = read_by_none.to_vec();
         if inputs.get("timestep_r").is_none() {
             unread.push("time_embed.timestep_embedder_r.".into());
         }
-        parameters_under(&self.params, &unread)
+        unread
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.gradient_checkpointing = on;
-    }
-
-    fn zero_init_parameters(&self) -> Vec<String> {
-        let zero = |name: &&str| {
-            name.contains(".norm1.linear.")
-                || name.contains(".norm1_context.")
-                || name.contains(".norm_out.linear.")
-                || name.starts_with("norm_out.")
-                || name.starts_with("proj_out.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+        self.transformer_blocks.set_checkpointing(on);
     }
 }
