@@ -49,14 +49,14 @@ pub enum Error {
         what: String,
     },
     /// A step whose loss or gradients are not finite.
-    #[error("step {step}: {source}; {}", last_good(*checkpoint))]
+    #[error("step {step}: {what}; {}", last_good(*checkpoint))]
     Diverged {
         /// The step, from 1.
         step: u64,
         /// The step of the last checkpoint.
         checkpoint: Option<u64>,
         /// What is not finite.
-        source: Box<Error>,
+        what: Box<Error>,
     },
     /// The pipeline or a model failed.
     #[error(transparent)]
@@ -83,7 +83,7 @@ impl Error {
         use flowtape_flowmatch::Error::{Engine, LossExploded};
         match self {
             Self::Engine(NonFinite { .. }) | Self::Pipeline(Engine(NonFinite { .. }) | LossExploded { .. }) => {
-                Self::Diverged { step, checkpoint: Some(checkpoint).filter(|c| *c > 0), source: Box::new(self) }
+                Self::Diverged { step, checkpoint: Some(checkpoint).filter(|c| *c > 0), what: Box::new(self) }
             }
             other => other,
         }

@@ -99,12 +99,10 @@ impl LossScale {
             let finite = |then, otherwise| coefficient.select_lt(f64::INFINITY, then, otherwise);
             let grown = scale * growth_factor;
             let grown = grown.select_lt(f64::INFINITY, grown, scale);
-            let zero = tracker - tracker;
-            let next = tracker + 1.0;
-            let early = |then, otherwise| next.select_lt(growth_interval as f64, then, otherwise);
+            let (next, interval) = (tracker + 1.0, growth_interval as f64);
             [
-                finite(early(scale, grown), scale * backoff_factor),
-                finite(early(next, zero), zero),
+                finite(next.select_lt(interval, scale, grown), scale * backoff_factor),
+                coefficient.select_lt(f64::INFINITY, next.select_lt(interval, next, 0.0), 0.0),
                 finite(skipped, skipped + 1.0),
             ]
         });

@@ -13,7 +13,8 @@ use std::collections::{HashMap, HashSet};
 use super::optimizer::{Optimizer, Rates};
 use super::{LossScale, SquareSums, clip};
 use crate::nn::{Param, Params};
-use crate::{DType, Error, GradientSink, Gradients, Result, Tape, Tensor, VarId};
+use crate::tape::wide_sum;
+use crate::{Error, GradientSink, Gradients, Result, Tape, Tensor, VarId};
 
 /// A sink of the gradients of a step.
 pub trait StepSink: GradientSink {
@@ -134,16 +135,15 @@ impl<S: StepSink> Accumulate<S> {
 
 impl<S: StepSink> GradientSink for Accumulate<S> {
     fn gradient(&mut self, var: VarId, gradient: Tensor) -> Result<()> {
-        let mut one = Gradients::default();
-        one.insert(var, gradient.to_dtype(gradient.dtype().promote(DType::F32))?);
-        self.sums.add(one)?;
-        match self.sums.remove(var) {
-            Some(sum) if self.left <= 1 => self.next.gradient(var, sum),
-            sum => {
-                sum.into_iter().for_each(|sum| self.sums.insert(var, sum));
-                Ok(())
-            }
+        let sum = match self.sums.remove(var) {
+            Some(before) => wide_sum(before, gradient)?,
+            None => gradient,
+        };
+        if self.left <= 1 {
+            return self.next.gradient(var, sum);
         }
+        self.sums.insert(var, sum);
+        Ok(())
     }
 }
 
@@ -285,7 +285,7 @@ mod tests {
     use super::*;
     use crate::nn::{Init, ParamBuilder, Placement};
     use crate::optim::{AdamW, LossScaleConfig, LossScaleState, Sgd};
-    use crate::{Device, Philox};
+    use crate::{DType, Device, Philox};
 
     const RATES: Rates = Rates { lr: 1e-2, weight_decay: 0.1 };
     const DTYPES: [DType; 4] = [DType::F32, DType::BF16, DType::F16, DType::F64];
