@@ -51,7 +51,7 @@ impl Summary {
     pub fn of_config(config: &Value) -> Result<Self> {
         let model = create_model(config, &ParamBuilder::new(0, DType::F32, &Meta::default().device()))?;
         let config = model.config();
-        let tensors = model.params().iter().map(|(name, tensor)| (name, tensor.numel()));
+        let tensors = model.params().iter().map(|p| (p.path(), p.numel()));
         let mut summary = Self::of_tensors(tensors);
         let sizes = [DType::F32, DType::BF16].map(|dtype| (dtype.to_string(), summary.parameters * dtype.size()));
         summary.bytes = sizes.into();

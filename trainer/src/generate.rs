@@ -1,5 +1,6 @@
 //! Images and videos from prompts.
 
+use flowtape_engine::nn::Param;
 use flowtape_engine::{Device, Philox};
 use flowtape_flowmatch::{EulerConfig, FlowMatchEulerDiscrete, Guidance, ModelAdapter, Sampling, TaskType};
 use flowtape_models::Transformer;
@@ -47,7 +48,7 @@ pub fn generate(
     let mut samples = Vec::new();
     for (index, prompts) in request.prompts.chunks(at_once).enumerate() {
         let noise = Philox::new(request.seed).fork(index as u64).normal(&data.dims(prompts.len()), device)?;
-        let dtype = model.params().iter().next().map_or(noise.dtype(), |(_, p)| p.dtype());
+        let dtype = model.params().iter().next().map_or(noise.dtype(), Param::dtype);
         let noise = noise.to_dtype(dtype)?;
         let first = request.first_frames.map(|f| &f[index * at_once * frame..][..prompts.len() * frame]);
         let captions: Vec<Option<&str>> = prompts.iter().map(|p| Some(*p)).collect();
