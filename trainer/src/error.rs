@@ -27,8 +27,8 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
+        /// The system's reason; part of the text above, so no `source()` of its own.
+        r#source: std::io::Error,
     },
     /// A picture could not be made.
     #[error("{path}: {what}")]

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use flowtape_engine::nn::Param;
 use flowtape_engine::{DType, Device, Philox, Tensor};
 use flowtape_flowmatch::{Batch, EulerConfig, FlowMatchEulerDiscrete, Guidance, ModelAdapter, Sampling, TaskType};
 use flowtape_models::Transformer;
@@ -55,7 +56,7 @@ impl Generator<'_> {
         let latents = self.data.codec.latent_dims(&dims);
         let at_once = (AT_ONCE / latents.iter().product::<usize>().max(1)).max(1);
         let frame = frame_size(&dims);
-        let dtype = self.model.params().iter().next().map_or(DType::F32, |(_, p)| p.dtype());
+        let dtype = self.model.params().iter().next().map_or(DType::F32, Param::dtype);
         let mut pixels = Vec::new();
         for (index, prompts) in request.prompts.chunks(at_once).enumerate() {
             if stop.load(Ordering::Relaxed) {

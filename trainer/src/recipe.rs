@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use flowtape_data::{Fingerprint, LoaderOptions};
-use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::nn::{ParamBuilder, Placement};
 use flowtape_engine::optim::{AdamW, LossScaleConfig, LrSchedulerConfig, Optimizer as EngineOptimizer};
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
@@ -94,8 +94,10 @@ pub enum Dtype {
 impl Dtype {
     /// A maker of a model's parameters.
     pub fn params(self, seed: u64, device: &Device) -> ParamBuilder {
-        let params = ParamBuilder::new(seed, self.into(), device);
-        if matches!(self, Self::Mixed | Self::MixedF16) { params.with_masters(DType::F32) } else { params }
+        let placement = Placement::trained(self.into());
+        let wide = matches!(self, Self::Mixed | Self::MixedF16);
+        let placement = if wide { placement.with_master(DType::F32) } else { placement };
+        ParamBuilder::with_plan(seed, placement, device)
     }
 }
 

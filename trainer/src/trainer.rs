@@ -7,7 +7,7 @@ use flowtape_data::{Collator, Loader};
 use flowtape_engine::optim::{
     Clipping, LossScale, LossScaleState, LrScheduler, LrSchedulerConfig, OptimizerStep, Rates, StepConfig,
 };
-use flowtape_engine::{Device, Later, Philox, Tape, Tensor};
+use flowtape_engine::{Device, Later, Philox, Tape};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_models::{Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
@@ -122,15 +122,9 @@ impl Trainer {
     /// # Errors
     /// When a section does not fit.
     pub fn with_data(device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
-        let mut model = create_model(&recipe.model, &recipe.dtype.params(recipe.seed, device))?;
+        let params = recipe.dtype.params(recipe.seed, device).with_adaln_zero(recipe.init == Init::AdalnZero);
+        let mut model = create_model(&recipe.model, &params)?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
-        if recipe.init == Init::AdalnZero {
-            let names = model.zero_init_parameters();
-            let params = model.params();
-            for (name, parameter) in params.iter().filter(|(name, _)| names.iter().any(|n| n == name)) {
-                params.set(name, &Tensor::zeros(parameter.dims(), parameter.dtype(), device)?)?;
-            }
-        }
         let optimizer = &recipe.optimizer;
         let constant = LrSchedulerConfig {
             lr_decay_style: flowtape_engine::optim::DecayStyle::Constant,

@@ -27,7 +27,7 @@ fn threads_do_not_change_a_training_run() {
                 for _ in 0..2 {
                     trainer.step().unwrap();
                 }
-                trainer.model().params().iter().map(|(_, parameter)| parameter.to_bytes().unwrap()).collect()
+                trainer.model().params().iter().map(|p| p.value().unwrap().to_bytes().unwrap()).collect()
             })
         })
     };
