@@ -115,7 +115,7 @@ struct Outcome {
 
 fn run(kind: &ModelKind, config: &Value, latents: &[usize]) -> Result<Outcome> {
     let model = create_model(config, &ParamBuilder::new(3, DType::F32, &Device::cpu()))?;
-    let parameters = model.params().iter().map(|(name, p)| (name.to_owned(), p.dims().to_vec())).collect();
+    let parameters = model.params().iter().map(|p| (p.path().to_owned(), p.dims().to_vec())).collect();
     let step = || {
         let config = FlowMatchingConfig {
             adapter_type: kind.adapter.into(),
