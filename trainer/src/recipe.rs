@@ -303,6 +303,16 @@ impl Recipe {
         Self::parse(&text, overrides).map_err(|what| Error::Recipe { path: path.into(), what })
     }
 
+    /// From the object that a file would hold, for programs with data of their own.
+    ///
+    /// # Errors
+    /// When a key is unknown or a value does not fit.
+    pub fn from_json(object: serde_json::Value) -> Result<Self> {
+        let recipe = serde_json::from_value::<Self>(object).map_err(|e| with_suggestion(&e.to_string()));
+        let checked = recipe.and_then(|recipe| recipe.check().map(|()| recipe));
+        checked.map_err(|what| Error::Recipe { path: "recipe".into(), what })
+    }
+
     fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {
         // From the text first: only then errors know their line.
         let mut recipe: Self = serde_yaml_ng::from_str(text).map_err(|e| with_suggestion(&e.to_string()))?;
