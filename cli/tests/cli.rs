@@ -79,6 +79,12 @@ fn a_run_leaves_everything_and_can_be_sampled() {
         metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
 
+    // There is nothing left to do: the same figures at once, and no picture is made again.
+    let grid = run.join("samples/step_000006.png");
+    std::fs::remove_file(&grid).unwrap();
+    let again = stdout(&flowtape(&["train", "--resume", run.to_str().unwrap(), "--json"]));
+    assert_eq!((serde_json::from_str::<Value>(&again).unwrap(), grid.exists()), (json, false));
+
     let run = run.to_str().unwrap();
     let picture = |name: &str, seed: &str| {
         let path = folder.path().join(name);
@@ -179,7 +185,6 @@ fn mixed_training_comes_out_close_to_f32_and_saves_f32() {
     }
 }
 
-/// Whatever is asked for; `trainer/tests/threads.rs` has more threads than this machine may have cores.
 #[test]
 fn an_overflow_skips_its_step_is_counted_and_training_goes_on() {
     let folder = tempfile::tempdir().unwrap();
@@ -224,6 +229,7 @@ fn a_run_that_diverges_names_the_step_and_the_last_good_checkpoint() {
     assert!(message.contains("step 2: ") && message.contains("no checkpoint yet"), "{message}");
 }
 
+/// Whatever is asked for; `trainer/tests/threads.rs` has more threads than this machine may have cores.
 #[test]
 fn threads_are_as_many_as_cores_and_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
