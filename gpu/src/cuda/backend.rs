@@ -13,7 +13,7 @@ use super::gpu::{Gpu, checked};
 use super::memory::{CudaBuffer, CudaRaw, Staging, download};
 use super::norm::{self, After, Operands};
 use super::pointwise::At;
-use super::read::{Reader, SLOT, Slot};
+use super::readback::{Reader, SLOT, Slot};
 use super::view::{View, buffer};
 use super::{attention, each, index, matmul, pointwise, random, reduce};
 

@@ -3,7 +3,7 @@
 //! | file | what it does |
 //! |---|---|
 //! | `gpu.rs` | a device: context, stream, failures in words |
-//! | `memory.rs`, `read.rs` | the pool's raw memory, uploads and reads through pinned memory |
+//! | `memory.rs`, `readback.rs` | the pool's raw memory, uploads and reads through pinned memory |
 //! | `launch.rs` | modules, kernels, launches |
 //! | `ptx.rs` | prints programs as PTX |
 //! | `pointwise.rs`, `each.rs`, `reduce.rs` | kernels printed from programs |
@@ -23,7 +23,7 @@ mod packed;
 mod pointwise;
 mod ptx;
 mod random;
-mod read;
+mod readback;
 mod reduce;
 mod view;
 
