@@ -1,5 +1,6 @@
 //! Rows by index.
 
+use crate::backend::call::{self, Call};
 use crate::backend::common_device;
 use crate::gradcheck::{Case, Sample};
 use crate::tape::{Forward, InputGradients, Op, apply_one};
@@ -17,7 +18,7 @@ impl Op for Gather {
         let (table, index) = (inputs[0].contiguous()?, inputs[1].contiguous()?);
         let dims = [&[index.numel()], &table.dims()[1..]].concat();
         let out = Tensor::empty(&dims, table.dtype(), table.device())?;
-        table.device().backend().gather(&table, &index, &out)?;
+        call::Gather { table: &table, index: &index, out: &out }.run()?;
         cx.save(&index);
         if cx.recording() {
             cx.save(&Tensor::empty(&[], table.dtype(), table.device())?.shape_only(table.dims()));
@@ -28,7 +29,7 @@ impl Op for Gather {
     fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
         let table = Tensor::zeros(saved[1].dims(), saved[1].dtype(), grad.device())?;
-        grad.device().backend().scatter_add(&grad.contiguous()?, &saved[0], &table)?;
+        call::ScatterAdd { rows: &grad.contiguous()?, index: &saved[0], out: &table }.run()?;
         out.set(0, table);
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{AdamWScalars, Fused, Ran};
+use crate::backend::{AdamWScalars, AdamWUpdate, Ran, run_fused};
 use crate::expr::{Expr, Function};
 use crate::nn::Params;
 use crate::ops::pointwise::{run_pointwise, run_pointwise_each};
@@ -231,9 +231,10 @@ impl AdamW {
 
     fn run(&self, update: &Update, clip: Option<&Tensor>) -> Result<()> {
         let (inputs, outputs) = update.operands(clip);
-        let p = outputs[0];
-        let fused = Fused::AdamW(update.scalars);
-        if clip.is_none() && p.numel() > 0 && p.device().backend().fused(&fused, &inputs, &outputs)? == Ran::Done {
+        let [parameter, exp_avg, exp_avg_sq] = [0, 1, 2].map(|i| outputs[i]);
+        let (gradient, rounded, scalars) = (&update.gradient, outputs.get(3).copied(), update.scalars);
+        let fused = AdamWUpdate { parameter, gradient, exp_avg, exp_avg_sq, rounded, scalars };
+        if clip.is_none() && parameter.numel() > 0 && run_fused(fused)? == Ran::Done {
             return Ok(());
         }
         let (rule, scalars) = (self.rule(update), update.scalars());
