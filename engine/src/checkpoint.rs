@@ -17,7 +17,7 @@ impl Op for Checkpoint {
     }
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        inputs.iter().for_each(|t| cx.save(t));
+        inputs.iter().enumerate().for_each(|(i, t)| cx.save(("input", i), t));
         let listener = Tape::listener();
         let listened: Vec<Tensor> = inputs.iter().map(|t| listener.attach(t)).collect();
         let outputs = (self.0)(&listened)?;

@@ -89,6 +89,15 @@ pub enum Error {
         /// The operation.
         op: &'static str,
     },
+    /// Something made from a parameter without a tape meets a tape: the parameter's gradient would be lost.
+    #[error(
+        "{op}: an input was made from a parameter and a tensor that was on no tape, so no gradient would reach the parameter; put that \
+         tensor on the tape first (`Tape::attach`), or detach the input if it is a constant"
+    )]
+    Unrecorded {
+        /// The operation.
+        op: &'static str,
+    },
     /// Trainable parameters that the loss does not reach.
     #[error(
         "no gradient for trainable parameters: {}; freeze them or name them as allowed",

@@ -2,6 +2,10 @@
 //!
 //! A tensor may carry a tape and a variable. An op records when some input carries a tape and some input
 //! has a variable (a leaf, a parameter, or the output of a recorded op). Its outputs carry the tape on.
+//!
+//! A parameter has a variable and no tape, so that one model runs recorded or not. An op on parameters alone is recorded
+//! on a floating tape, which every tape takes over that meets its results. An op on parameters and plain tensors is taken
+//! for inference: its result is no more to be recorded, and an error where it meets a tape.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Debug;
@@ -9,8 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::expr::Function;
-use crate::ops::pointwise::run_pointwise;
-use crate::{Error, Result, Tensor};
+use crate::ops::pointwise::{pointwise_to, run_pointwise};
+use crate::{DType, Error, Result, Tensor};
 
 /// The identity of a differentiable value, unique in the process.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -30,7 +34,7 @@ pub trait Op: Debug + Send + Sync + 'static {
     /// Runs on plain tensors and saves what `backward` needs.
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>>;
     /// Adds the gradients of the inputs to `out`; `grads` holds those of the outputs that have any.
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let _ = (saved, grads, out);
         Err(Error::NoBackward { op: self.name() })
     }
@@ -38,7 +42,8 @@ pub trait Op: Debug + Send + Sync + 'static {
     fn differentiable(&self) -> bool {
         true
     }
-    /// For an op that runs again instead of having a `backward`: what it runs on its inputs, all of which it saved.
+    /// For an op that runs again instead of having a `backward`: what it runs on its inputs, which it saved in the slots
+    /// `("input", i)`.
     fn replay(&self) -> Option<&Block> {
         None
     }
@@ -51,7 +56,7 @@ pub type Block = dyn Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync;
 #[derive(Debug)]
 pub struct Forward {
     needs: Vec<bool>,
-    saved: Vec<(Tensor, u64)>,
+    saved: Saved,
     captured: Vec<VarId>,
 }
 
@@ -66,16 +71,95 @@ impl Forward {
         self.needs.contains(&true)
     }
 
-    /// Keeps a tensor for backward; nothing is kept where nothing is recorded.
-    pub fn save(&mut self, tensor: &Tensor) {
+    /// Keeps a tensor for backward under a name; nothing is kept where nothing is recorded.
+    pub fn save(&mut self, slot: impl Into<Slot>, tensor: &Tensor) {
         if self.recording() {
-            self.saved.push((tensor.detach(), tensor.storage().version()));
+            self.saved.0.push((slot.into(), Kept::Tensor(tensor.detach(), tensor.storage().version())));
+        }
+    }
+
+    /// Keeps dims and dtype of a tensor for backward, and none of its memory.
+    pub fn save_shape(&mut self, slot: impl Into<Slot>, tensor: &Tensor) {
+        if self.recording() {
+            self.saved.0.push((slot.into(), Kept::Shape(tensor.dims().to_vec(), tensor.dtype())));
         }
     }
 
     /// Says that backward also adds to the gradients of these variables, which are no inputs.
     pub(crate) fn capture(&mut self, vars: impl IntoIterator<Item = VarId>) {
         self.captured.extend(vars);
+    }
+}
+
+/// The name of something that is kept for backward: a word, and a number where several have the same one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Slot(&'static str, usize);
+
+impl From<&'static str> for Slot {
+    fn from(name: &'static str) -> Self {
+        Self(name, 0)
+    }
+}
+
+impl From<(&'static str, usize)> for Slot {
+    fn from((name, number): (&'static str, usize)) -> Self {
+        Self(name, number)
+    }
+}
+
+#[derive(Debug)]
+enum Kept {
+    /// With the version that its storage had.
+    Tensor(Tensor, u64),
+    Shape(Vec<usize>, DType),
+}
+
+/// What an op's forward kept, by name: what one of them leaves out shifts no other.
+#[derive(Debug, Default)]
+pub struct Saved(Vec<(Slot, Kept)>);
+
+impl Saved {
+    fn find(&self, slot: Slot) -> Option<&Kept> {
+        self.0.iter().find_map(|(s, kept)| (*s == slot).then_some(kept))
+    }
+
+    fn missing(slot: Slot) -> Error {
+        Error::argument("backward", format!("what forward keeps as {:?} {}", slot.0, slot.1), "nothing")
+    }
+
+    /// A tensor that forward kept.
+    ///
+    /// # Errors
+    /// When it kept none of that name.
+    pub fn get(&self, slot: impl Into<Slot>) -> Result<&Tensor> {
+        let slot = slot.into();
+        self.optional(slot).ok_or_else(|| Self::missing(slot))
+    }
+
+    /// A tensor that forward may have kept.
+    pub fn optional(&self, slot: impl Into<Slot>) -> Option<&Tensor> {
+        match self.find(slot.into()) {
+            Some(Kept::Tensor(tensor, _)) => Some(tensor),
+            _ => None,
+        }
+    }
+
+    /// Dims and dtype of what forward kept, whole or as a shape.
+    ///
+    /// # Errors
+    /// When it kept neither.
+    pub fn shape(&self, slot: impl Into<Slot>) -> Result<(&[usize], DType)> {
+        let slot = slot.into();
+        match self.find(slot) {
+            Some(Kept::Tensor(tensor, _)) => Ok((tensor.dims(), tensor.dtype())),
+            Some(Kept::Shape(dims, dtype)) => Ok((dims, *dtype)),
+            None => Err(Self::missing(slot)),
+        }
+    }
+
+    /// Whether a tensor was written since it was kept.
+    fn is_overwritten(&self) -> bool {
+        self.0.iter().any(|(_, kept)| matches!(kept, Kept::Tensor(t, version) if t.storage().version() != *version))
     }
 }
 
@@ -103,7 +187,7 @@ impl InputGradients {
 #[derive(Debug)]
 struct Record {
     op: Box<dyn Op>,
-    saved: Vec<(Tensor, u64)>,
+    saved: Saved,
     inputs: Vec<Option<VarId>>,
     /// Variables inside a block that runs again.
     captured: Vec<VarId>,
@@ -119,15 +203,23 @@ impl Record {
 
 #[derive(Debug, Default)]
 struct Inner {
-    records: Vec<Record>,
+    /// Shared with the tapes that took a floating one over.
+    records: Vec<Arc<Record>>,
     produced: HashSet<VarId>,
     /// The variables that operations meet, on a tape that records nothing else.
     heard: Option<BTreeSet<VarId>>,
 }
 
+#[derive(Debug, Default)]
+struct Shared {
+    /// Whether it began with parameters alone.
+    floating: bool,
+    recording: Mutex<Inner>,
+}
+
 /// A recording. Cheap to clone: all clones are the same tape.
 #[derive(Clone, Debug, Default)]
-pub struct Tape(Arc<Mutex<Inner>>);
+pub struct Tape(Arc<Shared>);
 
 /// Told when the gradient of a leaf or parameter is final.
 pub trait GradientSink {
@@ -165,10 +257,13 @@ impl Gradients {
         self.0.iter().map(|(v, t)| (*v, t))
     }
 
-    /// Adds another set, as gradient accumulation does.
+    /// Adds another set, as gradient accumulation does: sums are f32 (f64 for f64), whatever the gradients' dtype.
     pub fn add(&mut self, other: Self) -> Result<()> {
         for (var, gradient) in other.0 {
-            let sum = sum(self.0.remove(&var), gradient)?;
+            let sum = match self.0.remove(&var) {
+                Some(before) => wide_sum(before, gradient)?,
+                None => gradient,
+            };
             self.0.insert(var, sum);
         }
         Ok(())
@@ -190,7 +285,8 @@ impl Tape {
 
     /// A tape that records nothing but which variables operations meet.
     pub(crate) fn listener() -> Self {
-        Self(Arc::new(Mutex::new(Inner { heard: Some(BTreeSet::new()), ..Inner::default() })))
+        let heard = Inner { heard: Some(BTreeSet::new()), ..Inner::default() };
+        Self(Arc::new(Shared { floating: false, recording: Mutex::new(heard) }))
     }
 
     /// What a listener heard.
@@ -199,7 +295,7 @@ impl Tape {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The tensor, carried by the tape and differentiated: a fresh variable.
@@ -210,6 +306,32 @@ impl Tape {
     /// The tensor, carried by the tape: ops on it record. Its own variable, if any, is kept.
     pub fn attach(&self, tensor: &Tensor) -> Tensor {
         tensor.clone().tracked(tensor.var(), Some(self.clone()))
+    }
+
+    /// Takes over what a floating tape recorded, as far as it was not yet.
+    fn take_over(&self, floating: &Tape) {
+        if Arc::ptr_eq(&self.0, &floating.0) {
+            return;
+        }
+        let (records, produced) = {
+            let other = floating.lock();
+            (other.records.clone(), other.produced.clone())
+        };
+        let mut inner = self.lock();
+        if let Some(heard) = &mut inner.heard {
+            let met = records.iter().flat_map(|r| r.adds_to()).filter(|var| !produced.contains(var));
+            heard.extend(met);
+            return;
+        }
+        for record in records {
+            if record.outputs.iter().all(|var| inner.produced.insert(*var)) {
+                inner.records.push(record);
+            }
+        }
+    }
+
+    fn is_floating(&self) -> bool {
+        self.0.floating
     }
 
     /// Number of records.
@@ -235,7 +357,11 @@ impl Tape {
 
     /// The same from any outputs and their cotangents; each gradient goes to `sink` as soon as it is final.
     pub fn backward_with(&self, outputs: &[(&Tensor, &Tensor)], sink: &mut dyn GradientSink) -> Result<()> {
-        let mut pending = HashMap::new();
+        for tape in outputs.iter().filter_map(|(output, _)| output.tape()).filter(|tape| tape.is_floating()) {
+            self.take_over(tape);
+        }
+        let Inner { mut records, produced, .. } = std::mem::take(&mut *self.lock());
+        let mut pending = Pending { gradients: HashMap::new(), produced };
         for (output, cotangent) in outputs {
             let var = output.var().ok_or_else(|| {
                 Error::argument("backward", "an output that depends on a leaf or parameter", "a constant")
@@ -243,9 +369,8 @@ impl Tape {
             if cotangent.dims() != output.dims() {
                 return Err(Error::shape("backward", format!("a cotangent of {:?}", output.dims()), cotangent.dims()));
             }
-            add_gradient(&mut pending, var, cotangent.detach())?;
+            pending.add(var, cotangent.detach())?;
         }
-        let Inner { mut records, produced, .. } = std::mem::take(&mut *self.lock());
         // The earliest record that reads a variable is the last to add to its gradient.
         let mut first_use = HashMap::new();
         for (index, record) in records.iter().enumerate() {
@@ -257,96 +382,111 @@ impl Tape {
             run_backward(&record, &mut pending)?;
             for var in record.adds_to() {
                 if first_use.get(&var) == Some(&records.len())
-                    && !produced.contains(&var)
-                    && let Some(gradient) = pending.remove(&var)
+                    && !pending.produced.contains(&var)
+                    && let Some(gradient) = pending.gradients.remove(&var)
                 {
                     sink.gradient(var, gradient)?;
                 }
             }
         }
         // An output that is a leaf itself.
-        let mut rest: Vec<_> = pending.into_iter().filter(|(v, _)| !produced.contains(v)).collect();
+        let Pending { gradients, produced } = pending;
+        let mut rest: Vec<_> = gradients.into_iter().filter(|(v, _)| !produced.contains(v)).collect();
         rest.sort_by_key(|(v, _)| *v);
         rest.into_iter().try_for_each(|(v, g)| sink.gradient(v, g))
     }
 }
 
+/// Gradients that more may be added to.
+struct Pending {
+    gradients: HashMap<VarId, Tensor>,
+    /// The variables that are results of recorded ops; the others are leaves and parameters.
+    produced: HashSet<VarId>,
+}
+
+impl Pending {
+    /// Adds to the gradient of a variable. What reaches a leaf or parameter from several places is summed in f32.
+    fn add(&mut self, var: VarId, gradient: Tensor) -> Result<()> {
+        let sum = match self.gradients.remove(&var) {
+            Some(before) if self.produced.contains(&var) => sum(before, gradient)?,
+            Some(before) => wide_sum(before, gradient)?,
+            None => gradient,
+        };
+        self.gradients.insert(var, sum);
+        Ok(())
+    }
+}
+
 /// Takes the gradients of a record's outputs out of `pending`, and adds those of its inputs.
-fn run_backward(record: &Record, pending: &mut HashMap<VarId, Tensor>) -> Result<()> {
-    let grads: Vec<_> = record.outputs.iter().map(|v| pending.remove(v)).collect();
+fn run_backward(record: &Record, pending: &mut Pending) -> Result<()> {
+    let grads: Vec<_> = record.outputs.iter().map(|v| pending.gradients.remove(v)).collect();
     if grads.iter().all(Option::is_none) {
         return Ok(());
     }
-    if record.saved.iter().any(|(t, version)| t.storage().version() != *version) {
+    if record.saved.is_overwritten() {
         return Err(Error::Overwritten { op: record.op.name() });
     }
     if let Some(block) = record.op.replay() {
         return replay(block, record, grads, pending);
     }
-    let saved: Vec<Tensor> = record.saved.iter().map(|(t, _)| t.clone()).collect();
     let needs: Vec<bool> = record.inputs.iter().map(Option::is_some).collect();
     let mut out = InputGradients { gradients: vec![None; needs.len()], needs };
-    record.op.backward(&saved, &grads, &mut out)?;
+    record.op.backward(&record.saved, &grads, &mut out)?;
     let inputs = record.inputs.iter().zip(out.gradients).filter_map(|(v, g)| Some(((*v)?, g?)));
-    inputs.into_iter().try_for_each(|(var, gradient)| add_gradient(pending, var, gradient))
+    inputs.into_iter().try_for_each(|(var, gradient)| pending.add(var, gradient))
 }
 
 /// Records a block anew and runs its backward. Its records add to the slots of the variables outside, so the bits are
 /// those of a run that kept everything.
-fn replay(
-    block: &Block,
-    record: &Record,
-    grads: Vec<Option<Tensor>>,
-    pending: &mut HashMap<VarId, Tensor>,
-) -> Result<()> {
+fn replay(block: &Block, record: &Record, grads: Vec<Option<Tensor>>, pending: &mut Pending) -> Result<()> {
     let tape = Tape::new();
-    let inputs = record.saved.iter().zip(&record.inputs);
-    let inputs: Vec<_> = inputs.map(|((t, _), var)| t.clone().tracked(*var, Some(tape.clone()))).collect();
-    for (output, grad) in block(&inputs)?.iter().zip(grads) {
+    let input = |(i, var): (usize, &Option<VarId>)| {
+        Ok(record.saved.get(("input", i))?.clone().tracked(*var, Some(tape.clone())))
+    };
+    let inputs: Vec<_> = record.inputs.iter().enumerate().map(input).collect::<Result<_>>()?;
+    let outputs = block(&inputs)?;
+    let Inner { mut records, produced, .. } = std::mem::take(&mut *tape.lock());
+    pending.produced.extend(produced);
+    for (output, grad) in outputs.iter().zip(grads) {
         // An output that depends on nothing has no variable, and its gradient goes nowhere.
         if let (Some(var), Some(grad)) = (output.var(), grad) {
-            add_gradient(pending, var, grad)?;
+            pending.add(var, grad)?;
         }
     }
-    let mut records = std::mem::take(&mut *tape.lock()).records;
     while let Some(record) = records.pop() {
         run_backward(&record, pending)?;
     }
     Ok(())
 }
 
-fn add_gradient(pending: &mut HashMap<VarId, Tensor>, var: VarId, gradient: Tensor) -> Result<()> {
-    let sum = sum(pending.remove(&var), gradient)?;
-    pending.insert(var, sum);
-    Ok(())
+/// The sum of two gradients in their promoted dtype, in the memory of one of them where nobody else has it.
+fn sum(before: Tensor, gradient: Tensor) -> Result<Tensor> {
+    sum_in(before.dtype().promote(gradient.dtype()), before, gradient)
 }
 
-/// The sum of gradients, in the memory of one of them where nobody else has it.
-fn sum(before: Option<Tensor>, gradient: Tensor) -> Result<Tensor> {
-    let Some(before) = before else { return Ok(gradient) };
-    let alike = (before.dims(), before.dtype()) == (gradient.dims(), gradient.dtype());
-    match [&before, &gradient].into_iter().find(|t| alike && t.is_sole_owner()) {
+/// The same in f32 or wider: small gradients that are added to a large sum in bf16 are lost.
+pub(crate) fn wide_sum(before: Tensor, gradient: Tensor) -> Result<Tensor> {
+    sum_in(before.dtype().promote(gradient.dtype()).promote(DType::F32), before, gradient)
+}
+
+fn sum_in(dtype: DType, before: Tensor, gradient: Tensor) -> Result<Tensor> {
+    let alike = before.dims() == gradient.dims();
+    let add = |own: &Tensor| run_pointwise(&Function::build(|[a, b]| [a + b]), &[&before, &gradient], &[], &[own]);
+    match [&before, &gradient].into_iter().find(|t| alike && t.dtype() == dtype && t.is_sole_owner()) {
         Some(own) => {
             own.storage().touch();
-            run_pointwise(&Function::build(|[a, b]| [a + b]), &[&before, &gradient], &[], &[own])?;
+            add(own)?;
             Ok(own.clone())
         }
-        None => before.add(&gradient),
+        None => pointwise_to(dtype, [&before, &gradient], |[a, b]| a + b),
     }
 }
 
 /// Runs an op, and records it where its inputs ask for that.
 pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-    let mut tape: Option<&Tape> = None;
-    for input in inputs {
-        match (tape, input.tape()) {
-            (Some(a), Some(b)) if !Arc::ptr_eq(&a.0, &b.0) => {
-                return Err(Error::argument(op.name(), "inputs on one tape", "inputs on two"));
-            }
-            (None, found) => tape = found,
-            _ => {}
-        }
-    }
+    let tape = common_tape(op.name(), inputs)?;
+    let tape = tape.as_ref();
+    let unrecorded = tape.is_none() && inputs.iter().any(|t| t.requires_grad() || t.is_unrecorded());
     let mut vars: Vec<Option<VarId>> = inputs.iter().map(|t| tape.and(t.var())).collect();
     let mut listening = false;
     if let Some(heard) = tape.map(Tape::lock).as_mut().and_then(|inner| inner.heard.as_mut()) {
@@ -358,10 +498,12 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
         return Err(Error::NoBackward { op: op.name() });
     }
     let needs = vars.iter().map(Option::is_some).collect();
-    let mut cx = Forward { needs, saved: Vec::new(), captured: Vec::new() };
+    let mut cx = Forward { needs, saved: Saved::default(), captured: Vec::new() };
     let plain: Vec<Tensor> = inputs.iter().map(|t| t.detach()).collect();
     let outputs = op.forward(&mut cx, &plain)?;
-    let Some(tape) = tape else { return Ok(outputs) };
+    let Some(tape) = tape else {
+        return Ok(if unrecorded { outputs.into_iter().map(Tensor::unrecorded).collect() } else { outputs });
+    };
     if listening && let Some(heard) = &mut tape.lock().heard {
         heard.extend(cx.captured.drain(..));
     }
@@ -373,8 +515,38 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let outputs = tracked.collect();
     let mut inner = tape.lock();
     inner.produced.extend(&ids);
-    inner.records.push(Record { op: Box::new(op), saved: cx.saved, inputs: vars, captured: cx.captured, outputs: ids });
+    let record = Record { op: Box::new(op), saved: cx.saved, inputs: vars, captured: cx.captured, outputs: ids };
+    inner.records.push(Arc::new(record));
     Ok(outputs)
+}
+
+/// The tape on which an op on these inputs is recorded: theirs, or a floating one where all of them are parameters or made
+/// of parameters alone.
+fn common_tape(op: &'static str, inputs: &[&Tensor]) -> Result<Option<Tape>> {
+    let mut found: Option<&Tape> = None;
+    for tape in inputs.iter().filter_map(|t| t.tape()).filter(|tape| !tape.is_floating()) {
+        match found {
+            Some(other) if !Arc::ptr_eq(&other.0, &tape.0) => {
+                return Err(Error::argument(op, "inputs on one tape", "inputs on two"));
+            }
+            _ => found = Some(tape),
+        }
+    }
+    let mut floating = inputs.iter().filter_map(|t| t.tape()).filter(|tape| tape.is_floating());
+    match found {
+        Some(_) if inputs.iter().any(|t| t.is_unrecorded()) => Err(Error::Unrecorded { op }),
+        Some(tape) => {
+            floating.for_each(|other| tape.take_over(other));
+            Ok(Some(tape.clone()))
+        }
+        None if inputs.is_empty() || !inputs.iter().all(|t| t.requires_grad()) => Ok(None),
+        None => {
+            let new = || Tape(Arc::new(Shared { floating: true, recording: Mutex::default() }));
+            let tape = floating.next().cloned().unwrap_or_else(new);
+            floating.for_each(|other| tape.take_over(other));
+            Ok(Some(tape))
+        }
+    }
 }
 
 /// The same for an op with one output.
@@ -405,10 +577,10 @@ mod tests {
         let (first, second) = (own(1.0)?, own(2.0)?);
         let place = |t: &Tensor| std::ptr::from_ref(t.storage());
         let (before, held) = (place(&first), first.clone());
-        let total = sum(Some(first), second)?;
+        let total = sum(first, second)?;
         assert!(place(&total) != before && held.to_vec::<f32>()? == [1.0; 2] && total.to_vec::<f32>()? == [3.0; 2]);
         let before = place(&total);
-        let total = sum(Some(total), held)?;
+        let total = sum(total, held)?;
         assert!(place(&total) == before && total.to_vec::<f32>()? == [4.0; 2]);
         Ok(())
     }

@@ -17,6 +17,8 @@ pub struct Tensor {
     dtype: DType,
     var: Option<VarId>,
     tape: Option<Tape>,
+    /// Whether it was made from a parameter without a tape: no gradient can go back from it any more.
+    unrecorded: bool,
 }
 
 impl std::fmt::Debug for Tensor {
@@ -39,7 +41,7 @@ impl Tensor {
             }
             other => other,
         })?;
-        Ok(Self { storage, layout, dtype, var: None, tape: None })
+        Ok(Self { storage, layout, dtype, var: None, tape: None, unrecorded: false })
     }
 
     /// The same, with the axes in memory as `like` has them: elementwise results keep their input's order.
@@ -59,7 +61,8 @@ impl Tensor {
 
     /// Another view of the same storage, not tracked.
     pub(crate) fn view(&self, layout: Layout) -> Self {
-        Self { storage: self.storage.clone(), layout, dtype: self.dtype, var: None, tape: None }
+        let storage = self.storage.clone();
+        Self { storage, layout, dtype: self.dtype, var: None, tape: None, unrecorded: false }
     }
 
     /// A view that repeats the one element of `self`: for what only needs dims and dtype.
@@ -71,6 +74,15 @@ impl Tensor {
         self.var = var;
         self.tape = tape;
         self
+    }
+
+    pub(crate) fn unrecorded(mut self) -> Self {
+        self.unrecorded = true;
+        self
+    }
+
+    pub(crate) fn is_unrecorded(&self) -> bool {
+        self.unrecorded
     }
 
     /// The same value as a parameter: with a variable, on no tape.
@@ -228,6 +240,15 @@ impl Tensor {
     /// The same value without tape or variable.
     pub fn detach(&self) -> Self {
         self.view(self.layout.clone())
+    }
+
+    /// The same value without tape or variable, for an operation that has no gradient of it.
+    pub(crate) fn constant(&self, op: &'static str, name: &str) -> Result<Self> {
+        if self.requires_grad() || self.unrecorded {
+            let expected = format!("{name} that need no gradient (detach them)");
+            return Err(Error::argument(op, expected, "a tensor on a tape, or one made from a parameter"));
+        }
+        Ok(self.detach())
     }
 
     /// The same tensor, carried by the tape of `other` (if it has one).

@@ -11,22 +11,14 @@ use flowtape_models::{MODELS, create_adapter, flux2};
 use serde_json::{Map, Value, json};
 
 use crate::Outcome;
-use crate::golden::{Any, Golden, collect, exact, relative, text};
-
-/// All cases of the adapters. `root` is the folder of the goldens.
-pub fn cases(root: &Path) -> Vec<Outcome> {
-    let dir = root.join("pipeline_math");
-    let mut out = collect("pipeline_math/packing", |out| packing(&dir, out));
-    out.extend(collect("pipeline_math/adapter_inputs", |out| prepared(&dir, out)));
-    out
-}
+use crate::golden::{Any, Golden, exact, relative, text};
 
 fn same(case: String, got: &Tensor, want: &Tensor) -> Any<Outcome> {
     Ok(exact(case, got.dims() == want.dims() && got.to_vec::<f32>()? == want.to_vec::<f32>()?, "exact"))
 }
 
-fn packing(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(dir, "packing")?;
+pub(crate) fn packing(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?;
     let mut families: Vec<String> =
         golden.names().iter().filter_map(|n| Some(n.split_once('.')?.0.to_owned())).collect();
     families.sort();
@@ -67,7 +59,7 @@ fn packing(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         }
         // FLUX and Qwen-Image pack alike.
         if !["flux", "qwen", "qwen_edit"].contains(&&*family) {
-            out.push(Outcome::unbuilt(family));
+            out.push(Outcome::not_built(family));
             continue;
         }
         let latents = tensor("latents")?;
@@ -186,12 +178,12 @@ fn prepare(golden: &Golden, case: &Value, name: &str, adapter: &str) -> Any<Vec<
     Ok(tensors.flatten().collect())
 }
 
-fn prepared(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(dir, "adapter_inputs")?;
+pub(crate) fn prepared(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?;
     for case in golden.list("cases")? {
         let name = text(case, "name")?;
         let Some(adapter) = adapter_of(name) else {
-            out.push(Outcome::unbuilt(name));
+            out.push(Outcome::not_built(name));
             continue;
         };
         let inputs = prepare(&golden, case, name, adapter)?;
@@ -202,13 +194,13 @@ fn prepared(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             let want = wanted.get(&key).ok_or_else(|| format!("{name}: no golden {key}"))?;
             let bound = if key.starts_with("timestep") { 2f64.powi(-23) } else { 0.0 };
             let worst = relative(&got, want)?;
-            out.push(Outcome { case: format!("{name}/{key}"), worst, bound, detail: String::new() });
+            out.push(Outcome::measured(format!("{name}/{key}"), worst, bound, ""));
         }
     }
     for case in golden.list("errors")? {
         let name = text(case, "name")?;
         let Some(adapter) = adapter_of(name) else {
-            out.push(Outcome::unbuilt(format!("error {name}")));
+            out.push(Outcome::not_built(format!("error {name}")));
             continue;
         };
         // What the file's message names, ours names too.

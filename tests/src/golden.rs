@@ -107,13 +107,13 @@ impl Tolerance {
         let worst =
             got.iter().zip(&values).fold(0.0, |m, (a, b)| max(m, (a - b).abs())) / (largest + self.atol / self.rtol);
         let worst = if got.len() == values.len() { worst } else { f64::INFINITY };
-        Ok(Outcome { case: case.into(), worst, bound: self.rtol, detail: format!("{:?}", want.dims()) })
+        Ok(Outcome::measured(case, worst, self.rtol, format!("{:?}", want.dims())))
     }
 
     pub(crate) fn outcome(self, case: impl Into<String>, got: &[f32], want: &[f32]) -> Outcome {
         let wide = |v: &[f32]| v.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
         let worst = self.worst(&wide(got), &wide(want));
-        Outcome { case: case.into(), worst, bound: self.rtol, detail: format!("{} values", want.len()) }
+        Outcome::measured(case, worst, self.rtol, format!("{} values", want.len()))
     }
 }
 
@@ -124,11 +124,11 @@ pub(crate) fn max(a: f64, b: f64) -> f64 {
 
 /// Something that holds or does not.
 pub(crate) fn exact(case: impl Into<String>, holds: bool, detail: impl Into<String>) -> Outcome {
-    Outcome { case: case.into(), worst: f64::from(u8::from(!holds)), bound: 0.0, detail: detail.into() }
+    Outcome::measured(case, f64::from(u8::from(!holds)), 0.0, detail)
 }
 
 pub(crate) fn broken(case: impl Into<String>, error: &dyn std::error::Error) -> Outcome {
-    Outcome { case: case.into(), worst: f64::INFINITY, bound: 0.0, detail: error.to_string() }
+    Outcome::measured(case, f64::INFINITY, 0.0, error.to_string())
 }
 
 /// Runs the cases of a file or folder under a prefix; an error becomes an outcome.

@@ -1,59 +1,87 @@
 //! The goldens' cases, driven by their files, and what the integration tests share.
 
-pub mod adapters;
+mod adapters;
 pub mod devices;
 mod golden;
-pub mod ops;
-pub mod optim;
-pub mod pipeline_math;
+mod ops;
+mod optim;
+mod pipeline_math;
 pub mod sampling;
 pub mod step;
+pub mod suite;
 
 use std::path::PathBuf;
 
-/// One compared quantity, or several under one name.
+/// What became of one compared quantity, or of several under one name.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// Which.
     pub case: String,
-    /// The worst deviation.
-    pub worst: f64,
-    /// The greatest allowed.
-    pub bound: f64,
-    /// What was compared, or why it failed.
+    /// What was compared, or why nothing was, or why it failed.
     pub detail: String,
+    verdict: Verdict,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Verdict {
+    /// The worst deviation, and the greatest allowed.
+    Measured {
+        worst: f64,
+        bound: f64,
+    },
+    Skipped,
+    NotBuilt,
 }
 
 impl Outcome {
-    /// What can't be compared, and why: listed, and neither passed nor failed.
+    /// A comparison: it holds if its worst deviation is no more than `bound`.
+    pub fn measured(case: impl Into<String>, worst: f64, bound: f64, detail: impl Into<String>) -> Self {
+        Self { case: case.into(), detail: detail.into(), verdict: Verdict::Measured { worst, bound } }
+    }
+
+    /// What can't be compared, and why: neither passed nor failed.
     pub fn skipped(case: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self { case: case.into(), worst: f64::NAN, bound: f64::NAN, detail: reason.into() }
+        Self { case: case.into(), detail: reason.into(), verdict: Verdict::Skipped }
     }
 
-    /// A subject that is not built yet.
-    pub fn unbuilt(case: impl Into<String>) -> Self {
-        Self::skipped(case, "not built yet")
+    /// A case whose subject is not built yet.
+    pub fn not_built(case: impl Into<String>) -> Self {
+        Self { case: case.into(), detail: String::new(), verdict: Verdict::NotBuilt }
     }
 
-    /// Whether nothing was compared.
-    pub fn is_skipped(&self) -> bool {
-        self.bound.is_nan()
-    }
-
-    /// Whether it holds.
+    /// Whether something was compared, and holds.
     pub fn passed(&self) -> bool {
-        self.worst <= self.bound
+        matches!(self.verdict, Verdict::Measured { worst, bound } if worst <= bound)
+    }
+
+    /// Whether something was compared, and does not hold.
+    pub fn failed(&self) -> bool {
+        matches!(self.verdict, Verdict::Measured { .. }) && !self.passed()
+    }
+
+    /// Whether it was left out for a reason.
+    pub fn is_skipped(&self) -> bool {
+        self.verdict == Verdict::Skipped
+    }
+
+    /// Whether its subject is not built yet.
+    pub fn is_not_built(&self) -> bool {
+        self.verdict == Verdict::NotBuilt
     }
 }
 
 impl std::fmt::Display for Outcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { case, worst, bound, detail } = self;
-        if self.is_skipped() {
-            return write!(f, "skipped {case:<64} {detail}");
-        }
-        let verdict = if self.passed() { "ok     " } else { "FAILED " };
-        write!(f, "{verdict} {case:<64} worst {worst:.1e}  bound {bound:.1e}  {detail}")
+        let Self { case, detail, verdict } = self;
+        let line = match verdict {
+            Verdict::Skipped => format!("skipped   {case:<64} {detail}"),
+            Verdict::NotBuilt => format!("not built {case}"),
+            Verdict::Measured { worst, bound } => {
+                let verdict = if self.passed() { "ok" } else { "FAILED" };
+                format!("{verdict:<9} {case:<64} worst {worst:.1e}  bound {bound:.1e}  {detail}")
+            }
+        };
+        f.write_str(line.trim_end())
     }
 }
 

@@ -16,13 +16,11 @@ use crate::Outcome;
 use crate::golden::{Any, Golden, Tolerance, collect, max, number, relative, text};
 use crate::step::{Recorded, pipeline};
 
-/// All cases of the optimiser. `root` is the folder of the goldens.
-pub fn cases(root: &Path) -> Vec<Outcome> {
-    let dir = root.join("optim_flux");
-    let mut out = collect("optim_flux/lr_schedules", |out| schedules(&dir, out));
-    out.extend(collect("optim_flux/unit", |out| unit(&dir, out)));
-    out.extend(collect("optim_flux", |out| training(&dir, out)));
-    out
+/// The folder `optim_flux/`.
+pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    out.extend(collect("lr_schedules", |out| schedules(dir, out)));
+    out.extend(collect("unit", |out| unit(dir, out)));
+    training(dir, out)
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
@@ -44,12 +42,7 @@ fn schedules(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             let want = numbers(&case[format!("{what}_used_at_step")]);
             let got: Vec<f64> = (0..want.len() as u64).map(of).collect();
             let worst = tolerance.worst(&got, &want);
-            out.push(Outcome {
-                case: format!("{name} {what}"),
-                worst,
-                bound: 1e-9,
-                detail: format!("{} steps", want.len()),
-            });
+            out.push(Outcome::measured(format!("{name} {what}"), worst, 1e-9, format!("{} steps", want.len())));
         }
     }
     Ok(())
@@ -91,7 +84,7 @@ fn unit(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         adamw.step(&params, &gradients_of(&params, |_| Ok(row(&grads)?))?, lr, weight_decay, None)?;
         worst = max(worst, relative(params.get("p").ok_or("p")?, &row(&trajectory)?)?);
     }
-    out.push(Outcome { case: "adamw".into(), worst, bound: 1e-6, detail: format!("{} steps", grads.dim(0)?) });
+    out.push(Outcome::measured("adamw", worst, 1e-6, format!("{} steps", grads.dim(0)?)));
     let max_norm = number(&case["clip"], "max_norm")?;
     for i in (0..).take_while(|i| golden.has(&format!("clip{i}/norm"))) {
         let inputs = golden.under(&format!("clip{i}/in."))?;
@@ -105,7 +98,7 @@ fn unit(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             let clipped = value.mul(&clipping.coefficient)?;
             worst = max(worst, relative(&clipped, &golden.tensor(&format!("clip{i}/out.{name}"))?)?);
         }
-        out.push(Outcome { case: format!("clip{i}"), worst, bound: 1e-6, detail: "norm and gradients".into() });
+        out.push(Outcome::measured(format!("clip{i}"), worst, 1e-6, "norm and gradients"));
     }
     Ok(())
 }
@@ -156,7 +149,7 @@ fn training(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         }
         for (what, worst, bound) in [("loss", losses, "loss"), ("grad_norm", norms, "grad_norm"), ("lr", rates, "lr")] {
             let bound = number(&bounds[bound], "rtol")?;
-            out.push(Outcome { case: format!("{name} {what}"), worst, bound, detail: String::new() });
+            out.push(Outcome::measured(format!("{name} {what}"), worst, bound, ""));
         }
         let file = if index == 0 {
             "final_parameters".into()
@@ -175,7 +168,7 @@ fn training(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             }
             // The moments are sums of gradients, so they share the gradient norms' bound.
             let bound = number(&bounds["grad_norm"], "rtol")?;
-            out.push(Outcome { case: format!("{name} moments"), worst, bound, detail: String::new() });
+            out.push(Outcome::measured(format!("{name} moments"), worst, bound, ""));
         }
     }
     Ok(())
@@ -192,8 +185,8 @@ fn parameters_after(dir: &Path, file: &str, name: &str, model: &dyn Transformer,
     deviations.sort_by(f64::total_cmp);
     let detail = format!("{} tensors", wanted.len());
     let worst = deviations.last().copied().unwrap_or(f64::INFINITY);
-    out.push(Outcome { case: format!("{name} parameters"), worst, bound: 1e-3, detail: detail.clone() });
+    out.push(Outcome::measured(format!("{name} parameters"), worst, 1e-3, &*detail));
     let worst = deviations.get(deviations.len() / 2).copied().unwrap_or(f64::INFINITY);
-    out.push(Outcome { case: format!("{name} parameters (median)"), worst, bound: 5e-5, detail });
+    out.push(Outcome::measured(format!("{name} parameters (median)"), worst, 5e-5, detail));
     Ok(())
 }

@@ -16,22 +16,7 @@ use flowtape_flowmatch::{
 use serde_json::Value;
 
 use crate::Outcome;
-use crate::golden::{Any, Golden, collect, exact, max, number, text};
-
-/// All cases of `pipeline_math/` that need no model. `root` is the folder of the goldens.
-pub fn cases(root: &Path) -> Vec<Outcome> {
-    let dir = root.join("pipeline_math");
-    let suite = |name: &str, run: fn(&Path, &mut Vec<Outcome>) -> Any<()>| {
-        collect(&format!("pipeline_math/{name}"), |out| run(&dir, out))
-    };
-    [
-        suite("sample_timesteps", sample_timesteps),
-        suite("sigma_statistics", sigma_statistics),
-        suite("schedule_and_loss", schedule_and_loss),
-        suite("time_shift", time_shifts),
-    ]
-    .concat()
-}
+use crate::golden::{Any, Golden, exact, max, number, text};
 
 fn config(kwargs: &Value) -> Any<FlowMatchingConfig> {
     Ok(serde_json::from_value(kwargs.clone())?)
@@ -66,8 +51,8 @@ fn recorded(call: &str, values: Vec<f32>) -> Any<Recorded> {
     }
 }
 
-fn sample_timesteps(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(dir, "sample_timesteps")?;
+pub(crate) fn sample_timesteps(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?;
     for case in golden.list("cases")? {
         let name = text(case, "name")?;
         let mut draws = Vec::new();
@@ -111,8 +96,8 @@ fn stated(what: &str, key: &str) -> Any<f64> {
     Ok(rest[..end].trim_end_matches('.').parse()?)
 }
 
-fn sigma_statistics(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(dir, "sigma_statistics")?;
+pub(crate) fn sigma_statistics(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?;
     let mut draws = PhiloxDraws::new(20);
     for (index, case) in golden.list("cases")?.iter().enumerate() {
         let config = config(&case["pipeline_kwargs"])?;
@@ -126,7 +111,7 @@ fn sigma_statistics(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         let mean = sigma.iter().map(|s| f64::from(*s)).sum::<f64>() / ours as f64;
         let deviation = (mean - number(case, "mean")?).abs() / number(case, "mean_standard_error")?;
         let detail = format!("mean {mean:.6} of {ours} draws, in standard errors of the reference's {count}");
-        out.push(Outcome { case: format!("{name}.mean"), worst: deviation, bound: 5.0, detail });
+        out.push(Outcome::measured(format!("{name}.mean"), deviation, 5.0, detail));
         let quantiles = case["quantiles"].as_object().ok_or("no quantiles")?;
         let mut worst: f64 = 0.0;
         for (level, want) in quantiles {
@@ -135,7 +120,7 @@ fn sigma_statistics(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             worst = max(worst, (got - want.as_f64().ok_or("a quantile is a number")?).abs());
         }
         let detail = format!("{} quantiles, absolute", quantiles.len());
-        out.push(Outcome { case: format!("{name}.quantiles"), worst, bound: 0.005, detail });
+        out.push(Outcome::measured(format!("{name}.quantiles"), worst, 0.005, detail));
         let method = text(case, "returned_method")?;
         out.push(exact(format!("{name}.method"), sample.method == method, format!("{} for {method}", sample.method)));
     }
@@ -151,23 +136,21 @@ fn sigma_statistics(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         let error = (ratio * (1.0 - ratio) / batches).sqrt();
         let worst = (uniform / batches - number(mix, "uniform_fraction")?).abs() / error;
         let detail = format!("{uniform} of {batches} batches, in standard errors");
-        out.push(Outcome { case: "mix_uniform_ratio".to_owned(), worst, bound: 7.0, detail });
+        out.push(Outcome::measured("mix_uniform_ratio", worst, 7.0, detail));
         out.push(exact("default_ratio", default.mix_uniform_ratio == ratio, format!("{ratio}")));
     }
     Ok(())
 }
 
-fn schedule_and_loss(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(dir, "schedule_and_loss")?;
+pub(crate) fn schedule_and_loss(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?;
     let tolerance = golden.tolerance("")?;
     let check = |name: String, got: &Tensor| -> Any<Outcome> {
         let want = golden.tensor(&name)?;
-        let mut outcome = tolerance.outcome(&name, &got.to_vec::<f32>()?, &want.to_vec::<f32>()?);
         if got.dims() != want.dims() {
-            outcome.worst = f64::INFINITY;
-            outcome.detail = format!("shape {:?} for {:?}", got.dims(), want.dims());
+            return Ok(exact(name, false, format!("shape {:?} for {:?}", got.dims(), want.dims())));
         }
-        Ok(outcome)
+        Ok(tolerance.outcome(&name, &got.to_vec::<f32>()?, &want.to_vec::<f32>()?))
     };
     for name in golden.names() {
         if let Some(case) = name.strip_suffix(".x0") {
@@ -241,8 +224,8 @@ fn schedule_and_loss(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     Ok(())
 }
 
-fn time_shifts(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(dir, "time_shift")?;
+pub(crate) fn time_shifts(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?;
     let tolerance = golden.tolerance("")?;
     let t = golden.values("t")?;
     for case in golden.list("cases")? {

@@ -14,21 +14,20 @@ use serde_json::Value;
 use crate::Outcome;
 use crate::golden::{Any, Golden, collect, number, relative, text};
 
-/// All cases of the scheduler. `root` is the folder of the goldens.
-pub fn cases(root: &Path) -> Vec<Outcome> {
-    let dir = root.join("sampling");
-    let mut out = collect("sampling/scheduler", |out| scheduler(&dir, out));
-    out.extend(trajectories_on(root, &Device::cpu()));
-    out
-}
-
-/// Euler trajectories on a device.
+/// Euler trajectories on a device. `root` is the folder of the goldens.
 pub fn trajectories_on(root: &Path, device: &Device) -> Vec<Outcome> {
-    collect("sampling/flux_trajectory", |out| trajectory(root, device, out))
+    let dir = root.join("sampling");
+    collect("sampling/flux_trajectory", |out| trajectory(&dir, "flux_trajectory", device, out))
 }
 
-fn scheduler(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(dir, "scheduler")?;
+/// The same on the CPU.
+pub(crate) fn trajectories(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    trajectory(dir, file, &Device::cpu(), out)
+}
+
+/// Tables of sigmas and timesteps.
+pub(crate) fn scheduler(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?;
     let tolerance = golden.tolerance("sigmas")?;
     for case in golden.list("cases")? {
         let name = text(case, "name")?;
@@ -55,7 +54,7 @@ fn scheduler(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     }
     let compare = |case: String, got: f64, want: f64| {
         let worst = tolerance.worst(&[got], &[want]);
-        Outcome { case, worst, bound: tolerance.rtol, detail: format!("{got} for {want}") }
+        Outcome::measured(case, worst, tolerance.rtol, format!("{got} for {want}"))
     };
     if let Some(table) = golden.json["flux_calculate_shift"].as_object() {
         for (tokens, mu) in table {
@@ -72,10 +71,10 @@ fn scheduler(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
 }
 
 /// Euler trajectories of the model of `flux_step/`: the latents after every step.
-fn trajectory(root: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
-    let golden = Golden::open(&root.join("sampling"), "flux_trajectory")?.on(device);
+fn trajectory(dir: &Path, file: &str, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
+    let golden = Golden::open(dir, file)?.on(device);
     let bound = text(&golden.json["tolerance"], "latents")?.rsplit(' ').next().ok_or("a bound")?.parse()?;
-    let model = checkpoint::load(&root.join("flux_step"), DType::F32, device)?;
+    let model = checkpoint::load(&dir.join("../flux_step"), DType::F32, device)?;
     let noise = golden.tensor("latents")?;
     let batch = |prefix: &str| -> Any<Batch> {
         let text = golden.tensor(&format!("{prefix}text_embeddings"))?;
@@ -106,7 +105,7 @@ fn trajectory(root: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
         let mut compare = |what: String, got: &Tensor, packed: bool| -> Any<()> {
             let got = if packed { pack_latents(got)? } else { got.clone() };
             let worst = relative(&got, &golden.tensor(&what)?)?;
-            out.push(Outcome { case: what, worst, bound, detail: String::new() });
+            out.push(Outcome::measured(what, worst, bound, ""));
             Ok(())
         };
         for (i, (x, velocity)) in velocities.iter().enumerate() {

@@ -14,12 +14,12 @@ use serde_json::Value;
 use crate::Outcome;
 use crate::golden::{Any, Golden, Tolerance, collect, exact, max, number, relative, text};
 
-/// All steps. `root` is the folder of the goldens.
-pub fn cases(root: &Path) -> Vec<Outcome> {
-    cases_on(root, &Device::cpu())
+/// The folder of a step.
+pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    step(dir, &Device::cpu(), out)
 }
 
-/// All steps on a device.
+/// All steps on a device. `root` is the folder of the goldens.
 pub fn cases_on(root: &Path, device: &Device) -> Vec<Outcome> {
     cases_in(root, device, |_| true)
 }
@@ -108,7 +108,7 @@ fn step(folder: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
     let case: Value = serde_json::from_slice(&std::fs::read(folder.join("case.json"))?)?;
     let adapter = text(&case, "adapter")?;
     if !MODELS.iter().any(|m| m.adapter == adapter) {
-        out.push(Outcome::unbuilt(format!("step ({adapter})")));
+        out.push(Outcome::not_built(format!("step ({adapter})")));
         return Ok(());
     }
     let mut model = checkpoint::load(folder, DType::F32, device)?;
@@ -208,7 +208,7 @@ impl Run {
     ) -> Any<()> {
         let Self { step, grad_pred, gradients } = self;
         let mut push = |name: &str, worst: f64, bound: f64, detail: String| {
-            out.push(Outcome { case: format!("{name}{suffix}"), worst, bound, detail });
+            out.push(Outcome::measured(format!("{name}{suffix}"), worst, bound, detail));
         };
         let mut worst = 0.0;
         for (name, want) in files.prepared.under("")? {
@@ -275,7 +275,7 @@ impl Run {
         let Self { step, gradients, .. } = self;
         let f32_off = &case["f32_vs_f64_max_relative_deviation"];
         let mut push = |name: &str, worst: f64, f32_off: f64, detail: String| {
-            out.push(Outcome { case: format!("{name} (bf16)"), worst, bound: HALF * f32_off, detail });
+            out.push(Outcome::measured(format!("{name} (bf16)"), worst, HALF * f32_off, detail));
         };
         let pred = number(f32_off, "model_pred")?;
         push("model_pred", relative(step.model_pred(), &files.outputs.tensor("model_pred")?)?, pred, String::new());
@@ -306,10 +306,18 @@ impl Run {
         push("grads, median", deviations[count / 2].0, number(f32_off, "median_param_grad")?, String::new());
         push("grads that are zero", of_zero / largest, worst_off, format!("{} of the largest", zero.len()));
         let bf16 = |t: &Tensor| t.dtype() == DType::BF16;
-        let narrow = bf16(step.model_pred()) && bf16(noisy) && gradients.iter().all(|(_, g)| bf16(g));
+        // Where several gradients of one parameter or leaf meet, their sum is f32.
+        let summed = |t: &Tensor| t.dtype() == DType::F32;
+        let narrow = bf16(step.model_pred())
+            && gradients.iter().all(|(_, g)| bf16(g) || summed(g))
+            && gradients.iter().any(|(_, g)| bf16(g));
         let wide = [&step.loss, &step.target, step.inputs.tensor("timestep").or(step.inputs.tensor("timesteps"))?];
         let wide = wide.iter().all(|t| t.dtype() == DType::F32);
-        out.push(exact("dtypes (bf16)", narrow && wide, "loss, target and times in f32, the rest in bf16"));
+        out.push(exact(
+            "dtypes (bf16)",
+            narrow && wide,
+            "loss, target, times and sums of gradients in f32, the rest in bf16",
+        ));
         Ok(())
     }
 

@@ -1,9 +1,10 @@
 //! Every golden case, a line each: `cargo test --release -p flowtape-tests goldens`.
+#![allow(clippy::unwrap_used)] // a test
 
 use std::io::Write;
 
 use flowtape_engine::gradcheck::rerun_on_instruction_sets;
-use flowtape_tests::{Outcome, adapters, goldens, ops, optim, pipeline_math, sampling, step};
+use flowtape_tests::{Outcome, goldens, suite};
 
 #[test]
 fn every_instruction_set_meets_them() {
@@ -13,17 +14,23 @@ fn every_instruction_set_meets_them() {
 #[test]
 fn goldens_are_met() {
     let root = goldens();
-    let suites = [ops::cases, pipeline_math::cases, adapters::cases, step::cases, optim::cases, sampling::cases];
-    let outcomes: Vec<Outcome> = suites.iter().flat_map(|cases| cases(&root)).collect();
+    let outcomes = suite::outcomes(&root).unwrap();
     // Straight to the terminal: the harness swallows what a passing test prints.
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "goldens in {}", root.display());
     for outcome in &outcomes {
         let _ = writeln!(out, "{outcome}");
     }
-    let skipped = outcomes.iter().filter(|o| o.is_skipped()).count();
-    let failed: Vec<&Outcome> = outcomes.iter().filter(|o| !o.is_skipped() && !o.passed()).collect();
-    let passed = outcomes.len() - skipped - failed.len();
-    let _ = writeln!(out, "{passed} passed, {} failed, {skipped} skipped", failed.len());
-    assert!(failed.is_empty() && passed > 0, "{} golden cases failed", failed.len());
+    let count = |kind: fn(&Outcome) -> bool| outcomes.iter().filter(|o| kind(o)).count();
+    let (passed, failed) = (count(Outcome::passed), count(Outcome::failed));
+    let (skipped, not_built) = (count(Outcome::is_skipped), count(Outcome::is_not_built));
+    let _ = writeln!(out, "{passed} passed, {failed} failed, {skipped} skipped, {not_built} not built");
+    assert!(failed == 0 && passed > 0, "{failed} golden cases failed");
+}
+
+/// A folder of goldens that disappears would take its cases along without a word.
+#[test]
+fn every_subject_has_goldens() {
+    let own = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens");
+    assert_eq!(suite::without_goldens(&own).unwrap(), [""; 0]);
 }

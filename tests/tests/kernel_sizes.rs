@@ -286,7 +286,7 @@ fn check(kind: &ModelKind, heads: [usize; 2], out: &mut Vec<Outcome>) {
     let mut compare = |what: &str, f32_bound: f64, of: fn(&Run) -> &Numbers| {
         let [single, half] = [&single, &half].map(|run| worst(of(run), of(&exact)));
         for (dtype, (worst, detail), bound) in [("f32", single.clone(), f32_bound), ("bf16", half, BF16 * single.0)] {
-            out.push(Outcome { case: format!("{title} {dtype} {what}"), worst, bound, detail });
+            out.push(Outcome::measured(format!("{title} {dtype} {what}"), worst, bound, detail));
         }
     };
     compare("predictions", F32_PREDICTIONS, |run| &run.predictions);

@@ -29,9 +29,10 @@ impl TimestepProjection {
 /// order of operations: at angles of 1000 every other order differs in the fifth digit. No device waits for it.
 ///
 /// # Errors
-/// When memory runs out.
+/// When memory runs out, or the times need a gradient: there is none.
 pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Result<Tensor> {
     let half = options.dim / 2;
+    let plain = times.constant("timestep_embedding", "times")?;
     let divisor = half as f32 - options.downscale_freq_shift;
     let frequency = |i: usize| (-(10_000f64.ln() as f32) * i as f32 / divisor).exp();
     let frequencies: Vec<f32> = (0..half).map(frequency).collect();
@@ -48,11 +49,11 @@ pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Resul
             let angle = t * f * scale;
             [angle.cos(), angle.sin()]
         });
-        let times_f32 = times.detach().to_dtype(DType::F32)?.reshape(&[times.numel(), 1])?;
+        let times_f32 = plain.to_dtype(DType::F32)?.reshape(&[times.numel(), 1])?;
         run_pointwise(&function, &[&times_f32, &frequencies], &[], &[cos, sin])?;
         return Ok(out.on_tape_of(times));
     }
-    let times_host = times.to_vec::<f32>()?;
+    let times_host = plain.to_vec::<f32>()?;
     let mut out = vec![0f32; times_host.len() * options.dim];
     for (row, t) in out.chunks_mut(options.dim.max(1)).zip(&times_host) {
         for (i, frequency) in frequencies.iter().enumerate() {

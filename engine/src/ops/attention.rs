@@ -8,7 +8,7 @@ use crate::ops::matmul::{flipped, product};
 use crate::ops::pointwise::{map, run_pointwise};
 use crate::ops::reduce::{accumulator, run_reduce};
 use crate::shape::broadcast;
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
 
 /// Keys of one block of the composition.
@@ -277,16 +277,21 @@ impl Op for Attention {
         if run_fused(attention)? == Ran::Declined {
             attention.compose()?;
         }
-        [q, k, v, &o, &lse].into_iter().chain(inputs.get(3)).for_each(|t| cx.save(t));
+        for (name, tensor) in [("q", q), ("k", k), ("v", v), ("o", &o), ("lse", &lse)] {
+            cx.save(name, tensor);
+        }
+        inputs.get(3).into_iter().for_each(|mask| cx.save("mask", mask));
         Ok(vec![o])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let (Some(grad), [q, k, v, o, lse, own_mask @ ..]) = (&grads[0], saved) else { return Ok(()) };
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let [q, k, v, o, lse] = [saved.get("q")?, saved.get("k")?, saved.get("v")?, saved.get("o")?, saved.get("lse")?];
         let new = |t: &Tensor| heads_last(t.dims(), t.dtype(), t);
         let (dq, dk, dv) = (new(q)?, new(k)?, new(v)?);
-        let mask = expanded_mask(own_mask.first(), q, k)?;
-        let d_mask = own_mask.first().filter(|_| out.needs(3));
+        let own_mask = saved.optional("mask");
+        let mask = expanded_mask(own_mask, q, k)?;
+        let d_mask = own_mask.filter(|_| out.needs(3));
         let d_mask = d_mask.map(|m| Tensor::empty(m.dims(), m.dtype(), m.device())).transpose()?;
         let attention = AttentionBackward {
             q,
@@ -343,11 +348,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scal
     let wide = accumulator(q.dtype());
     let additive = match mask.dtype() {
         DType::U32 => map(wide, [&mask.detach()], |[m]| m.select_lt(0.5, f64::NEG_INFINITY, 0.0))?,
-        // What is recorded here is the mask's alone, so it joins the others' tape before it meets them.
-        _ => match [q, k, v].into_iter().find(|t| t.tape().is_some()).filter(|_| mask.tape().is_none()) {
-            Some(tracked) => mask.on_tape_of(tracked).to_dtype(wide)?,
-            None => mask.to_dtype(wide)?,
-        },
+        _ => mask.to_dtype(wide)?,
     };
     let axes = [&[1; 4][mask.rank()..], mask.dims()].concat();
     apply_one(op, &[q, k, v, &additive.reshape(&axes)?])

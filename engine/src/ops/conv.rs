@@ -38,7 +38,7 @@ pub fn patchify_conv(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
         return Err(Error::shape("patchify_conv", "x [B, C, s..] and weight [out, C, k..]", (x.dims(), weight.dims())));
     }
     let patches = patchify(x, kernel)?;
-    linear(&patches, &weight.on_tape_of(x).reshape(&[weight.dims()[0], patches.dims()[2]])?, bias)
+    linear(&patches, &weight.reshape(&[weight.dims()[0], patches.dims()[2]])?, bias)
 }
 
 /// Gradient-check cases.

@@ -3,7 +3,7 @@
 use crate::backend::call::{self, Call};
 use crate::backend::common_device;
 use crate::gradcheck::{Case, Sample};
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
 
 #[derive(Debug)]
@@ -19,17 +19,16 @@ impl Op for Gather {
         let dims = [&[index.numel()], &table.dims()[1..]].concat();
         let out = Tensor::empty(&dims, table.dtype(), table.device())?;
         call::Gather { table: &table, index: &index, out: &out }.run()?;
-        cx.save(&index);
-        if cx.recording() {
-            cx.save(&Tensor::empty(&[], table.dtype(), table.device())?.shape_only(table.dims()));
-        }
+        cx.save("index", &index);
+        cx.save_shape("table", &table);
         Ok(vec![out])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
-        let table = Tensor::zeros(saved[1].dims(), saved[1].dtype(), grad.device())?;
-        call::ScatterAdd { rows: &grad.contiguous()?, index: &saved[0], out: &table }.run()?;
+        let (dims, dtype) = saved.shape("table")?;
+        let table = Tensor::zeros(dims, dtype, grad.device())?;
+        call::ScatterAdd { rows: &grad.contiguous()?, index: saved.get("index")?, out: &table }.run()?;
         out.set(0, table);
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::gradcheck::{Case, Sample};
 use crate::ops::pointwise::reduced_axes;
 use crate::ops::reduce::run_reduce;
 use crate::shape::broadcast;
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
 
 /// A plain product of plain tensors: `[.., m, k] x [.., k, n]`, leading axes broadcast.
@@ -39,6 +39,17 @@ fn same_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<DType> {
     }
 }
 
+/// Keeps the factors of a product: each is read by the gradient of the other alone.
+fn save_factors(cx: &mut Forward, names: [&'static str; 2], factors: [&Tensor; 2]) {
+    for i in [0, 1] {
+        if cx.needs_grad(1 - i) {
+            cx.save(names[i], factors[i]);
+        } else {
+            cx.save_shape(names[i], factors[i]);
+        }
+    }
+}
+
 #[derive(Debug)]
 struct MatMul;
 
@@ -48,22 +59,22 @@ impl Op for MatMul {
     }
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        inputs.iter().for_each(|t| cx.save(t));
+        save_factors(cx, ["a", "b"], [&inputs[0], &inputs[1]]);
         Ok(vec![product(&inputs[0], &inputs[1], None)?])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
-        let unbroadcast = |full: Tensor, to: &Tensor| {
-            let axes = reduced_axes(to.dims(), full.dims());
+        let unbroadcast = |full: Tensor, to: &[usize]| {
+            let axes = reduced_axes(to, full.dims());
             let batch: Vec<usize> = axes.into_iter().filter(|&a| a + 2 < full.rank()).collect();
-            if batch.is_empty() { full.reshape(to.dims()) } else { full.sum(&batch, true)?.reshape(to.dims()) }
+            if batch.is_empty() { full.reshape(to) } else { full.sum(&batch, true)?.reshape(to) }
         };
         if out.needs(0) {
-            out.set(0, unbroadcast(product(grad, &flipped(&saved[1])?, None)?, &saved[0])?);
+            out.set(0, unbroadcast(product(grad, &flipped(saved.get("b")?)?, None)?, saved.shape("a")?.0)?);
         }
         if out.needs(1) {
-            out.set(1, unbroadcast(product(&flipped(&saved[0])?, grad, None)?, &saved[1])?);
+            out.set(1, unbroadcast(product(&flipped(saved.get("a")?)?, grad, None)?, saved.shape("b")?.0)?);
         }
         Ok(())
     }
@@ -80,19 +91,17 @@ impl Op for Linear {
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let (x, weight) = (&inputs[0], &inputs[1]);
-        cx.save(x);
-        cx.save(weight);
+        save_factors(cx, ["x", "weight"], [x, weight]);
         Ok(vec![product(x, &flipped(weight)?, inputs.get(2))?])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
-        let (x, weight) = (&saved[0], &saved[1]);
         if out.needs(0) {
-            out.set(0, product(grad, weight, None)?);
+            out.set(0, product(grad, saved.get("weight")?, None)?);
         }
         if out.needs(1) {
-            out.set(1, product(&flipped(grad)?, x, None)?);
+            out.set(1, product(&flipped(grad)?, saved.get("x")?, None)?);
         }
         if out.needs(2) {
             let identity = Function::build(|[g]| [g]);

@@ -7,7 +7,7 @@ use crate::gradcheck::{Case, Sample};
 use crate::ops::norm::{NormBackward, NormForward, is_like, is_statistic, layer_norm, statistic};
 use crate::ops::pointwise::{map, pointwise_to, reduced_axes, run_pointwise};
 use crate::ops::reduce::run_reduce;
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{Error, Result, Tensor};
 
 /// `y = layer_norm(x) (1 + scale) + shift`, rounded to the dtype of x in between.
@@ -153,15 +153,19 @@ impl Op for ModulatedNorm {
         if run_fused(norm)? == Ran::Declined {
             norm.compose()?;
         }
-        [x, &mean, &rstd, shift, scale].into_iter().for_each(|t| cx.save(t));
+        let kept = [("x", x), ("mean", &mean), ("rstd", &rstd), ("scale", scale)];
+        kept.into_iter().for_each(|(name, tensor)| cx.save(name, tensor));
+        cx.save_shape("shift", shift);
         Ok(vec![y])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let (Some(grad), [x, mean, rstd, shift, scale]) = (&grads[0], saved) else { return Ok(()) };
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let [x, mean, rstd, scale] = [saved.get("x")?, saved.get("mean")?, saved.get("rstd")?, saved.get("scale")?];
+        let (shift_dims, shift_dtype) = saved.shape("shift")?;
         let grad = &grad.contiguous()?;
         let dx = Tensor::empty_like(x, x.dims(), x.dtype())?;
-        let d_shift = Tensor::empty(shift.dims(), shift.dtype(), x.device())?;
+        let d_shift = Tensor::empty(shift_dims, shift_dtype, x.device())?;
         let d_scale = Tensor::empty(scale.dims(), scale.dtype(), x.device())?;
         let norm = ModulatedNormBackward { x, scale, mean, rstd, grad, dx: &dx, d_shift: &d_shift, d_scale: &d_scale };
         if run_fused(norm)? == Ran::Declined {

@@ -6,7 +6,7 @@ use crate::expr::{Function, Reduce};
 use crate::gradcheck::{Case, Sample};
 use crate::ops::pointwise::{map, run_pointwise};
 use crate::ops::reduce::{accumulator, run_reduce};
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
 
 #[derive(Debug)]
@@ -27,13 +27,13 @@ impl Op for Softmax {
         let terms = Function::build(|[x, m]| [(x - m).exp()]);
         let sum = run_reduce(&terms, Reduce::Sum, &[x, &max], x.dims(), &axes, &[wide])?.remove(0);
         let y = map(x.dtype(), [x, &max, &sum], |[x, m, s]| (x - m).exp() / s)?;
-        cx.save(&y);
+        cx.save("y", &y);
         Ok(vec![y])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
-        let y = &saved[0];
+        let y = saved.get("y")?;
         let product = Function::build(|[y, g]| [y * g]);
         let dot = run_reduce(&product, Reduce::Sum, &[y, grad], y.dims(), &[self.axis], &[accumulator(y.dtype())])?;
         out.set(0, map(y.dtype(), [y, grad, &dot[0]], |[y, g, d]| y * (g - d))?);
@@ -254,15 +254,15 @@ impl Op for Norm {
         let mean = if self.centred { Some(statistic(x)?) } else { None };
         let rstd = statistic(x)?;
         NormForward { x, weight, bias, eps: self.eps, y: &y, mean: mean.as_ref(), rstd: &rstd }.run_or_compose()?;
-        let kept = [Some(x), Some(&rstd), mean.as_ref(), weight];
-        kept.into_iter().flatten().for_each(|t| cx.save(t));
+        let kept = [("x", Some(x)), ("rstd", Some(&rstd)), ("mean", mean.as_ref()), ("weight", weight)];
+        kept.into_iter().filter_map(|(name, t)| Some((name, t?))).for_each(|(name, t)| cx.save(name, t));
         Ok(vec![y])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let (Some(grad), [x, rstd, rest @ ..]) = (&grads[0], saved) else { return Ok(()) };
-        let mean = rest.first().filter(|_| self.centred);
-        let weight = rest.get(usize::from(self.centred)).filter(|_| self.weight);
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let (x, rstd) = (saved.get("x")?, saved.get("rstd")?);
+        let (mean, weight) = (saved.optional("mean"), saved.optional("weight"));
         let dx = Tensor::empty_like(x, x.dims(), x.dtype())?;
         let norm = NormBackward { x, weight, mean, rstd, grad, dx: &dx };
         if out.needs(0) {

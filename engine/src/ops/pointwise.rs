@@ -7,7 +7,7 @@ use crate::gradcheck::{Case, Sample};
 use crate::ops::reduce::run_reduce;
 use crate::ops::view::copied;
 use crate::shape::broadcast;
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
 
 /// Applies a function element by element, with NumPy's broadcasting.
@@ -136,48 +136,52 @@ impl Op for Pointwise {
         common_device("pointwise", &views)?;
         let out = result(&views, &dims, self.dtype)?;
         run_pointwise(&self.function, &views, &[], &[&out])?;
-        // Kept are the leaves that the derivatives read; for the others a view of no elements keeps dims and dtype.
+        // Kept are the leaves that the derivatives read; of the others dims and dtype.
         if cx.recording() {
             let wrt: Vec<usize> = (0..inputs.len()).filter(|&i| cx.needs_grad(i)).collect();
             let gradient = self.function.gradient(&wrt);
             for (i, input) in inputs.iter().enumerate() {
                 if gradient.uses(i) {
-                    cx.save(input);
+                    cx.save(("input", i), input);
                 } else {
-                    cx.save(&Tensor::empty(&[], input.dtype(), input.device())?.shape_only(input.dims()));
+                    cx.save_shape(("input", i), input);
                 }
             }
         }
         Ok(vec![out])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
         // One kernel for the inputs of full shape, one reduction for each broadcast pattern.
         let mut patterns: Vec<(Vec<usize>, Vec<usize>)> = Vec::new();
-        for (i, input) in saved.iter().enumerate() {
+        let shapes: Vec<(&[usize], DType)> =
+            (0..self.function.inputs()).map(|i| saved.shape(("input", i))).collect::<Result<_>>()?;
+        for (i, (dims, _)) in shapes.iter().enumerate() {
             if !out.needs(i) {
                 continue;
             }
-            let axes = reduced_axes(input.dims(), grad.dims());
+            let axes = reduced_axes(dims, grad.dims());
             match patterns.iter_mut().find(|(a, _)| *a == axes) {
                 Some((_, members)) => members.push(i),
                 None => patterns.push((axes, vec![i])),
             }
         }
-        let mut inputs: Vec<&Tensor> = saved.iter().collect();
+        // What was not kept is not read: the gradient stands in its place.
+        let mut inputs: Vec<&Tensor> =
+            (0..shapes.len()).map(|i| saved.optional(("input", i)).unwrap_or(grad)).collect();
         inputs.push(grad);
         for (axes, mut members) in patterns {
             if axes.is_empty() {
                 // A sum hands its gradient on: no kernel, the same elements.
                 let handed_on = |&i: &usize| {
-                    let same = saved[i].dtype() == grad.dtype();
-                    same && self.function.gradient(&[i]).passes(0) == Some(saved.len())
+                    let same = shapes[i].1 == grad.dtype();
+                    same && self.function.gradient(&[i]).passes(0) == Some(shapes.len())
                 };
                 let (handed, rest): (Vec<_>, Vec<_>) = members.into_iter().partition(handed_on);
                 for i in handed {
                     // Leading axes of size 1 may be the result's alone.
-                    out.set(i, grad.reshape(saved[i].dims())?);
+                    out.set(i, grad.reshape(shapes[i].0)?);
                 }
                 members = rest;
                 if members.is_empty() {
@@ -186,16 +190,16 @@ impl Op for Pointwise {
             }
             let function = self.function.gradient(&members);
             let results = if axes.is_empty() {
-                let new = |i: &usize| Tensor::empty_like(grad, grad.dims(), saved[*i].dtype());
+                let new = |i: &usize| Tensor::empty_like(grad, grad.dims(), shapes[*i].1);
                 let results: Vec<Tensor> = members.iter().map(new).collect::<Result<_>>()?;
                 run_pointwise(&function, &inputs, &[], &results.iter().collect::<Vec<_>>())?;
                 results
             } else {
-                let dtypes: Vec<DType> = members.iter().map(|&i| saved[i].dtype()).collect();
+                let dtypes: Vec<DType> = members.iter().map(|&i| shapes[i].1).collect();
                 run_reduce(&function, Reduce::Sum, &inputs, grad.dims(), &axes, &dtypes)?
             };
             for (&i, result) in members.iter().zip(results) {
-                out.set(i, result.reshape(saved[i].dims())?);
+                out.set(i, result.reshape(shapes[i].0)?);
             }
         }
         Ok(())

@@ -5,7 +5,7 @@ use crate::backend::common_device;
 use crate::expr::{Function, Program, Reduce};
 use crate::gradcheck::{Case, Sample};
 use crate::ops::pointwise::{expanded, map, pointwise};
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Result, Tensor};
 
 /// Reduces `function(inputs)` over `axes` of the iteration shape `dims`; the results keep those axes with size 1.
@@ -62,20 +62,19 @@ impl Op for ReduceOp {
             map(x.dtype(), [&sum[0]], |[s]| s * factor)?
         };
         if matches!(self.kind, Reduce::Max) {
-            cx.save(x);
-            cx.save(&out);
-        } else if cx.recording() {
-            cx.save(&Tensor::empty(&[], x.dtype(), x.device())?.shape_only(x.dims()));
+            cx.save("x", x);
+            cx.save("max", &out);
+        } else {
+            cx.save_shape("x", x);
         }
         Ok(vec![out])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
-        let x = &saved[0];
         if matches!(self.kind, Reduce::Max) {
             // Equal maxima share the gradient, as in PyTorch's amax.
-            let largest = &saved[1];
+            let (x, largest) = (saved.get("x")?, saved.get("max")?);
             let hit = Function::build(|[x, m]| [x.select_lt(m, 0.0, 1.0)]);
             let inputs = [x, largest];
             let ties = run_reduce(&hit, Reduce::Sum, &inputs, x.dims(), &self.axes, &[accumulator(x.dtype())])?;
@@ -85,7 +84,7 @@ impl Op for ReduceOp {
         }
         let factor = self.factor;
         let scaled = if factor == 1.0 { grad.clone() } else { map(grad.dtype(), [grad], |[g]| g * factor)? };
-        out.set(0, scaled.view(scaled.layout().expand(x.dims())?));
+        out.set(0, scaled.view(scaled.layout().expand(saved.shape("x")?.0)?));
         Ok(())
     }
 }

@@ -8,7 +8,7 @@ use crate::ops::norm::{NormBackward, NormForward, is_like, is_statistic, rms_nor
 use crate::ops::pointwise::run_pointwise;
 use crate::ops::reduce::accumulator;
 use crate::shape::Layout;
-use crate::tape::{Forward, InputGradients, Op, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{Device, Error, Result, Tensor};
 
 /// Which elements of the last axis form a pair.
@@ -69,14 +69,14 @@ impl Op for Rope {
     }
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        cx.save(&inputs[1]);
-        cx.save(&inputs[2]);
+        cx.save("cos", &inputs[1]);
+        cx.save("sin", &inputs[2]);
         Ok(vec![self.rotate(&inputs[0], &inputs[1], &inputs[2], false)?])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         if let Some(grad) = &grads[0] {
-            out.set(0, self.rotate(grad, &saved[0], &saved[1], true)?);
+            out.set(0, self.rotate(grad, saved.get("cos")?, saved.get("sin")?, true)?);
         }
         Ok(())
     }
@@ -99,7 +99,8 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Resul
         let got = (x.dims(), cos.dims(), sin.dims());
         return Err(Error::shape("rope", "x [.., L, even D], cos and sin [L, D]", got));
     }
-    apply_one(Rope(layout), &[x, &cos.detach(), &sin.detach()])
+    let [cos, sin] = [cos.constant("rope", "tables")?, sin.constant("rope", "tables")?];
+    apply_one(Rope(layout), &[x, &cos, &sin])
 }
 
 /// `rope(rms_norm(x) weight)`, rounded to the dtype of x in between.
@@ -247,12 +248,15 @@ impl Op for NormRope {
         if run_fused(norm)? == Ran::Declined {
             norm.compose()?;
         }
-        [x, &rstd].into_iter().chain(&inputs[1..]).for_each(|t| cx.save(t));
+        let kept = [("x", x), ("rstd", &rstd), ("weight", weight), ("cos", cos), ("sin", sin)];
+        kept.into_iter().for_each(|(name, tensor)| cx.save(name, tensor));
         Ok(vec![y])
     }
 
-    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
-        let (Some(grad), [x, rstd, weight, cos, sin]) = (&grads[0], saved) else { return Ok(()) };
+    fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+        let Some(grad) = &grads[0] else { return Ok(()) };
+        let (x, rstd, weight) = (saved.get("x")?, saved.get("rstd")?, saved.get("weight")?);
+        let (cos, sin) = (saved.get("cos")?, saved.get("sin")?);
         let dense = grad.layout().strides[3] == 1 || grad.dims()[3] == 1;
         let grad = if dense { grad } else { &grad.contiguous()? };
         let dx = Tensor::empty(x.dims(), x.dtype(), x.device())?;
@@ -285,7 +289,8 @@ pub fn rms_norm_rope(
     };
     let fits = width > 0 && width.is_multiple_of(2) && tables.iter().all(|t| t.dims() == [len, width]);
     if fits && weight.dims() == [width] {
-        return apply_one(NormRope { eps, layout }, &[x, weight, &cos.detach(), &sin.detach()]);
+        let [cos, sin] = [cos.constant("rope", "tables")?, sin.constant("rope", "tables")?];
+        return apply_one(NormRope { eps, layout }, &[x, weight, &cos, &sin]);
     }
     let [cos, sin] = [cos.unsqueeze(1)?, sin.unsqueeze(1)?];
     rope(&rms_norm(x, Some(weight), eps)?, &cos, &sin, layout)

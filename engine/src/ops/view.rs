@@ -4,7 +4,7 @@ use crate::backend::call::{Call, CopyTo};
 use crate::backend::common_device;
 use crate::gradcheck::{Case, Sample};
 use crate::shape::{Layout, numel};
-use crate::tape::{Forward, InputGradients, Op, apply, apply_one};
+use crate::tape::{Forward, InputGradients, Op, Saved, apply, apply_one};
 use crate::{Error, Result, Tensor};
 
 /// A change of layout and the layout of its gradient.
@@ -37,7 +37,7 @@ impl Op for View {
         Ok(vec![out])
     }
 
-    fn backward(&self, _: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, _: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
         let dx = match self {
             Self::Reshape { from, .. } => reshaped(grad, from)?,
@@ -95,7 +95,7 @@ impl Op for Split {
         self.sizes.iter().map(part).collect()
     }
 
-    fn backward(&self, _: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, _: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(any) = grads.iter().flatten().next() else { return Ok(()) };
         let complete = grads.iter().all(Option::is_some) && self.sizes.iter().sum::<usize>() == self.dims[self.axis];
         let dx = if complete {
@@ -147,7 +147,7 @@ impl Op for Cat {
         Ok(vec![out])
     }
 
-    fn backward(&self, _: &[Tensor], grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
+    fn backward(&self, _: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
         let mut start = self.before;
         for (i, &size) in self.sizes.iter().enumerate() {

@@ -79,7 +79,7 @@ impl ScaleShiftTable {
     /// When there are no such rows, or the shape does not fit.
     pub fn part(&self, rows: Range<usize>, embedding: &Tensor) -> Result<Vec<Tensor>> {
         let (axis, count) = (self.table.rank().saturating_sub(2), rows.len());
-        let table = self.table.on_tape_of(embedding).narrow(axis, rows.start, count)?;
+        let table = self.table.narrow(axis, rows.start, count)?;
         let all = pointwise_to(DType::F32.promote(embedding.dtype()), [&table, embedding], |[t, e]| t + e)?;
         all.chunk(count, 2)?.iter().map(|part| part.squeeze(2)).collect()
     }

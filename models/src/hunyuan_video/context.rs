@@ -211,7 +211,7 @@ impl Context {
         let image = image.mul(&given.to_dtype(image.dtype())?)?;
         let mask_3 = given.squeeze(2)?.broadcast_to(&embeds.dims()[..2])?;
 
-        let typed = |x: &Tensor, kind: usize| x.add(&self.cond_type_embed.on_tape_of(x).narrow(0, kind, 1)?);
+        let typed = |x: &Tensor, kind: usize| x.add(&self.cond_type_embed.narrow(0, kind, 1)?);
         let text = typed(&self.text.forward(text, mask, &time)?, 0)?;
         let text_2 = typed(&self.text_2.forward(text_2)?, 1)?;
         let f32 = |mask: &Tensor| mask.detach().to_dtype(DType::F32);

@@ -1,0 +1,146 @@
+//! The golden suite: it walks the folder, so that all that lies there passes, fails, is skipped or is listed as not built.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::golden::{Any, broken, collect};
+use crate::{Outcome, adapters, ops, optim, pipeline_math, sampling, step};
+
+/// Compares the cases of a file `<name>.json` in a folder.
+type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
+
+/// Which parts of the goldens (a folder's name, or folder and file) are compared with what. A `*` stands for any text.
+const SUBJECTS: &[(&str, Check)] = &[
+    ("*_step", step::check),
+    ("ops/*", ops::check),
+    ("optim_flux", optim::check),
+    ("pipeline_math/adapter_inputs", adapters::prepared),
+    ("pipeline_math/packing", adapters::packing),
+    ("pipeline_math/sample_timesteps", pipeline_math::sample_timesteps),
+    ("pipeline_math/schedule_and_loss", pipeline_math::schedule_and_loss),
+    ("pipeline_math/sigma_statistics", pipeline_math::sigma_statistics),
+    ("pipeline_math/time_shift", pipeline_math::time_shifts),
+    ("sampling/flux_trajectory", sampling::trajectories),
+    ("sampling/scheduler", sampling::scheduler),
+];
+
+/// The outcomes of all that lies in a folder of goldens, in the order of its names.
+///
+/// # Errors
+/// A folder can't be listed.
+pub fn outcomes(root: &Path) -> io::Result<Vec<Outcome>> {
+    let mut out = Vec::new();
+    for entry in list(root)? {
+        if !entry.is_dir() {
+            // The goldens' own description.
+            if name(&entry) != "README.md" {
+                out.push(broken(name(&entry), &*Box::<dyn std::error::Error>::from("a file beside the folders")));
+            }
+            continue;
+        }
+        match parts(&entry)? {
+            Ok(files) => out.extend(files.iter().flat_map(|file| part(&entry, file))),
+            Err(problem) => out.push(broken(name(&entry), &*Box::<dyn std::error::Error>::from(problem))),
+        }
+    }
+    Ok(out)
+}
+
+/// The subjects of which a folder of goldens has nothing.
+///
+/// # Errors
+/// A folder can't be listed.
+pub fn without_goldens(root: &Path) -> io::Result<Vec<&'static str>> {
+    let mut parts_there = Vec::new();
+    for folder in list(root)?.iter().filter(|entry| entry.is_dir()) {
+        parts_there.extend(parts(folder)?.into_iter().flatten().map(|file| title(folder, &file)));
+    }
+    let patterns = SUBJECTS.iter().map(|(pattern, _)| *pattern);
+    Ok(patterns.filter(|pattern| !parts_there.iter().any(|part| matches(pattern, part))).collect())
+}
+
+/// The file of cases of a folder that is one case.
+const CASE: &str = "case";
+
+/// The files of cases in a folder, without `.json`: `case` alone, or one for each file; or what is wrong with the folder.
+fn parts(folder: &Path) -> io::Result<Result<Vec<String>, String>> {
+    if folder.join(CASE).with_extension("json").exists() {
+        return Ok(Ok(vec![CASE.to_owned()]));
+    }
+    let files = list(folder)?;
+    let of_kind = |extension: &str| -> Vec<String> {
+        let kind = |path: &&PathBuf| path.extension().is_some_and(|e| e == extension);
+        files.iter().filter(kind).map(|path| name(&path.with_extension(""))).collect()
+    };
+    let cases = of_kind("json");
+    if cases.is_empty() {
+        return Ok(Err("neither case.json nor other JSON files of cases".to_owned()));
+    }
+    Ok(match of_kind("safetensors").into_iter().find(|file| !cases.contains(file)) {
+        Some(file) => Err(format!("{file}.safetensors has no {file}.json beside it")),
+        None => Ok(cases),
+    })
+}
+
+fn title(folder: &Path, file: &str) -> String {
+    if file == CASE { name(folder) } else { format!("{}/{file}", name(folder)) }
+}
+
+fn part(folder: &Path, file: &str) -> Vec<Outcome> {
+    let title = title(folder, file);
+    match SUBJECTS.iter().find(|(pattern, _)| matches(pattern, &title)) {
+        Some((_, check)) => collect(&title, |out| check(folder, file, out)),
+        None => vec![Outcome::not_built(title)],
+    }
+}
+
+fn matches(pattern: &str, text: &str) -> bool {
+    match pattern.split_once('*') {
+        Some((start, end)) => text.strip_prefix(start).is_some_and(|rest| rest.ends_with(end)),
+        None => text == pattern,
+    }
+}
+
+fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries: io::Result<Vec<_>> = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect();
+    let mut entries = entries?;
+    entries.sort();
+    Ok(entries)
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_lies_in_the_folder_is_left_out() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |file: &str| {
+            let path = root.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "{}").unwrap();
+        };
+        for file in ["README.md", "vae_new/case.json", "vae_new/outputs.safetensors", "data/batches.json"] {
+            write(file);
+        }
+        for file in ["data/batches.safetensors", "ops/new.json", "ops/lonely.safetensors", "stray.bin", "sampling/x/y"]
+        {
+            write(file);
+        }
+        write("new_step/case.json");
+        let outcomes = outcomes(root.path()).unwrap();
+        let of = |kind: fn(&Outcome) -> bool| -> Vec<&str> {
+            outcomes.iter().filter(|o| kind(o)).map(|o| &*o.case).collect()
+        };
+        assert_eq!(of(Outcome::is_not_built), ["data/batches", "vae_new"]);
+        assert_eq!(of(Outcome::failed), ["new_step/aborted", "ops", "sampling", "stray.bin"]);
+        assert_eq!(outcomes.len(), 6);
+        std::fs::remove_file(root.path().join("ops/lonely.safetensors")).unwrap();
+        assert!(without_goldens(root.path()).unwrap().contains(&"optim_flux"));
+        assert!(!without_goldens(root.path()).unwrap().contains(&"ops/*"));
+    }
+}
