@@ -16,7 +16,7 @@ pack() {
     built() {
         cargo build --profile "$profile" --message-format=json "$@" | sed -n -E 's/.*"executable":"([^"]+)".*/\1/p' | tail -1
     }
-    cp "$(built -p flowtape-trainer --bin flowtape)" "$out/flowtape"
+    cp "$(built -p flowtape --bin flowtape)" "$out/flowtape"
     cp "$(built -p flowtape-gpu --features cuda --test cuda)" "$out/cuda"
     cp "$(built -p flowtape-tests --test backends)" "$out/backends"
     strip "$out"/{flowtape,cuda,backends}

@@ -2,6 +2,7 @@
 //!
 //! All data are the point c, so that x_t = (1 - σ) c + σ ε and the velocity ε - c is (x_t - c) / σ. The model has that
 //! form; c is what it learns, from the pipeline's loss alone.
+#![allow(clippy::print_stdout)] // an example shows what it does
 
 use flowtape_engine::{DType, Device, Tape, Tensor};
 use flowtape_flowmatch::{

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use flowtape_engine::{DType, Device, Tape, Tensor};
 
-use crate::{Batch, DataType, Draws, Error, Result, TaskType};
+use crate::{Batch, DataType, Draws, Error, LinearInterpolationSchedule, Result, TaskType};
 
 /// All that an adapter may read to prepare a model's inputs.
 #[derive(Clone, Debug)]
@@ -27,8 +27,52 @@ pub struct FlowMatchingContext<'a> {
     pub dtype: DType,
     /// Probability that a sample's conditioning is dropped, for classifier-free guidance.
     pub cfg_dropout_prob: f64,
+    /// Further streams of the batch with their noise, by the names of [`ModelAdapter::stream_latents`].
+    pub streams: BTreeMap<String, NoisedStream>,
     /// The whole batch, for tensors that only this model knows.
     pub batch: &'a Batch,
+}
+
+impl FlowMatchingContext<'_> {
+    /// A further stream that must be there.
+    ///
+    /// # Errors
+    /// When it is not: what samples noises the main latents alone.
+    pub fn stream(&self, name: &str) -> Result<&NoisedStream> {
+        let got = || format!("the streams {:?}", self.streams.keys().collect::<Vec<_>>());
+        self.streams.get(name).ok_or_else(|| Error::batch(format!("noised latents of the stream `{name}`"), got()))
+    }
+}
+
+/// Latents of a further stream, noised with the σ of their sample and a noise of their own.
+#[derive(Clone, Debug)]
+pub struct NoisedStream {
+    /// `x_t`, f32.
+    pub noisy_latents: Tensor,
+    /// The velocity `ε - x_0`, f32 in the same shape.
+    pub target: Tensor,
+}
+
+impl NoisedStream {
+    /// Noises the further streams of a batch, in the adapter's order, at one `sigma` per sample `[B]`.
+    ///
+    /// # Errors
+    /// When the batch lacks a stream, or the draws run out.
+    pub fn of_batch(
+        adapter: &dyn ModelAdapter,
+        batch: &Batch,
+        sigma: &Tensor,
+        draws: &mut dyn Draws,
+    ) -> Result<BTreeMap<String, Self>> {
+        let path = LinearInterpolationSchedule;
+        let mut noised = |(name, latents): (&str, &Tensor)| {
+            let clean = latents.detach().to_dtype(DType::F32)?;
+            let noise = draws.noise(clean.dims(), clean.device())?;
+            let (noisy_latents, target) = (path.forward(&clean, &noise, sigma)?, path.velocity(&clean, &noise)?);
+            Ok((name.to_owned(), Self { noisy_latents, target }))
+        };
+        adapter.stream_latents(batch)?.into_iter().map(&mut noised).collect()
+    }
 }
 
 /// One entry of [`ModelInputs`].
@@ -41,8 +85,6 @@ pub enum Input {
     Tensors(Vec<Tensor>),
     /// A number.
     Number(f64),
-    /// One shape, or any list of sizes.
-    Shape(Vec<usize>),
     /// Lists of shapes per sample, such as `img_shapes`.
     Shapes(Vec<Vec<Vec<usize>>>),
 }
@@ -53,7 +95,6 @@ impl Input {
             Self::Tensor(_) => "a tensor",
             Self::Tensors(_) => "a list of tensors",
             Self::Number(_) => "a number",
-            Self::Shape(_) => "a shape",
             Self::Shapes(_) => "lists of shapes",
         }
     }
@@ -70,7 +111,6 @@ from_input! {
     Tensor => Tensor;
     Vec<Tensor> => Tensors;
     f64 => Number;
-    Vec<usize> => Shape;
     Vec<Vec<Vec<usize>>> => Shapes;
 }
 
@@ -126,7 +166,7 @@ impl ModelInputs {
             match input {
                 Input::Tensor(tensor) => *tensor = tape.attach(tensor),
                 Input::Tensors(tensors) => tensors.iter_mut().for_each(|t| *t = tape.attach(t)),
-                Input::Number(_) | Input::Shape(_) | Input::Shapes(_) => {}
+                Input::Number(_) | Input::Shapes(_) => {}
             }
         }
     }
@@ -171,17 +211,6 @@ impl ModelInputs {
         match self.get(name) {
             Some(Input::Number(number)) => Ok(*number),
             _ => Err(self.wrong(name, "a number")),
-        }
-    }
-
-    /// A shape that must be there.
-    ///
-    /// # Errors
-    /// When it is missing or something else.
-    pub fn shape(&self, name: &str) -> Result<&[usize]> {
-        match self.get(name) {
-            Some(Input::Shape(shape)) => Ok(shape),
-            _ => Err(self.wrong(name, "a shape")),
         }
     }
 
@@ -241,19 +270,29 @@ pub trait ModelAdapter: Send + Sync {
     /// The name in recipes and errors.
     fn name(&self) -> &str;
 
-    /// The model's inputs from the context. Random numbers (guidance dropout, noise of further streams) come from
-    /// `draws`, in a fixed order.
+    /// Clean latents of further streams that the batch holds, by name, such as a video's audio: `[B, ..]`, float. The
+    /// pipeline noises each with the σ of its sample and a noise of its own ([`FlowMatchingContext::streams`]).
+    ///
+    /// # Errors
+    /// When the batch lacks one.
+    fn stream_latents<'b>(&self, batch: &'b Batch) -> Result<Vec<(&'static str, &'b Tensor)>> {
+        let _ = batch;
+        Ok(Vec::new())
+    }
+
+    /// The model's inputs from the context. Random numbers (guidance dropout) come from `draws`, in a fixed order.
     ///
     /// # Errors
     /// When the batch lacks a tensor, or a shape does not fit.
     fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, draws: &mut dyn Draws) -> Result<ModelInputs>;
 
-    /// Runs the model and brings its output into the shape of the latents. Without an implementation the main output
-    /// already has it.
+    /// Runs the model on what [`Self::prepare_inputs`] made of the same context, and brings its output into the shape of
+    /// the latents. Without an implementation the main output already has it.
     ///
     /// # Errors
     /// Those of the model.
-    fn forward(&self, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+    fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+        let _ = cx;
         Ok(model.forward(inputs)?.sample.into())
     }
 
@@ -273,8 +312,8 @@ pub trait ModelAdapter: Send + Sync {
     ///
     /// # Errors
     /// When a stream does not fit its target.
-    fn auxiliary_losses(&self, inputs: &ModelInputs, prediction: &Prediction) -> Result<Vec<(String, Tensor)>> {
-        let _ = (inputs, prediction);
+    fn auxiliary_losses(&self, cx: &FlowMatchingContext<'_>, prediction: &Prediction) -> Result<Vec<(String, Tensor)>> {
+        let _ = (cx, prediction);
         Ok(Vec::new())
     }
 }
@@ -283,16 +322,19 @@ impl<A: ModelAdapter + ?Sized> ModelAdapter for Box<A> {
     fn name(&self) -> &str {
         (**self).name()
     }
+    fn stream_latents<'b>(&self, batch: &'b Batch) -> Result<Vec<(&'static str, &'b Tensor)>> {
+        (**self).stream_latents(batch)
+    }
     fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, draws: &mut dyn Draws) -> Result<ModelInputs> {
         (**self).prepare_inputs(cx, draws)
     }
-    fn forward(&self, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
-        (**self).forward(model, inputs)
+    fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+        (**self).forward(cx, model, inputs)
     }
     fn compute_loss(&self, model_pred: &Tensor, target: &Tensor) -> Result<Tensor> {
         (**self).compute_loss(model_pred, target)
     }
-    fn auxiliary_losses(&self, inputs: &ModelInputs, prediction: &Prediction) -> Result<Vec<(String, Tensor)>> {
-        (**self).auxiliary_losses(inputs, prediction)
+    fn auxiliary_losses(&self, cx: &FlowMatchingContext<'_>, prediction: &Prediction) -> Result<Vec<(String, Tensor)>> {
+        (**self).auxiliary_losses(cx, prediction)
     }
 }

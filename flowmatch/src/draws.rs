@@ -9,7 +9,7 @@ use crate::{Error, Result};
 /// A source of random numbers.
 ///
 /// A step draws in this order: the task type (videos only), the uniform-or-not decision (strategies with a
-/// `mix_uniform_ratio`), `u` or σ, the noise, and then whatever the adapter draws.
+/// `mix_uniform_ratio`), `u` or σ, the noise, the noise of further streams, and then whatever the adapter draws.
 pub trait Draws {
     /// `n` uniform numbers in `[0, 1)`.
     ///

@@ -34,7 +34,9 @@ pub mod time_shift;
 pub mod timestep;
 pub mod weighting;
 
-pub use adapter::{FlowMatchingContext, FlowModel, Input, ModelAdapter, ModelInputs, ModelOutput, Prediction};
+pub use adapter::{
+    FlowMatchingContext, FlowModel, Input, ModelAdapter, ModelInputs, ModelOutput, NoisedStream, Prediction,
+};
 pub use batch::Batch;
 pub use config::FlowMatchingConfig;
 pub use draws::{Draws, PhiloxDraws, Recorded, RecordedDraws};

@@ -1,5 +1,7 @@
 //! One training step: from a batch to a loss.
 
+use std::collections::BTreeMap;
+
 use flowtape_engine::{DType, Tape, Tensor};
 use tracing::{Level, debug, enabled, warn};
 
@@ -8,8 +10,8 @@ use crate::metrics::Range;
 use crate::schedule::per_sample;
 use crate::{
     Batch, DataType, Draws, Error, FlowMatchingConfig, FlowMatchingContext, FlowModel, LinearInterpolationSchedule,
-    LossWeighting, Metrics, ModelAdapter, ModelInputs, Prediction, Result, TaskType, TimestepSample, TimestepSampler,
-    TimestepSampling, log, task,
+    LossWeighting, Metrics, ModelAdapter, ModelInputs, NoisedStream, Prediction, Result, TaskType, TimestepSample,
+    TimestepSampler, TimestepSampling, log, task,
 };
 
 /// Flow-matching training for any model behind a [`ModelAdapter`].
@@ -135,6 +137,8 @@ pub struct StepOutput {
     pub noised: Noised,
     /// `x_t` as the adapter got it: in the compute dtype, on the tape, a leaf where asked for.
     pub noisy_latents: Tensor,
+    /// Further streams of the batch with their noise.
+    pub streams: BTreeMap<String, NoisedStream>,
     /// What the model was called with.
     pub inputs: ModelInputs,
     /// What the adapter made of its output; `velocity` is the prediction.
@@ -288,7 +292,7 @@ impl FlowMatchingPipeline {
         self.step_from(model, batch, noised, global_step, draws, options)
     }
 
-    /// The rest of a step whose noise is given; `draws` serves the adapter alone.
+    /// The rest of a step whose noise is given; `draws` serves further streams and the adapter.
     ///
     /// # Errors
     /// Those of [`Self::step`].
@@ -310,11 +314,13 @@ impl FlowMatchingPipeline {
             Some(tape) => tape.attach(&plain),
             None => plain,
         };
+        let sigma = host_values(&noised.sample.sigma, &latents)?;
         let cx = FlowMatchingContext {
             noisy_latents: noisy_latents.clone(),
             latents: latents.clone(),
             timesteps: host_values(&noised.sample.timesteps, &latents)?,
-            sigma: host_values(&noised.sample.sigma, &latents)?,
+            streams: NoisedStream::of_batch(self.adapter(), batch, &sigma, draws)?,
+            sigma,
             task_type: noised.task_type,
             data_type: batch.data_type.clone(),
             device: latents.device().clone(),
@@ -327,11 +333,11 @@ impl FlowMatchingPipeline {
             // Text and conditioning meet parameters before any latent does: they must carry the tape too.
             inputs.attach(tape);
         }
-        let prediction = self.adapter.forward(model, &inputs)?;
+        let prediction = self.adapter.forward(&cx, model, &inputs)?;
 
         let target = self.schedule.velocity(&latents.to_dtype(DType::F32)?, &noised.noise)?;
         let parts = self.compute_loss(&prediction.velocity, &target, &noised.sample.sigma, Some(batch))?;
-        let auxiliary_losses = self.adapter.auxiliary_losses(&inputs, &prediction)?;
+        let auxiliary_losses = self.adapter.auxiliary_losses(&cx, &prediction)?;
         let mut loss = parts.average_weighted_loss.clone();
         for (_, auxiliary) in &auxiliary_losses {
             loss = loss.add(auxiliary)?;
@@ -348,6 +354,7 @@ impl FlowMatchingPipeline {
             auxiliary_losses,
             noised,
             noisy_latents,
+            streams: cx.streams,
             inputs,
             prediction,
             target,

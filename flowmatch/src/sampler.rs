@@ -1,6 +1,8 @@
 //! From noise to data: Euler's method along the learned velocity, with diffusers' `FlowMatchEulerDiscreteScheduler`
 //! tables.
 
+use std::collections::BTreeMap;
+
 use flowtape_engine::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -318,10 +320,11 @@ impl Sampling<'_> {
             device: x.device().clone(),
             dtype,
             cfg_dropout_prob: 0.0,
+            streams: BTreeMap::new(),
             batch,
         };
         let inputs = self.adapter.prepare_inputs(&cx, &mut RecordedDraws::default())?;
-        Ok(self.adapter.forward(self.model, &inputs)?.velocity)
+        Ok(self.adapter.forward(&cx, self.model, &inputs)?.velocity)
     }
 }
 

@@ -10,19 +10,20 @@
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
-//! | [`presets`], [`inspect`] | configurations of published checkpoints; what a model is made of |
+//! | [`presets`], [`summary`] | configurations of published checkpoints; what a model is made of |
 //! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`], [`create_pipeline`] |
 
 pub mod blocks;
 pub mod checkpoint;
+mod config;
 pub mod flux;
 pub mod flux2;
 pub mod hunyuan_video;
-pub mod inspect;
 pub mod ltx2;
 pub mod presets;
 pub mod qwen_image;
 pub mod registry;
+pub mod summary;
 #[cfg(test)]
 mod testing;
 pub mod wan;
@@ -31,7 +32,9 @@ use flowtape_engine::nn::Params;
 use flowtape_flowmatch::{FlowModel, ModelInputs};
 
 pub use flowtape_flowmatch::{Error, Result};
-pub use registry::{MODELS, ModelKind, create_adapter, create_model, create_pipeline};
+pub use registry::{
+    Capabilities, Condition, GuidanceKind, MODELS, ModelKind, create_adapter, create_model, create_pipeline,
+};
 
 /// A transformer with parameters of diffusers' names.
 pub trait Transformer: FlowModel {
@@ -39,11 +42,17 @@ pub trait Transformer: FlowModel {
     fn params(&self) -> &Params;
     /// The configuration, as `config.json` holds it.
     fn config(&self) -> serde_json::Value;
-    /// Parameters that the loss does not reach from these inputs: what makes something of an input that is missing, or
-    /// that nothing reads.
-    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+    /// Where the parameters begin that the loss does not reach from these inputs: what makes something of an input that is
+    /// missing, or that nothing reads.
+    fn paths_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
         let _ = inputs;
         Vec::new()
+    }
+    /// The names of all parameters under [`Self::paths_without_gradient`].
+    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+        let paths = self.paths_without_gradient(inputs);
+        let names = self.params().iter().map(|(name, _)| name);
+        names.filter(|name| paths.iter().any(|path| name.starts_with(path))).map(String::from).collect()
     }
     /// Whether a key of a checkpoint is of no use to the model and may be there: published files have some.
     fn is_ignored_key(&self, key: &str) -> bool {
@@ -56,10 +65,4 @@ pub trait Transformer: FlowModel {
     /// Parameters that DiT starts at zero (Peebles and Xie 2022, adaLN-Zero): what makes shifts, scales and gates, and the
     /// output projection. A new model adds nothing to its residual stream then, and predicts zero.
     fn zero_init_parameters(&self) -> Vec<String>;
-}
-
-/// Names of the parameters that begin with one of these.
-pub(crate) fn parameters_under(params: &Params, prefixes: &[String]) -> Vec<String> {
-    let names = params.iter().map(|(name, _)| name);
-    names.filter(|name| prefixes.iter().any(|prefix| name.starts_with(prefix))).map(String::from).collect()
 }

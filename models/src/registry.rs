@@ -1,9 +1,7 @@
 //! Every model by name.
 
 use flowtape_engine::nn::ParamBuilder;
-use flowtape_flowmatch::{FlowMatchingConfig, FlowMatchingPipeline, ModelAdapter};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use flowtape_flowmatch::{DataType, FlowMatchingConfig, FlowMatchingPipeline, ModelAdapter};
 use serde_json::{Map, Value};
 
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
@@ -19,6 +17,38 @@ pub type NewAdapter = fn(&Map<String, Value>) -> Result<Box<dyn ModelAdapter>>;
 /// Makes a model from the object of `config.json`.
 pub type NewModel = fn(&Value, &ParamBuilder) -> Result<Box<dyn Transformer>>;
 
+/// What a model generates from, beside a text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Condition {
+    /// The clean first frame of a video (image-to-video): the batch's latents hold it.
+    FirstFrame,
+    /// Clean latents of images to edit: the list `context_latents` of a batch.
+    ReferenceImages,
+    /// Audio that is generated along with its video: `audio_latents` of a batch.
+    Audio,
+}
+
+/// How a model is guided when it is sampled, unless its adapter is told otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GuidanceKind {
+    /// It is told a scale, which it embeds: guidance is distilled into it.
+    Embedded,
+    /// It runs a second time on a negative prompt (Ho and Salimans 2022).
+    ClassifierFree,
+}
+
+/// What a model can do, for whoever feeds or samples it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Capabilities {
+    /// What its latents are: images `[B, C, H, W]` or videos `[B, C, F, H, W]`.
+    pub data: DataType,
+    /// What else it takes.
+    pub conditions: &'static [Condition],
+    /// How it is guided.
+    pub guidance: GuidanceKind,
+}
+
 /// A model, its adapter and how both are made.
 #[derive(Debug)]
 pub struct ModelKind {
@@ -26,6 +56,8 @@ pub struct ModelKind {
     pub adapter: &'static str,
     /// diffusers' class, as in `_class_name` of `config.json`.
     pub class: &'static str,
+    /// What it can do.
+    pub capabilities: Capabilities,
     /// Makes the adapter.
     pub new_adapter: NewAdapter,
     /// Makes the model.
@@ -37,18 +69,21 @@ pub const MODELS: &[ModelKind] = &[
     ModelKind {
         adapter: "simple",
         class: "WanTransformer3DModel",
+        capabilities: Capabilities { data: DataType::Video, conditions: &[], guidance: GuidanceKind::ClassifierFree },
         new_adapter: |kwargs| Ok(Box::new(SimpleAdapter::from_kwargs(kwargs)?)),
         new_model: |config, params| Ok(Box::new(WanTransformer3DModel::new(WanConfig::from_json(config)?, params)?)),
     },
     ModelKind {
         adapter: "flux",
         class: "FluxTransformer2DModel",
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::Embedded },
         new_adapter: |kwargs| Ok(Box::new(FluxAdapter::from_kwargs(kwargs)?)),
         new_model: |config, params| Ok(Box::new(FluxTransformer2DModel::new(FluxConfig::from_json(config)?, params)?)),
     },
     ModelKind {
         adapter: "flux2",
         class: "Flux2Transformer2DModel",
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::Embedded },
         new_adapter: |kwargs| Ok(Box::new(Flux2Adapter::from_kwargs(kwargs)?)),
         new_model: |config, params| {
             Ok(Box::new(Flux2Transformer2DModel::new(Flux2Config::from_json(config)?, params)?))
@@ -57,6 +92,11 @@ pub const MODELS: &[ModelKind] = &[
     ModelKind {
         adapter: "hunyuan",
         class: hunyuan_video::CLASS,
+        capabilities: Capabilities {
+            data: DataType::Video,
+            conditions: &[Condition::FirstFrame],
+            guidance: GuidanceKind::ClassifierFree,
+        },
         new_adapter: |kwargs| Ok(Box::new(HunyuanAdapter::from_kwargs(kwargs)?)),
         new_model: |config, params| {
             Ok(Box::new(HunyuanVideo15Transformer3DModel::new(HunyuanVideo15Config::from_json(config)?, params)?))
@@ -65,6 +105,11 @@ pub const MODELS: &[ModelKind] = &[
     ModelKind {
         adapter: "ltx2",
         class: "LTX2VideoTransformer3DModel",
+        capabilities: Capabilities {
+            data: DataType::Video,
+            conditions: &[Condition::Audio],
+            guidance: GuidanceKind::ClassifierFree,
+        },
         new_adapter: |kwargs| Ok(Box::new(LTX2Adapter::from_kwargs(kwargs)?)),
         new_model: |config, params| {
             Ok(Box::new(LTX2VideoTransformer3DModel::new(LTX2Config::from_json(config)?, params)?))
@@ -73,12 +118,18 @@ pub const MODELS: &[ModelKind] = &[
     ModelKind {
         adapter: "qwen_image",
         class: "QwenImageTransformer2DModel",
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
         new_adapter: |kwargs| Ok(Box::new(QwenImageAdapter::from_kwargs(kwargs)?)),
         new_model: new_qwen_image,
     },
     ModelKind {
         adapter: "qwen_image_edit",
         class: "QwenImageTransformer2DModel",
+        capabilities: Capabilities {
+            data: DataType::Image,
+            conditions: &[Condition::ReferenceImages],
+            guidance: GuidanceKind::ClassifierFree,
+        },
         new_adapter: |kwargs| Ok(Box::new(QwenImageEditAdapter::from_kwargs(kwargs)?)),
         new_model: new_qwen_image,
     },
@@ -88,11 +139,41 @@ fn new_qwen_image(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Trans
     Ok(Box::new(QwenImageTransformer2DModel::new(QwenImageConfig::from_json(config)?, params)?))
 }
 
-/// All of these names, each once.
-fn names(name: fn(&ModelKind) -> &'static str) -> String {
-    let mut names: Vec<_> = MODELS.iter().map(name).collect();
-    names.dedup();
-    names.join(", ")
+impl ModelKind {
+    /// The model behind the adapter of that name.
+    ///
+    /// # Errors
+    /// When there is none: the error lists all.
+    pub fn of_adapter(name: &str) -> Result<&'static Self> {
+        Self::find("adapter_type", name, |kind| kind.adapter)
+    }
+
+    /// A model of that class of diffusers: the first, where several adapters share it.
+    ///
+    /// # Errors
+    /// When there is none: the error lists all.
+    pub fn of_class(name: &str) -> Result<&'static Self> {
+        Self::find("_class_name", name, |kind| kind.class)
+    }
+
+    fn find(key: &'static str, wanted: &str, name: fn(&Self) -> &'static str) -> Result<&'static Self> {
+        let mut names: Vec<_> = MODELS.iter().map(name).collect();
+        names.dedup();
+        let found = MODELS.iter().find(|kind| name(kind) == wanted);
+        found.ok_or_else(|| Error::config(key, format!("one of {}", names.join(", ")), wanted))
+    }
+
+    /// Whether it takes a condition.
+    pub fn takes(&self, condition: Condition) -> bool {
+        self.capabilities.conditions.contains(&condition)
+    }
+}
+
+impl Condition {
+    /// The names of all adapters that take it, for errors.
+    pub fn adapters(self) -> Vec<&'static str> {
+        MODELS.iter().filter(|kind| kind.takes(self)).map(|kind| kind.adapter).collect()
+    }
 }
 
 /// The adapter of that name.
@@ -100,10 +181,7 @@ fn names(name: fn(&ModelKind) -> &'static str) -> String {
 /// # Errors
 /// When there is none (the error lists all), or an argument does not fit.
 pub fn create_adapter(name: &str, kwargs: &Map<String, Value>) -> Result<Box<dyn ModelAdapter>> {
-    match MODELS.iter().find(|m| m.adapter == name) {
-        Some(kind) => (kind.new_adapter)(kwargs),
-        None => Err(Error::config("adapter_type", format!("one of {}", names(|m| m.adapter)), name)),
-    }
+    (ModelKind::of_adapter(name)?.new_adapter)(kwargs)
 }
 
 /// A pipeline with the adapter that its configuration names.
@@ -121,60 +199,16 @@ pub fn create_pipeline(config: FlowMatchingConfig) -> Result<FlowMatchingPipelin
 /// When the class is unknown (the error lists all), or a value does not fit.
 pub fn create_model(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
     let class = config["_class_name"].as_str().unwrap_or("no _class_name");
-    match MODELS.iter().find(|m| m.class == class) {
-        Some(kind) => (kind.new_model)(config, params),
-        None => Err(Error::config("_class_name", format!("one of {}", names(|m| m.class)), class)),
-    }
-}
-
-/// Reads the object of `config.json`. Keys that start with `_` say where it came from, and are passed over.
-pub(crate) fn parse_config<T: DeserializeOwned>(value: &Value) -> Result<T> {
-    let mut value = value.clone();
-    if let Some(object) = value.as_object_mut() {
-        object.retain(|key, _| !key.starts_with('_'));
-    }
-    parse("config.json", value)
-}
-
-/// The object of `config.json` for a configuration of a class.
-pub(crate) fn config_json(class: &str, config: &impl Serialize) -> Value {
-    let mut value = serde_json::json!(config);
-    value["_class_name"] = class.into();
-    value
-}
-
-/// Checks that each of these sizes of a configuration is at least 1.
-pub(crate) fn check_sizes<const N: usize>(sizes: [(&'static str, usize); N]) -> Result<()> {
-    match sizes.into_iter().find(|(_, size)| *size == 0) {
-        Some((key, size)) => Err(Error::config(key, "at least 1", size)),
-        None => Ok(()),
-    }
-}
-
-/// Checks that the axes of a rotary embedding, `N` of them, are even and fill a head.
-pub(crate) fn check_rope_axes<const N: usize>(key: &'static str, axes: &[usize], head_dim: usize) -> Result<()> {
-    if axes.len() == N && axes.iter().all(|axis| axis % 2 == 0) && axes.iter().sum::<usize>() == head_dim {
-        return Ok(());
-    }
-    Err(Error::config(key, format!("{N} even numbers with the sum {head_dim}"), axes))
-}
-
-/// Reads an adapter's arguments from a recipe's `adapter_kwargs`.
-pub(crate) fn parse_kwargs<T: DeserializeOwned>(kwargs: &Map<String, Value>) -> Result<T> {
-    parse("adapter_kwargs", Value::Object(kwargs.clone()))
-}
-
-fn parse<T: DeserializeOwned>(section: &'static str, value: Value) -> Result<T> {
-    serde_path_to_error::deserialize(value).map_err(|e| Error::Config {
-        key: section,
-        expected: "known keys and values that fit".into(),
-        got: e.to_string(),
-    })
+    (ModelKind::of_class(class)?.new_model)(config, params)
 }
 
 #[cfg(test)]
 mod tests {
+    use flowtape_engine::{DType, Device, Tensor};
+    use flowtape_flowmatch::{Batch, FlowModel, ModelInputs, ModelOutput, PhiloxDraws, StepOptions};
+
     use super::*;
+    use crate::testing::normal;
 
     #[test]
     fn names_are_unique_and_unknown_ones_are_listed() {
@@ -189,5 +223,56 @@ mod tests {
         let kwargs = Map::from_iter([("guidance".into(), Value::from(1.0))]);
         let Err(error) = create_adapter("flux", &kwargs) else { panic!("an unknown argument was taken") };
         assert!(error.to_string().contains("guidance_scale"), "{error}");
+    }
+
+    /// Keeps its inputs, and gives the tokens or latents among them back.
+    struct Listening(std::sync::Mutex<ModelInputs>);
+
+    impl FlowModel for Listening {
+        fn forward(&self, inputs: &ModelInputs) -> Result<ModelOutput> {
+            *self.0.lock().unwrap() = inputs.clone();
+            let rest = inputs.optional("audio_hidden_states").cloned().into_iter().collect();
+            Ok(ModelOutput { sample: inputs.tensor("hidden_states")?.narrow(1, 0, 2)?, rest })
+        }
+    }
+
+    /// What the adapter's model is called with for a batch, or what is wrong with it.
+    fn told(kind: &ModelKind, batch: &Batch, i2v_prob: f64) -> Result<ModelInputs> {
+        let config =
+            FlowMatchingConfig { adapter_type: kind.adapter.into(), i2v_prob, ..FlowMatchingConfig::default() };
+        let model = Listening(std::sync::Mutex::default());
+        // Where the prediction is not of the latents' shape, its loss is refused after the model was called.
+        let step = create_pipeline(config)?.step(&model, batch, 1, &mut PhiloxDraws::new(1), &StepOptions::default());
+        let inputs = model.0.into_inner().unwrap();
+        if inputs.iter().next().is_none() { step.map(|step| step.inputs) } else { Ok(inputs) }
+    }
+
+    #[test]
+    fn capabilities_are_what_the_adapters_do() {
+        for kind in MODELS {
+            let Capabilities { data, guidance, .. } = &kind.capabilities;
+            let dims: &[usize] = if *data == DataType::Image { &[2, 3, 4, 4] } else { &[2, 3, 2, 4, 4] };
+            let mask = || Tensor::ones(&[2, 5], DType::F32, &Device::cpu()).unwrap();
+            let all = Batch::new(normal(dims), data.clone())
+                .with("text_embeddings", normal(&[2, 5, 7]))
+                .with("audio_text_embeddings", normal(&[2, 5, 7]))
+                .with("text_mask", mask())
+                .with("text_attention_mask", mask())
+                .with("audio_latents", normal(&[2, 2, 3, 16]))
+                .with_list("context_latents", vec![normal(&[2, 3, 2, 2])]);
+            let plain = told(kind, &all, 0.0).unwrap_or_else(|e| panic!("{}: {e}", kind.adapter));
+            let embedded = plain.get("guidance").is_some();
+            assert_eq!(embedded, *guidance == GuidanceKind::Embedded, "{}", kind.adapter);
+            let values = |inputs: &ModelInputs| inputs.tensor("hidden_states").unwrap().to_vec::<f32>().unwrap();
+            let animated = *data == DataType::Video && values(&told(kind, &all, 1.0).unwrap()) != values(&plain);
+            assert_eq!(animated, kind.takes(Condition::FirstFrame), "{}", kind.adapter);
+            let mut without = all.clone();
+            without.tensors.remove("audio_latents");
+            assert_eq!(told(kind, &without, 0.0).is_err(), kind.takes(Condition::Audio), "{}", kind.adapter);
+            let mut without = all.clone();
+            without.lists.clear();
+            assert_eq!(told(kind, &without, 0.0).is_err(), kind.takes(Condition::ReferenceImages), "{}", kind.adapter);
+        }
+        assert_eq!(Condition::FirstFrame.adapters(), ["hunyuan"]);
     }
 }

@@ -1,7 +1,11 @@
 //! What the tests of adapters and models share.
 
+use std::collections::BTreeMap;
+
 use flowtape_engine::{DType, Device, Philox, Tensor};
-use flowtape_flowmatch::{Batch, Draws, FlowMatchingContext, ModelAdapter, ModelInputs, TaskType};
+use flowtape_flowmatch::{
+    Batch, Draws, FlowMatchingContext, FlowModel, ModelAdapter, ModelInputs, Prediction, RecordedDraws, TaskType,
+};
 
 use crate::Result;
 
@@ -10,18 +14,11 @@ pub(crate) fn normal(dims: &[usize]) -> Tensor {
     Philox::new(dims.iter().sum::<usize>() as u64).normal(dims, &Device::cpu()).unwrap()
 }
 
-/// What an adapter makes of a batch of images at σ = 0.5 whose latents are their own noisy ones.
-pub(crate) fn prepare(
-    adapter: &dyn ModelAdapter,
-    batch: &Batch,
-    dtype: DType,
-    cfg_dropout_prob: f64,
-    draws: &mut dyn Draws,
-) -> Result<ModelInputs> {
-    let latents = batch.latents.to_dtype(dtype)?;
-    let size = batch.size()?;
+/// The context of a batch of images at σ = 0.5 whose latents are their own noisy ones.
+fn context(batch: &Batch, dtype: DType, cfg_dropout_prob: f64) -> Result<FlowMatchingContext<'_>> {
+    let (latents, size) = (batch.latents.to_dtype(dtype)?, batch.size()?);
     let each = |value| Tensor::full(&[size], value, DType::F32, &Device::cpu());
-    let cx = FlowMatchingContext {
+    Ok(FlowMatchingContext {
         noisy_latents: latents.clone(),
         latents,
         timesteps: each(500.0)?,
@@ -31,7 +28,24 @@ pub(crate) fn prepare(
         device: Device::cpu(),
         dtype,
         cfg_dropout_prob,
+        streams: BTreeMap::new(),
         batch,
-    };
-    adapter.prepare_inputs(&cx, draws)
+    })
+}
+
+/// What an adapter makes of a batch in that context.
+pub(crate) fn prepare(
+    adapter: &dyn ModelAdapter,
+    batch: &Batch,
+    dtype: DType,
+    cfg_dropout_prob: f64,
+    draws: &mut dyn Draws,
+) -> Result<ModelInputs> {
+    adapter.prepare_inputs(&context(batch, dtype, cfg_dropout_prob)?, draws)
+}
+
+/// What an adapter makes of a model's output, in f32 and without draws.
+pub(crate) fn predict(adapter: &dyn ModelAdapter, model: &dyn FlowModel, batch: &Batch) -> Result<Prediction> {
+    let cx = context(batch, DType::F32, 0.0)?;
+    adapter.forward(&cx, model, &adapter.prepare_inputs(&cx, &mut RecordedDraws::default())?)
 }

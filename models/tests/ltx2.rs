@@ -5,7 +5,7 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::{DType, Device, Tape, Tensor};
 use flowtape_flowmatch::{
     Batch, FlowMatchingConfig, FlowMatchingContext, FlowMatchingPipeline, FlowModel, ModelAdapter, ModelInputs,
-    ModelOutput, PhiloxDraws, Recorded, RecordedDraws, Result, StepOptions, TaskType,
+    ModelOutput, NoisedStream, PhiloxDraws, Recorded, RecordedDraws, Result, StepOptions, TaskType,
 };
 use flowtape_models::ltx2::LTX2Adapter;
 use flowtape_models::{Transformer, create_adapter, create_model};
@@ -43,9 +43,14 @@ fn batch() -> Batch {
         .with("text_mask", tensor(&[1.0, 1.0, 1.0, 1.0, 1.0, 0.0], &[2, 3]))
 }
 
-fn context(batch: &Batch) -> FlowMatchingContext<'_> {
+/// The context of a batch; the audio's noise is recorded.
+fn context(batch: &Batch) -> Result<FlowMatchingContext<'_>> {
     let sigma = tensor(&SIGMA, &[2]);
-    FlowMatchingContext {
+    let dims = batch.get("audio_latents").map_or(&[0][..], Tensor::dims);
+    let mut draws = RecordedDraws::new([Recorded::Noise(normal(dims, 5))]);
+    let streams = NoisedStream::of_batch(&LTX2Adapter::default(), batch, &sigma, &mut draws)?;
+    assert_eq!(draws.remaining(), 0);
+    Ok(FlowMatchingContext {
         noisy_latents: batch.latents.clone(),
         latents: batch.latents.clone(),
         timesteps: sigma.mul_scalar(1000.0).unwrap(),
@@ -55,16 +60,14 @@ fn context(batch: &Batch) -> FlowMatchingContext<'_> {
         device: Device::cpu(),
         dtype: DType::F32,
         cfg_dropout_prob: 1.0,
+        streams,
         batch,
-    }
+    })
 }
 
 fn prepare(batch: &Batch) -> Result<ModelInputs> {
-    let dims = batch.get("audio_latents").map_or(&[0][..], Tensor::dims);
-    let mut draws = RecordedDraws::new([Recorded::Noise(normal(dims, 5))]);
-    let inputs = LTX2Adapter::default().prepare_inputs(&context(batch), &mut draws)?;
-    assert_eq!(draws.remaining(), 0);
-    Ok(inputs)
+    // Draws that hold nothing: none may be asked for.
+    LTX2Adapter::default().prepare_inputs(&context(batch)?, &mut RecordedDraws::default())
 }
 
 /// Returns a part of its inputs, as a model of one or two streams.
@@ -95,7 +98,8 @@ fn audio_is_noised_with_its_videos_sigma_and_a_noise_of_its_own() {
     let (batch, noise) = (batch(), normal(&[2, 2, 5, 16], 5));
     let inputs = prepare(&batch).unwrap();
     let audio = batch.get("audio_latents").unwrap();
-    assert_eq!(values(inputs.tensor("_audio_target").unwrap()), values(&noise.sub(audio).unwrap()));
+    let target = context(&batch).unwrap().stream("audio").unwrap().target.clone();
+    assert_eq!(values(&target), values(&noise.sub(audio).unwrap()));
     // Token l of sample b holds channel c and bin m at c * 16 + m.
     let (clean, noise, tokens) = (values(audio), values(&noise), values(inputs.tensor("audio_hidden_states").unwrap()));
     for (b, c, l, m) in [(0, 0, 0, 0), (0, 1, 4, 15), (1, 0, 3, 7), (1, 1, 2, 1)] {
@@ -141,19 +145,19 @@ fn each_missing_key_is_named_and_images_are_refused() {
 #[test]
 fn both_streams_come_back_unpacked() {
     let (batch, adapter) = (batch(), LTX2Adapter::default());
-    let inputs = prepare(&batch).unwrap();
-    let prediction = adapter.forward(&Echo(1), &inputs).unwrap();
+    let (inputs, cx) = (prepare(&batch).unwrap(), context(&batch).unwrap());
+    let prediction = adapter.forward(&cx, &Echo(1), &inputs).unwrap();
     assert_eq!(values(&prediction.velocity), values(&batch.latents.mul_scalar(2.0).unwrap()));
-    let target = inputs.tensor("_audio_target").unwrap();
+    let target = &cx.stream("audio").unwrap().target;
     assert_eq!(prediction.auxiliary["audio"].dims(), target.dims());
     let (p, t) = (values(&prediction.auxiliary["audio"]), values(target));
     let mean = p.iter().zip(&t).map(|(p, t)| (p - t).powi(2)).sum::<f64>() / t.len() as f64;
-    let losses = adapter.auxiliary_losses(&inputs, &prediction).unwrap();
+    let losses = adapter.auxiliary_losses(&cx, &prediction).unwrap();
     assert_eq!(losses.len(), 1);
     assert_eq!(losses[0].0, "audio_loss");
     assert!((losses[0].1.item().unwrap() - mean).abs() < 1e-6 * mean);
     for outputs in [0, 2] {
-        let error = adapter.forward(&Echo(outputs), &inputs).unwrap_err().to_string();
+        let error = adapter.forward(&cx, &Echo(outputs), &inputs).unwrap_err().to_string();
         assert!(error.contains("video and audio") && error.contains(&format!("{} outputs", outputs + 1)), "{error}");
     }
 }

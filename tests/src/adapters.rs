@@ -1,13 +1,14 @@
 //! Goldens of the adapters: packing and ids (`pipeline_math/packing`), prepared inputs (`pipeline_math/adapter_inputs`).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingContext, Recorded as Draw, RecordedDraws, TaskType};
-use flowtape_models::flux::{latent_image_ids, pack_latents, unpack_latents};
+use flowtape_models::blocks::{ChannelOrder, patchify, unpatchify};
+use flowtape_models::flux::latent_image_ids;
 use flowtape_models::hunyuan_video::condition_latents;
-use flowtape_models::ltx2::{pack_audio, pack_video, unpack_audio, unpack_video};
-use flowtape_models::{MODELS, create_adapter, flux2};
+use flowtape_models::{MODELS, ModelKind, create_adapter, flux2};
 use serde_json::{Map, Value, json};
 
 use crate::Outcome;
@@ -15,6 +16,12 @@ use crate::golden::{Any, Golden, exact, relative, text};
 
 fn same(case: String, got: &Tensor, want: &Tensor) -> Any<Outcome> {
     Ok(exact(case, got.dims() == want.dims() && got.to_vec::<f32>()? == want.to_vec::<f32>()?, "exact"))
+}
+
+/// Tokens of patches as latents of `dims` again.
+fn unpacked(tokens: &Tensor, dims: &[usize], patch: &[usize]) -> Any<Tensor> {
+    let grid: Vec<usize> = dims[2..].iter().zip(patch).map(|(side, p)| side / p).collect();
+    Ok(unpatchify(tokens, &grid, patch, ChannelOrder::Slowest)?)
 }
 
 pub(crate) fn packing(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
@@ -28,9 +35,9 @@ pub(crate) fn packing(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()>
         if family == "flux2" {
             let (latents, ids) = (tensor("latents")?, tensor("txt_ids")?);
             let (batch, height, width) = (latents.dim(0)?, latents.dim(2)?, latents.dim(3)?);
-            let packed = flux2::pack_latents(&latents)?;
+            let packed = patchify(&latents, &[1, 1])?;
             for (name, got) in [
-                ("unpacked", flux2::unpack_latents(&packed, height, width)?),
+                ("unpacked", unpacked(&packed, latents.dims(), &[1, 1])?),
                 ("packed", packed),
                 ("img_ids", flux2::latent_ids(height, width, batch)?),
                 ("txt_ids", flux2::text_ids(ids.dim(1)?, batch)?),
@@ -49,12 +56,13 @@ pub(crate) fn packing(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()>
         }
         if family == "ltx2" {
             let (video, audio) = (tensor("video")?, tensor("audio")?);
-            let (tokens, audio_tokens) = (pack_video(&video)?, pack_audio(&audio)?);
-            let sides = [video.dim(2)?, video.dim(3)?, video.dim(4)?];
-            out.push(same("ltx2.video_tokens".into(), &tokens, &tensor("video_tokens")?)?);
-            out.push(same("ltx2.video".into(), &unpack_video(&tokens, sides)?, &video)?);
-            out.push(same("ltx2.audio_tokens".into(), &audio_tokens, &tensor("audio_tokens")?)?);
-            out.push(same("ltx2.audio".into(), &unpack_audio(&audio_tokens, audio.dim(3)?)?, &audio)?);
+            for (name, latents, patch) in
+                [("video", video, vec![1; 3]), ("audio", audio.clone(), vec![1, audio.dim(3)?])]
+            {
+                let tokens = patchify(&latents, &patch)?;
+                out.push(same(format!("ltx2.{name}_tokens"), &tokens, &tensor(&format!("{name}_tokens"))?)?);
+                out.push(same(format!("ltx2.{name}"), &unpacked(&tokens, latents.dims(), &patch)?, &latents)?);
+            }
             continue;
         }
         // FLUX and Qwen-Image pack alike.
@@ -63,9 +71,10 @@ pub(crate) fn packing(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()>
             continue;
         }
         let latents = tensor("latents")?;
-        let packed = pack_latents(&latents)?;
+        let packed = patchify(&latents, &[2, 2])?;
         out.push(same(format!("{family}.packed"), &packed, &tensor("packed")?)?);
-        out.push(same(format!("{family}.unpacked"), &unpack_latents(&packed, latents.dims())?, &tensor("unpacked")?)?);
+        let back = unpacked(&packed, latents.dims(), &[2, 2])?;
+        out.push(same(format!("{family}.unpacked"), &back, &tensor("unpacked")?)?);
         if golden.has(&format!("{family}.img_ids")) {
             let ids = latent_image_ids(latents.dim(2)?, latents.dim(3)?)?;
             out.push(same(format!("{family}.img_ids"), &ids, &tensor("img_ids")?)?);
@@ -147,9 +156,8 @@ fn prepare(golden: &Golden, case: &Value, name: &str, adapter: &str) -> Any<Vec<
     let size = golden.tensor(&format!("{name}/timestep")).or_else(|_| golden.tensor(&format!("{name}/timesteps")))?;
     let size = size.dim(0)?;
     let cut = |x: Tensor| -> Any<Tensor> { Ok(x.narrow(0, 0, size)?.contiguous()?) };
-    let video = ["simple", "hunyuan"].contains(&adapter.name());
-    let noisy = cut(golden.tensor(if video { "latents_5d" } else { "latents_4d" })?)?;
-    let data_type: DataType = if video { "video" } else { "image" }.into();
+    let data_type = ModelKind::of_adapter(adapter.name())?.capabilities.data.clone();
+    let noisy = cut(golden.tensor(if data_type == DataType::Video { "latents_5d" } else { "latents_4d" })?)?;
     let mut batch = Batch::new(noisy.mul_scalar(0.5)?, data_type.clone());
     for (key, tensor) in entries {
         let tensor = cut(tensor)?;
@@ -169,6 +177,7 @@ fn prepare(golden: &Golden, case: &Value, name: &str, adapter: &str) -> Any<Vec<
         device: Device::cpu(),
         dtype: DType::F32,
         cfg_dropout_prob: dropout,
+        streams: BTreeMap::new(),
         batch: &batch,
     };
     let draw =
@@ -240,8 +249,13 @@ fn refusal(adapter: &str, rank: usize) -> Any<String> {
         device,
         dtype: DType::F32,
         cfg_dropout_prob: 0.0,
+        streams: BTreeMap::new(),
         batch: &batch,
     };
-    let result = create_adapter(adapter, &Map::new())?.prepare_inputs(&cx, &mut RecordedDraws::default());
+    let adapter = create_adapter(adapter, &Map::new())?;
+    let result = adapter
+        .stream_latents(&batch)
+        .map(drop)
+        .and_then(|()| adapter.prepare_inputs(&cx, &mut RecordedDraws::default()).map(drop));
     Ok(result.err().map(|e| e.to_string()).unwrap_or_default())
 }

@@ -10,9 +10,10 @@ use flowtape_engine::nn::{
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::{DType, Device, Tape, Tensor};
 use flowtape_models::blocks::{
-    ChannelOrder, CombinedTimestepTextProjEmbeddings, Modulation, RopePrecision, RopeTables, unpatchify,
+    ChannelOrder, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, RopePrecision, RopeTables,
+    unpatchify,
 };
-use flowtape_models::flux::{FluxSingleTransformerBlock, FluxTransformerBlock};
+use flowtape_models::flux::FluxSingleTransformerBlock;
 use flowtape_models::flux2;
 use flowtape_models::qwen_image::QwenImageConfig;
 use flowtape_models::wan::{WanAttention, WanConfig};
@@ -414,7 +415,7 @@ impl Case<'_> {
         let (width, head) = (image.dim(2)?, rope.cos.dim(1)?);
         if self.name == "flux_double_block" {
             return self.module(
-                |p| FluxTransformerBlock::new(p, width, width / head, 4 * width),
+                |p| JointTransformerBlock::new(p, width, width / head, 4 * width),
                 |m| Ok(m.forward([text, image], temb, &rope, None)?.into()),
             );
         }

@@ -7,8 +7,9 @@ use flowtape_flowmatch::sampler::{calculate_shift, compute_empirical_mu};
 use flowtape_flowmatch::{
     Batch, DataType, EulerConfig, EulerSchedule, FlowMatchEulerDiscrete, Guidance, Sampling, TaskType,
 };
+use flowtape_models::blocks::patchify;
 use flowtape_models::checkpoint;
-use flowtape_models::flux::{FluxAdapter, pack_latents};
+use flowtape_models::flux::FluxAdapter;
 use serde_json::Value;
 
 use crate::Outcome;
@@ -103,7 +104,7 @@ fn trajectory(dir: &Path, file: &str, device: &Device, out: &mut Vec<Outcome>) -
             Ok(velocity)
         })?;
         let mut compare = |what: String, got: &Tensor, packed: bool| -> Any<()> {
-            let got = if packed { pack_latents(got)? } else { got.clone() };
+            let got = if packed { patchify(got, &[2, 2])? } else { got.clone() };
             let worst = relative(&got, &golden.tensor(&what)?)?;
             out.push(Outcome::measured(what, worst, bound, ""));
             Ok(())

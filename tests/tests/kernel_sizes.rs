@@ -11,7 +11,7 @@ use flowtape_engine::backend::{Backend, Decorator, Fused, Ran};
 use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::{DType, Device, Philox, Result, Tape, Tensor};
 use flowtape_flowmatch::{
-    Batch, DataType, FlowMatchingContext, Input, ModelAdapter, ModelInputs, PhiloxDraws, TaskType,
+    Batch, DataType, FlowMatchingContext, Input, ModelAdapter, ModelInputs, NoisedStream, PhiloxDraws, TaskType,
 };
 use flowtape_models::{MODELS, ModelKind, Transformer, create_adapter, create_model};
 use flowtape_tests::Outcome;
@@ -150,13 +150,14 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
     (config, batch)
 }
 
-/// The adapter's inputs in bf16, so that every dtype can hold them.
-fn prepare(adapter: &dyn ModelAdapter, batch: &Batch, make: &Maker) -> ModelInputs {
+/// A batch's context in bf16, so that every dtype can hold what an adapter makes of it.
+fn context<'a>(adapter: &dyn ModelAdapter, batch: &'a Batch, make: &Maker) -> FlowMatchingContext<'a> {
     let sigma = Tensor::from_slice(&[0.25f32, 0.75], &[2], &make.device).unwrap();
-    let cx = FlowMatchingContext {
+    FlowMatchingContext {
         noisy_latents: batch.latents.to_dtype(DType::BF16).unwrap(),
         latents: batch.latents.to_dtype(DType::BF16).unwrap(),
         timesteps: sigma.mul_scalar(1000.0).unwrap(),
+        streams: NoisedStream::of_batch(adapter, batch, &sigma, &mut PhiloxDraws::new(5)).unwrap(),
         sigma,
         task_type: TaskType::I2V,
         data_type: batch.data_type.clone(),
@@ -164,8 +165,7 @@ fn prepare(adapter: &dyn ModelAdapter, batch: &Batch, make: &Maker) -> ModelInpu
         dtype: DType::BF16,
         cfg_dropout_prob: 0.0,
         batch,
-    };
-    adapter.prepare_inputs(&cx, &mut PhiloxDraws::new(5)).unwrap()
+    }
 }
 
 /// What the goldens allow a step in f32 where both sides have the same projections of time, as here: five to ten times what
@@ -194,7 +194,7 @@ fn run(
     dtype: DType,
     weights: &dyn Transformer,
     adapter: &dyn ModelAdapter,
-    inputs: &ModelInputs,
+    (cx, inputs): (&FlowMatchingContext<'_>, &ModelInputs),
     make: &Maker,
 ) -> Run {
     let model = create_model(config, &ParamBuilder::new(0, dtype, &make.device)).unwrap();
@@ -212,7 +212,7 @@ fn run(
     let tape = Tape::new();
     own.attach(&tape);
     make.counts.lock().unwrap().clear();
-    let prediction = adapter.forward(&*model, &own).unwrap();
+    let prediction = adapter.forward(cx, &*model, &own).unwrap();
     let all = prediction.auxiliary.into_iter().chain([("velocity".to_owned(), prediction.velocity)]);
     let (mut loss, mut predictions) = (None::<Tensor>, Numbers::new());
     for (name, tensor) in all {
@@ -259,11 +259,12 @@ fn check(kind: &ModelKind, heads: [usize; 2], out: &mut Vec<Outcome>) {
     let (mut config, batch) = case(kind.adapter, heads, &make);
     config["_class_name"] = kind.class.into();
     let adapter = create_adapter(kind.adapter, &Map::new()).unwrap();
-    let inputs = prepare(&*adapter, &batch, &make);
+    let cx = context(&*adapter, &batch, &make);
+    let inputs = adapter.prepare_inputs(&cx, &mut PhiloxDraws::new(6)).unwrap();
     // Numbers that bf16 holds: all three models have the same weights.
     let weights = create_model(&config, &ParamBuilder::new(3, DType::BF16, &make.device)).unwrap();
-    let [exact, single, half] =
-        [DType::F64, DType::F32, DType::BF16].map(|dtype| run(&config, dtype, &*weights, &*adapter, &inputs, &make));
+    let [exact, single, half] = [DType::F64, DType::F32, DType::BF16]
+        .map(|dtype| run(&config, dtype, &*weights, &*adapter, (&cx, &inputs), &make));
     let title = format!("{} {}x{}", kind.adapter, heads[0], heads[1]);
     // Every fused operation ran as a composition in f64, and on a kernel in the others. The composition of a norm with what
     // follows it asks for the plain norm, which is declined as well.

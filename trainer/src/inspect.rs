@@ -5,8 +5,8 @@ use std::path::Path;
 
 use flowtape_engine::safetensors::{SafeTensors, Shards};
 use flowtape_models::checkpoint::{CONFIG, WEIGHTS, load_config};
-use flowtape_models::inspect::Summary;
 use flowtape_models::presets::{PRESETS, preset};
+use flowtape_models::summary::Summary;
 use serde::Serialize;
 
 use crate::run::RunFolder;

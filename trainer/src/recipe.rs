@@ -6,6 +6,7 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::optim::{AdamWConfig, LrSchedulerConfig};
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
+use flowtape_models::{Condition, ModelKind};
 use serde::{Deserialize, Serialize};
 use serde_yaml_ng::{Mapping, Value};
 
@@ -312,9 +313,11 @@ impl Recipe {
         }
         self.data.check()?;
         let adapter = &self.flow_matching.adapter_type;
-        if self.sampling.image_to_video && (self.data.video.is_none() || adapter != "hunyuan") {
+        let kind = ModelKind::of_adapter(adapter).map_err(|e| format!("flow_matching.{e}"))?;
+        if self.sampling.image_to_video && (self.data.video.is_none() || !kind.takes(Condition::FirstFrame)) {
+            let able = Condition::FirstFrame.adapters().join(", ");
             return Err(format!(
-                "sampling.image_to_video: expected a source of videos and the adapter hunyuan, got {adapter}"
+                "sampling.image_to_video: expected a source of videos and an adapter that takes a first frame ({able}), got {adapter}"
             ));
         }
         self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use flowtape_engine::cpu::awake;
 use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, LrScheduler, LrSchedulerConfig, clip_grad_norm};
 use flowtape_engine::{DType, Device, Gradients, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, create_model, create_pipeline};
+use flowtape_models::{Condition, ModelKind, Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
@@ -92,9 +93,11 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) ->
 /// # Errors
 /// When the recipe, the folder or a step fails.
 pub fn train_on(device: &Device, recipe: &Recipe, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
-    let trainer = Trainer::on(device, recipe)?;
-    let run = RunFolder::create(recipe)?;
-    trainer.run(&run, 0, 0.0, progress, stop)
+    awake(device, || {
+        let trainer = Trainer::on(device, recipe)?;
+        let run = RunFolder::create(recipe)?;
+        trainer.run(&run, 0, 0.0, progress, stop)
+    })
 }
 
 /// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit,
@@ -105,9 +108,12 @@ pub fn train_on(device: &Device, recipe: &Recipe, progress: &mut dyn Progress, s
 pub fn resume(path: &Path, device: Option<&str>, progress: &mut dyn Progress, stop: &AtomicBool) -> Result<Summary> {
     let (run, mut recipe) = RunFolder::open(path)?;
     recipe.device = device.map_or(recipe.device, str::to_owned);
-    let mut trainer = Trainer::new(&recipe)?;
-    let (step, seconds) = run.load(&*trainer.model, &mut trainer.optimizer)?;
-    trainer.run(&run, step, seconds, progress, stop)
+    let device = flowtape_gpu::device(&recipe.device)?;
+    awake(&device, || {
+        let mut trainer = Trainer::on(&device, &recipe)?;
+        let (step, seconds) = run.load(&*trainer.model, &mut trainer.optimizer)?;
+        trainer.run(&run, step, seconds, progress, stop)
+    })
 }
 
 /// A step whose numbers are still on the device.
@@ -451,12 +457,14 @@ impl Trained {
         if n == 0 {
             return refused("--n", "expected at least 1, got 0");
         }
-        if first_frame.is_some() && (self.data.video.is_none() || self.pipeline.adapter().name() != "hunyuan") {
-            return refused("--first-frame", "only video models of the adapter hunyuan go on from a frame");
+        let kind = ModelKind::of_adapter(self.pipeline.adapter().name())?;
+        if first_frame.is_some() && (self.data.video.is_none() || !kind.takes(Condition::FirstFrame)) {
+            let able = Condition::FirstFrame.adapters().join(", ");
+            return refused("--first-frame", &format!("only videos of these adapters go on from a frame: {able}"));
         }
         let first_frames = first_frame.map(|frame| frame.repeat(n));
         let prompts = vec![prompt; n];
         let request = Request { prompts: &prompts, first_frames: first_frames.as_deref(), seed, device: &self.device };
-        generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.sampling)
+        awake(&self.device, || generate(&*self.model, self.pipeline.adapter(), &self.data, &request, &self.sampling))
     }
 }

@@ -23,7 +23,7 @@ use self::isa::{Isa, isa};
 pub use self::limits::peak_flops;
 pub(crate) use self::pool::ALIGN;
 use self::pool::{CpuBuffer, Host};
-pub use self::team::awake;
+pub use self::team::{awake, cores, usable_threads};
 use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd};
 use crate::backend::{AdamWUpdate, Backend, Buffer, Fused, Ran};
 use crate::ops::{

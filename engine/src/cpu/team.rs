@@ -2,13 +2,19 @@
 //!
 //! An operation of a training step takes microseconds. Handing a part of it to a sleeping thread costs tens of them, and
 //! to a searching thread of rayon several; here it is a few stores to shared memory.
+//!
+//! A helper that finds nothing to do for [`STAY`] goes back to rayon, where it sleeps and costs nothing; the next operation
+//! calls it again.
 
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
+
+use crate::Device;
 
 /// Set in [`Team::state`] while tasks may be taken.
 const OPEN: u64 = 1 << 31;
@@ -18,6 +24,9 @@ const GENERATION: u64 = 1 << 32;
 const LOOKS: u32 = 64;
 /// Visits after which an idle thread lets others have its core.
 const PATIENCE: u32 = 256;
+/// How long a helper waits for the next operation before it goes to sleep. Between the operations of a step, and between
+/// steps, it is far less; a machine that waits for data or for another device has its cores back soon.
+const STAY: Duration = Duration::from_millis(20);
 
 /// Tasks of one operation.
 #[derive(Clone, Copy)]
@@ -28,6 +37,19 @@ struct Job {
 
 /// One thread that starts operations and helpers that wait for them.
 struct Team {
+    /// The team itself, for the helpers that it calls.
+    own: Weak<Team>,
+    /// The place in the pool of the thread that starts operations.
+    caller: usize,
+    /// How long a helper waits without work.
+    stay: Duration,
+    /// Whether a helper went to sleep, or none was called yet: the next operation calls all that are away.
+    incomplete: AtomicBool,
+    /// Which of the pool's threads are here.
+    here: Vec<AtomicBool>,
+    /// How often a helper came, and how often one went to sleep.
+    came: AtomicUsize,
+    slept: AtomicUsize,
     /// A generation, whether it is open, and the number of helpers inside.
     state: AtomicU64,
     /// The next task.
@@ -61,14 +83,34 @@ impl Drop for Close<'_> {
 }
 
 impl Team {
-    fn new() -> Self {
-        Self {
+    fn new(caller: usize, stay: Duration) -> Arc<Self> {
+        Arc::new_cyclic(|own| Self {
+            own: own.clone(),
+            caller,
+            stay,
+            incomplete: AtomicBool::new(true),
+            here: (0..threads()).map(|_| AtomicBool::new(false)).collect(),
+            came: AtomicUsize::new(0),
+            slept: AtomicUsize::new(0),
             state: AtomicU64::new(0),
             next: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
             panicked: AtomicBool::new(false),
             done: AtomicBool::new(false),
-        }
+        })
+    }
+
+    /// Calls the helpers that are away. More waiting threads than cores would be in the way of the working ones.
+    fn call(&self) {
+        let Some(team) = self.own.upgrade() else { return };
+        let cores = cores();
+        rayon::spawn_broadcast(move |context| {
+            let helper = context.index();
+            let helpers_before = helper - usize::from(helper > team.caller);
+            if helper != team.caller && helpers_before + 1 < cores {
+                team.serve(helper);
+            }
+        });
     }
 
     /// Takes tasks until none is left.
@@ -86,6 +128,9 @@ impl Team {
 
     /// Runs an operation with whoever comes to help. Only the thread that made the team calls it.
     fn run(&self, tasks: usize, work: &(dyn Fn(usize) + Sync)) {
+        if self.incomplete.load(Ordering::Relaxed) && self.incomplete.swap(false, Ordering::Relaxed) {
+            self.call();
+        }
         // SAFETY: a pointer without its lifetime; it is used inside this function's call alone.
         let work = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const (dyn Fn(usize) + Sync)>(work) };
         let job = Job { work, tasks };
@@ -124,9 +169,15 @@ impl Team {
         true
     }
 
-    /// What a helper does until the team is done.
-    fn serve(&self) {
+    /// What a helper does until the team is done, or until it has waited for nothing too long.
+    fn serve(&self, helper: usize) {
+        // A helper that looks into rayon's queue may find there that it is called again.
+        if self.here[helper].swap(true, Ordering::Relaxed) {
+            return;
+        }
+        self.came.fetch_add(1, Ordering::Relaxed);
         let (mut seen, mut idle) = (0, 0);
+        let mut waits_since = None;
         while !self.done.load(Ordering::Acquire) {
             let found = (0..LOOKS).any(|_| {
                 let found = self.help(&mut seen);
@@ -137,13 +188,20 @@ impl Team {
             });
             if found || rayon::yield_now() == Some(rayon::Yield::Executed) {
                 idle = 0;
+                waits_since = None;
                 continue;
             }
             idle += 1;
             if idle > PATIENCE {
+                if waits_since.get_or_insert_with(Instant::now).elapsed() >= self.stay {
+                    break;
+                }
                 std::thread::yield_now();
             }
         }
+        self.here[helper].store(false, Ordering::Relaxed);
+        self.slept.fetch_add(1, Ordering::Relaxed);
+        self.incomplete.store(true, Ordering::Relaxed);
     }
 }
 
@@ -182,14 +240,31 @@ pub(super) fn collect<R: Send + Sync>(tasks: usize, work: impl Fn(usize) -> R + 
     results.into_iter().filter_map(OnceLock::into_inner).collect()
 }
 
-/// Runs `work` while the pool's other threads wait for parts of its operations.
+/// Cores that this process may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The threads to make when `asked` are asked for: no more than there are cores, since others would only be in their way,
+/// and all of them for 0.
+pub fn usable_threads(asked: usize) -> usize {
+    if asked == 0 { cores() } else { asked.min(cores()) }
+}
+
+/// Runs `work`, whose tensors are on `device`. Where that is the CPU, the pool's other threads wait for parts of its
+/// operations.
 ///
 /// An idle thread of rayon soon sleeps, and waking it costs more than most operations of a training step take: without
-/// this, a second thread is worth little. Call it inside the pool, around many operations: a whole step, or a run.
-pub fn awake<R>(work: impl FnOnce() -> R) -> R {
+/// this, a second thread is worth little. Call it inside the pool, around many operations: a whole step, or a run. Helpers
+/// sleep all the same when no operation comes for some milliseconds.
+pub fn awake<R>(device: &Device, work: impl FnOnce() -> R) -> R {
+    if device.backend().is_host() { wait_for(STAY, work) } else { work() }
+}
+
+/// The same on the CPU, with helpers that stay for a time.
+fn wait_for<R>(stay: Duration, work: impl FnOnce() -> R) -> R {
     let Some(caller) = rayon::current_thread_index() else { return work() };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if threads() == 1 || cores == 1 {
+    if threads() == 1 || cores() == 1 {
         return work();
     }
     /// Lets the helpers go and the team before be the thread's again, also when the work panics.
@@ -200,18 +275,9 @@ pub fn awake<R>(work: impl FnOnce() -> R) -> R {
             TEAM.set(self.1);
         }
     }
-    let team = Arc::new(Team::new());
-    let release = Release(team.clone(), TEAM.replace(Arc::as_ptr(&team)));
-    rayon::spawn_broadcast(move |context| {
-        // More waiting threads than cores would be in the way of the working ones.
-        let helpers_before = context.index() - usize::from(context.index() > caller);
-        if context.index() != caller && helpers_before + 1 < cores {
-            team.serve();
-        }
-    });
-    let result = work();
-    drop(release);
-    result
+    let team = Team::new(caller, stay);
+    let _release = Release(team.clone(), TEAM.replace(Arc::as_ptr(&team)));
+    work()
 }
 
 #[cfg(test)]
@@ -228,7 +294,7 @@ mod tests {
     fn each_task_runs_once_whatever_the_threads() {
         for threads in [1, 2, 5] {
             pool(threads).install(|| {
-                awake(|| {
+                wait_for(STAY, || {
                     for tasks in (0..300).map(|i| i % 23) {
                         let seen: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                         spread(tasks, |i| {
@@ -245,13 +311,13 @@ mod tests {
     fn operations_inside_tasks_and_rayon_work_too() {
         let sum = AtomicU64::new(0);
         pool(3).install(|| {
-            awake(|| {
+            wait_for(STAY, || {
                 spread(4, |i| {
                     spread(5, |j| {
                         sum.fetch_add((i * j) as u64, Ordering::Relaxed);
                     });
                 });
-                let inner: u64 = awake(|| (0..1000u64).into_par_iter().sum());
+                let inner: u64 = wait_for(STAY, || (0..1000u64).into_par_iter().sum());
                 assert_eq!(inner, 499_500);
                 spread(2, |i| {
                     sum.fetch_add(i as u64, Ordering::Relaxed);
@@ -259,13 +325,13 @@ mod tests {
             });
         });
         assert_eq!(sum.into_inner(), 61);
-        assert_eq!(awake(|| 3), 3);
+        assert_eq!(wait_for(STAY, || 3), 3);
     }
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_team_goes_on() {
         pool(2).install(|| {
-            awake(|| {
+            wait_for(STAY, || {
                 for _ in 0..20 {
                     let result = std::panic::catch_unwind(|| spread(8, |i| assert!(i != 5)));
                     assert!(result.is_err());
@@ -277,5 +343,75 @@ mod tests {
                 assert_eq!(count.into_inner(), 8);
             });
         });
+    }
+
+    /// Waits, without an end in sight of a healthy machine.
+    fn until(what: &str, holds: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !holds() {
+            assert!(started.elapsed() < Duration::from_secs(300), "{what}");
+            std::thread::yield_now();
+        }
+    }
+
+    fn team<'a>() -> &'a Team {
+        // SAFETY: the tests ask for it inside `wait_for`, where it lives.
+        unsafe { &*TEAM.get() }
+    }
+
+    #[test]
+    fn helpers_without_work_sleep_and_the_next_operation_calls_them() {
+        if cores() == 1 {
+            return;
+        }
+        pool(2).install(|| {
+            wait_for(Duration::ZERO, || {
+                for round in 1..=3 {
+                    let count = AtomicUsize::new(0);
+                    spread(8, |_| {
+                        count.fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert_eq!(count.into_inner(), 8);
+                    until("the helper sleeps", || team().incomplete.load(Ordering::Relaxed));
+                    let counts = [&team().came, &team().slept].map(|n| n.load(Ordering::Relaxed));
+                    assert_eq!(counts, [round; 2]);
+                }
+            });
+        });
+    }
+
+    #[test]
+    fn helpers_stay_from_one_operation_to_the_next() {
+        if cores() == 1 {
+            return;
+        }
+        pool(2).install(|| {
+            wait_for(Duration::from_secs(3600), || {
+                assert_eq!(team().came.load(Ordering::Relaxed), 0);
+                spread(8, |_| {});
+                until("the helper comes", || team().came.load(Ordering::Relaxed) == 1);
+                for _ in 0..1000 {
+                    spread(8, |_| {});
+                }
+                let counts = [&team().came, &team().slept].map(|n| n.load(Ordering::Relaxed));
+                assert_eq!(counts, [1, 0]);
+            });
+        });
+    }
+
+    #[test]
+    fn only_work_of_the_cpu_has_helpers() {
+        pool(2).install(|| {
+            let has_team = |device: &Device| awake(device, || !TEAM.get().is_null());
+            assert!(!has_team(&crate::meta::Meta::default().device()));
+            assert_eq!(has_team(&Device::cpu()), cores() > 1);
+        });
+    }
+
+    #[test]
+    fn there_are_no_more_threads_than_cores() {
+        assert_eq!(usable_threads(0), cores());
+        assert_eq!(usable_threads(1), 1);
+        assert_eq!(usable_threads(usize::MAX), cores());
     }
 }

@@ -26,9 +26,9 @@ impl ModelAdapter for Plain {
     fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, _: &mut dyn Draws) -> Result<ModelInputs> {
         Ok(ModelInputs::new().with("x", cx.noisy_latents.clone()).with("sigma", cx.sigma.clone()))
     }
-    fn auxiliary_losses(&self, inputs: &ModelInputs, _: &Prediction) -> Result<Vec<(String, Tensor)>> {
+    fn auxiliary_losses(&self, cx: &FlowMatchingContext<'_>, _: &Prediction) -> Result<Vec<(String, Tensor)>> {
         let Some(extra) = self.0 else { return Ok(Vec::new()) };
-        let zero = inputs.tensor("x")?.mean_all()?.mul_scalar(0.0)?;
+        let zero = cx.noisy_latents.mean_all()?.mul_scalar(0.0)?;
         Ok(vec![("extra_loss".to_owned(), zero.add_scalar(extra)?)])
     }
 }

@@ -6,7 +6,7 @@
 //! barriers if one of them writes, and it lets `cp.async` arrive no sooner than it is waited for. Fresh memory is filled with NaN. It says nothing about speed, and it is no proof: blocks run one after another,
 //! warps in one order of many, and the threads of a warp in step as far as they go the same way.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // runs in tests alone
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)] // runs in tests alone
 
 mod arithmetic;
 mod driver;

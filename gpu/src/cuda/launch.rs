@@ -4,46 +4,18 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cust::error::CudaError;
 use cust::module::Module;
 use cust::sys::{self, CUfunction, CUfunction_attribute};
 use flowtape_engine::Result;
 
 use super::gpu::{Failure, Gpu, checked};
+use super::packed;
 
 /// Dynamic shared memory that needs no asking for.
 const SHARED: u32 = 48 << 10;
 /// Names of launches that are kept.
 const RECENT: usize = 4;
-
-macro_rules! embedded {
-    ($($name:literal),* $(,)?) => {
-        /// The kernels of `kernels/*.cu`, as PTX for sm_80.
-        pub(super) const EMBEDDED: &[(&str, &str)] =
-            &[$(($name, include_str!(concat!("kernels/ptx/", $name, ".ptx")))),*];
-    };
-}
-embedded!(
-    "attention_bf16_32",
-    "attention_bf16_64",
-    "attention_bf16_128",
-    "attention_bf16_256",
-    "attention_f16_32",
-    "attention_f16_64",
-    "attention_f16_128",
-    "attention_f16_256",
-    "attention_f32_32",
-    "attention_f32_64",
-    "attention_f32_128",
-    "attention_f32_256",
-    "gemm_bf16",
-    "gemm_f16",
-    "gemm_f32",
-    "index",
-    "norm_bf16",
-    "norm_f16",
-    "norm_f32",
-    "random",
-);
 
 /// A function of a module.
 #[derive(Clone, Debug)]
@@ -107,7 +79,7 @@ impl Gpu {
         let loaded = match modules.get(module) {
             Some(loaded) => loaded.clone(),
             None => {
-                let text = EMBEDDED.iter().find(|(n, _)| *n == module).map_or("", |(_, text)| *text);
+                let text = packed::text(module).ok_or(CudaError::NotFound)?;
                 let loaded = Arc::new(Module::from_ptx(text, &[])?);
                 modules.insert(module.to_owned(), loaded.clone());
                 loaded

@@ -7,7 +7,7 @@
 //! | `launch.rs` | modules, kernels, launches |
 //! | `ptx.rs` | prints programs as PTX |
 //! | `pointwise.rs`, `each.rs`, `reduce.rs` | kernels printed from programs |
-//! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX |
+//! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX (`packed.rs`) |
 //! | `backend.rs` | the engine's `Backend` |
 
 mod attention;
@@ -19,6 +19,7 @@ mod launch;
 mod matmul;
 mod memory;
 mod norm;
+mod packed;
 mod pointwise;
 mod ptx;
 mod random;

@@ -1,6 +1,10 @@
-//! What adapters do to the tensors of a batch.
+//! What adapters make of a batch: sides of the latents, texts, dropped conditioning, times and a guidance.
 
-use flowtape_engine::{DType, Result, Tensor};
+use flowtape_engine::ops::{pointwise, pointwise_to};
+use flowtape_engine::{DType, Tensor};
+use flowtape_flowmatch::{Draws, FlowMatchingContext};
+
+use crate::{Error, Result};
 
 /// A tensor of the batch with a batch axis, which a single sample may lack, in the compute dtype.
 ///
@@ -8,5 +12,69 @@ use flowtape_engine::{DType, Result, Tensor};
 /// When the device fails.
 pub fn with_batch_axis(tensor: &Tensor, rank: usize, dtype: DType) -> Result<Tensor> {
     let tensor = if tensor.rank() + 1 == rank { tensor.unsqueeze(0)? } else { tensor.clone() };
-    tensor.to_dtype(dtype)
+    Ok(tensor.to_dtype(dtype)?)
+}
+
+/// Samples, channels, rows and columns of the noisy latents of images.
+///
+/// # Errors
+/// When they are not 4-D; `adapter` is named.
+pub fn image_dims(cx: &FlowMatchingContext<'_>, adapter: &str) -> Result<[usize; 4]> {
+    let dims = cx.noisy_latents.dims();
+    dims.try_into()
+        .map_err(|_| Error::adapter(adapter, "4-D latents [B, C, H, W]", format!("{}-D latents {dims:?}", dims.len())))
+}
+
+/// The batch's `text_embeddings` `[B, T, D]` in the compute dtype; a single sample may lack its batch axis.
+///
+/// # Errors
+/// When they are missing, or not one text a sample; `adapter` is named.
+pub fn text_embeddings(cx: &FlowMatchingContext<'_>, adapter: &str) -> Result<Tensor> {
+    let (text, batch) = (cx.batch.require("text_embeddings")?, cx.noisy_latents.dim(0)?);
+    let text = with_batch_axis(text, 3, cx.dtype)?;
+    if text.rank() != 3 || text.dim(0)? != batch {
+        let got = format!("{:?}", text.dims());
+        return Err(Error::adapter(adapter, format!("`text_embeddings` [B, T, D] of {batch} samples"), got));
+    }
+    Ok(text)
+}
+
+/// Zeroes all of the tensors `[B, ..]` of a sample where the sample's draw falls below the context's `cfg_dropout_prob`;
+/// nothing is drawn where that is 0.
+///
+/// # Errors
+/// When the draws run out, or a tensor has another number of samples.
+pub fn drop_samples<const N: usize>(
+    cx: &FlowMatchingContext<'_>,
+    tensors: [Tensor; N],
+    draws: &mut dyn Draws,
+) -> Result<[Tensor; N]> {
+    let (mut tensors, batch) = (tensors, cx.noisy_latents.dim(0)?);
+    if cx.cfg_dropout_prob > 0.0 {
+        let drawn = Tensor::from_vec(draws.uniform(batch)?, &[batch], &cx.device)?;
+        for tensor in &mut tensors {
+            let mut dims = vec![1; tensor.rank()];
+            dims[0] = batch;
+            let drawn = drawn.reshape(&dims)?;
+            *tensor =
+                pointwise_to(tensor.dtype(), [&*tensor, &drawn], |[x, u]| u.select_lt(cx.cfg_dropout_prob, 0.0, x))?;
+        }
+    }
+    Ok(tensors)
+}
+
+/// Times `[B]` from 0 to 1, f32: the context's are 0 to 1000.
+///
+/// # Errors
+/// When memory runs out.
+pub fn unit_times(cx: &FlowMatchingContext<'_>) -> Result<Tensor> {
+    Ok(pointwise([&cx.timesteps], |[t]| t / 1000.0)?)
+}
+
+/// A guidance scale for each sample, f32 `[B]`.
+///
+/// # Errors
+/// When memory runs out.
+pub fn guidance(cx: &FlowMatchingContext<'_>, scale: f64) -> Result<Tensor> {
+    Ok(Tensor::full(&[cx.noisy_latents.dim(0)?], scale, DType::F32, &cx.device)?)
 }

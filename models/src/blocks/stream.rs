@@ -1,10 +1,10 @@
 //! Double blocks (Esser et al. 2024, MMDiT): text and latents have weights of their own and attend to each other.
 
-use flowtape_engine::nn::{FeedForward, LayerNorm, Linear, ParamBuilder};
+use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder};
 use flowtape_engine::{Result, Tensor};
 
 use super::modulation::equal_parts;
-use super::{ADDED_QKV, QKV, QkvConfig, QkvHeads, RopeTables, attend, gate};
+use super::{ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, RopeTables, attend, gate};
 
 /// Which stream of a double block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -114,5 +114,48 @@ impl DoubleStream {
             self.text.after_attention(text, &parts[0], &m_text)?,
             self.latents.after_attention(latents, &parts[1], &m_latents)?,
         ])
+    }
+}
+
+/// diffusers' `JointTransformerBlock` (FLUX.1's and HunyuanVideo's double block): each stream is modulated by an embedding
+/// through a layer of its own.
+#[derive(Clone, Debug)]
+pub struct JointTransformerBlock {
+    modulation: [Modulation; 2],
+    streams: DoubleStream,
+}
+
+impl JointTransformerBlock {
+    /// A block of width `dim`, its feed-forward layers `inner` wide.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, dim: usize, heads: usize, inner: usize) -> Result<Self> {
+        let modulation = |name| Modulation::new(&params.sub(name).sub("linear"), dim, 6);
+        let feed_forward = |kind| {
+            let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
+            FeedForward::new(&params.sub(name), dim, inner, Activation::GeluTanh)
+        };
+        Ok(Self {
+            modulation: [modulation("norm1_context")?, modulation("norm1")?],
+            streams: DoubleStream::new(params, QkvConfig::joint(dim, heads), feed_forward)?,
+        })
+    }
+
+    /// Text and latents `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both. Text comes first in the tables,
+    /// and in the mask, which is added to the scores.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn forward(
+        &self,
+        [text, latents]: [&Tensor; 2],
+        temb: &Tensor,
+        rope: &RopeTables,
+        mask: Option<&Tensor>,
+    ) -> Result<[Tensor; 2]> {
+        let [m_text, m_latents] = &self.modulation;
+        let modulation = [&m_text.together(temb)?, &m_latents.together(temb)?];
+        self.streams.forward([text, latents], modulation, rope, mask)
     }
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Result;
-use crate::registry::{check_rope_axes, check_sizes, parse_config};
+use crate::config::{check_rope_axes, check_sizes, parse_config};
 
 /// `config.json`, with diffusers' defaults (those of FLUX.1-schnell).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]

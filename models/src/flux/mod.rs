@@ -4,6 +4,6 @@ mod adapter;
 mod config;
 mod model;
 
-pub use adapter::{FluxAdapter, latent_image_ids, pack_latents, unpack_latents};
+pub use adapter::{FluxAdapter, latent_image_ids};
 pub use config::FluxConfig;
-pub use model::{FluxSingleTransformerBlock, FluxTransformer2DModel, FluxTransformerBlock};
+pub use model::{FluxSingleTransformerBlock, FluxTransformer2DModel};

@@ -1,62 +1,22 @@
 //! diffusers' `FluxTransformer2DModel`.
 
-use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
+use flowtape_engine::nn::{Activation, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
 use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, DoubleStream, Modulation, QKV, QkvConfig,
-    QkvHeads, RopeTables, StreamKind, attend, gate, run_block, time_proj,
+    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QKV,
+    QkvConfig, QkvHeads, RopeTables, attend, gate, run_block, time_proj,
 };
-use crate::registry::config_json;
+use crate::config::config_json;
 
 const EPS: f64 = 1e-6;
+/// diffusers' layer that projects time and then guidance.
+const TIME_PROJ: &str = "time_text_embed.time_proj";
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
-
-/// A double block, each stream modulated by the embedding through a layer of its own.
-#[derive(Clone, Debug)]
-pub struct FluxTransformerBlock {
-    modulation: [Modulation; 2],
-    streams: DoubleStream,
-}
-
-impl FluxTransformerBlock {
-    /// A block of width `dim`, its feed-forward layers `inner` wide.
-    ///
-    /// # Errors
-    /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, dim: usize, heads: usize, inner: usize) -> Result<Self> {
-        let modulation = |name| Modulation::new(&params.sub(name).sub("linear"), dim, 6);
-        let feed_forward = |kind| {
-            let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
-            FeedForward::new(&params.sub(name), dim, inner, Activation::GeluTanh)
-        };
-        Ok(Self {
-            modulation: [modulation("norm1_context")?, modulation("norm1")?],
-            streams: DoubleStream::new(params, QkvConfig::joint(dim, heads), feed_forward)?,
-        })
-    }
-
-    /// Text and latents `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both. Text comes first in the tables,
-    /// and in the mask, which is added to the scores.
-    ///
-    /// # Errors
-    /// When a shape does not fit.
-    pub fn forward(
-        &self,
-        [text, latents]: [&Tensor; 2],
-        temb: &Tensor,
-        rope: &RopeTables,
-        mask: Option<&Tensor>,
-    ) -> Result<[Tensor; 2]> {
-        let [m_text, m_latents] = &self.modulation;
-        let modulation = [&m_text.together(temb)?, &m_latents.together(temb)?];
-        self.streams.forward([text, latents], modulation, rope, mask)
-    }
-}
 
 /// A single block: text and image as one sequence, attention and feed-forward side by side.
 #[derive(Clone, Debug)]
@@ -109,7 +69,7 @@ pub struct FluxTransformer2DModel {
     time_text_embed: CombinedTimestepTextProjEmbeddings,
     context_embedder: Linear,
     x_embedder: Linear,
-    transformer_blocks: Vec<FluxTransformerBlock>,
+    transformer_blocks: Vec<JointTransformerBlock>,
     single_transformer_blocks: Vec<FluxSingleTransformerBlock>,
     norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
@@ -124,7 +84,7 @@ impl FluxTransformer2DModel {
     pub fn new(config: FluxConfig, root: &ParamBuilder) -> Result<Self> {
         let (dim, heads) = (config.inner_dim(), config.num_attention_heads);
         let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
-        let double = |i| FluxTransformerBlock::new(&root.sub("transformer_blocks").sub(i), dim, heads, 4 * dim);
+        let double = |i| JointTransformerBlock::new(&root.sub("transformer_blocks").sub(i), dim, heads, 4 * dim);
         let single = |i| FluxSingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), dim, heads);
         Ok(Self {
             time_text_embed: CombinedTimestepTextProjEmbeddings::new(
@@ -147,12 +107,12 @@ impl FluxTransformer2DModel {
 
     /// The embedding of time, guidance and pooled text.
     fn temb(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<Tensor> {
-        let project = |module: &str, times: &Tensor| {
+        let project = |times: &Tensor| {
             let times = times.mul_scalar(1000.0)?;
-            time_proj(inputs, module, &times, &TimestepProjection::new(CHANNELS))
+            time_proj(TIME_PROJ, &times, &TimestepProjection::new(CHANNELS))
         };
-        let time = project("time_text_embed.time_proj", inputs.tensor("timestep")?)?;
-        let guidance = inputs.optional("guidance").map(|g| project("time_text_embed.time_proj#1", g)).transpose()?;
+        let time = project(inputs.tensor("timestep")?)?;
+        let guidance = inputs.optional("guidance").map(project).transpose()?;
         Ok(self.time_text_embed.forward(&time, guidance.as_ref(), inputs.tensor("pooled_projections")?)?)
     }
 }

@@ -1,14 +1,19 @@
 //! NeMo's `Flux2Adapter`.
 
-use flowtape_engine::ops::{pointwise, pointwise_to};
-use flowtape_engine::{DType, Device, Tensor};
+use flowtape_engine::{Device, Tensor};
 use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, ModelInputs, Prediction};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::config::AXES;
-use crate::registry::parse_kwargs;
-use crate::{Error, Result};
+use crate::Result;
+use crate::blocks::{
+    ChannelOrder, drop_samples, guidance, image_dims, patchify, text_embeddings, unit_times, unpatchify,
+};
+use crate::config::parse_kwargs;
+
+/// Latents of a token, rows and columns: the autoencoder's cache is patched already.
+const PATCH: [usize; 2] = [1, 1];
 
 /// Lines up the latents of FLUX.2, which the cache holds patched and normalised, drops captions, and passes a guidance
 /// scale.
@@ -36,30 +41,6 @@ impl Flux2Adapter {
     /// When an argument is unknown or of another type.
     pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
         parse_kwargs(kwargs)
-    }
-}
-
-/// `[B, C, H, W]` to tokens `[B, H W, C]`.
-///
-/// # Errors
-/// When the rank is not four.
-pub fn pack_latents(latents: &Tensor) -> Result<Tensor> {
-    match latents.rank() {
-        4 => Ok(latents.flatten(2, 3)?.transpose(1, 2)?.contiguous()?),
-        _ => Err(Error::batch("latents [B, C, H, W]", format!("{:?}", latents.dims()))),
-    }
-}
-
-/// The reverse of [`pack_latents`], to latents of these sides.
-///
-/// # Errors
-/// When the tokens are not those of such latents.
-pub fn unpack_latents(tokens: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    match *tokens.dims() {
-        [batch, len, channels] if len == height * width => {
-            Ok(tokens.transpose(1, 2)?.reshape(&[batch, channels, height, width])?)
-        }
-        _ => Err(Error::batch(format!("{height} x {width} tokens [B, L, C]"), format!("{:?}", tokens.dims()))),
     }
 }
 
@@ -93,43 +74,32 @@ impl ModelAdapter for Flux2Adapter {
     }
 
     fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, draws: &mut dyn Draws) -> Result<ModelInputs> {
-        let &[batch, _, height, width] = cx.noisy_latents.dims() else {
-            let got = format!("{}-D latents {:?}", cx.noisy_latents.rank(), cx.noisy_latents.dims());
-            return Err(Error::adapter("flux2", "4-D patched latents [B, C, H, W]", got));
-        };
-        let mut text = cx.batch.require("text_embeddings")?.to_dtype(cx.dtype)?;
-        let &[_, text_len, _] = text.dims() else {
-            return Err(Error::adapter("flux2", "text_embeddings [B, T, D]", format!("{:?}", text.dims())));
-        };
-        if cx.cfg_dropout_prob > 0.0 {
-            let draws = Tensor::from_vec(draws.uniform(batch)?, &[batch, 1, 1], &cx.device)?;
-            text = pointwise_to(cx.dtype, [&text, &draws], |[x, u]| u.select_lt(cx.cfg_dropout_prob, 0.0, x))?;
-        }
-        let guidance = || Tensor::full(&[batch], self.guidance_scale, DType::F32, &cx.device);
+        let [batch, _, height, width] = image_dims(cx, self.name())?;
+        let [text] = drop_samples(cx, [text_embeddings(cx, self.name())?], draws)?;
+        let told = self.use_guidance_embeds.then(|| guidance(cx, self.guidance_scale)).transpose()?;
         Ok(ModelInputs::new()
-            .with("hidden_states", pack_latents(&cx.noisy_latents)?)
-            .with("encoder_hidden_states", text)
-            .with("timestep", pointwise([&cx.timesteps], |[t]| t / 1000.0)?)
+            .with("hidden_states", patchify(&cx.noisy_latents, &PATCH)?.contiguous()?)
+            .with("timestep", unit_times(cx)?)
             .with("img_ids", latent_ids(height, width, batch)?)
-            .with("txt_ids", text_ids(text_len, batch)?)
-            .with_optional("guidance", self.use_guidance_embeds.then(guidance).transpose()?)
-            .with("_h_p", height as f64)
-            .with("_w_p", width as f64))
+            .with("txt_ids", text_ids(text.dim(1)?, batch)?)
+            .with("encoder_hidden_states", text)
+            .with_optional("guidance", told))
     }
 
-    fn forward(&self, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+    fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
         let tokens = model.forward(inputs)?.sample;
-        let side = |name| Ok::<_, Error>(inputs.number(name)? as usize);
-        Ok(unpack_latents(&tokens, side("_h_p")?, side("_w_p")?)?.into())
+        let [_, _, height, width] = image_dims(cx, self.name())?;
+        Ok(unpatchify(&tokens, &[height, width], &PATCH, ChannelOrder::Slowest)?.into())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use flowtape_engine::DType;
     use flowtape_flowmatch::{Batch, ModelOutput, Recorded, RecordedDraws};
 
     use super::*;
-    use crate::testing::{normal, prepare};
+    use crate::testing::{normal, predict, prepare};
 
     fn batch() -> Batch {
         Batch::new(normal(&[2, 6, 3, 5]), "image".into()).with("text_embeddings", normal(&[2, 4, 7]))
@@ -144,8 +114,7 @@ mod tests {
     fn inputs_are_tokens_times_positions_and_a_guidance() {
         let inputs = plain(&Flux2Adapter::default(), &batch(), DType::F32).unwrap();
         let names: Vec<&str> = inputs.iter().map(|(name, _)| name).collect();
-        let tensors = ["encoder_hidden_states", "guidance", "hidden_states", "img_ids", "timestep", "txt_ids"];
-        assert_eq!(names, [&["_h_p", "_w_p"], &tensors[..]].concat());
+        assert_eq!(names, ["encoder_hidden_states", "guidance", "hidden_states", "img_ids", "timestep", "txt_ids"]);
         assert_eq!(inputs.tensor("hidden_states").unwrap().dims(), [2, 15, 6]);
         assert_eq!(inputs.tensor("timestep").unwrap().to_vec::<f32>().unwrap(), [0.5; 2]);
         assert_eq!(inputs.tensor("guidance").unwrap().to_vec::<f32>().unwrap(), [3.5; 2]);
@@ -153,7 +122,6 @@ mod tests {
         assert_eq!((image.dtype(), text.dtype()), (DType::U32, DType::U32));
         assert_eq!(image.narrow(1, 7, 1).unwrap().to_vec::<u32>().unwrap(), [0, 1, 2, 0, 0, 1, 2, 0]);
         assert_eq!(text.narrow(1, 3, 1).unwrap().to_vec::<u32>().unwrap(), [0, 0, 0, 3, 0, 0, 0, 3]);
-        assert_eq!((inputs.number("_h_p").unwrap(), inputs.number("_w_p").unwrap()), (3.0, 5.0));
     }
 
     #[test]
@@ -222,11 +190,8 @@ mod tests {
     #[test]
     fn the_first_output_comes_back_in_the_shape_of_the_latents() {
         let adapter = Flux2Adapter::default();
-        let inputs = plain(&adapter, &batch(), DType::F32).unwrap();
-        let velocity = adapter.forward(&Echo, &inputs).unwrap().velocity;
+        let velocity = predict(&adapter, &Echo, &batch()).unwrap().velocity;
         assert_eq!(velocity.dims(), [2, 6, 3, 5]);
         assert_eq!(velocity.to_vec::<f32>().unwrap(), batch().latents.to_vec::<f32>().unwrap());
-        let error = adapter.forward(&Echo, &inputs.with("_w_p", 4.0)).unwrap_err().to_string();
-        assert!(error.contains("3 x 4 tokens"), "{error}");
     }
 }

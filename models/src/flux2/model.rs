@@ -7,12 +7,15 @@ use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::Flux2Config;
+use crate::Transformer;
 use crate::blocks::{
     AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, attend, gate, run_block,
     split_heads, time_proj,
 };
-use crate::registry::config_json;
-use crate::{Transformer, parameters_under};
+use crate::config::config_json;
+
+/// diffusers' layer that projects time and then guidance.
+const TIME_PROJ: &str = "time_guidance_embed.time_proj";
 
 /// A linear layer without bias.
 fn linear(params: &ParamBuilder, inputs: usize, outputs: usize) -> Result<Linear> {
@@ -112,15 +115,13 @@ impl TimeGuidanceEmbed {
     /// `[B, dim]` in the dtype of the latents. A guidance is passed over where nothing embeds it, as in the reference.
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<Tensor> {
         let dtype = inputs.tensor("hidden_states")?.dtype();
-        let embed = |embedder: &TimestepEmbedding, module: &str, times: &Tensor| {
-            let projection = time_proj(inputs, module, &times.mul_scalar(1000.0)?, &self.projection)?;
+        let embed = |embedder: &TimestepEmbedding, times: &Tensor| {
+            let projection = time_proj(TIME_PROJ, &times.mul_scalar(1000.0)?, &self.projection)?;
             embedder.forward(&projection.to_dtype(dtype)?)
         };
-        let time = embed(&self.timestep_embedder, "time_guidance_embed.time_proj", inputs.tensor("timestep")?)?;
+        let time = embed(&self.timestep_embedder, inputs.tensor("timestep")?)?;
         Ok(match (&self.guidance_embedder, inputs.optional("guidance")) {
-            (Some(embedder), Some(guidance)) => {
-                time.add(&embed(embedder, "time_guidance_embed.time_proj#1", guidance)?)?
-            }
+            (Some(embedder), Some(guidance)) => time.add(&embed(embedder, guidance)?)?,
             _ => time,
         })
     }
@@ -217,7 +218,7 @@ impl Transformer for Flux2Transformer2DModel {
     }
 
     /// The embedder of a guidance without one, and the modulation of blocks where there are none.
-    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+    fn paths_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
         let mut unread = Vec::new();
         if inputs.get("guidance").is_none() {
             unread.push("time_guidance_embed.guidance_embedder.".into());
@@ -228,7 +229,7 @@ impl Transformer for Flux2Transformer2DModel {
         if self.config.num_single_layers == 0 {
             unread.push("single_stream_modulation.".into());
         }
-        parameters_under(&self.params, &unread)
+        unread
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::blocks::with_batch_axis;
-use crate::registry::parse_kwargs;
+use crate::config::parse_kwargs;
 use crate::{Error, Result};
 
 /// Cuts text to its valid tokens, and gives the model condition latents and image embeddings.
@@ -140,7 +140,7 @@ impl ModelAdapter for HunyuanAdapter {
     }
 
     /// The model's own names differ in two places: `hidden_states` and `timestep`.
-    fn forward(&self, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+    fn forward(&self, _: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
         let mut inputs = inputs.clone();
         for (name, own) in [("latents", "hidden_states"), ("timesteps", "timestep")] {
             if let Some(input) = inputs.remove(name) {
@@ -153,6 +153,8 @@ impl ModelAdapter for HunyuanAdapter {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use flowtape_engine::{DType, Device, Philox};
     use flowtape_flowmatch::{Batch, RecordedDraws};
 
@@ -175,6 +177,7 @@ mod tests {
             device: Device::cpu(),
             dtype,
             cfg_dropout_prob: 1.0,
+            streams: BTreeMap::new(),
             batch,
         };
         // Draws that hold nothing: none may be asked for.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::blocks::{RopePrecision, RopeTables, grid_positions};
-use crate::registry::{check_rope_axes, check_sizes, parse_config};
+use crate::config::{check_rope_axes, check_sizes, parse_config};
 use crate::{Error, Result};
 
 /// Width inside the projection of the second text, in diffusers.

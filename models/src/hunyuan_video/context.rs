@@ -38,7 +38,7 @@ impl TimeEmbedding {
     /// `[B, dim]` in `dtype` from `timestep` `[B]`, and `timestep_r` `[B]` where it is given.
     pub(super) fn forward(&self, inputs: &ModelInputs, dtype: DType) -> flowtape_flowmatch::Result<Tensor> {
         let project = |module: &str, times: &Tensor| {
-            time_proj(inputs, module, times, &TimestepProjection::new(CHANNELS))?.to_dtype(dtype)
+            time_proj(module, times, &TimestepProjection::new(CHANNELS))?.to_dtype(dtype)
         };
         let time = self.timestep_embedder.forward(&project("time_embed.time_proj", inputs.tensor("timestep")?)?)?;
         match (inputs.optional("timestep_r"), &self.timestep_embedder_r) {
@@ -201,7 +201,7 @@ impl Context {
         let (mask, mask_2) = (inputs.tensor("encoder_attention_mask")?, inputs.tensor("encoder_attention_mask_2")?);
         let (embeds, times) = (inputs.tensor("image_embeds")?, inputs.tensor("timestep")?);
         let module = "context_embedder.time_text_embed.time_proj";
-        let time = time_proj(inputs, module, times, &TimestepProjection::new(CHANNELS))?;
+        let time = time_proj(module, times, &TimestepProjection::new(CHANNELS))?;
 
         // Text to video is told from image embeddings that are zero in all samples. One number on the device says so.
         let largest = embeds.detach().to_dtype(DType::F32)?.abs()?.max(&[0, 1, 2], true)?;

@@ -6,10 +6,11 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::context::{Context, TimeEmbedding};
 use super::{CLASS, HunyuanVideo15Config};
-use crate::blocks::{AdaLayerNormContinuous, ChannelOrder, PatchEmbed, key_mask, run_block, unpatchify};
-use crate::flux::FluxTransformerBlock;
-use crate::registry::config_json;
-use crate::{Transformer, parameters_under};
+use crate::Transformer;
+use crate::blocks::{
+    AdaLayerNormContinuous, ChannelOrder, JointTransformerBlock, PatchEmbed, key_mask, run_block, unpatchify,
+};
+use crate::config::config_json;
 
 /// Epsilon of the norm before the output projection.
 const EPS: f64 = 1e-6;
@@ -28,8 +29,8 @@ pub struct HunyuanVideo15Transformer3DModel {
     x_embedder: PatchEmbed,
     context: Context,
     time_embed: TimeEmbedding,
-    // FLUX.1's double blocks, with the context in place of the text.
-    transformer_blocks: Vec<FluxTransformerBlock>,
+    /// With the context in place of a text.
+    transformer_blocks: Vec<JointTransformerBlock>,
     norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
     gradient_checkpointing: bool,
@@ -47,7 +48,7 @@ impl HunyuanVideo15Transformer3DModel {
         let (dim, heads, inner) = (config.inner_dim(), config.num_attention_heads, config.mlp_dim());
         let (patch, blocks) = (config.patch(), root.sub("transformer_blocks"));
         let outputs = patch.iter().product::<usize>() * config.out_channels.unwrap_or(config.in_channels);
-        let block = |i| FluxTransformerBlock::new(&blocks.sub(i), dim, heads, inner);
+        let block = |i| JointTransformerBlock::new(&blocks.sub(i), dim, heads, inner);
         Ok(Self {
             x_embedder: PatchEmbed::new(&root.sub("x_embedder").sub("proj"), config.in_channels, dim, &patch)?,
             context: Context::new(root, &config)?,
@@ -101,14 +102,14 @@ impl Transformer for HunyuanVideo15Transformer3DModel {
     }
 
     /// What the last block makes of the context, which nothing reads, and the embedder of a second time without one.
-    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+    fn paths_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
         let last = self.config.num_layers - 1;
         let read_by_none = ["attn.to_add_out", "ff_context"].map(|layer| format!("transformer_blocks.{last}.{layer}."));
         let mut unread = read_by_none.to_vec();
         if inputs.get("timestep_r").is_none() {
             unread.push("time_embed.timestep_embedder_r.".into());
         }
-        parameters_under(&self.params, &unread)
+        unread
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

@@ -187,7 +187,7 @@ fn a_saved_configuration_makes_the_same_model() {
     let latents = inputs().with("hidden_states", normal(1, &[2, 5, 4, 2, 6]));
     assert_eq!(run(&model, &latents).dims(), [2, 5, 4, 2, 6]);
     // What diffusers does not know is written only where it must be.
-    let published = crate::registry::config_json(CLASS, &HunyuanVideo15Config::default());
+    let published = crate::config::config_json(CLASS, &HunyuanVideo15Config::default());
     assert!(published.get("byt5_hidden_dim").is_none() && model.config()["byt5_hidden_dim"] == 16);
 }
 

@@ -2,17 +2,20 @@
 
 use flowtape_engine::ops::mse;
 use flowtape_engine::{DType, Tensor};
-use flowtape_flowmatch::{
-    Draws, FlowMatchingContext, FlowModel, LinearInterpolationSchedule, ModelAdapter, ModelInputs, Prediction,
-};
+use flowtape_flowmatch::{Batch, Draws, FlowMatchingContext, FlowModel, ModelAdapter, ModelInputs, Prediction};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::registry::parse_kwargs;
+use crate::blocks::{ChannelOrder, patchify, unpatchify};
+use crate::config::parse_kwargs;
 use crate::{Error, Result};
 
-/// Mel bins of a latent of LTX-2's audio VAE.
-const MEL_BINS: usize = 16;
+/// The stream of the audio.
+const AUDIO: &str = "audio";
+/// Latents of a token: frames, rows and columns.
+const VIDEO_PATCH: [usize; 3] = [1, 1, 1];
+/// Latents of an audio token: one in time, all 16 mel bins of LTX-2's audio VAE.
+const AUDIO_PATCH: [usize; 2] = [1, 16];
 
 /// Trains video and audio together: the audio is noised with the σ of its video and a noise of its own, and its loss is
 /// added to the video's.
@@ -44,44 +47,19 @@ impl LTX2Adapter {
     }
 }
 
-/// Video latents `[B, C, F, H, W]` to tokens `[B, F H W, C]`.
-///
-/// # Errors
-/// When the rank is not five.
-pub fn pack_video(latents: &Tensor) -> Result<Tensor> {
-    match latents.rank() {
-        5 => Ok(latents.flatten(2, 4)?.transpose(1, 2)?),
-        rank => Err(Error::adapter("ltx2", "5-D latents [B, C, F, H, W]", format!("{rank}-D {:?}", latents.dims()))),
+/// A tensor of the batch that must be there.
+fn require<'b>(batch: &'b Batch, key: &str) -> Result<&'b Tensor> {
+    let got = || format!("the keys {:?}", batch.tensors.keys().collect::<Vec<_>>());
+    let expected = format!("`{key}` in the batch (its cache holds audio latents and the text of both streams)");
+    batch.get(key).ok_or_else(|| Error::adapter("ltx2", expected, got()))
+}
+
+/// Frames, rows and columns of the noisy latents.
+fn video_grid(cx: &FlowMatchingContext<'_>) -> Result<[usize; 3]> {
+    match *cx.noisy_latents.dims() {
+        [_, _, frames, height, width] => Ok([frames, height, width]),
+        ref dims => Err(Error::adapter("ltx2", "5-D latents [B, C, F, H, W]", format!("{}-D {dims:?}", dims.len()))),
     }
-}
-
-/// The reverse of [`pack_video`], to latents of `F`, `H`, `W`.
-///
-/// # Errors
-/// When the tokens are not those of such latents.
-pub fn unpack_video(tokens: &Tensor, [frames, height, width]: [usize; 3]) -> Result<Tensor> {
-    let dims = [tokens.dim(0)?, tokens.dim(2)?, frames, height, width];
-    Ok(tokens.transpose(1, 2)?.reshape(&dims)?)
-}
-
-/// Audio latents `[B, C, L, M]` to tokens `[B, L, C M]`.
-///
-/// # Errors
-/// When the rank is not four.
-pub fn pack_audio(latents: &Tensor) -> Result<Tensor> {
-    match latents.rank() {
-        4 => Ok(latents.transpose(1, 2)?.flatten(2, 3)?),
-        rank => Err(Error::adapter("ltx2", "4-D audio [B, C, L, M]", format!("{rank}-D {:?}", latents.dims()))),
-    }
-}
-
-/// The reverse of [`pack_audio`], to latents of `bins` mel bins.
-///
-/// # Errors
-/// When the width of a token is not a multiple of `bins`.
-pub fn unpack_audio(tokens: &Tensor, bins: usize) -> Result<Tensor> {
-    let (batch, len, width) = (tokens.dim(0)?, tokens.dim(1)?, tokens.dim(2)?);
-    Ok(tokens.reshape(&[batch, len, width / bins, bins])?.transpose(1, 2)?)
 }
 
 impl ModelAdapter for LTX2Adapter {
@@ -89,31 +67,31 @@ impl ModelAdapter for LTX2Adapter {
         "ltx2"
     }
 
-    fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, draws: &mut dyn Draws) -> Result<ModelInputs> {
-        let require = |key: &str| {
-            let got = || format!("the keys {:?}", cx.batch.tensors.keys().collect::<Vec<_>>());
-            let expected = format!("`{key}` in the batch (its cache holds audio latents and the text of both streams)");
-            cx.batch.get(key).ok_or_else(|| Error::adapter("ltx2", expected, got()))
-        };
-        let audio = require("audio_latents")?.to_dtype(DType::F32)?;
-        let text = require("text_embeddings")?.to_dtype(cx.dtype)?;
-        let audio_text = require("audio_text_embeddings")?.to_dtype(cx.dtype)?;
-        let mask = require("text_mask")?;
-        let hidden_states = pack_video(&cx.noisy_latents)?;
-        let noise = draws.noise(audio.dims(), &cx.device)?;
-        let noisy_audio = LinearInterpolationSchedule.forward(&audio, &noise, &cx.sigma)?;
-        let audio_hidden_states = pack_audio(&noisy_audio.to_dtype(cx.dtype)?)?;
+    fn stream_latents<'b>(&self, batch: &'b Batch) -> Result<Vec<(&'static str, &'b Tensor)>> {
+        let audio = require(batch, "audio_latents")?;
+        match audio.rank() {
+            4 => Ok(vec![(AUDIO, audio)]),
+            rank => Err(Error::adapter("ltx2", "4-D audio [B, C, L, M]", format!("{rank}-D {:?}", audio.dims()))),
+        }
+    }
+
+    fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, _: &mut dyn Draws) -> Result<ModelInputs> {
+        let [frames, height, width] = video_grid(cx)?;
+        let text = require(cx.batch, "text_embeddings")?.to_dtype(cx.dtype)?;
+        let audio_text = require(cx.batch, "audio_text_embeddings")?.to_dtype(cx.dtype)?;
+        let mask = require(cx.batch, "text_mask")?;
+        let hidden_states = patchify(&cx.noisy_latents, &VIDEO_PATCH)?;
+        let audio_hidden_states = patchify(&cx.stream(AUDIO)?.noisy_latents.to_dtype(cx.dtype)?, &AUDIO_PATCH)?;
         // Stride 0 along the tokens tells the model that they share one time.
         let per_token = |tokens: &Tensor| cx.timesteps.unsqueeze(1)?.expand(&tokens.dims()[..2]);
-        let size = |axis| Ok::<_, Error>(cx.noisy_latents.dim(axis)? as f64);
         Ok(ModelInputs::new()
             .with("timestep", per_token(&hidden_states)?)
             .with("audio_timestep", per_token(&audio_hidden_states)?)
             .with("sigma", cx.timesteps.clone())
             .with("audio_sigma", cx.timesteps.clone())
-            .with("num_frames", size(2)?)
-            .with("height", size(3)?)
-            .with("width", size(4)?)
+            .with("num_frames", frames as f64)
+            .with("height", height as f64)
+            .with("width", width as f64)
             .with("fps", self.fps)
             .with("audio_num_frames", audio_hidden_states.dim(1)? as f64)
             .with("hidden_states", hidden_states)
@@ -121,28 +99,27 @@ impl ModelAdapter for LTX2Adapter {
             .with("encoder_hidden_states", text)
             .with("audio_encoder_hidden_states", audio_text)
             .with("encoder_attention_mask", mask.clone())
-            .with("audio_encoder_attention_mask", mask.clone())
-            .with("_audio_target", LinearInterpolationSchedule.velocity(&audio, &noise)?))
+            .with("audio_encoder_attention_mask", mask.clone()))
     }
 
-    fn forward(&self, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+    fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
         let output = model.forward(inputs)?;
         let [audio] = &output.rest[..] else {
             let got = format!("{} outputs", 1 + output.rest.len());
             return Err(Error::adapter("ltx2", "a model that returns video and audio", got));
         };
-        let size = |name: &str| Ok::<_, Error>(inputs.number(name)? as usize);
-        let video = unpack_video(&output.sample, [size("num_frames")?, size("height")?, size("width")?])?;
+        let video = unpatchify(&output.sample, &video_grid(cx)?, &VIDEO_PATCH, ChannelOrder::Slowest)?;
         let mut prediction = Prediction::from(video);
-        prediction.auxiliary.insert("audio".into(), unpack_audio(audio, MEL_BINS)?);
+        let audio = unpatchify(audio, &[audio.dim(1)?, 1], &AUDIO_PATCH, ChannelOrder::Slowest)?;
+        prediction.auxiliary.insert(AUDIO.into(), audio);
         Ok(prediction)
     }
 
-    fn auxiliary_losses(&self, inputs: &ModelInputs, prediction: &Prediction) -> Result<Vec<(String, Tensor)>> {
-        let Some(audio) = prediction.auxiliary.get("audio") else {
+    fn auxiliary_losses(&self, cx: &FlowMatchingContext<'_>, prediction: &Prediction) -> Result<Vec<(String, Tensor)>> {
+        let Some(audio) = prediction.auxiliary.get(AUDIO) else {
             return Err(Error::adapter("ltx2", "a prediction of the audio", "none"));
         };
-        let loss = mse(&audio.to_dtype(DType::F32)?, inputs.tensor("_audio_target")?)?;
+        let loss = mse(&audio.to_dtype(DType::F32)?, &cx.stream(AUDIO)?.target)?;
         Ok(vec![("audio_loss".into(), loss.mul_scalar(self.audio_loss_weight)?)])
     }
 }

@@ -5,7 +5,7 @@ use flowtape_engine::ops::RopeLayout;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::registry::{check_sizes, parse_config};
+use crate::config::{check_sizes, parse_config};
 use crate::{Error, Result};
 
 /// `config.json`, with diffusers' defaults. Fields of the audio stream have `audio_` before the name.

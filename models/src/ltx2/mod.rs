@@ -6,7 +6,7 @@ mod config;
 mod model;
 mod rope;
 
-pub use adapter::{LTX2Adapter, pack_audio, pack_video, unpack_audio, unpack_video};
+pub use adapter::LTX2Adapter;
 pub use block::LTX2VideoTransformerBlock;
 pub use config::LTX2Config;
 pub use model::LTX2VideoTransformer3DModel;

@@ -12,7 +12,7 @@ use super::block::{Constants, LTX2VideoTransformerBlock};
 use super::config::StreamConfig;
 use super::rope::{Axis, tables};
 use crate::blocks::{CHANNELS, ScaleShiftTable, run_block, time_proj};
-use crate::registry::config_json;
+use crate::config::config_json;
 use crate::{Error, Transformer};
 
 /// A parameter of keyframe pipelines, which no forward pass here reads.
@@ -41,9 +41,9 @@ impl AdaLayerNormSingle {
     }
 
     /// Vectors `[B, T, parts, dim]` and the embedding `[B, T, 1, dim]` of times `[B, T]`.
-    fn forward(&self, inputs: &ModelInputs, times: &Tensor, dtype: DType) -> Result<[Tensor; 2]> {
+    fn forward(&self, times: &Tensor, dtype: DType) -> Result<[Tensor; 2]> {
         let batch = times.dim(0)?;
-        let projection = time_proj(inputs, &self.time_proj, &times.flatten(0, 1)?, &TimestepProjection::new(CHANNELS))?;
+        let projection = time_proj(&self.time_proj, &times.flatten(0, 1)?, &TimestepProjection::new(CHANNELS))?;
         let embedded = self.embedder.forward(&projection.to_dtype(dtype)?)?;
         let vectors = self.linear.forward(&pointwise([&embedded], |[x]| x.silu())?)?;
         let (tokens, dim) = (embedded.dim(0)? / batch, embedded.dim(1)?);
@@ -121,12 +121,12 @@ impl Ends {
         let text = inputs.tensor(&name("encoder_hidden_states"))?;
         let text = self.caption_projection.as_ref().map_or_else(|| Ok(text.clone()), |layer| layer.forward(text))?;
         let (times, dtype) = (own("timestep")?, x.dtype());
-        let [temb, embedded] = self.time_embed.forward(inputs, &times, dtype)?;
-        let [cross, _] = self.cross_scale_shift.forward(inputs, &times, dtype)?;
-        let [cross_gate, _] = self.cross_gate.forward(inputs, &times.mul_scalar(gate_factor)?, dtype)?;
+        let [temb, embedded] = self.time_embed.forward(&times, dtype)?;
+        let [cross, _] = self.cross_scale_shift.forward(&times, dtype)?;
+        let [cross_gate, _] = self.cross_gate.forward(&times.mul_scalar(gate_factor)?, dtype)?;
         let prompt = match &self.prompt_adaln {
             Some(single) => {
-                let [prompt, _] = single.forward(inputs, &own("sigma")?, dtype)?;
+                let [prompt, _] = single.forward(&own("sigma")?, dtype)?;
                 prompt
             }
             None => Tensor::zeros(&[1, 1, 1, self.config.dim()], dtype, x.device())?.on_tape_of(&x),
@@ -232,8 +232,8 @@ impl Transformer for LTX2VideoTransformer3DModel {
         config_json("LTX2VideoTransformer3DModel", &self.config)
     }
 
-    fn parameters_without_gradient(&self, _: &ModelInputs) -> Vec<String> {
-        self.params.get(KEYFRAMES).map(|_| KEYFRAMES.to_owned()).into_iter().collect()
+    fn paths_without_gradient(&self, _: &ModelInputs) -> Vec<String> {
+        vec![KEYFRAMES.into()]
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

@@ -1,15 +1,14 @@
 //! NeMo's `QwenImageAdapter`.
 
-use flowtape_engine::ops::pointwise;
-use flowtape_engine::{DType, Tensor};
+use flowtape_engine::Tensor;
 use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, ModelInputs, Prediction};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::blocks::with_batch_axis;
-use crate::flux::{pack_latents, unpack_latents};
-use crate::registry::parse_kwargs;
-use crate::{Error, Result};
+use super::PATCH;
+use crate::Result;
+use crate::blocks::{ChannelOrder, guidance, image_dims, patchify, text_embeddings, unit_times, unpatchify};
+use crate::config::parse_kwargs;
 
 /// Packs latents as for FLUX.1 and drops the captions of a whole batch at once.
 ///
@@ -45,36 +44,34 @@ impl ModelAdapter for QwenImageAdapter {
     }
 
     fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, draws: &mut dyn Draws) -> Result<ModelInputs> {
-        let &[batch, _, height, width] = cx.noisy_latents.dims() else {
-            let got = format!("{}-D latents {:?}", cx.noisy_latents.rank(), cx.noisy_latents.dims());
-            return Err(Error::adapter("qwen_image", "4-D latents [B, C, H, W]", got));
-        };
-        let mut text = with_batch_axis(cx.batch.require("text_embeddings")?, 3, cx.dtype)?;
+        let [batch, _, height, width] = image_dims(cx, self.name())?;
+        let mut text = text_embeddings(cx, self.name())?;
         if cx.cfg_dropout_prob > 0.0 && draws.decision()? < cx.cfg_dropout_prob {
             text = Tensor::zeros(text.dims(), cx.dtype, &cx.device)?;
         }
-        let guidance = || Tensor::full(&[batch], self.guidance_scale, DType::F32, &cx.device);
+        let told = self.use_guidance_embeds.then(|| guidance(cx, self.guidance_scale)).transpose()?;
         Ok(ModelInputs::new()
-            .with("hidden_states", pack_latents(&cx.noisy_latents)?)
+            .with("hidden_states", patchify(&cx.noisy_latents, &PATCH)?)
             .with("encoder_hidden_states", text)
-            .with("timestep", pointwise([&cx.timesteps], |[t]| t / 1000.0)?)
+            .with("timestep", unit_times(cx)?)
             .with("img_shapes", vec![vec![vec![1, height / 2, width / 2]]; batch])
-            .with_optional("guidance", self.use_guidance_embeds.then(guidance).transpose()?)
-            .with("_original_shape", cx.noisy_latents.dims().to_vec()))
+            .with_optional("guidance", told))
     }
 
-    fn forward(&self, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+    fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
         let tokens = model.forward(inputs)?.sample;
-        Ok(unpack_latents(&tokens, inputs.shape("_original_shape")?)?.into())
+        let [_, _, height, width] = image_dims(cx, self.name())?;
+        Ok(unpatchify(&tokens, &[height / 2, width / 2], &PATCH, ChannelOrder::Slowest)?.into())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use flowtape_engine::DType;
     use flowtape_flowmatch::{Batch, ModelOutput, Recorded, RecordedDraws};
 
     use super::*;
-    use crate::testing::{normal, prepare};
+    use crate::testing::{normal, predict, prepare};
 
     fn batch() -> Batch {
         Batch::new(normal(&[2, 3, 4, 6]), "image".into()).with("text_embeddings", normal(&[2, 5, 7]))
@@ -89,7 +86,7 @@ mod tests {
     fn inputs_are_packed_latents_text_times_and_shapes() {
         let inputs = plain(&QwenImageAdapter::default(), &batch(), DType::BF16).unwrap();
         let names: Vec<&str> = inputs.iter().map(|(name, _)| name).collect();
-        assert_eq!(names, ["_original_shape", "encoder_hidden_states", "hidden_states", "img_shapes", "timestep"]);
+        assert_eq!(names, ["encoder_hidden_states", "hidden_states", "img_shapes", "timestep"]);
         assert_eq!(inputs.tensor("hidden_states").unwrap().dims(), [2, 6, 12]);
         assert_eq!(inputs.shapes("img_shapes").unwrap(), vec![vec![vec![1, 2, 3]]; 2]);
         assert_eq!(inputs.tensor("timestep").unwrap().to_vec::<f32>().unwrap(), [0.5; 2]);
@@ -123,7 +120,7 @@ mod tests {
     fn a_batch_that_does_not_fit_is_refused() {
         let refused = |batch: Batch| plain(&QwenImageAdapter::default(), &batch, DType::F32).unwrap_err().to_string();
         assert!(refused(Batch { latents: normal(&[2, 3, 1, 4, 6]), ..batch() }).contains("5-D"));
-        assert!(refused(Batch { latents: normal(&[2, 3, 5, 6]), ..batch() }).contains("even sides"));
+        assert!(refused(Batch { latents: normal(&[2, 3, 5, 6]), ..batch() }).contains("a multiple of [2, 2]"));
         assert!(refused(Batch::new(normal(&[2, 3, 4, 6]), "image".into())).contains("text_embeddings"));
     }
 
@@ -143,7 +140,7 @@ mod tests {
         let adapter = QwenImageAdapter::default();
         let inputs = plain(&adapter, &one, DType::F32).unwrap();
         assert_eq!(inputs.tensor("encoder_hidden_states").unwrap().dims(), [1, 5, 7]);
-        let velocity = adapter.forward(&Echo, &inputs).unwrap().velocity;
+        let velocity = predict(&adapter, &Echo, &one).unwrap().velocity;
         assert_eq!(velocity.to_vec::<f32>().unwrap(), one.latents.to_vec::<f32>().unwrap());
     }
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::blocks::{RopePrecision, RopeTables};
-use crate::registry::{check_rope_axes, check_sizes, parse_config};
+use crate::config::{check_rope_axes, check_sizes, parse_config};
 
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;

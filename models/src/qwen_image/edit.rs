@@ -1,13 +1,13 @@
 //! NeMo's `QwenImageEditAdapter`.
 
 use flowtape_engine::Tensor;
-use flowtape_engine::ops::pointwise;
 use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, ModelInputs, Prediction};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::flux::{pack_latents, unpack_latents};
-use crate::registry::parse_kwargs;
+use super::PATCH;
+use crate::blocks::{ChannelOrder, image_dims, patchify, text_embeddings, unit_times, unpatchify};
+use crate::config::parse_kwargs;
 use crate::{Error, Result};
 
 /// Gives the model the noisy latents and, after them, the clean latents of reference images.
@@ -39,28 +39,23 @@ impl ModelAdapter for QwenImageEditAdapter {
     }
 
     fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, _: &mut dyn Draws) -> Result<ModelInputs> {
-        let &[batch, channels, height, width] = cx.noisy_latents.dims() else {
-            return refuse("4-D latents [B, C, H, W]", &cx.noisy_latents);
-        };
+        let [batch, channels, height, width] = image_dims(cx, self.name())?;
         let references = cx.batch.list("context_latents");
         if references.is_empty() {
             let expected = "a list of one or more `context_latents` in the batch";
-            return Err(Error::adapter("qwen_image_edit", expected, "none"));
+            return Err(Error::adapter(self.name(), expected, "none"));
         }
-        let (text, mask) = (cx.batch.require("text_embeddings")?, cx.batch.require("text_attention_mask")?);
-        if text.rank() != 3 || text.dim(0)? != batch {
-            return refuse(format!("`text_embeddings` [{batch}, T, D]"), text);
-        }
+        let (text, mask) = (text_embeddings(cx, self.name())?, cx.batch.require("text_attention_mask")?);
         if mask.dims() != &text.dims()[..2] {
             return refuse(format!("`text_attention_mask` {:?}, as the text has tokens", &text.dims()[..2]), mask);
         }
-        let target = pack_latents(&cx.noisy_latents)?;
+        let target = patchify(&cx.noisy_latents, &PATCH)?;
         let (mut shapes, mut tokens) = (vec![vec![1, height / 2, width / 2]], vec![target]);
         for (i, reference) in references.iter().enumerate() {
             match *reference.dims() {
                 [b, c, h, w] if [b, c] == [batch, channels] && h % 2 == 0 && w % 2 == 0 => {
                     shapes.push(vec![1, h / 2, w / 2]);
-                    tokens.push(pack_latents(&reference.to_dtype(cx.dtype)?)?);
+                    tokens.push(patchify(&reference.to_dtype(cx.dtype)?, &PATCH)?);
                 }
                 _ => {
                     let expected = format!("`context_latents[{i}]` [{batch}, {channels}, H, W] with even sides");
@@ -70,20 +65,19 @@ impl ModelAdapter for QwenImageEditAdapter {
         }
         Ok(ModelInputs::new()
             .with("hidden_states", Tensor::cat(&tokens.iter().collect::<Vec<_>>(), 1)?)
-            .with("encoder_hidden_states", text.to_dtype(cx.dtype)?)
+            .with("encoder_hidden_states", text)
             .with("encoder_hidden_states_mask", mask.clone())
-            .with("timestep", pointwise([&cx.timesteps], |[t]| t / 1000.0)?)
-            .with("img_shapes", vec![shapes; batch])
-            .with("_target_token_count", (height / 2 * (width / 2)) as f64)
-            .with("_target_latent_shape", vec![channels, height, width]))
+            .with("timestep", unit_times(cx)?)
+            .with("img_shapes", vec![shapes; batch]))
     }
 
     /// The model predicts all tokens; those of the references, which come last, are not trained on.
-    fn forward(&self, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
+    fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {
         let tokens = model.forward(inputs)?.sample;
-        let target = tokens.narrow(1, 0, inputs.number("_target_token_count")? as usize)?;
-        let dims = [&[target.dim(0)?], inputs.shape("_target_latent_shape")?].concat();
-        Ok(unpack_latents(&target, &dims)?.into())
+        let [_, _, height, width] = image_dims(cx, self.name())?;
+        let grid = [height / 2, width / 2];
+        let target = tokens.narrow(1, 0, grid[0] * grid[1])?;
+        Ok(unpatchify(&target, &grid, &PATCH, ChannelOrder::Slowest)?.into())
     }
 }
 
@@ -93,7 +87,7 @@ mod tests {
     use flowtape_flowmatch::{Batch, ModelOutput, RecordedDraws};
 
     use super::*;
-    use crate::testing::{normal, prepare};
+    use crate::testing::{normal, predict, prepare};
 
     fn batch() -> Batch {
         Batch::new(normal(&[2, 3, 4, 6]), "image".into())
@@ -111,7 +105,7 @@ mod tests {
     fn the_target_comes_first_and_references_keep_their_order() {
         let inputs = plain(&batch(), DType::F32).unwrap();
         let packed = [normal(&[2, 3, 4, 6]), normal(&[2, 3, 2, 6]), normal(&[2, 3, 4, 4])];
-        let packed = packed.map(|latents| pack_latents(&latents).unwrap());
+        let packed = packed.map(|latents| patchify(&latents, &PATCH).unwrap());
         let expected = Tensor::cat(&packed.iter().collect::<Vec<_>>(), 1).unwrap();
         let values = |x: &Tensor| x.to_vec::<f32>().unwrap();
         assert_eq!(values(inputs.tensor("hidden_states").unwrap()), values(&expected));
@@ -119,7 +113,6 @@ mod tests {
         assert_eq!(inputs.shapes("img_shapes").unwrap(), [shapes.clone(), shapes]);
         assert_eq!(values(inputs.tensor("timestep").unwrap()), [0.5; 2]);
         assert_eq!(values(inputs.tensor("encoder_hidden_states").unwrap()), values(&normal(&[2, 5, 7])));
-        assert_eq!(inputs.number("_target_token_count").unwrap(), 6.0);
         assert!(inputs.get("guidance").is_none());
     }
 
@@ -144,7 +137,7 @@ mod tests {
         };
         let with = |latents: &[usize]| batch().with_list("context_latents", vec![normal(latents)]);
         refused(Batch { latents: normal(&[2, 3, 1, 4, 6]), ..batch() }, "4-D");
-        refused(Batch { latents: normal(&[2, 3, 3, 6]), ..batch() }, "even sides");
+        refused(Batch { latents: normal(&[2, 3, 3, 6]), ..batch() }, "a multiple of [2, 2]");
         refused(batch().with_list("context_latents", vec![]), "context_latents");
         refused(with(&[2, 3, 3, 4]), "context_latents[0]");
         refused(with(&[2, 4, 4, 4]), "[2, 3, H, W]");
@@ -169,8 +162,7 @@ mod tests {
 
     #[test]
     fn what_is_predicted_for_references_is_left_out() {
-        let inputs = plain(&batch(), DType::F32).unwrap();
-        let velocity = QwenImageEditAdapter::default().forward(&Echo, &inputs).unwrap().velocity;
+        let velocity = predict(&QwenImageEditAdapter::default(), &Echo, &batch()).unwrap().velocity;
         assert_eq!(velocity.to_vec::<f32>().unwrap(), normal(&[2, 3, 4, 6]).to_vec::<f32>().unwrap());
     }
 }

@@ -11,3 +11,6 @@ pub use adapter::QwenImageAdapter;
 pub use config::{QwenImageConfig, RotaryLayout};
 pub use edit::QwenImageEditAdapter;
 pub use model::{QwenImageTransformer2DModel, QwenImageTransformerBlock};
+
+/// Latents of a token: rows and columns.
+const PATCH: [usize; 2] = [2, 2];

@@ -12,8 +12,8 @@ use crate::blocks::{
     AdaLayerNormContinuous, CHANNELS, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, key_mask, run_block,
     time_proj,
 };
-use crate::registry::config_json;
-use crate::{Error, Transformer, parameters_under};
+use crate::config::config_json;
+use crate::{Error, Transformer};
 
 const EPS: f64 = 1e-6;
 /// Factor of the angles: times are 0 to 1.
@@ -95,7 +95,7 @@ impl TimeEmbedding {
     /// `[N, dim]` of times `[N]`, in `dtype`.
     fn forward(&self, inputs: &ModelInputs, times: &Tensor, dtype: DType) -> flowtape_flowmatch::Result<Tensor> {
         let options = TimestepProjection { scale: TIME_SCALE, ..TimestepProjection::new(CHANNELS) };
-        let projection = time_proj(inputs, "time_text_embed.time_proj", times, &options)?;
+        let projection = time_proj("time_text_embed.time_proj", times, &options)?;
         let time = self.timestep_embedder.forward(&projection.to_dtype(dtype)?)?;
         Ok(match &self.addition_t_embedding {
             Some(table) => {
@@ -225,10 +225,9 @@ impl Transformer for QwenImageTransformer2DModel {
     }
 
     /// What the last block makes of the text, which nothing reads.
-    fn parameters_without_gradient(&self, _: &ModelInputs) -> Vec<String> {
+    fn paths_without_gradient(&self, _: &ModelInputs) -> Vec<String> {
         let last = self.config.num_layers - 1;
-        let unread = ["attn.to_add_out", "txt_mlp"].map(|layer| format!("transformer_blocks.{last}.{layer}."));
-        parameters_under(&self.params, &unread)
+        ["attn.to_add_out", "txt_mlp"].map(|layer| format!("transformer_blocks.{last}.{layer}.")).into()
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

@@ -5,8 +5,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::Result;
-use crate::blocks::with_batch_axis;
-use crate::registry::parse_kwargs;
+use crate::blocks::text_embeddings;
+use crate::config::parse_kwargs;
 
 /// Hands latents, timesteps and text on as they are: models such as Wan. It takes no arguments and never drops captions.
 ///
@@ -35,6 +35,6 @@ impl ModelAdapter for SimpleAdapter {
             .with("hidden_states", cx.noisy_latents.clone())
             // The reference casts to the compute dtype, which moves timesteps in bf16 by up to 2: kept in f32 here.
             .with("timestep", cx.timesteps.clone())
-            .with("encoder_hidden_states", with_batch_axis(cx.batch.require("text_embeddings")?, 3, cx.dtype)?))
+            .with("encoder_hidden_states", text_embeddings(cx, self.name())?))
     }
 }

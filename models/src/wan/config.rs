@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::blocks::{RopePrecision, RopeTables};
-use crate::registry::{check_sizes, parse_config};
+use crate::config::{check_sizes, parse_config};
 use crate::{Error, Result};
 
 /// Base of the rotary frequencies.

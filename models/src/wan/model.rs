@@ -12,8 +12,8 @@ use crate::blocks::{
     ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, run_block,
     time_proj, unpatchify,
 };
-use crate::registry::config_json;
-use crate::{Error, Transformer, parameters_under};
+use crate::config::config_json;
+use crate::{Error, Transformer};
 
 /// Vectors for shift, scale and gate that start as PixArt's do.
 fn scale_shift_table(params: &ParamBuilder, parts: usize, dim: usize) -> Result<ScaleShiftTable> {
@@ -218,8 +218,7 @@ impl WanTransformer3DModel {
         let timestep = inputs.tensor("timestep")?;
         let (batch, len) = (timestep.dim(0)?, if timestep.rank() == 2 { timestep.dim(1)? } else { 1 });
         let options = TimestepProjection::new(self.config.freq_dim);
-        let projection =
-            time_proj(inputs, "condition_embedder.timesteps_proj", &timestep.reshape(&[batch * len])?, &options)?;
+        let projection = time_proj("condition_embedder.timesteps_proj", &timestep.reshape(&[batch * len])?, &options)?;
         let temb = self.time_embedder.forward(&projection.to_dtype(dtype)?)?;
         Ok(temb.reshape(&[batch, len, self.config.inner_dim()])?)
     }
@@ -272,7 +271,7 @@ impl Transformer for WanTransformer3DModel {
     }
 
     /// What makes something of an image without one.
-    fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+    fn paths_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
         let WanConfig { image_dim, added_kv_proj_dim, num_layers, .. } = &self.config;
         let reads = image_dim.and(*added_kv_proj_dim).is_some();
         if reads && inputs.get("encoder_hidden_states_image").is_some() {
@@ -280,8 +279,7 @@ impl Transformer for WanTransformer3DModel {
         }
         let layers = ["add_k_proj", "add_v_proj", "norm_added_k"];
         let added = (0..*num_layers).flat_map(|i| layers.map(|layer| format!("blocks.{i}.attn2.{layer}.")));
-        let unread: Vec<String> = ["condition_embedder.image_embedder.".into()].into_iter().chain(added).collect();
-        parameters_under(&self.params, &unread)
+        ["condition_embedder.image_embedder.".into()].into_iter().chain(added).collect()
     }
 
     fn is_ignored_key(&self, key: &str) -> bool {

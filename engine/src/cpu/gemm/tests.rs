@@ -110,7 +110,7 @@ fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
             let on = |threads: usize| -> Result<Vec<f32>> {
                 let out = Tensor::zeros(&[m, n], dtype, &cpu)?;
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| crate::cpu::awake(|| multiply_on(crate::cpu::isa(), &a, &b, None, false, &out)))?;
+                pool.install(|| crate::cpu::awake(&cpu, || multiply_on(crate::cpu::isa(), &a, &b, None, false, &out)))?;
                 out.to_vec::<f32>()
             };
             let one = on(1)?;

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Compiles the kernels to PTX for sm_80 with the pinned compiler, and writes down their source's hash and what they take.
+# Compiles the kernels to PTX for sm_80 with the pinned compiler, and packs them into gpu/ptx:
 #
-#   build.sh                    writes ptx/*.ptx, ptx/HASH and ptx/RESOURCES.md
+#   kernels.bin   the texts, each a gzip file, one after the other
+#   INDEX         a line for each in that order: name, packed bytes, hash of its sources and definitions
+#   RESOURCES.md  what ptxas says of them
+#
+#   build.sh                    writes these files
 #   build.sh --check            builds elsewhere, and fails where anything differs from what is checked in
 #   build.sh --assemble FOLDER  lets ptxas read every printed kernel there (tests print them where FLOWTAPE_PTX says)
 #
@@ -9,6 +13,7 @@
 set -euo pipefail
 if [ "${1:-}" = --assemble ]; then FOLDER=$(realpath "$2"); fi
 cd "$(dirname "$0")"
+PACKED=$(realpath ../../../ptx)
 PACKAGES=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96
     nvidia-cuda-cccl==13.0.85)
 ARCHITECTURES=(sm_80 sm_90)
@@ -55,12 +60,38 @@ compile() {
         # Without a hint, the instructions are those of ISA 8.0: so drivers from CUDA 12.0 on take them; ptxas confirms it.
         "$compiler/bin/nvcc" -std=c++17 -O3 -arch=compute_80 "$@" -ptx "$source" -o "$work/$kernel.ptx"
         grep -vE '^\s*//|^\s*$|used_bytes_mask' "$work/$kernel.ptx" | sed -e 's/^\.version 9\.0$/.version 8.0/' >"$work/ptx/$kernel.ptx"
-        if cmp --silent "ptx/$kernel.ptx" "$work/ptx/$kernel.ptx"; then break; fi
+        if cmp --silent "$work/packed/$kernel.ptx" "$work/ptx/$kernel.ptx"; then break; fi
     done
     for arch in sm_80 sm_90; do
         "$NVCC_ROOT/bin/ptxas" "-arch=$arch" -v "$work/ptx/$kernel.ptx" -o "$work/$kernel.cubin" 2>"$work/$kernel.$arch" ||
             { cat "$work/$kernel.$arch" && return 1; }
     done
+}
+
+# The checked-in texts as files in $work/packed.
+unpack() {
+    local kernel bytes at=0
+    mkdir "$work/packed"
+    while read -r kernel bytes _; do
+        dd if="$PACKED/kernels.bin" iflag=skip_bytes,count_bytes skip=$at count="$bytes" status=none |
+            gzip -d >"$work/packed/$kernel.ptx"
+        at=$((at + bytes))
+    done <"$PACKED/INDEX"
+}
+
+# The hash of what a kernel is made from: its source, what sources may include, its definitions.
+source_hash() {
+    local source=$1
+    shift
+    { cat layout.h ./*.cuh "$source" && echo "$@"; } | sha256sum | cut -d' ' -f1
+}
+
+# A line for each kernel with its hash, and with the length of its packed text where that is asked for.
+index() {
+    local kernel source definitions
+    while read -r kernel source definitions; do
+        echo "$kernel ${1:+$(wc -c <"$work/ptx/$kernel.gz") }$(source_hash "$source" $definitions)"
+    done <<<"$KERNELS"
 }
 
 # Prints the table of what kernels take.
@@ -108,17 +139,21 @@ if [ "${1:-}" = --assemble ]; then
 fi
 
 mkdir "$work/ptx"
-cat layout.h ./*.cuh ./*.cu | sha256sum | cut -d' ' -f1 >"$work/ptx/HASH"
+if [ -e "$PACKED/INDEX" ]; then unpack; fi
 export ATTEMPTS=1
 if [ "${1:-}" = --check ]; then
-    diff ptx/HASH "$work/ptx/HASH" || { echo "the sources changed: run $0" && exit 1; }
+    diff <(cut -d' ' -f1,3 "$PACKED/INDEX") <(index) || { echo "the sources changed: run $0" && exit 1; }
     ATTEMPTS=32
 fi
 xargs -P "$(nproc)" -L 1 bash -euo pipefail -c 'compile "$@"' _ <<<"$KERNELS"
-resources >"$work/ptx/RESOURCES.md"
+resources >"$work/RESOURCES.md"
 if [ "${1:-}" = --check ]; then
-    diff --recursive --brief ptx "$work/ptx" && echo "the kernels are those of their source"
+    diff --recursive --brief "$work/packed" "$work/ptx"
+    diff --brief "$PACKED/RESOURCES.md" "$work/RESOURCES.md" && echo "the kernels are those of their source"
 else
-    rm -rf ptx
-    cp -r "$work/ptx" ptx
+    mkdir -p "$PACKED"
+    cp "$work/RESOURCES.md" "$PACKED"
+    for kernel in $(cut -d' ' -f1 <<<"$KERNELS"); do gzip -9 -n <"$work/ptx/$kernel.ptx" >"$work/ptx/$kernel.gz"; done
+    index with_bytes >"$PACKED/INDEX"
+    for kernel in $(cut -d' ' -f1 <<<"$KERNELS"); do cat "$work/ptx/$kernel.gz"; done >"$PACKED/kernels.bin"
 fi

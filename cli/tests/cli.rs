@@ -1,8 +1,9 @@
 //! The binary, used as a stranger would: real input, wrong input, interruptions.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
+use std::io::BufRead;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, ExitStatus, Output, Stdio};
 
 use serde_json::Value;
 
@@ -178,19 +179,23 @@ fn mixed_training_comes_out_close_to_f32_and_saves_f32() {
     }
 }
 
+/// Whatever is asked for; `trainer/tests/threads.rs` has more threads than this machine may have cores.
 #[test]
-fn threads_do_not_change_a_training_run() {
+fn threads_are_as_many_as_cores_and_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let run = |threads: &str| {
         let run = folder.path().join(threads);
-        // Large enough that work is shared.
-        let batch = ["--set", "step_scheduler.local_batch_size=32", "--set", "model.attention_head_dim=32"];
-        let axes = ["--set", "model.axes_dims_rope=[8, 12, 12]", "--set", "step_scheduler.max_steps=2"];
-        stdout(&train(&run, &[&["--threads", threads], &batch[..], &axes[..]].concat()));
-        weights(&run)
+        let output = train(&run, &["--threads", threads]);
+        stdout(&output);
+        (weights(&run), String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    let one = run("1");
-    assert!(one == run("2") && one == run("7"));
+    let (one, silent) = run("1");
+    assert!(!silent.contains("--threads"), "{silent}");
+    for (asked, note) in [("0", "--threads 0: all"), ("20000", "--threads 20000: this machine has")] {
+        let (weights, said) = run(asked);
+        assert!(said.contains(note), "{said}");
+        assert!(weights == one, "{asked} threads");
+    }
 }
 
 #[test]
@@ -248,6 +253,92 @@ fn inspect_counts_presets_configurations_folders_files_and_runs() {
     let broken = scratch.path().join("config.json");
     std::fs::write(&broken, r#"{"_class_name": "FluxTransformer2DModel", "num_layer": 3}"#).unwrap();
     assert!(failure(&flowtape(&["inspect", broken.to_str().unwrap()])).contains("num_layers"));
+}
+
+/// The binary with its output going to files, or to pipes whose reader is gone.
+fn flowtape_into(arguments: &[&str], stdout: impl Into<Stdio>, stderr: impl Into<Stdio>) -> ExitStatus {
+    Command::new(env!("CARGO_BIN_EXE_flowtape")).args(arguments).stdout(stdout).stderr(stderr).status().unwrap()
+}
+
+#[test]
+fn lost_output_is_never_worth_a_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = || std::io::pipe().unwrap().1;
+    let full = || std::fs::File::create("/dev/full").unwrap();
+    let train = |name: &str, stdout: Stdio, stderr: Stdio| {
+        let run = folder.path().join(name);
+        let run_dir = format!("run_dir={}", run.display());
+        let mut arguments = vec!["train", RECIPE, "--set", &run_dir];
+        arguments.extend(SMALL.iter().flat_map(|s| ["--set", s]));
+        assert!(flowtape_into(&arguments, stdout, stderr).success(), "{name}");
+        assert!(run.join("checkpoint/state.json").exists() && run.join("report.json").exists(), "{name}");
+    };
+    train("broken", broken().into(), broken().into());
+    if cfg!(target_os = "linux") {
+        train("full", full().into(), full().into());
+        // What only prints says that nobody got it, unless the reader had enough.
+        assert!(!flowtape_into(&["inspect", "flux.1-dev"], full(), Stdio::null()).success());
+    }
+    assert!(flowtape_into(&["inspect", "flux.1-dev"], broken(), broken()).success());
+    assert!(!flowtape_into(&["inspect", "flux.1"], broken(), broken()).success());
+}
+
+#[test]
+fn the_binary_says_its_name_and_version() {
+    assert_eq!(stdout(&flowtape(&["--version"])), concat!("flowtape ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+/// A run that ends by a signal alone.
+#[cfg(unix)]
+fn endless(run: &Path, more: &str) -> std::process::Child {
+    let run_dir = format!("run_dir={}", run.display());
+    let long = ["step_scheduler.max_steps=1000000", "sampling.every_steps=0", more, &run_dir];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_flowtape"));
+    command.args(["train", RECIPE]).args(SMALL.iter().chain(&long).flat_map(|s| ["--set", s]));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+#[cfg(unix)]
+fn send(signal: &str, child: &std::process::Child) {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_a_run_with_a_checkpoint_and_an_exit_code_of_its_own() {
+    for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-USR1", 138)] {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let child = endless(&run, "seed=1");
+        while !run.join("checkpoint/state.json").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        send(signal, &child);
+        let output = child.wait_with_output().unwrap();
+        let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(code), "{out}{error}");
+        assert!(error.contains("stopping after this step; press again to quit now"), "{error}");
+        assert!(out.contains("go on with: flowtape train --resume"), "{out}");
+        let state: Value = serde_json::from_slice(&std::fs::read(run.join("checkpoint/state.json")).unwrap()).unwrap();
+        assert_eq!(state["step"].as_u64(), Some(metrics(&run, "step").len() as u64));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_second_signal_ends_a_run_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    // A step of a million parts.
+    let mut child = endless(&run, "step_scheduler.global_batch_size=8000000");
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut wait_for = |text: &str| while !lines.next().unwrap().unwrap().contains(text) {};
+    wait_for("parameters");
+    send("-INT", &child);
+    wait_for("press again");
+    send("-INT", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(!run.join("checkpoint").exists());
 }
 
 #[test]

@@ -1,15 +1,19 @@
 //! `flowtape bench`.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use flowtape_engine::DType;
 use flowtape_engine::backend::Backend;
-use flowtape_trainer::bench::{Measurement, OpMeasurement, OpsOptions, Options, Work, ops, plot, scaling, step, table};
+use flowtape_engine::cpu::awake;
+use flowtape_trainer::bench::{
+    Measurement, OpMeasurement, OpsOptions, Options, Point, Work, ops, plot, scaling, step, table,
+};
 use flowtape_trainer::recipe::Dtype;
 
-use crate::say;
+use crate::terminal::{delivered, note, out, say};
 
 /// What to measure.
 #[derive(Subcommand)]
@@ -139,12 +143,13 @@ fn name<T: ValueEnum>(value: T) -> String {
 }
 
 /// Runs a benchmark and prints it.
-pub fn run(bench: &Bench) -> Result<()> {
+pub fn run(bench: &Bench) -> Result<ExitCode> {
     match bench {
-        Bench::Step(args) => run_step(args),
-        Bench::Ops(args) => run_ops(args),
-        Bench::Scaling(args) => run_scaling(args),
+        Bench::Step(args) => run_step(args)?,
+        Bench::Ops(args) => run_ops(args)?,
+        Bench::Scaling(args) => run_scaling(args)?,
     }
+    delivered()
 }
 
 fn run_ops(args: &Ops) -> Result<()> {
@@ -163,36 +168,41 @@ fn run_ops(args: &Ops) -> Result<()> {
     };
     if !args.json {
         let head = ["op", "shape", "best us", "median us", "GFLOP/s", "GB/s", "%"];
-        say(format_args!(
-            "{:<22} {:<16} {:>10} {:>10} {:>9} {:>7} {:>6}  limit\n",
-            head[0], head[1], head[2], head[3], head[4], head[5], head[6]
-        ))?;
+        say!(
+            "{:<22} {:<16} {:>10} {:>10} {:>9} {:>7} {:>6}  limit",
+            head[0],
+            head[1],
+            head[2],
+            head[3],
+            head[4],
+            head[5],
+            head[6]
+        );
     }
-    let (mut said, mut found) = (Ok(()), false);
-    ops(&options, |m| {
+    let mut found = false;
+    let measured = |m: &OpMeasurement| {
         found = true;
-        let line = if args.json { serde_json::json!(m).to_string() } else { op_line(m) };
-        if said.is_ok() {
-            said = say(format_args!("{line}\n"));
-        }
-    })?;
+        say!("{}", if args.json { serde_json::json!(m).to_string() } else { op_line(m) });
+    };
+    awake(&options.device, || ops(&options, measured))?;
     match &args.only {
         Some(text) if !found => {
             anyhow::bail!("--only {text}: no operation has this in its name or sizes; without it all are listed")
         }
-        _ => said,
+        _ => Ok(()),
     }
 }
 
 fn run_scaling(args: &Scaling) -> Result<()> {
     let device = flowtape_gpu::device(&args.device)?;
-    let points = scaling(&device, args.dtype.into(), args.steps, |point| {
-        eprintln!("{} {}: {} s, {} MiB", point.axis, point.value, point.s_step, point.memory_mb);
-    })?;
+    let measured = |point: &Point| {
+        note!("{} {}: {} s, {} MiB", point.axis, point.value, point.s_step, point.memory_mb);
+    };
+    let points = awake(&device, || scaling(&device, args.dtype.into(), args.steps, measured))?;
     if args.json {
-        points.iter().try_for_each(|point| say(format_args!("{}\n", serde_json::json!(point))))?;
+        points.iter().for_each(|point| say!("{}", serde_json::json!(point)));
     } else {
-        say(format_args!("{}", table(&points)))?;
+        out(format_args!("{}", table(&points)));
     }
     args.plot.as_ref().map_or(Ok(()), |path| Ok(plot(path, &points)?))
 }
@@ -211,15 +221,17 @@ fn run_step(args: &Step) -> Result<()> {
     let device = flowtape_gpu::device(&args.device)?;
     let &Step { steps, warmup, profile, .. } = args;
     let dtype = args.dtype.into();
-    let measured = step(&work, &device, &Options { dtype, steps, warmup, at_once: !args.update_last, profile })?;
+    let options = Options { dtype, steps, warmup, at_once: !args.update_last, profile };
+    let measured = awake(&device, || step(&work, &device, &options))?;
     if profile {
-        say(format_args!("{}", profile_table(&measured)))?;
+        out(format_args!("{}", profile_table(&measured)));
     }
     if args.json {
-        say(format_args!("{}\n", serde_json::to_string(&measured)?))
+        say!("{}", serde_json::to_string(&measured)?);
     } else {
-        say(format_args!("device   {}\n{}", title(device.backend()), step_lines(&measured)))
+        out(format_args!("device   {}\n{}", title(device.backend()), step_lines(&measured)));
     }
+    Ok(())
 }
 
 /// A device's name and what its maker calls it. GPUs are looked for only where one is in use.

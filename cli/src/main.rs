@@ -1,0 +1,112 @@
+//! The `flowtape` binary.
+
+mod bench;
+mod progress;
+mod sample;
+mod signals;
+mod terminal;
+mod train;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use flowtape_engine::cpu::usable_threads;
+use flowtape_trainer::inspect::inspect;
+use tracing_subscriber::EnvFilter;
+
+use crate::terminal::{Stderr, delivered, note, out, say};
+
+/// Trains flow-matching transformers.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    /// Threads of the CPU, at most one for each core; 0, the default, means all cores. The results do not depend on it.
+    #[arg(long, global = true)]
+    threads: Option<usize>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a recipe, or go on with an interrupted run.
+    Train(train::Train),
+    /// Generate images with a trained run.
+    Sample(sample::Sample),
+    /// List what there is to compute on, and why something can't be used.
+    Devices,
+    /// Show a model's architecture and counts without its weights in memory.
+    Inspect(Inspect),
+    /// Measure what steps and kernels take on this machine.
+    #[command(subcommand)]
+    Bench(bench::Bench),
+}
+
+#[derive(Args)]
+struct Inspect {
+    /// A preset such as flux.1-dev, a config.json, a diffusers folder, a safetensors file, or a run folder.
+    target: String,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        note!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode> {
+    log();
+    let cli = Cli::parse();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads(cli.threads)).build()?;
+    // All work starts inside the pool: forking from outside it costs many times more.
+    pool.install(|| match cli.command {
+        Command::Train(args) => train::run(&args),
+        Command::Sample(args) => sample::run(&args),
+        Command::Devices => list_devices(),
+        Command::Inspect(args) => run_inspect(&args),
+        Command::Bench(args) => bench::run(&args),
+    })
+}
+
+/// The threads to make, and a note where they are not those asked for. Unasked, rayon decides (`RAYON_NUM_THREADS`).
+fn threads(asked: Option<usize>) -> usize {
+    let Some(asked) = asked else { return 0 };
+    let threads = usable_threads(asked);
+    match asked {
+        0 => note!("--threads 0: all {threads} cores"),
+        _ if asked > threads => note!("--threads {asked}: this machine has {threads} cores, so {threads} are used"),
+        _ => {}
+    }
+    threads
+}
+
+/// Logs go to stderr: warnings, or what RUST_LOG asks for (flow_matching=debug shows what the pipeline does).
+fn log() {
+    let asked = std::env::var(EnvFilter::DEFAULT_ENV).unwrap_or_default();
+    let filter = EnvFilter::try_new(if asked.is_empty() { "warn" } else { &asked });
+    let filter = filter.unwrap_or_else(|error| {
+        note!("RUST_LOG: {error}; showing warnings");
+        EnvFilter::new("warn")
+    });
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Stderr).init();
+}
+
+fn list_devices() -> Result<ExitCode> {
+    flowtape_gpu::reports().iter().for_each(|device| say!("{device}"));
+    delivered()
+}
+
+fn run_inspect(args: &Inspect) -> Result<ExitCode> {
+    let found = inspect(&args.target)?;
+    if args.json {
+        say!("{}", serde_json::to_string(&found)?);
+    } else {
+        out(format_args!("{found}"));
+    }
+    delivered()
+}

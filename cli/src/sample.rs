@@ -1,0 +1,62 @@
+//! `flowtape sample`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use flowtape_trainer::digits::SIDE;
+use flowtape_trainer::picture::load_grey;
+use flowtape_trainer::train::{Trained, save_samples};
+
+use crate::terminal::say;
+
+/// What to generate.
+#[derive(Args)]
+pub struct Sample {
+    /// A run folder.
+    run: PathBuf,
+    /// What to draw, such as "a handwritten seven".
+    #[arg(long)]
+    prompt: String,
+    /// How many images.
+    #[arg(long, default_value_t = 16)]
+    n: usize,
+    /// The same seed gives the same images.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to sample; the run's own device by default.
+    #[arg(long)]
+    device: Option<String>,
+    /// Euler steps; the run's own number by default.
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Scale of classifier-free guidance; the run's own by default.
+    #[arg(long)]
+    guidance: Option<f64>,
+    /// A grey PNG of a frame's size, from which the videos go on: for models trained on image-to-video.
+    #[arg(long, value_name = "PNG")]
+    first_frame: Option<PathBuf>,
+    /// The PNG to write; videos are animated, and their frames stand beside it in NAME_frames.png.
+    #[arg(long, default_value = "samples.png")]
+    out: PathBuf,
+}
+
+/// Generates, and writes the pictures.
+pub fn run(args: &Sample) -> Result<ExitCode> {
+    let mut trained = Trained::load(&args.run, args.device.as_deref())?;
+    if let Some(steps) = args.steps {
+        trained.sampling.num_inference_steps = steps;
+    }
+    if let Some(scale) = args.guidance {
+        trained.sampling.guidance_scale = scale;
+    }
+    let sides = trained.data.video.map_or((SIDE, SIDE), |size| (size.height, size.width));
+    let first_frame = args.first_frame.as_ref().map(|path| load_grey(path, sides)).transpose()?;
+    let samples = trained.sample(&args.prompt, args.n, args.seed, first_frame.as_deref())?;
+    let name = args.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let path = |kind: &str| args.out.with_file_name(format!("{name}{kind}.png"));
+    save_samples(&samples, &trained.data, (args.n as f64).sqrt().ceil() as usize, path)?;
+    say!("{}", args.out.display());
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,85 @@
+//! `flowtape train`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use flowtape_trainer::Recipe;
+use flowtape_trainer::recipe::ReportConfig;
+use flowtape_trainer::train::{Summary, resume, train};
+
+use crate::progress::Terminal;
+use crate::signals::Stop;
+use crate::terminal::say;
+
+/// What to train.
+#[derive(Args)]
+pub struct Train {
+    /// The recipe, such as recipes/digits.yaml.
+    #[arg(required_unless_present = "resume", conflicts_with = "resume")]
+    recipe: Option<PathBuf>,
+    /// Override a key of the recipe, such as optimizer.lr=1e-4; may be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "resume")]
+    set: Vec<String>,
+    /// Go on with this run folder from its last checkpoint.
+    #[arg(long, value_name = "RUN")]
+    resume: Option<PathBuf>,
+    /// Where to train: cpu, cuda, cuda:NUMBER, wgpu or wgpu:NUMBER; see `flowtape devices`. The recipe's own device by default.
+    #[arg(long)]
+    device: Option<String>,
+    /// Print one JSON object as the last line instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Trains, and prints what it came to. A run that was stopped ends with 128 and the number of the signal: 130 after Ctrl-C,
+/// 143 after SIGTERM.
+pub fn run(args: &Train) -> Result<ExitCode> {
+    let stop = Stop::listen().context("listening for Ctrl-C")?;
+    let mut progress = Terminal::new(&stop);
+    let (summary, report) = match (&args.recipe, &args.resume) {
+        (Some(path), _) => {
+            let mut recipe = Recipe::load(path, &args.set)?;
+            recipe.device = args.device.clone().unwrap_or(recipe.device);
+            (train(&recipe, &mut progress, stop.asked())?, recipe.report)
+        }
+        (None, Some(run)) => (resume(run, args.device.as_deref(), &mut progress, stop.asked())?, None),
+        (None, None) => anyhow::bail!("name a recipe, or a run folder with --resume"),
+    };
+    progress.finish();
+    if args.json {
+        say!("{}", serde_json::to_string(&summary)?);
+    } else {
+        print_summary(&summary, report.as_ref());
+    }
+    Ok(if summary.interrupted { stop.exit_code() } else { ExitCode::SUCCESS })
+}
+
+fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
+    let run = s.run_dir.display();
+    if s.interrupted {
+        say!("stopped after step {}; go on with: flowtape train --resume {run}", s.steps);
+        return;
+    }
+    say!("run             {run}");
+    say!("steps           {}", s.steps);
+    say!("final loss      {:.4}  (mean of the last 100 steps)", s.final_loss);
+    say!("training        {:.1} s, {:.4} s a step", s.train_seconds, s.train_seconds / s.steps.max(1) as f64);
+    say!("everything      {:.1} s", s.total_seconds);
+    if let Some(q) = s.quality {
+        let each = report.map_or(String::new(), |r| format!(", {} a class", r.samples_per_class));
+        say!("accuracy        {:.1} %  (3 nearest real digits; {} samples{each})", 100.0 * q.accuracy, q.samples);
+        if let Some(error) = q.background_error {
+            say!("background      {error:.4}  (mean squared distance from black)");
+        }
+        say!("distance ratio  {:.3}  (to the nearest real digit, over real to real)", q.distance_ratio);
+    }
+    if let Some(i2v) = s.image_to_video {
+        let (quality, first) = (i2v.quality, i2v.first_frame);
+        say!("image to video  accuracy {:.1} %", 100.0 * quality.accuracy);
+        say!("first frame     error {:.4}, against another's {:.4}", first.error, first.error_shuffled);
+    }
+    say!("look at         {run}/samples, {run}/loss.svg");
+    say!("sample it       flowtape sample {run} --prompt \"a handwritten seven\" --n 16 --seed 1 --out sevens.png");
+}
