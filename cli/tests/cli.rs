@@ -181,6 +181,50 @@ fn mixed_training_comes_out_close_to_f32_and_saves_f32() {
 
 /// Whatever is asked for; `trainer/tests/threads.rs` has more threads than this machine may have cores.
 #[test]
+fn an_overflow_skips_its_step_is_counted_and_training_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |steps: &str| {
+        let run = folder.path().join(steps);
+        // Every good step makes the scale so large that the next one overflows, and an overflow takes that back.
+        let settings = [
+            "dtype=mixed_f16",
+            "loss_scale.init_scale=1024",
+            "loss_scale.growth_interval=1",
+            "loss_scale.growth_factor=1099511627776.0",
+            "loss_scale.backoff_factor=9.094947017729282e-13",
+            "lr_scheduler.lr_decay_steps=6",
+            &format!("step_scheduler.max_steps={steps}"),
+        ];
+        let settings: Vec<&str> = settings.into_iter().flat_map(|s| ["--set", s]).collect();
+        let out = stdout(&train(&run, &[&["--json"], &settings[..]].concat()));
+        let json: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+        (json["skipped_steps"].as_u64(), weights(&run), run)
+    };
+    let (three, four, five) = (run("3"), run("4"), run("5"));
+    assert_eq!((three.0, four.0, five.0), (Some(1), Some(2), Some(2)));
+    assert!(three.1 == four.1 && four.1 != five.1, "a skipped step changed the weights, or a good one did not");
+    assert_eq!(metrics(&five.2, "skipped_steps"), ["0", "1", "1", "2", "2"]);
+    let skipped = |norm: &String| norm == "null";
+    assert_eq!(
+        metrics(&five.2, "grad_norm").iter().map(skipped).collect::<Vec<_>>(),
+        [false, true, false, true, false]
+    );
+}
+
+#[test]
+fn a_run_that_diverges_names_the_step_and_the_last_good_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, every: &str| {
+        let every = format!("step_scheduler.ckpt_every_steps={every}");
+        failure(&train(&folder.path().join(name), &["--set", "optimizer.lr=1.0e+30", "--set", &every]))
+    };
+    let message = run("saved", "1");
+    assert!(message.contains("step 2: ") && message.contains("checkpoint is that of step 1"), "{message}");
+    let message = run("unsaved", "0");
+    assert!(message.contains("step 2: ") && message.contains("no checkpoint yet"), "{message}");
+}
+
+#[test]
 fn threads_are_as_many_as_cores_and_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let run = |threads: &str| {

@@ -6,7 +6,7 @@ use flowtape_cuda_emulator::launched;
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::RopeLayout;
-use flowtape_engine::optim::{AdamW, AdamWConfig};
+use flowtape_engine::optim::{AdamW, Optimizer, Rates};
 use flowtape_engine::{DType, Device, Gradients, Result, Tape, Tensor, ops};
 use flowtape_gpu::cuda::Cuda;
 
@@ -311,10 +311,10 @@ fn an_update_of_all_parameters_takes_few_launches() -> Result<()> {
                 gradients.insert(p.var().unwrap(), there()?);
             }
             let clip = Tensor::from_slice(&[0.25f32], &[], device)?;
-            let mut adamw = AdamW::new(AdamWConfig::default());
-            adamw.step(&builder.params(), &gradients, 1e-2, 0.1, Some(&clip))?;
+            let mut adamw = Optimizer::new(AdamW::default());
+            adamw.step(&builder.params(), &gradients, Rates { lr: 1e-2, weight_decay: 0.1 }, Some(&clip))?;
             let before = launched("kernel");
-            adamw.step(&builder.params(), &gradients, 1e-2, 0.1, Some(&clip))?;
+            adamw.step(&builder.params(), &gradients, Rates { lr: 1e-2, weight_decay: 0.1 }, Some(&clip))?;
             let launches = launched("kernel") - before;
             Ok((params.iter().map(Tensor::to_vec).collect::<Result<_>>()?, launches))
         };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use flowtape_engine::nn::{Init, ParamBuilder, Params};
-use flowtape_engine::optim::{AdamW, AdamWConfig, LrScheduler, LrSchedulerConfig, clip_grad_norm};
+use flowtape_engine::optim::{AdamW, LrScheduler, LrSchedulerConfig, Optimizer, Rates, clip_grad_norm};
 use flowtape_engine::safetensors::SafeTensors;
 use flowtape_engine::{DType, Device, Gradients, Tape, Tensor};
 use flowtape_flowmatch::TaskType;
@@ -48,11 +48,12 @@ fn schedules(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     Ok(())
 }
 
-fn optimiser(case: &Value) -> Any<(AdamW, f64, f64)> {
+fn optimiser(case: &Value) -> Any<(Optimizer, Rates)> {
     let settings = &case["optimizer"];
     let betas: (f64, f64) = serde_json::from_value(settings["betas"].clone())?;
-    let config = AdamWConfig { betas, eps: number(settings, "eps")? };
-    Ok((AdamW::new(config), number(settings, "lr")?, number(settings, "weight_decay")?))
+    let rule = AdamW { betas, eps: number(settings, "eps")? };
+    let rates = Rates { lr: number(settings, "lr")?, weight_decay: number(settings, "weight_decay")? };
+    Ok((Optimizer::new(rule), rates))
 }
 
 /// Parameters with these values, and one gradient for each.
@@ -75,13 +76,13 @@ fn gradients_of(params: &Params, gradient: impl Fn(&str) -> Any<Tensor>) -> Any<
 fn unit(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     let case: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json"))?)?;
     let golden = Golden::tensors(dir, "adamw_and_clip_unit")?;
-    let (mut adamw, lr, weight_decay) = optimiser(&case)?;
+    let (mut adamw, rates) = optimiser(&case)?;
     let params = parameters(&BTreeMap::from([("p".into(), golden.tensor("p0")?)]))?;
     let (grads, trajectory) = (golden.tensor("grads")?, golden.tensor("trajectory")?);
     let mut worst = 0.0;
     for step in 0..grads.dim(0)? {
         let row = |t: &Tensor| t.narrow(0, step, 1)?.squeeze(0)?.contiguous();
-        adamw.step(&params, &gradients_of(&params, |_| Ok(row(&grads)?))?, lr, weight_decay, None)?;
+        adamw.step(&params, &gradients_of(&params, |_| Ok(row(&grads)?))?, rates, None)?;
         worst = max(worst, relative(params.get("p").ok_or("p")?, &row(&trajectory)?)?);
     }
     out.push(Outcome::measured("adamw", worst, 1e-6, format!("{} steps", grads.dim(0)?)));
@@ -118,7 +119,7 @@ fn training(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     for (index, run) in case["runs"].as_array().ok_or("runs")?.iter().enumerate() {
         let name = text(run, "name")?;
         let model = checkpoint::load(&dir.join(text(&case, "model")?), DType::F32, &Device::cpu())?;
-        let (mut adamw, lr, wd) = optimiser(&case)?;
+        let (mut adamw, Rates { lr, weight_decay: wd }) = optimiser(&case)?;
         let schedule = LrScheduler::new(&config, lr, wd, number(schedule, "total_steps")? as u64)?;
         let [mut losses, mut norms, mut rates] = [0.0; 3];
         for (s, step) in run["steps"].as_array().ok_or("steps")?.iter().enumerate() {
@@ -145,7 +146,7 @@ fn training(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             norms = max(norms, one.worst(&[clipping.norm.item()?], &[number(step, "grad_norm_before_clip")?]));
             let (lr, wd) = (schedule.lr(s as u64), schedule.weight_decay(s as u64));
             rates = max(rates, one.worst(&[lr, wd], &[number(step, "lr_used")?, number(step, "weight_decay_used")?]));
-            adamw.step(model.params(), &own, lr, wd, Some(&clipping.coefficient))?;
+            adamw.step(model.params(), &own, Rates { lr, weight_decay: wd }, Some(&clipping.coefficient))?;
         }
         for (what, worst, bound) in [("loss", losses, "loss"), ("grad_norm", norms, "grad_norm"), ("lr", rates, "lr")] {
             let bound = number(&bounds[bound], "rtol")?;
@@ -162,9 +163,8 @@ fn training(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
             let mut worst = 0.0;
             for key in moments.names() {
                 let (kind, parameter) = key.split_once('.').ok_or("a key")?;
-                let (first, second) = model.params().get(parameter).and_then(|p| adamw.moments(p)).ok_or("moments")?;
-                let want = moments.get(&key, &Device::cpu(), None)?;
-                worst = max(worst, relative(if kind == "exp_avg" { first } else { second }, &want)?);
+                let got = model.params().get(parameter).and_then(|p| adamw.slot(p, kind)).ok_or("moments")?;
+                worst = max(worst, relative(got, &moments.get(&key, &Device::cpu(), None)?)?);
             }
             // The moments are sums of gradients, so they share the gradient norms' bound.
             let bound = number(&bounds["grad_norm"], "rtol")?;

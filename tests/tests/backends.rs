@@ -6,7 +6,7 @@ use flowtape_engine::backend::call::{Call, ScatterAdd};
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::{RopeLayout, pointwise};
-use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, clip_grad_norm};
+use flowtape_engine::optim::{AdamW, Clipping, Optimizer, Rates, clip_grad_norm};
 use flowtape_engine::{DType, Device, Error, Gradients, Philox, Result, Tape, Tensor, ops};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_gpu::cuda::Cuda;
@@ -246,7 +246,7 @@ fn three_steps(device: &Device, counts: impl Fn() -> (u64, u64, u64)) {
     let (text, pooled) = ("joint_attention_dim", "pooled_projection_dim");
     let width = |key: &str| model.config()[key].as_u64().unwrap() as usize;
     let pipeline = FlowMatchingPipeline::new(FlowMatchingConfig::default(), FluxAdapter::default()).unwrap();
-    let mut adamw = AdamW::new(AdamWConfig::default());
+    let mut adamw = Optimizer::new(AdamW::default());
     let mut random = Philox::new(3);
     let mut last = None;
     for step in 0..3 {
@@ -261,7 +261,9 @@ fn three_steps(device: &Device, counts: impl Fn() -> (u64, u64, u64)) {
         let loss = output.loss.read_later().unwrap();
         let gradients = tape.backward(&output.loss).unwrap();
         let clipping = clip_grad_norm(&gradients, Some(1.0)).unwrap();
-        adamw.step(model.params(), &gradients, 1e-3, 0.01, Some(&clipping.coefficient)).unwrap();
+        adamw
+            .step(model.params(), &gradients, Rates { lr: 1e-3, weight_decay: 0.01 }, Some(&clipping.coefficient))
+            .unwrap();
         let after = counts();
         assert_eq!(after.0, before.0, "step {step}");
         let (kernels, submissions) = (after.1 - before.1, after.2 - before.2);
@@ -278,12 +280,17 @@ fn a_norm_that_is_not_finite_gates_the_update() -> Result<()> {
     for device in gpus() {
         let builder = ParamBuilder::new(1, DType::F32, device);
         let w = builder.get("w", &[5], Init::Ones)?;
-        let mut adamw = AdamW::new(AdamWConfig::default());
+        let mut adamw = Optimizer::new(AdamW::default());
         for (value, moves) in [(f32::NAN, false), (f32::INFINITY, false), (1.0, true)] {
             let mut gradients = Gradients::default();
             gradients.insert(w.var().unwrap(), Tensor::from_slice(&[value, 0.5, 1.0, -1.0, 2.0], &[5], device)?);
             let clipping = clip_grad_norm(&gradients, Some(1.0))?;
-            adamw.step(&builder.params(), &gradients, 0.1, 0.0, Some(&clipping.coefficient))?;
+            adamw.step(
+                &builder.params(),
+                &gradients,
+                Rates { lr: 0.1, weight_decay: 0.0 },
+                Some(&clipping.coefficient),
+            )?;
             assert_eq!(w.to_vec::<f32>()? != [1.0; 5], moves, "{value}");
             assert_eq!(Clipping::finite(clipping.norm.item()?).is_ok(), moves);
         }

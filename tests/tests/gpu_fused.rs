@@ -4,7 +4,7 @@
 use flowtape_engine::gradcheck::Draw;
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::{self, RopeLayout};
-use flowtape_engine::optim::{AdamW, AdamWConfig};
+use flowtape_engine::optim::{AdamW, Optimizer, Rates};
 use flowtape_engine::{DType, Device, Gradients, Result, Tape, Tensor};
 use flowtape_gpu::wgpu::{Wgpu, WgpuOptions};
 use flowtape_tests::devices::gpus_of;
@@ -168,10 +168,10 @@ fn an_update_of_all_parameters_takes_few_launches() -> Result<()> {
             gradients.insert(p.var().unwrap(), if across { gradient.t()? } else { gradient });
         }
         let clip = Tensor::from_slice(&[0.25f32], &[], device)?;
-        let mut adamw = AdamW::new(AdamWConfig::default());
-        adamw.step(&builder.params(), &gradients, 1e-2, 0.1, Some(&clip))?;
+        let mut adamw = Optimizer::new(AdamW::default());
+        adamw.step(&builder.params(), &gradients, Rates { lr: 1e-2, weight_decay: 0.1 }, Some(&clip))?;
         let before = count();
-        adamw.step(&builder.params(), &gradients, 1e-2, 0.1, Some(&clip))?;
+        adamw.step(&builder.params(), &gradients, Rates { lr: 1e-2, weight_decay: 0.1 }, Some(&clip))?;
         let launches = count() - before;
         let kept = builder.params();
         let all = kept.kept().map(|(_, t)| t.clone()).chain(params);

@@ -48,6 +48,16 @@ pub enum Error {
         /// The encoder's reason.
         what: String,
     },
+    /// A step whose loss or gradients are not finite.
+    #[error("step {step}: {what}; {}", last_good(*checkpoint))]
+    Diverged {
+        /// The step, from 1.
+        step: u64,
+        /// The step of the last checkpoint.
+        checkpoint: Option<u64>,
+        /// What is not finite.
+        what: Box<Error>,
+    },
     /// The pipeline or a model failed.
     #[error(transparent)]
     Pipeline(#[from] flowtape_flowmatch::Error),
@@ -58,6 +68,27 @@ pub enum Error {
 
 /// The trainer's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn last_good(checkpoint: Option<u64>) -> String {
+    match checkpoint {
+        Some(step) => format!("the last good checkpoint is that of step {step}"),
+        None => "there is no checkpoint yet".into(),
+    }
+}
+
+impl Error {
+    /// The same, with the step where something was not finite, and the step of the last checkpoint (0 for none).
+    pub(crate) fn at(self, step: u64, checkpoint: u64) -> Self {
+        use flowtape_engine::Error::NonFinite;
+        use flowtape_flowmatch::Error::{Engine, LossExploded};
+        match self {
+            Self::Engine(NonFinite { .. }) | Self::Pipeline(Engine(NonFinite { .. }) | LossExploded { .. }) => {
+                Self::Diverged { step, checkpoint: Some(checkpoint).filter(|c| *c > 0), what: Box::new(self) }
+            }
+            other => other,
+        }
+    }
+}
 
 /// Names the file of an input or output error.
 pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {

@@ -27,7 +27,6 @@ pub mod report;
 pub mod run;
 pub mod text;
 pub mod train;
-mod update;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;

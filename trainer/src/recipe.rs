@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::nn::ParamBuilder;
-use flowtape_engine::optim::{AdamWConfig, LrSchedulerConfig};
+use flowtape_engine::optim::{AdamW, LossScaleConfig, LrSchedulerConfig, Optimizer as EngineOptimizer};
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
 use flowtape_models::{Condition, ModelKind};
@@ -52,6 +52,9 @@ pub struct Recipe {
     /// Gradient clipping; none if the section is absent.
     #[serde(default)]
     pub clip_grad_norm: Option<ClipGradNorm>,
+    /// How the factor of the loss moves, for `mixed_f16` alone.
+    #[serde(default)]
+    pub loss_scale: LossScaleConfig,
     /// How long, in which batches.
     pub step_scheduler: StepScheduler,
     /// What is traded for time.
@@ -92,11 +95,6 @@ impl Dtype {
     pub fn params(self, seed: u64, device: &Device) -> ParamBuilder {
         let params = ParamBuilder::new(seed, self.into(), device);
         if matches!(self, Self::Mixed | Self::MixedF16) { params.with_masters(DType::F32) } else { params }
-    }
-
-    /// What the loss is multiplied with before backward, a power of two; the optimiser takes it off again.
-    pub(crate) fn loss_scale(self) -> f64 {
-        if self == Self::MixedF16 { 1024.0 } else { 1.0 }
     }
 }
 
@@ -192,8 +190,15 @@ pub struct Optimizer {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        let AdamWConfig { betas, eps } = AdamWConfig::default();
+        let AdamW { betas, eps } = AdamW::default();
         Self { lr: 1e-3, weight_decay: 0.01, betas, eps }
+    }
+}
+
+impl Optimizer {
+    /// The optimiser, without any update so far.
+    pub(crate) fn build(&self) -> EngineOptimizer {
+        EngineOptimizer::new(AdamW { betas: self.betas, eps: self.eps })
     }
 }
 
@@ -311,6 +316,7 @@ impl Recipe {
         if !(0.0..1.0).contains(&b1) || !(0.0..1.0).contains(&b2) {
             return Err(format!("optimizer.betas: expected two numbers in [0, 1), got [{b1}, {b2}]"));
         }
+        self.loss_scale.check().map_err(|e| e.to_string())?;
         self.data.check()?;
         let adapter = &self.flow_matching.adapter_type;
         let kind = ModelKind::of_adapter(adapter).map_err(|e| format!("flow_matching.{e}"))?;

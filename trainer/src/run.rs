@@ -13,7 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use flowtape_engine::optim::AdamW;
+use flowtape_engine::optim::{LossScaleState, Optimizer};
 use flowtape_engine::safetensors::SafeTensors;
 use flowtape_models::{Transformer, checkpoint};
 use serde::{Deserialize, Serialize};
@@ -33,20 +33,38 @@ pub struct Line {
     /// Optimiser steps done, from 1.
     pub step: u64,
     /// The mean loss of the step's samples.
+    #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
     /// The learning rate of the step.
     pub lr: f64,
-    /// The norm of all gradients before clipping.
+    /// The norm of all gradients before clipping; not finite where the step was skipped, and null in the file then.
+    #[serde(deserialize_with = "null_is_nan")]
     pub grad_norm: f64,
     /// Training speed of this step.
     pub samples_per_second: f64,
+    /// What the next step's loss is multiplied with, where it is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub loss_scale: Option<f64>,
+    /// Steps that were skipped so far because a gradient was not finite, where the loss is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub skipped_steps: Option<u64>,
+}
+
+/// JSON has no NaN.
+fn null_is_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
 /// Where a checkpoint stands. Random numbers and data follow from the step.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct State {
-    step: u64,
-    train_seconds: f64,
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct State {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Seconds of training behind it.
+    pub train_seconds: f64,
+    /// Where the loss scale stands, where the loss is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub loss_scale: Option<LossScaleState>,
 }
 
 impl RunFolder {
@@ -157,7 +175,7 @@ impl RunFolder {
     ///
     /// # Errors
     /// When the folder can't be written; the last checkpoint stays then.
-    pub fn save(&self, model: &dyn Transformer, optimizer: &AdamW, step: u64, train_seconds: f64) -> Result<()> {
+    pub fn save(&self, model: &dyn Transformer, optimizer: &Optimizer, state: &State) -> Result<()> {
         let [new, current, old] = ["checkpoint.new", "checkpoint", "checkpoint.old"].map(|n| self.0.join(n));
         let remove = |path: &Path| match std::fs::remove_dir_all(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io(path)(e)),
@@ -166,7 +184,7 @@ impl RunFolder {
         remove(&new)?;
         checkpoint::save(model, &new, checkpoint::MAX_SHARD_SIZE)?;
         optimizer.save(model.params(), new.join(OPTIMIZER))?;
-        let state = serde_json::json!(State { step, train_seconds });
+        let state = serde_json::json!(state);
         std::fs::write(new.join("state.json"), format!("{state}\n")).map_err(io(&new))?;
         if current.exists() {
             remove(&old)?;
@@ -176,19 +194,17 @@ impl RunFolder {
         remove(&old)
     }
 
-    /// Loads the newest checkpoint into a model and an optimiser: the steps and seconds of training behind it.
+    /// Loads the newest checkpoint into a model and an optimiser, and says where it stands.
     ///
     /// # Errors
     /// When there is none, or it does not fit the model.
-    pub fn load(&self, model: &dyn Transformer, optimizer: &mut AdamW) -> Result<(u64, f64)> {
+    pub fn load(&self, model: &dyn Transformer, optimizer: &mut Optimizer) -> Result<State> {
         let folder = self.checkpoint()?;
         model.params().load(&checkpoint::open_weights(&folder)?)?;
         optimizer.load(model.params(), &SafeTensors::open(folder.join(OPTIMIZER))?)?;
         let path = folder.join("state.json");
         let text = std::fs::read(&path).map_err(io(&path))?;
-        let state: State =
-            serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })?;
-        Ok((state.step, state.train_seconds))
+        serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })
     }
 }
 

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use flowtape_engine::cpu::awake;
-use flowtape_engine::optim::{AdamW, AdamWConfig, Clipping, LrScheduler, LrSchedulerConfig, clip_grad_norm};
-use flowtape_engine::{DType, Device, Gradients, Later, Philox, Tape, Tensor};
+use flowtape_engine::optim::{
+    Clipping, LossScale, LossScaleState, LrScheduler, LrSchedulerConfig, Optimizer, OptimizerStep, Rates, StepConfig,
+};
+use flowtape_engine::{DType, Device, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_models::{Condition, ModelKind, Transformer, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
@@ -17,10 +19,9 @@ use crate::digits::{CAPTIONS, SIDE};
 use crate::error::io;
 use crate::generate::{Request, generate};
 use crate::picture::{save_animation, save_grid, save_loss_curve};
-use crate::recipe::Init;
+use crate::recipe::{Dtype, Init};
 use crate::report::{FirstFrame, Quality, judge, judge_first_frames, judge_videos};
-use crate::run::{Line, RunFolder, write_line};
-use crate::update::backward_and_step;
+use crate::run::{Line, RunFolder, State, write_line};
 use crate::{Error, Recipe, Result};
 
 /// Streams of random numbers of a run, each its own fork of the seed.
@@ -52,6 +53,9 @@ pub struct Summary {
     pub total_seconds: f64,
     /// Whether it was stopped before its last step.
     pub interrupted: bool,
+    /// Steps that were skipped because a gradient was not finite, where the loss is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub skipped_steps: Option<u64>,
     /// Figures of the report, where the recipe asks for one.
     #[serde(flatten)]
     pub quality: Option<Quality>,
@@ -96,7 +100,7 @@ pub fn train_on(device: &Device, recipe: &Recipe, progress: &mut dyn Progress, s
     awake(device, || {
         let trainer = Trainer::on(device, recipe)?;
         let run = RunFolder::create(recipe)?;
-        trainer.run(&run, 0, 0.0, progress, stop)
+        trainer.run(&run, State::default(), progress, stop)
     })
 }
 
@@ -111,8 +115,11 @@ pub fn resume(path: &Path, device: Option<&str>, progress: &mut dyn Progress, st
     let device = flowtape_gpu::device(&recipe.device)?;
     awake(&device, || {
         let mut trainer = Trainer::on(&device, &recipe)?;
-        let (step, seconds) = run.load(&*trainer.model, &mut trainer.optimizer)?;
-        trainer.run(&run, step, seconds, progress, stop)
+        let state = run.load(&*trainer.model, &mut trainer.optimizer)?;
+        if let (Some(scale), Some(state)) = (&mut trainer.loss_scale, state.loss_scale) {
+            scale.load(state)?;
+        }
+        trainer.run(&run, state, progress, stop)
     })
 }
 
@@ -121,6 +128,7 @@ struct Enqueued {
     step: u64,
     losses: Vec<Later>,
     norm: Later,
+    loss_scale: Option<Later>,
     lr: f64,
     samples: usize,
     started: Instant,
@@ -130,10 +138,23 @@ impl Enqueued {
     /// Waits for the numbers; `last_read` is when those of the step before had come.
     fn read(self, last_read: Option<Instant>) -> Result<Line> {
         let losses = self.losses.into_iter().map(Later::item).collect::<Result<Vec<f64>, _>>()?;
-        let grad_norm = Clipping::finite(self.norm.item()?)?;
+        let loss_scale = self.loss_scale.map(LossScaleState::read).transpose()?;
+        let grad_norm = self.norm.item()?;
+        // A step that overflowed was skipped: the scale is smaller then.
+        if loss_scale.is_none() {
+            Clipping::finite(grad_norm)?;
+        }
         let since = last_read.map_or(self.started, |t| t.max(self.started));
         let samples_per_second = self.samples as f64 / since.elapsed().as_secs_f64();
-        Ok(Line { step: self.step, loss: losses.iter().sum(), lr: self.lr, grad_norm, samples_per_second })
+        Ok(Line {
+            step: self.step,
+            loss: losses.iter().sum(),
+            lr: self.lr,
+            grad_norm,
+            samples_per_second,
+            loss_scale: loss_scale.map(|s| s.scale),
+            skipped_steps: loss_scale.map(|s| s.skipped_steps),
+        })
     }
 }
 
@@ -142,7 +163,8 @@ pub struct Trainer<'a> {
     recipe: &'a Recipe,
     model: Box<dyn Transformer>,
     pipeline: FlowMatchingPipeline,
-    optimizer: AdamW,
+    optimizer: Optimizer,
+    loss_scale: Option<LossScale>,
     schedule: LrScheduler,
     data: Data,
     device: Device,
@@ -181,7 +203,11 @@ impl<'a> Trainer<'a> {
         let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
         Ok(Self {
             pipeline: create_pipeline(recipe.flow_matching.clone())?,
-            optimizer: AdamW::new(AdamWConfig { betas: optimizer.betas, eps: optimizer.eps }),
+            optimizer: optimizer.build(),
+            loss_scale: match recipe.dtype {
+                Dtype::MixedF16 => Some(LossScale::new(recipe.loss_scale, device)?),
+                Dtype::F32 | Dtype::Bf16 | Dtype::Mixed => None,
+            },
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             data: Data::new(&recipe.data, Philox::new(recipe.seed).fork(DATA).state().0)?,
             recipe,
@@ -209,11 +235,11 @@ impl<'a> Trainer<'a> {
         let (global, local) = (self.recipe.global_batch_size(), self.recipe.step_scheduler.local_batch_size);
         let parts = global / local;
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
-        let (lr, weight_decay) = (self.schedule.lr(step), self.schedule.weight_decay(step));
-        let scale = self.recipe.dtype.loss_scale();
-        // A gradient that needs no other one, neither for the norm nor for a sum, is used and gone at once.
-        let at_once = parts == 1 && self.recipe.clip_grad_norm.is_none() && scale == 1.0;
-        let mut gradients = Gradients::default();
+        let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
+        let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
+        let config = StepConfig { micro_batches: parts, max_norm };
+        let (params, scale) = (self.model.params(), self.loss_scale.as_mut());
+        let mut sinks = OptimizerStep::new(config, rates, &mut self.optimizer, params, scale)?;
         let mut losses = Vec::with_capacity(parts);
         let mut norm = None;
         for i in 0..parts {
@@ -230,27 +256,13 @@ impl<'a> Trainer<'a> {
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             losses.push(share.read_later()?);
             let without = self.model.parameters_without_gradient(&output.inputs);
-            let params = self.model.params();
-            if at_once {
-                let rates = (lr, weight_decay);
-                norm = Some(backward_and_step(&tape, &share, &mut self.optimizer, params, rates, &without)?);
-            } else {
-                let part = tape.backward(&if scale == 1.0 { share } else { share.mul_scalar(scale)? })?;
-                params.check_gradients(&part, &without)?;
-                gradients.add(part)?;
-            }
+            norm = sinks.backward(&tape, &share, &without)?;
         }
-        let norm = match norm {
-            Some(norm) => norm,
-            None => {
-                let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| scale * c.max_norm);
-                let clipping = clip_grad_norm(&gradients, max_norm)?.unscaled(scale)?;
-                let (params, coefficient) = (self.model.params(), Some(&clipping.coefficient));
-                self.optimizer.step(params, &gradients, lr, weight_decay, coefficient)?;
-                clipping.norm
-            }
-        };
-        Ok(Enqueued { step: step + 1, losses, norm: norm.read_later()?, lr, samples: global, started })
+        drop(sinks);
+        let norm =
+            norm.ok_or_else(|| Error::Run { path: self.recipe.name.clone().into(), what: "no samples".into() })?;
+        let (norm, loss_scale) = (norm.read_later()?, self.loss_scale.as_ref().map(LossScale::read_later).transpose()?);
+        Ok(Enqueued { step: step + 1, losses, norm, loss_scale, lr: rates.lr, samples: global, started })
     }
 
     /// Whether the numbers of a step are there as soon as it is enqueued.
@@ -261,8 +273,7 @@ impl<'a> Trainer<'a> {
     fn run(
         mut self,
         run: &RunFolder,
-        first: u64,
-        seconds_before: f64,
+        State { step: first, train_seconds: seconds_before, .. }: State,
         progress: &mut dyn Progress,
         stop: &AtomicBool,
     ) -> Result<Summary> {
@@ -278,7 +289,8 @@ impl<'a> Trainer<'a> {
         let mut ahead: Option<Enqueued> = None;
         while step < steps && !stop.load(Ordering::Relaxed) {
             let before = Instant::now();
-            let enqueued = self.enqueue(step)?;
+            let diverged = |step: u64| move |error: Error| error.at(step, saved);
+            let enqueued = self.enqueue(step).map_err(diverged(step + 1))?;
             step += 1;
             let checkpoint = due(self.recipe.step_scheduler.ckpt_every_steps, step) && step < steps;
             let grid = due(self.recipe.sampling.every_steps, step) && step < steps;
@@ -290,7 +302,8 @@ impl<'a> Trainer<'a> {
             }
             let mut done = Vec::new();
             for enqueued in to_read {
-                let line = enqueued.read(last_read)?;
+                let failed = diverged(enqueued.step);
+                let line = enqueued.read(last_read).map_err(failed)?;
                 last_read = Some(Instant::now());
                 done.push(line);
             }
@@ -312,7 +325,8 @@ impl<'a> Trainer<'a> {
         }
         // Interrupted between two steps.
         if let Some(enqueued) = ahead {
-            let line = enqueued.read(last_read)?;
+            let step = enqueued.step;
+            let line = enqueued.read(last_read).map_err(|error| error.at(step, saved))?;
             write_line(&mut metrics, &line).map_err(io(run.path()))?;
             lines.push(line);
         }
@@ -339,6 +353,7 @@ impl<'a> Trainer<'a> {
             train_seconds,
             total_seconds: seconds_before + started.elapsed().as_secs_f64(),
             interrupted,
+            skipped_steps: lines.last().and_then(|l| l.skipped_steps),
             quality,
             image_to_video,
         };
@@ -359,7 +374,8 @@ impl<'a> Trainer<'a> {
     ) -> Result<()> {
         progress.note("saving a checkpoint");
         metrics.flush().map_err(io(run.path()))?;
-        run.save(&*self.model, &self.optimizer, step, train_seconds)
+        let loss_scale = self.loss_scale.as_ref().map(|scale| LossScaleState::read(scale.read_later()?)).transpose()?;
+        run.save(&*self.model, &self.optimizer, &State { step, train_seconds, loss_scale })
     }
 
     fn samples(&self, classes: &[u8], seed: u64, first_frames: Option<&[f32]>) -> Result<Vec<f32>> {

@@ -1,7 +1,7 @@
 //! Operations that a backend may have a kernel for.
 
 use super::call::{Call, Checked};
-use super::{AdamWUpdate, Backend, Ran};
+use super::{Backend, Ran};
 use crate::ops::{
     AttentionBackward, AttentionForward, ModulatedNormBackward, ModulatedNormForward, NormBackward, NormForward,
     NormRopeBackward, NormRopeForward,
@@ -113,8 +113,6 @@ fused! {
     NormRopeForward(NormRopeForward);
     /// Its gradient.
     NormRopeBackward(NormRopeBackward);
-    /// An update of a parameter by AdamW.
-    AdamW(AdamWUpdate);
     /// Random numbers.
     Random(RandomFill);
 }

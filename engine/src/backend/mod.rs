@@ -103,61 +103,6 @@ pub enum Ran {
     Declined,
 }
 
-/// What an update of AdamW computes with, from the rates, the configuration and the number of updates `t`.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct AdamWScalars {
-    /// What the gradient is multiplied with.
-    pub clip: f64,
-    /// `1 - lr * weight_decay`.
-    pub decay: f64,
-    /// Decay rate of the second moment.
-    pub beta2: f64,
-    /// `lr / (1 - beta1^t)`.
-    pub step_size: f64,
-    /// `sqrt(1 - beta2^t)`.
-    pub root2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// `1 - beta1`.
-    pub rest1: f64,
-    /// `1 - beta2`.
-    pub rest2: f64,
-}
-
-/// An update of a parameter by AdamW; all views have one shape.
-#[derive(Clone, Copy, Debug)]
-pub struct AdamWUpdate<'a> {
-    /// Updated in place.
-    pub parameter: &'a Tensor,
-    /// Its gradient.
-    pub gradient: &'a Tensor,
-    /// Updated in place.
-    pub exp_avg: &'a Tensor,
-    /// Updated in place.
-    pub exp_avg_sq: &'a Tensor,
-    /// Gets the new parameter in another dtype.
-    pub rounded: Option<&'a Tensor>,
-    /// What is computed with.
-    pub scalars: AdamWScalars,
-}
-
-impl<'a> FusedCall<'a> for AdamWUpdate<'a> {
-    const NAME: &'static str = "AdamW";
-
-    fn inputs(&self) -> [Option<&'a Tensor>; 8] {
-        operands([Some(self.gradient)])
-    }
-
-    fn outputs(&self) -> [Option<&'a Tensor>; 4] {
-        [Some(self.parameter), Some(self.exp_avg), Some(self.exp_avg_sq), self.rounded]
-    }
-
-    fn fits(&self) -> Result<()> {
-        let all = self.inputs().into_iter().chain(self.outputs()).flatten();
-        all.into_iter().try_for_each(|t| call::has_dims(Self::NAME, "all operands", t, self.parameter.dims()))
-    }
-}
-
 /// What random numbers are drawn from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Distribution {

@@ -14,6 +14,7 @@ mod norm;
 mod norm_fused;
 mod pointwise;
 mod pool;
+mod programs;
 mod steps;
 mod team;
 
@@ -25,7 +26,7 @@ pub(crate) use self::pool::ALIGN;
 use self::pool::{CpuBuffer, Host};
 pub use self::team::{awake, cores, usable_threads};
 use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd};
-use crate::backend::{AdamWUpdate, Backend, Buffer, Fused, Ran};
+use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::ops::{
     AttentionBackward, AttentionForward, ModulatedNormBackward, ModulatedNormForward, NormBackward, NormForward,
     NormRopeBackward, NormRopeForward,
@@ -65,6 +66,14 @@ pub(crate) struct View<'a> {
     pub dtype: DType,
     pub dims: &'a [usize],
     pub strides: &'a [usize],
+}
+
+impl View<'_> {
+    /// Whether both are the same elements in the same order.
+    fn is_like(&self, other: &Self) -> bool {
+        std::ptr::eq(self.ptr, other.ptr)
+            && (self.dtype, self.dims, self.strides) == (other.dtype, other.dims, other.strides)
+    }
 }
 
 // SAFETY: a view is an address; each kernel states what may be read and written through it.
@@ -138,8 +147,14 @@ impl Backend for Cpu {
             return Ok(());
         }
         let Pointwise { program, inputs, scalars, outputs } = *call;
+        let (inputs, outputs) = (views(inputs)?, views(outputs)?);
         // SAFETY: the call is checked; an output is an input exactly or meets none.
-        unsafe { pointwise::pointwise(program, &views(inputs)?, scalars, &views(outputs)?, isa()) };
+        unsafe {
+            let own = programs::kernel(program);
+            if !own.is_some_and(|kernel| kernel(isa(), &inputs, scalars, &outputs)) {
+                pointwise::pointwise(program, &inputs, scalars, &outputs, isa());
+            }
+        }
         Ok(())
     }
 
@@ -253,10 +268,6 @@ impl Backend for Cpu {
                         norm_fused::norm_rope_backward(inputs, layout, [&dx, &dw]);
                     }
                     dense
-                }
-                Fused::AdamW(AdamWUpdate { parameter, gradient, exp_avg, exp_avg_sq, rounded, scalars }) => {
-                    let [p, g, m, v] = each([parameter, gradient, exp_avg, exp_avg_sq])?;
-                    adamw::adamw(isa(), &scalars, &p, &g, &m, &v, some(rounded)?.as_ref())
                 }
                 Fused::Random(_) => false,
             }

@@ -44,11 +44,22 @@ impl Function {
     pub fn build_with_scalars<const N: usize, const S: usize, const M: usize>(
         f: impl for<'a> FnOnce([Expr<'a>; N], [Expr<'a>; S]) -> [Expr<'a>; M],
     ) -> Self {
+        Self::of(N, S, |inputs, scalars| {
+            f(std::array::from_fn(|i| inputs[i]), std::array::from_fn(|i| scalars[i])).to_vec()
+        })
+    }
+
+    /// The same where only the running program knows the counts of inputs, scalars and outputs.
+    pub fn of(
+        inputs: usize,
+        scalars: usize,
+        f: impl for<'a> FnOnce(&[Expr<'a>], &[Expr<'a>]) -> Vec<Expr<'a>>,
+    ) -> Self {
         let graph = Graph::default();
-        let inputs = std::array::from_fn(|i| graph.push(Node::Input(i as u32)));
-        let scalars = std::array::from_fn(|i| graph.push(Node::Scalar(i as u32)));
-        let outputs = f(inputs, scalars).map(Expr::id);
-        Self::new(N, S, graph.into_nodes(), &outputs)
+        let leaves: Vec<Expr<'_>> = (0..inputs).map(|i| graph.push(Node::Input(i as u32))).collect();
+        let uniforms: Vec<Expr<'_>> = (0..scalars).map(|i| graph.push(Node::Scalar(i as u32))).collect();
+        let outputs: Vec<Id> = f(&leaves, &uniforms).into_iter().map(Expr::id).collect();
+        Self::new(inputs, scalars, graph.into_nodes(), &outputs)
     }
 
     /// Keeps what the outputs reach.

@@ -21,18 +21,6 @@ pub struct Clipping {
 }
 
 impl Clipping {
-    /// That of gradients which are `scale` times too large, with a limit that was multiplied with it.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn unscaled(self, scale: f64) -> Result<Self> {
-        if scale == 1.0 {
-            return Ok(self);
-        }
-        let less = |x: &Tensor| map(x.dtype(), [x], |[x]| x * (1.0 / scale));
-        Ok(Self { norm: less(&self.norm)?, coefficient: less(&self.coefficient)? })
-    }
-
     /// The norm, once it is on the host.
     ///
     /// # Errors
@@ -99,17 +87,27 @@ impl SquareSums {
 /// # Errors
 /// When there is no gradient, or they lie on several devices.
 pub fn clip_grad_norm(gradients: &Gradients, max_norm: Option<f64>) -> Result<Clipping> {
+    clip_scaled(gradients, max_norm, None)
+}
+
+/// The same from gradients of a loss that was multiplied with `scale` (without axes): the norm is that of the unscaled
+/// gradients, and the coefficient takes the scale off too.
+pub(super) fn clip_scaled(gradients: &Gradients, max_norm: Option<f64>, scale: Option<&Tensor>) -> Result<Clipping> {
     let all: Vec<&Tensor> = gradients.iter().map(|(_, gradient)| gradient).collect();
     let device = common_device("clip_grad_norm", &all)?;
     let dtype = if all.iter().any(|g| g.dtype() == DType::F64) { DType::F64 } else { DType::F32 };
     let sums = SquareSums::new(all.len(), device)?;
     all.iter().enumerate().try_for_each(|(place, gradient)| sums.add(place, gradient))?;
-    let norm = sums.norm()?;
+    let unscaled = |x: Tensor| match scale {
+        Some(scale) => map(x.dtype(), [&x, scale], |[x, scale]| x / scale),
+        None => Ok(x),
+    };
+    let norm = unscaled(sums.norm()?)?;
     let coefficient = match max_norm {
         Some(max) => map(dtype, [&norm], |[n]| n.select_lt(f64::INFINITY, (max / (n + 1e-6)).minimum(1.0), f64::NAN))?,
         None => map(dtype, [&norm], |[n]| n.select_lt(f64::INFINITY, 1.0, f64::NAN))?,
     };
-    Ok(Clipping { norm, coefficient })
+    Ok(Clipping { norm, coefficient: unscaled(coefficient)? })
 }
 
 #[cfg(test)]
@@ -131,7 +129,8 @@ mod tests {
         assert_eq!(read(&gradients, Some(1.0))?, (5.0, f64::from((1.0f64 / 5.000_001) as f32)));
         assert_eq!((read(&gradients, Some(10.0))?.1, read(&gradients, None)?.1), (1.0, 1.0));
         // As if these were gradients of 0.75 and 1 of a loss that was multiplied with 4.
-        let clipping = clip_grad_norm(&gradients, Some(0.5 * 4.0))?.unscaled(4.0)?;
+        let scale = Tensor::full(&[], 4.0, DType::F32, &Device::cpu())?;
+        let clipping = clip_scaled(&gradients, Some(0.5), Some(&scale))?;
         assert_eq!(clipping.norm.item()?, 1.25);
         assert!((clipping.coefficient.item()? * 4.0 - 0.5 / 1.25).abs() < 1e-6);
         for value in [f32::NAN, f32::INFINITY] {

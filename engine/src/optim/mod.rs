@@ -1,9 +1,16 @@
-//! Optimisers, gradient clipping and schedules.
+//! Optimisers, the way of gradients to the parameters, and schedules.
 
-mod adamw;
 mod clip;
+mod loss_scale;
+mod optimizer;
+mod rules;
 mod schedule;
+mod sinks;
 
-pub use adamw::{AdamW, AdamWConfig, Stepping};
 pub use clip::{Clipping, SquareSums, clip_grad_norm};
+pub use loss_scale::{LossScale, LossScaleConfig, LossScaleState};
+pub(crate) use optimizer::functions;
+pub use optimizer::{Optimizer, ParamGroup, Rates};
+pub use rules::{AdamW, Operands, RULES, Rule, RuleEntry, Sgd};
 pub use schedule::{DecayStyle, LrScheduler, LrSchedulerConfig, WdIncrStyle, WsdDecayStyle};
+pub use sinks::{Accumulate, Clip, OptimizerStep, Step, StepConfig, StepSink};

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use flowtape_engine::backend::call::{Call, CopyTo};
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::{self, RopeLayout};
-use flowtape_engine::optim::{AdamW, AdamWConfig};
+use flowtape_engine::optim::{AdamW, Optimizer, Rates};
 use flowtape_engine::{DType, Device, Gradients, Philox, Tape, Tensor, cpu};
 use flowtape_models::blocks;
 use serde::Serialize;
@@ -350,11 +350,12 @@ impl Bench<'_> {
                 let gradient = self.normal(&[numel])?;
                 parameter.var().into_iter().for_each(|var| gradients.insert(var, gradient.clone()));
             }
-            let (params, mut optimizer) = (builder.params(), AdamW::new(AdamWConfig::default()));
+            let (params, mut optimizer) = (builder.params(), Optimizer::new(AdamW::default()));
+            let rates = Rates { lr: 1e-4, weight_decay: 0.01 };
             // Parameter and two moments are read and written, the gradient is read.
             let work = Work::Bytes(7 * count * numel * self.size());
             self.tell(("adamw", shape), work, report, |clock| {
-                clock.measure(|| Ok(optimizer.step(&params, &gradients, 1e-4, 0.01, None)?))
+                clock.measure(|| Ok(optimizer.step(&params, &gradients, rates, None)?))
             })?;
         }
         Ok(())

@@ -1,8 +1,9 @@
 //! One training step: forward, backward, AdamW.
 
+use std::cell::Cell;
 use std::time::Instant;
 
-use flowtape_engine::optim::{AdamW, AdamWConfig, Stepping};
+use flowtape_engine::optim::{AdamW, Optimizer, OptimizerStep, Rates, StepConfig, StepSink};
 use flowtape_engine::profile::{Entry, Profile};
 use flowtape_engine::{Device, GradientSink, Tape, Tensor, VarId, cpu};
 use flowtape_models::Transformer;
@@ -99,18 +100,30 @@ fn rounded(value: f64, digits: i32) -> f64 {
     (value * unit).round() / unit
 }
 
-/// Takes the time that updates take on the way of the backward pass.
-struct Timed<'a> {
-    stepping: Stepping<'a>,
-    seconds: f64,
+/// Takes the time that updates take on the way of the backward pass and behind it.
+struct Timed<'a, S> {
+    sink: S,
+    seconds: &'a Cell<f64>,
 }
 
-impl GradientSink for Timed<'_> {
-    fn gradient(&mut self, var: VarId, gradient: Tensor) -> flowtape_engine::Result<()> {
+impl<S> Timed<'_, S> {
+    fn time<R>(&mut self, work: impl FnOnce(&mut S) -> R) -> R {
         let started = Instant::now();
-        self.stepping.gradient(var, gradient)?;
-        self.seconds += started.elapsed().as_secs_f64();
-        Ok(())
+        let result = work(&mut self.sink);
+        self.seconds.set(self.seconds.get() + started.elapsed().as_secs_f64());
+        result
+    }
+}
+
+impl<S: GradientSink> GradientSink for Timed<'_, S> {
+    fn gradient(&mut self, var: VarId, gradient: Tensor) -> flowtape_engine::Result<()> {
+        self.time(|sink| sink.gradient(var, gradient))
+    }
+}
+
+impl<S: StepSink> StepSink for Timed<'_, S> {
+    fn end(&mut self) -> flowtape_engine::Result<Option<Tensor>> {
+        self.time(StepSink::end)
     }
 }
 
@@ -124,8 +137,10 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
     let model = work.model(&options.dtype.params(0, &device))?;
     let params = model.params();
     let mut batch = Batch::new(work, options.dtype.into(), &device)?;
-    let mut optimizer = AdamW::new(AdamWConfig::default());
-    let (lr, weight_decay) = (1e-4, 0.01);
+    let mut optimizer = Optimizer::new(AdamW::default());
+    let rates = Rates { lr: 1e-4, weight_decay: 0.01 };
+    // A limit that is never reached keeps all gradients until the backward pass is through.
+    let config = StepConfig { micro_batches: 1, max_norm: (!options.at_once).then_some(f64::INFINITY) };
     let before = process::memory();
     let (mut forward, mut backward, mut update, mut total) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut losses, mut first_step_s, mut misses) = (Vec::new(), 0.0, 0);
@@ -140,17 +155,11 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         let tape = Tape::new();
         let loss = batch.loss(&model, &tape)?;
         let t1 = start.elapsed().as_secs_f64();
-        let (t2, on_the_way) = if options.at_once {
-            let mut sink = Timed { stepping: optimizer.stepping(params, lr, weight_decay), seconds: 0.0 };
-            let one = Tensor::ones(loss.dims(), loss.dtype(), &device)?;
-            tape.backward_with(&[(&loss, &one)], &mut sink)?;
-            (start.elapsed().as_secs_f64(), sink.seconds)
-        } else {
-            let gradients = tape.backward(&loss)?;
-            let t2 = start.elapsed().as_secs_f64();
-            optimizer.step(params, &gradients, lr, weight_decay, None)?;
-            (t2, 0.0)
-        };
+        let updates = Cell::new(0.0);
+        OptimizerStep::new(config, rates, &mut optimizer, params, None)?
+            .behind(|sink| Timed { sink, seconds: &updates })
+            .backward(&tape, &loss, &[])?;
+        let (t2, updates) = (start.elapsed().as_secs_f64(), updates.get());
         // Waits for all of the step.
         losses.push(loss.item()?);
         let t3 = start.elapsed().as_secs_f64();
@@ -159,8 +168,8 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         }
         if index >= options.warmup {
             forward.push(t1);
-            backward.push(t2 - t1 - on_the_way);
-            update.push(t3 - t2 + on_the_way);
+            backward.push(t2 - t1 - updates);
+            update.push(t3 - t2 + updates);
             total.push(t3);
         }
     }

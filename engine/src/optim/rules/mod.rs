@@ -1,0 +1,110 @@
+//! Update rules, a file each.
+
+mod adamw;
+mod sgd;
+
+use std::fmt::Debug;
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+pub use self::adamw::AdamW;
+pub use self::sgd::Sgd;
+use super::Rates;
+use crate::expr::Expr;
+use crate::{Error, Result};
+
+/// How an optimiser updates one parameter: what it remembers, and the new values as a pointwise program. All else (groups,
+/// wider copies, files, launches over many tensors, gating, stepping in backward) is [`Optimizer`]'s, the same for all rules.
+///
+/// A rule that mixes elements, such as Muon's orthogonalised momentum, would add a method here that makes the direction of a
+/// step from the gradient and the slots by matrix products (`None` by default), which [`Optimizer`] asks before it runs the
+/// program: the program's gradient is then that direction.
+///
+/// [`Optimizer`]: super::Optimizer
+pub trait Rule: Debug + Send + Sync {
+    /// Its name in errors, such as `AdamW`.
+    fn name(&self) -> &'static str;
+
+    /// What it remembers of each parameter: tensors of the shape and dtype of what is updated, zero at first, by the names
+    /// that PyTorch gives them in an optimiser's state. No name holds a dot.
+    fn slots(&self) -> &'static [&'static str];
+
+    /// What varies from step to step and is the same for all elements. `step` counts the updates of a parameter, from 1. There
+    /// are always equally many.
+    fn scalars(&self, rates: Rates, step: u64) -> Vec<f64>;
+
+    /// The new value of the parameter, then those of the slots, in their order.
+    fn update<'a>(&self, x: &Operands<'a, '_>) -> Vec<Expr<'a>>;
+
+    /// Checks the configuration.
+    ///
+    /// # Errors
+    /// When a value is outside its range.
+    fn check(&self) -> Result<()>;
+}
+
+/// What an update computes with, for one element.
+#[derive(Clone, Copy, Debug)]
+pub struct Operands<'a, 's> {
+    /// The parameter, or its wider copy.
+    pub parameter: Expr<'a>,
+    /// Its gradient, clipped already.
+    pub gradient: Expr<'a>,
+    /// What is remembered, in the order of [`Rule::slots`].
+    pub slots: &'s [Expr<'a>],
+    /// In the order of [`Rule::scalars`].
+    pub scalars: &'s [Expr<'a>],
+}
+
+impl<'a> Operands<'a, '_> {
+    /// The first `N` slots.
+    pub fn slots<const N: usize>(&self) -> [Expr<'a>; N] {
+        std::array::from_fn(|i| self.slots[i])
+    }
+
+    /// The first `N` scalars.
+    pub fn scalars<const N: usize>(&self) -> [Expr<'a>; N] {
+        std::array::from_fn(|i| self.scalars[i])
+    }
+}
+
+/// A rule by its name.
+#[derive(Clone, Copy, Debug)]
+pub struct RuleEntry {
+    /// The name in recipes.
+    pub name: &'static str,
+    read: fn(Value) -> Result<Box<dyn Rule>, String>,
+}
+
+/// All rules.
+pub const RULES: &[RuleEntry] = &[RuleEntry::of::<AdamW>("adamw"), RuleEntry::of::<Sgd>("sgd")];
+
+impl RuleEntry {
+    const fn of<R: Rule + DeserializeOwned + 'static>(name: &'static str) -> Self {
+        Self {
+            name,
+            read: |config| {
+                let rule: R = serde_json::from_value(config).map_err(|e| e.to_string())?;
+                rule.check().map_err(|e| e.to_string())?;
+                Ok(Box::new(rule))
+            },
+        }
+    }
+
+    /// The rule of that name with a configuration, an object whose keys are the rule's fields: what it leaves out has its
+    /// default.
+    ///
+    /// # Errors
+    /// When there is no such rule, a key is unknown, or a value is outside its range.
+    pub fn rule(name: &str, config: Value) -> Result<Box<dyn Rule>> {
+        let known = || RULES.iter().map(|r| r.name).collect::<Vec<_>>().join(" or ");
+        let found = RULES.iter().find(|r| r.name == name);
+        let entry = found.ok_or_else(|| Error::argument("optimizer", known(), name))?;
+        (entry.read)(config).map_err(|what| Error::Argument {
+            op: "optimizer",
+            expected: format!("a configuration of {name}"),
+            got: what,
+        })
+    }
+}
