@@ -29,7 +29,7 @@ pub trait FusedCall<'a> {
 }
 
 /// Operands in the order given, then nothing.
-pub(crate) fn operands<'a, const N: usize, const M: usize>(given: [Option<&'a Tensor>; N]) -> [Option<&'a Tensor>; M] {
+pub(crate) fn operands<const N: usize, const M: usize>(given: [Option<&Tensor>; N]) -> [Option<&Tensor>; M] {
     std::array::from_fn(|i| given.get(i).copied().flatten())
 }
 

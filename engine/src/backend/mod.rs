@@ -195,7 +195,7 @@ impl Storage {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Says that the storage is written in place.
+    /// Says that the storage is written: each checked call does, for what it writes.
     pub(crate) fn touch(&self) {
         self.version.fetch_add(1, Ordering::AcqRel);
     }

@@ -282,7 +282,7 @@ fn some(tensor: Option<&Tensor>) -> Result<Option<View<'_>>> {
 }
 
 /// The views of some tensors.
-fn each<'a, const N: usize>(tensors: [&'a Tensor; N]) -> Result<[View<'a>; N]> {
+fn each<const N: usize>(tensors: [&Tensor; N]) -> Result<[View<'_>; N]> {
     let mut views = [View { ptr: std::ptr::null_mut(), dtype: DType::F32, dims: &[], strides: &[] }; N];
     for (to, tensor) in views.iter_mut().zip(tensors) {
         *to = view(tensor)?;
