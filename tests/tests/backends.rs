@@ -2,6 +2,7 @@
 //! goldens and the CPU.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
+use flowtape_engine::backend::call::{Call, ScatterAdd};
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::{RopeLayout, pointwise};
@@ -170,7 +171,8 @@ fn an_index_past_the_end_is_told_with_the_next_values() -> Result<()> {
         told(table.index_select(0, &bad).and_then(|rows| rows.to_vec()));
         assert_eq!(table.index_select(0, &good)?.to_vec::<f32>()?, [5.0, 6.0, 1.0, 2.0]);
         let sums = Tensor::zeros(&[3, 2], DType::F32, device)?;
-        device.backend().scatter_add(&table.narrow(0, 0, 2)?.contiguous()?, &bad, &sums)?;
+        let rows = table.narrow(0, 0, 2)?.contiguous()?;
+        ScatterAdd { rows: &rows, index: &bad, out: &sums }.run()?;
         told(unrelated.to_vec());
         assert_eq!(sums.to_vec::<f32>()?, [0.0, 0.0, 0.0, 0.0, 1.0, 2.0]);
     }

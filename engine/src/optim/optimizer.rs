@@ -266,7 +266,6 @@ impl Optimizer {
         let outputs = [kept].into_iter().chain(state.slots.iter().cloned());
         let rounding = master.is_some();
         let outputs: Vec<Tensor> = outputs.chain(master.map(|_| value)).collect();
-        outputs.iter().for_each(|t| t.storage().touch());
         Ok(Some(Update { scalars, gradient: gradient.clone(), outputs, rounding }))
     }
 
