@@ -7,6 +7,7 @@ use flowtape_engine::nn::{ParamBuilder, Placement};
 use flowtape_engine::optim::{AdamW, LossScaleConfig, LrSchedulerConfig, Optimizer as EngineOptimizer};
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
+use flowtape_models::requirements::SampleSizes;
 use flowtape_models::{Condition, ModelKind};
 use serde::{Deserialize, Serialize};
 use serde_yaml_ng::{Mapping, Value};
@@ -303,6 +304,16 @@ impl Recipe {
         Self::parse(&text, overrides).map_err(|what| Error::Recipe { path: path.into(), what })
     }
 
+    /// From the object that a file would hold, for programs with data of their own.
+    ///
+    /// # Errors
+    /// When a key is unknown or a value does not fit.
+    pub fn from_json(object: serde_json::Value) -> Result<Self> {
+        let recipe = serde_json::from_value::<Self>(object).map_err(|e| with_suggestion(&e.to_string()));
+        let checked = recipe.and_then(|recipe| recipe.check().map(|()| recipe));
+        checked.map_err(|what| Error::Recipe { path: "recipe".into(), what })
+    }
+
     fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {
         // From the text first: only then errors know their line.
         let mut recipe: Self = serde_yaml_ng::from_str(text).map_err(|e| with_suggestion(&e.to_string()))?;
@@ -354,7 +365,19 @@ impl Recipe {
                 "sampling.image_to_video: expected a source of videos and an adapter that takes a first frame ({able}), got {adapter}"
             ));
         }
-        self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))
+        self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))?;
+        let contradictions = self.contradictions(kind);
+        if contradictions.is_empty() { Ok(()) } else { Err(contradictions.join("; ")) }
+    }
+
+    /// What of the model, its adapter and the data contradicts each other.
+    fn contradictions(&self, kind: &ModelKind) -> Vec<String> {
+        let DataConfig { video, text_dim, .. } = &self.data;
+        let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);
+        let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
+            .map(|tensor| (tensor, "data.text_dim", *text_dim));
+        let sample = SampleSizes { source: "data.source", latents: &latents, widths: &widths };
+        kind.contradictions(&self.model, &self.flow_matching.adapter_kwargs, &sample)
     }
 
     /// Samples of an optimiser step.
@@ -441,6 +464,15 @@ mod tests {
             ("data.caption_dropout_prob=2", "[0, 1]"),
             ("sampling.image_to_video=true", "hunyuan"),
             ("init=zero", "adaln_zero"),
+            ("data.text_dim=31", "data.text_dim (31) must equal model.joint_attention_dim (32)"),
+            ("model.in_channels=8", "the channels of data.source (1) must equal model.in_channels / 4 (2)"),
+            ("model.num_layer=2", "did you mean `num_layers`"),
+            ("model.num_layers=100000000", "num_layers: expected at least 0 and at most 1024"),
+            (
+                "flow_matching.adapter_type=simple",
+                "model._class_name (FluxTransformer2DModel) must be WanTransformer3DModel",
+            ),
+            ("flow_matching.timestep_sampling=sigmoid", "logit_normal"),
         ] {
             let error = Recipe::parse(DIGITS, &[set.into()]).unwrap_err();
             assert!(error.contains(part), "{set}: {error}");
