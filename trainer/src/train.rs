@@ -19,7 +19,7 @@ use crate::digits::{CAPTIONS, SIDE};
 use crate::error::io;
 use crate::generate::{Request, generate};
 use crate::picture::{save_animation, save_grid, save_loss_curve};
-use crate::recipe::{Dtype, Init};
+use crate::recipe::Init;
 use crate::report::{FirstFrame, Quality, judge, judge_first_frames, judge_videos};
 use crate::run::{Line, RunFolder, State, write_line};
 use crate::{Error, Recipe, Result};
@@ -203,11 +203,8 @@ impl<'a> Trainer<'a> {
         let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
         Ok(Self {
             pipeline: create_pipeline(recipe.flow_matching.clone())?,
-            optimizer: optimizer.build(),
-            loss_scale: match recipe.dtype {
-                Dtype::MixedF16 => Some(LossScale::new(recipe.loss_scale, device)?),
-                Dtype::F32 | Dtype::Bf16 | Dtype::Mixed => None,
-            },
+            optimizer: optimizer.build()?,
+            loss_scale: recipe.dtype.loss_scale(recipe.loss_scale, device)?,
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             data: Data::new(&recipe.data, Philox::new(recipe.seed).fork(DATA).state().0)?,
             recipe,

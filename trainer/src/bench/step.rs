@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::time::Instant;
 
-use flowtape_engine::optim::{AdamW, Optimizer, OptimizerStep, Rates, StepConfig, StepSink};
+use flowtape_engine::optim::{AdamW, LossScaleConfig, Optimizer, OptimizerStep, Rates, StepConfig, StepSink};
 use flowtape_engine::profile::{Entry, Profile};
 use flowtape_engine::{Device, GradientSink, Tape, Tensor, VarId, cpu};
 use flowtape_models::Transformer;
@@ -138,6 +138,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
     let params = model.params();
     let mut batch = Batch::new(work, options.dtype.into(), &device)?;
     let mut optimizer = Optimizer::new(AdamW::default());
+    let mut scale = options.dtype.loss_scale(LossScaleConfig::default(), &device)?;
     let rates = Rates { lr: 1e-4, weight_decay: 0.01 };
     // A limit that is never reached keeps all gradients until the backward pass is through.
     let config = StepConfig { micro_batches: 1, max_norm: (!options.at_once).then_some(f64::INFINITY) };
@@ -156,7 +157,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         let loss = batch.loss(&model, &tape)?;
         let t1 = start.elapsed().as_secs_f64();
         let updates = Cell::new(0.0);
-        OptimizerStep::new(config, rates, &mut optimizer, params, None)?
+        OptimizerStep::new(config, rates, &mut optimizer, params, scale.as_mut())?
             .behind(|sink| Timed { sink, seconds: &updates })
             .backward(&tape, &loss, &[])?;
         let (t2, updates) = (start.elapsed().as_secs_f64(), updates.get());
