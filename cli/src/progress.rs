@@ -1,10 +1,12 @@
 //! The progress bar; lines where there is no terminal.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use flowtape_trainer::run::Line;
-use flowtape_trainer::train::Progress;
+use flowtape_trainer::hooks::{Begin, Event, Hook};
+use flowtape_trainer::train::{Session, WINDOW};
+use flowtape_trainer::{Result, StepRecord};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::signals::Stop;
@@ -18,13 +20,55 @@ pub struct Terminal<'a> {
     stop: &'a Stop,
     bar: Option<ProgressBar>,
     steps: u64,
+    /// Of the last steps.
+    losses: VecDeque<f64>,
     last_line: Option<Instant>,
 }
 
 impl<'a> Terminal<'a> {
     /// Nothing is shown before a run begins.
     pub fn new(stop: &'a Stop) -> Self {
-        Self { stop, bar: None, steps: 0, last_line: None }
+        Self { stop, bar: None, steps: 0, losses: VecDeque::new(), last_line: None }
+    }
+
+    fn begin(&mut self, begin: &Begin, folder: &Path) {
+        self.stop.run_begins();
+        let Begin { from, steps, parameters, history } = begin;
+        note!("run {}: {parameters} parameters, steps {from} to {steps}", folder.display());
+        self.steps = *steps;
+        self.losses = history.iter().rev().take(WINDOW).rev().map(|record| record.loss).collect();
+        let bar = ProgressBar::new(*steps).with_position(*from);
+        let template = "{bar:30} {pos}/{len}  {msg}  ETA {eta}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.reset_eta();
+        self.bar = Some(bar);
+    }
+
+    fn step(&mut self, record: &StepRecord) {
+        self.losses.push_back(record.loss);
+        if self.losses.len() > WINDOW {
+            self.losses.pop_front();
+        }
+        let mean = self.losses.iter().sum::<f64>() / self.losses.len() as f64;
+        let message = format!("loss {mean:.4}  {:.0} samples/s", record.samples_per_second);
+        let Some(bar) = &self.bar else { return };
+        let due = self.last_line.is_none_or(|last| last.elapsed() >= EVERY) || record.step == self.steps;
+        if bar.is_hidden() && due {
+            note!("step {}/{}  {message}", record.step, self.steps);
+            self.last_line = Some(Instant::now());
+        }
+        bar.set_message(message);
+        bar.set_position(record.step);
+    }
+
+    fn busy(&self, what: &str) {
+        let Some(bar) = &self.bar else { return };
+        if bar.is_hidden() {
+            note!("{what}");
+        }
+        bar.set_message(what.to_owned());
     }
 
     /// Takes the bar away.
@@ -35,37 +79,14 @@ impl<'a> Terminal<'a> {
     }
 }
 
-impl Progress for Terminal<'_> {
-    fn begin(&mut self, run: &Path, from: u64, steps: u64, parameters: usize) {
-        self.stop.run_begins();
-        note!("run {}: {parameters} parameters, steps {from} to {steps}", run.display());
-        self.steps = steps;
-        let bar = ProgressBar::new(steps).with_position(from);
-        let template = "{bar:30} {pos}/{len}  {msg}  ETA {eta}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
+impl Hook for &mut Terminal<'_> {
+    fn on(&mut self, event: &Event<'_>, run: &mut Session<'_>) -> Result<()> {
+        match event {
+            Event::Begin(begin) => self.begin(begin, run.folder().path()),
+            Event::Step(record) => self.step(record),
+            Event::Busy(what) => self.busy(what),
+            _ => {}
         }
-        bar.reset_eta();
-        self.bar = Some(bar);
-    }
-
-    fn step(&mut self, line: &Line, mean_loss: f64) {
-        let message = format!("loss {mean_loss:.4}  {:.0} samples/s", line.samples_per_second);
-        let Some(bar) = &self.bar else { return };
-        let due = self.last_line.is_none_or(|last| last.elapsed() >= EVERY) || line.step == self.steps;
-        if bar.is_hidden() && due {
-            note!("step {}/{}  {message}", line.step, self.steps);
-            self.last_line = Some(Instant::now());
-        }
-        bar.set_message(message);
-        bar.set_position(line.step);
-    }
-
-    fn note(&mut self, what: &str) {
-        let Some(bar) = &self.bar else { return };
-        if bar.is_hidden() {
-            note!("{what}");
-        }
-        bar.set_message(what.to_owned());
+        Ok(())
     }
 }

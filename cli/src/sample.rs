@@ -5,9 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use flowtape_trainer::digits::SIDE;
-use flowtape_trainer::picture::load_grey;
-use flowtape_trainer::train::{Trained, save_samples};
+use flowtape_trainer::Trained;
+use flowtape_trainer::picture::{load_grey, save_samples};
 
 use crate::terminal::say;
 
@@ -51,12 +50,14 @@ pub fn run(args: &Sample) -> Result<ExitCode> {
     if let Some(scale) = args.guidance {
         trained.sampling.guidance_scale = scale;
     }
-    let sides = trained.data.video.map_or((SIDE, SIDE), |size| (size.height, size.width));
-    let first_frame = args.first_frame.as_ref().map(|path| load_grey(path, sides)).transpose()?;
+    let first_frame = match (&args.first_frame, &trained.sample_dims()?[..]) {
+        (Some(path), [.., height, width]) => Some(load_grey(path, (*height, *width))?),
+        _ => None,
+    };
     let samples = trained.sample(&args.prompt, args.n, args.seed, first_frame.as_deref())?;
     let name = args.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let path = |kind: &str| args.out.with_file_name(format!("{name}{kind}.png"));
-    save_samples(&samples, &trained.data, (args.n as f64).sqrt().ceil() as usize, path)?;
+    save_samples(&samples, (args.n as f64).sqrt().ceil() as usize, path)?;
     say!("{}", args.out.display());
     Ok(ExitCode::SUCCESS)
 }

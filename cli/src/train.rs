@@ -6,8 +6,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Args;
 use flowtape_trainer::Recipe;
+use flowtape_trainer::builtin::digits::{ImageToVideo, Quality};
 use flowtape_trainer::recipe::ReportConfig;
 use flowtape_trainer::train::{Summary, resume, train};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::progress::Terminal;
 use crate::signals::Stop;
@@ -42,9 +45,9 @@ pub fn run(args: &Train) -> Result<ExitCode> {
         (Some(path), _) => {
             let mut recipe = Recipe::load(path, &args.set)?;
             recipe.device = args.device.clone().unwrap_or(recipe.device);
-            (train(&recipe, &mut progress, stop.asked())?, recipe.report)
+            (train(&recipe, vec![Box::new(&mut progress)], stop.asked())?, recipe.report)
         }
-        (None, Some(run)) => (resume(run, args.device.as_deref(), &mut progress, stop.asked())?, None),
+        (None, Some(run)) => (resume(run, args.device.as_deref(), vec![Box::new(&mut progress)], stop.asked())?, None),
         (None, None) => anyhow::bail!("name a recipe, or a run folder with --resume"),
     };
     progress.finish();
@@ -58,6 +61,10 @@ pub fn run(args: &Train) -> Result<ExitCode> {
 
 fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     let run = s.run_dir.display();
+    if s.interrupted && s.steps == 0 {
+        say!("stopped before the first step: there is nothing to go on with");
+        return;
+    }
     if s.interrupted {
         say!("stopped after step {}; go on with: flowtape train --resume {run}", s.steps);
         return;
@@ -67,7 +74,7 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     say!("final loss      {:.4}  (mean of the last 100 steps)", s.final_loss);
     say!("training        {:.1} s, {:.4} s a step", s.train_seconds, s.train_seconds / s.steps.max(1) as f64);
     say!("everything      {:.1} s", s.total_seconds);
-    if let Some(q) = s.quality {
+    if let Some(q) = figures::<Quality>(Some(&Value::Object(s.figures.clone()))) {
         let each = report.map_or(String::new(), |r| format!(", {} a class", r.samples_per_class));
         say!("accuracy        {:.1} %  (3 nearest real digits; {} samples{each})", 100.0 * q.accuracy, q.samples);
         if let Some(error) = q.background_error {
@@ -75,11 +82,16 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
         }
         say!("distance ratio  {:.3}  (to the nearest real digit, over real to real)", q.distance_ratio);
     }
-    if let Some(i2v) = s.image_to_video {
+    if let Some(i2v) = figures::<ImageToVideo>(s.figures.get("image_to_video")) {
         let (quality, first) = (i2v.quality, i2v.first_frame);
         say!("image to video  accuracy {:.1} %", 100.0 * quality.accuracy);
         say!("first frame     error {:.4}, against another's {:.4}", first.error, first.error_shuffled);
     }
     say!("look at         {run}/samples, {run}/loss.svg");
     say!("sample it       flowtape sample {run} --prompt \"a handwritten seven\" --n 16 --seed 1 --out sevens.png");
+}
+
+/// Figures that a report may hold.
+fn figures<T: DeserializeOwned>(found: Option<&Value>) -> Option<T> {
+    found.and_then(|value| serde_json::from_value(value.clone()).ok())
 }

@@ -79,6 +79,12 @@ fn a_run_leaves_everything_and_can_be_sampled() {
         metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
 
+    // There is nothing left to do: the same figures at once, and no picture is made again.
+    let grid = run.join("samples/step_000006.png");
+    std::fs::remove_file(&grid).unwrap();
+    let again = stdout(&flowtape(&["train", "--resume", run.to_str().unwrap(), "--json"]));
+    assert_eq!((serde_json::from_str::<Value>(&again).unwrap(), grid.exists()), (json, false));
+
     let run = run.to_str().unwrap();
     let picture = |name: &str, seed: &str| {
         let path = folder.path().join(name);
@@ -179,7 +185,6 @@ fn mixed_training_comes_out_close_to_f32_and_saves_f32() {
     }
 }
 
-/// Whatever is asked for; `trainer/tests/threads.rs` has more threads than this machine may have cores.
 #[test]
 fn an_overflow_skips_its_step_is_counted_and_training_goes_on() {
     let folder = tempfile::tempdir().unwrap();
@@ -224,6 +229,7 @@ fn a_run_that_diverges_names_the_step_and_the_last_good_checkpoint() {
     assert!(message.contains("step 2: ") && message.contains("no checkpoint yet"), "{message}");
 }
 
+/// Whatever is asked for; `trainer/tests/threads.rs` has more threads than this machine may have cores.
 #[test]
 fn threads_are_as_many_as_cores_and_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
@@ -477,4 +483,74 @@ fn a_step_is_measured_with_the_fields_of_its_peer() {
     let out = stdout(&flowtape(&["bench", "ops", "--only", "modulate", "--seconds", "0.001", "--json"]));
     let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert!(lines.len() == 8 && lines.iter().all(|l| l["fraction"].as_f64().is_some_and(|f| f > 0.0)), "{out}");
+}
+
+/// Weights, checkpoints, pictures and folders: all have the rights that the umask leaves.
+#[cfg(unix)]
+#[test]
+fn everything_that_is_written_follows_the_umask() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let mut arguments =
+        vec!["train".to_owned(), RECIPE.to_owned(), "--set".into(), format!("run_dir={}", run.display())];
+    SMALL.iter().for_each(|setting| arguments.extend(["--set".to_owned(), (*setting).to_owned()]));
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "umask 026; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_flowtape")]).args(arguments);
+    stdout(&shell.output().unwrap());
+    let mut folders = vec![run];
+    let mut seen = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode, if path.is_dir() { 0o751 } else { 0o640 }, "{} {mode:o}", path.display());
+            seen += 1;
+            if path.is_dir() {
+                folders.push(path);
+            }
+        }
+    }
+    assert!(seen > 8, "{seen} files");
+}
+
+/// A safetensors file of empty tensors of these names.
+fn empty_tensors(path: &Path, names: impl Iterator<Item = String>) {
+    let entry = |name| format!("{}:{{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}}", Value::String(name));
+    let header = format!("{{{}}}", names.map(entry).collect::<Vec<_>>().join(","));
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.into_bytes());
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn weights_of_every_kind_are_inspected() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.safetensors");
+    let inspect = || flowtape(&["inspect", path.to_str().unwrap()]);
+    // Names from a stranger do not reach the terminal raw.
+    empty_tensors(&path, ["a\u{1b}[2J.weight", "b.weight"].into_iter().map(String::from));
+    let shown = stdout(&inspect());
+    assert!(shown.contains("a\\u{1b}[2J") && !shown.contains('\u{1b}'), "{shown}");
+    // What wraps a model names all its keys.
+    empty_tensors(&path, ["_orig_mod.a.weight", "_orig_mod.b.weight"].into_iter().map(String::from));
+    let output = inspect();
+    let (shown, said) = (stdout(&output), String::from_utf8_lossy(&output.stderr).into_owned());
+    assert!(shown.contains("\na ") && !shown.contains("_orig_mod") && said.contains("`_orig_mod.`"), "{shown}{said}");
+    // As many tensors as a header may have, in layers and side by side; a scan of all for each would take minutes.
+    let names = (0..100_000).flat_map(|i| [format!("blocks.{i}.weight"), format!("t{i}.weight")]);
+    empty_tensors(&path, names);
+    let started = std::time::Instant::now();
+    let shown = stdout(&inspect());
+    assert!(shown.contains("in 200000 tensors") && shown.contains("100000"), "{}", &shown[..400]);
+    assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
+    // Neither a file nor a preset is one thing; what can't be looked at is another, and its reason is said once.
+    assert!(failure(&flowtape(&["inspect", "flux.9"])).contains("neither a file or folder nor one of the presets"));
+    #[cfg(unix)]
+    {
+        let link = folder.path().join("loop");
+        std::os::unix::fs::symlink(&link, &link).unwrap();
+        let message = failure(&flowtape(&["inspect", link.to_str().unwrap()]));
+        assert!(message.matches("os error").count() == 1 && message.contains("loop: "), "{message}");
+    }
 }

@@ -1,5 +1,6 @@
 //! The one error type of the engine.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 /// What went wrong, in which operation, what was expected and what came.
@@ -91,10 +92,7 @@ pub enum Error {
         op: &'static str,
     },
     /// Trainable parameters that the loss does not reach.
-    #[error(
-        "no gradient for trainable parameters: {}; freeze them or name them as allowed",
-        names.join(", ")
-    )]
+    #[error("no gradient for {}; freeze them or name them as allowed", counted("trainable parameters", names))]
     MissingGradient {
         /// Their path names.
         names: Vec<String>,
@@ -107,8 +105,11 @@ pub enum Error {
     },
     /// A checkpoint whose keys do not fit the model.
     #[error(
-        "{path}: keys do not fit the model (missing: [{}]; unexpected: [{}]; wrong shape: [{}])",
-        missing.join(", "), unexpected.join(", "), mismatched.join(", ")
+        "{path}: keys do not fit the model ({}, {}, {}){}",
+        counted("missing", missing),
+        counted("unexpected", unexpected),
+        counted("of another shape", mismatched),
+        prefix_advice(missing, unexpected)
     )]
     Keys {
         /// The file.
@@ -125,8 +126,9 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
+        /// The system's reason. It is part of the text above, so it is no `source()`, which reports print once more; the raw
+        /// identifier says so to thiserror.
+        r#source: std::io::Error,
     },
     /// A file that is not what it should be.
     #[error("{path}: {what}")]
@@ -150,5 +152,61 @@ impl Error {
     /// An argument error from anything that prints.
     pub fn argument(op: &'static str, expected: impl ToString, got: impl std::fmt::Debug) -> Self {
         Self::Argument { op, expected: expected.to_string(), got: format!("{got:?}") }
+    }
+}
+
+/// Names that people are shown at most; a checkpoint may have thousands.
+const SHOWN: usize = 5;
+
+/// A text without control characters, which could reach a terminal: they are escaped.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect::<String>().into()
+}
+
+/// How many names there are, and the first of them.
+fn counted(what: &str, names: &[String]) -> String {
+    let shown: Vec<_> = names.iter().take(SHOWN).map(|name| printable(name)).collect();
+    let rest = if names.len() > SHOWN { ", …" } else { "" };
+    format!("{} {what}: [{}{rest}]", names.len(), shown.join(", "))
+}
+
+/// What to do where a file's names are the model's behind a common prefix.
+fn prefix_advice(missing: &[String], unexpected: &[String]) -> String {
+    let Some((first, others)) = unexpected.split_first().filter(|(_, others)| !others.is_empty()) else {
+        return String::new();
+    };
+    let common = others
+        .iter()
+        .fold(first.len(), |n, name| n.min(first.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count()));
+    let ends = first.as_bytes()[..common].iter().enumerate().filter(|(_, byte)| **byte == b'.').map(|(at, _)| at + 1);
+    let is_prefix = |at: &usize| missing.iter().any(|name| *name == first[*at..]);
+    match ends.into_iter().find(is_prefix) {
+        Some(at) => format!("; the file's keys begin with `{}`: save them without that", printable(&first[..at])),
+        None => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_of_keys_are_a_count_and_the_first_ones() {
+        let names = |prefix: &str| (0..4000).map(|i| format!("{prefix}blocks.{i}.weight")).collect::<Vec<_>>();
+        let keys = |missing, unexpected| {
+            Error::Keys { path: "a.safetensors".into(), missing, unexpected, mismatched: Vec::new() }.to_string()
+        };
+        let other = keys(names(""), names("other."));
+        assert!(other.contains("4000 missing: [blocks.0.weight, ") && other.contains("…]"), "{other}");
+        assert!(other.ends_with("; the file's keys begin with `other.`: save them without that"), "{other}");
+        assert!(other.len() < 600, "{other}");
+        let foreign = keys(names("a."), names("b."));
+        assert!(foreign.contains("4000 unexpected: [b.blocks.0") && !foreign.contains("begins with"), "{foreign}");
+        let few = keys(vec!["a".into()], vec!["x\u{1b}[2Jy".into()]);
+        assert!(few.contains("1 missing: [a], 1 unexpected: [x\\u{1b}[2Jy], 0 of another shape: []"), "{few}");
     }
 }

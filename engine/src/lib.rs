@@ -35,7 +35,7 @@ mod tensor;
 pub use backend::Device;
 pub use checkpoint::checkpoint;
 pub use dtype::{DType, Element};
-pub use error::{Error, Result};
+pub use error::{Error, Result, printable};
 pub use random::Philox;
 pub use tape::{GradientSink, Gradients, Tape, VarId};
 pub use tensor::{Later, Tensor};

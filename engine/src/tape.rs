@@ -10,9 +10,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::expr::Function;
+use crate::nn::Param;
 use crate::ops::pointwise::{pointwise_to, run_pointwise};
 use crate::{DType, Error, Result, Tensor};
 
@@ -24,6 +25,24 @@ impl VarId {
     pub(crate) fn fresh() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// What a gradient may be of.
+pub trait Variable {
+    /// Its variable, if it is differentiated.
+    fn var(&self) -> Option<VarId>;
+}
+
+impl Variable for Tensor {
+    fn var(&self) -> Option<VarId> {
+        Tensor::var(self)
+    }
+}
+
+impl Variable for Param {
+    fn var(&self) -> Option<VarId> {
+        Param::var(self)
     }
 }
 
@@ -71,11 +90,18 @@ impl Forward {
         self.needs.contains(&true)
     }
 
-    /// Keeps a tensor for backward under a name; nothing is kept where nothing is recorded.
+    /// Keeps a tensor for backward under a name: of a parameter's value the parameter alone, so that the value may go and
+    /// come back meanwhile. Nothing is kept where nothing is recorded.
     pub fn save(&mut self, slot: impl Into<Slot>, tensor: &Tensor) {
-        if self.recording() {
-            self.saved.0.push((slot.into(), Kept::Tensor(tensor.detach(), tensor.storage().version())));
+        if !self.recording() {
+            return;
         }
+        let param = tensor.param().and_then(|param| Some((param.clone(), param.version()?)));
+        let kept = match param {
+            Some((param, version)) => Kept::Param(param, version, OnceLock::new()),
+            None => Kept::Tensor(tensor.detach(), tensor.storage().version()),
+        };
+        self.saved.0.push((slot.into(), kept));
     }
 
     /// Keeps dims and dtype of a tensor for backward, and none of its memory.
@@ -111,6 +137,8 @@ impl From<(&'static str, usize)> for Slot {
 enum Kept {
     /// With the version that its storage had.
     Tensor(Tensor, u64),
+    /// With the version that its value had, and its value once backward needs it.
+    Param(Param, u64, OnceLock<Tensor>),
     Shape(Vec<usize>, DType),
 }
 
@@ -140,6 +168,7 @@ impl Saved {
     pub fn optional(&self, slot: impl Into<Slot>) -> Option<&Tensor> {
         match self.find(slot.into()) {
             Some(Kept::Tensor(tensor, _)) => Some(tensor),
+            Some(Kept::Param(_, _, value)) => value.get(),
             _ => None,
         }
     }
@@ -152,14 +181,29 @@ impl Saved {
         let slot = slot.into();
         match self.find(slot) {
             Some(Kept::Tensor(tensor, _)) => Ok((tensor.dims(), tensor.dtype())),
+            Some(Kept::Param(param, ..)) => Ok((param.dims(), param.dtype())),
             Some(Kept::Shape(dims, dtype)) => Ok((dims, *dtype)),
             None => Err(Self::missing(slot)),
         }
     }
 
-    /// Whether a tensor was written since it was kept.
-    fn is_overwritten(&self) -> bool {
-        self.0.iter().any(|(_, kept)| matches!(kept, Kept::Tensor(t, version) if t.storage().version() != *version))
+    /// Fetches the values of parameters, and checks that nothing was written since it was kept.
+    fn fetch(&self, op: &'static str) -> Result<()> {
+        for (_, kept) in &self.0 {
+            let same = match kept {
+                Kept::Tensor(tensor, version) => tensor.storage().version() == *version,
+                Kept::Param(param, version, cell) => {
+                    let value = param.value()?.plain();
+                    cell.get_or_init(|| value);
+                    param.version() == Some(*version)
+                }
+                Kept::Shape(..) => true,
+            };
+            if !same {
+                return Err(Error::Overwritten { op });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -237,9 +281,9 @@ impl Gradients {
         self.0.get(&var)
     }
 
-    /// The gradient of a leaf or parameter tensor.
-    pub fn of(&self, tensor: &Tensor) -> Option<&Tensor> {
-        tensor.var().and_then(|v| self.get(v))
+    /// The gradient of a leaf or a parameter.
+    pub fn of(&self, of: &impl Variable) -> Option<&Tensor> {
+        of.var().and_then(|v| self.get(v))
     }
 
     /// Sets the gradient of `var`.
@@ -423,9 +467,7 @@ fn run_backward(record: &Record, pending: &mut Pending) -> Result<()> {
     if grads.iter().all(Option::is_none) {
         return Ok(());
     }
-    if record.saved.is_overwritten() {
-        return Err(Error::Overwritten { op: record.op.name() });
-    }
+    record.saved.fetch(record.op.name())?;
     if let Some(block) = record.op.replay() {
         return replay(block, record, grads, pending);
     }
@@ -499,7 +541,7 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     }
     let needs = vars.iter().map(Option::is_some).collect();
     let mut cx = Forward { needs, saved: Saved::default(), captured: Vec::new() };
-    let plain: Vec<Tensor> = inputs.iter().map(|t| t.detach()).collect();
+    let plain: Vec<Tensor> = inputs.iter().map(|t| t.plain()).collect();
     let outputs = op.forward(&mut cx, &plain)?;
     let Some(tape) = tape else {
         return Ok(if unrecorded { outputs.into_iter().map(Tensor::unrecorded).collect() } else { outputs });

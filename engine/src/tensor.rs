@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::backend::{Device, Pending, Storage};
 use crate::expr::Function;
+use crate::nn::Param;
 use crate::ops::pointwise::run_pointwise;
 use crate::shape::Layout;
 use crate::tape::{Tape, VarId};
@@ -19,6 +20,8 @@ pub struct Tensor {
     tape: Option<Tape>,
     /// Whether it was made from a parameter without a tape: no gradient can go back from it any more.
     unrecorded: bool,
+    /// Whose value it is.
+    param: Option<Param>,
 }
 
 impl std::fmt::Debug for Tensor {
@@ -41,7 +44,7 @@ impl Tensor {
             }
             other => other,
         })?;
-        Ok(Self { storage, layout, dtype, var: None, tape: None, unrecorded: false })
+        Ok(Self { storage, layout, dtype, var: None, tape: None, unrecorded: false, param: None })
     }
 
     /// The same, with the axes in memory as `like` has them: elementwise results keep their input's order.
@@ -62,7 +65,7 @@ impl Tensor {
     /// Another view of the same storage, not tracked.
     pub(crate) fn view(&self, layout: Layout) -> Self {
         let storage = self.storage.clone();
-        Self { storage, layout, dtype: self.dtype, var: None, tape: None, unrecorded: false }
+        Self { storage, layout, dtype: self.dtype, var: None, tape: None, unrecorded: false, param: None }
     }
 
     /// A view that repeats the one element of `self`: for what only needs dims and dtype.
@@ -85,9 +88,20 @@ impl Tensor {
         self.unrecorded
     }
 
-    /// The same value as a parameter: with a variable, on no tape.
-    pub(crate) fn with_var(self, var: VarId) -> Self {
-        self.tracked(Some(var), None)
+    /// The same as the value of a parameter.
+    pub(crate) fn of_param(mut self, param: Param) -> Self {
+        self.param = Some(param);
+        self
+    }
+
+    /// The parameter whose value it is.
+    pub(crate) fn param(&self) -> Option<&Param> {
+        self.param.as_ref()
+    }
+
+    /// The same value without tape or variable, which still knows its parameter.
+    pub(crate) fn plain(&self) -> Self {
+        Self { param: self.param.clone(), ..self.detach() }
     }
 
     /// From values in row-major order.

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the helpers of tests may panic
 
 use flowtape_engine::gradcheck::{Case, Draw, Sample, check_dtype, check_gradient, rerun_on_instruction_sets};
-use flowtape_engine::nn::{Init, Linear, ParamBuilder};
+use flowtape_engine::nn::{Init, Linear, Param, ParamBuilder};
 use flowtape_engine::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use flowtape_engine::{DType, Device, Error, GradientSink, Gradients, Result, Tape, Tensor, VarId, ops};
 use proptest::prelude::*;
@@ -178,8 +178,7 @@ fn gradients_of_what_a_checkpointed_block_captures_are_final_with_its_replay() -
     let mut order = Order::default();
     tape.backward_with(&[(&loss, &Tensor::ones(&[], DType::F32, &Device::cpu())?)], &mut order)?;
     let params = root.params();
-    let backwards: Vec<VarId> =
-        params.iter().filter_map(|(_, p)| p.var()).collect::<Vec<_>>().into_iter().rev().collect();
+    let backwards: Vec<VarId> = params.iter().rev().filter_map(Param::var).collect();
     assert_eq!(order.0, backwards);
     Ok(())
 }
@@ -227,7 +226,7 @@ fn same_gradients(case: &Case, seed: u64, role: impl Fn(usize) -> Role) -> Resul
             Role::Parameter => {
                 let parameter = root.get(&i.to_string(), value.dims(), Init::Zeros)?;
                 parameter.copy_from(value)?;
-                Ok(parameter)
+                parameter.value()
             }
         };
         let inputs = sample.inputs.iter().enumerate().map(make).collect::<Result<Vec<_>>>()?;
@@ -291,7 +290,7 @@ fn what_parameters_make_may_be_read_in_several_checkpointed_blocks() -> Result<(
     let run = |checkpointed: bool| -> Result<Vec<f64>> {
         let root = ParamBuilder::new(3, DType::F64, &Device::cpu());
         let w = root.get("w", &[4, 4], Init::Normal { std: 1.0 })?;
-        let (tape, shared) = (Tape::new(), w.t()?.mul(&w)?);
+        let (tape, shared) = (Tape::new(), w.value()?.t()?.mul(&w.value()?)?);
         let mut h = tape.attach(&x);
         for _ in 0..2 {
             let inner = shared.clone();
@@ -316,13 +315,13 @@ fn gradients_that_meet_are_summed_in_f32() -> Result<()> {
         // Micro-batches.
         let mut all = Gradients::default();
         for _ in 0..1000 {
-            all.add(Tape::new().backward(&w.sum_all()?)?)?;
+            all.add(Tape::new().backward(&w.value()?.sum_all()?)?)?;
         }
         let sum = all.of(&w).unwrap();
         assert_eq!((sum.to_vec::<f64>()?, sum.dtype()), (vec![1000.0; 2], wide), "{dtype}");
         // Several uses of one parameter.
         let tape = Tape::new();
-        let outputs = (0..1000).map(|_| tape.attach(&w).neg()).collect::<Result<Vec<_>>>()?;
+        let outputs = (0..1000).map(|_| tape.attach(&w.value()?).neg()).collect::<Result<Vec<_>>>()?;
         let one = Tensor::ones(&[2], dtype, &Device::cpu())?;
         let mut gradients = Gradients::default();
         tape.backward_with(&outputs.iter().map(|y| (y, &one)).collect::<Vec<_>>(), &mut gradients)?;

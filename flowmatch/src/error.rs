@@ -66,8 +66,8 @@ pub enum Error {
     Model {
         /// Which model.
         model: String,
-        /// Its error.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        /// Its error; part of the text above, so no `source()` of its own.
+        r#source: Box<dyn std::error::Error + Send + Sync>,
     },
 }
 

@@ -4,7 +4,7 @@
 
 use flowtape_cuda_emulator::launched;
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
-use flowtape_engine::nn::{Init, ParamBuilder};
+use flowtape_engine::nn::{Init, Param, ParamBuilder};
 use flowtape_engine::ops::RopeLayout;
 use flowtape_engine::optim::{AdamW, Optimizer, Rates};
 use flowtape_engine::{DType, Device, Gradients, Result, Tape, Tensor, ops};
@@ -297,7 +297,7 @@ fn an_update_of_all_parameters_takes_few_launches() -> Result<()> {
     for dtype in [DType::F32, DType::BF16] {
         let run = |device: &Device| -> Result<(Vec<Vec<f32>>, usize)> {
             let builder = ParamBuilder::new(2, dtype, device);
-            let params: Vec<Tensor> = (0..shapes.len())
+            let params: Vec<Param> = (0..shapes.len())
                 .map(|i| builder.get(&format!("p{i}"), &shapes[i], Init::Ones))
                 .collect::<Result<_>>()?;
             let mut gradients = Gradients::default();
@@ -316,7 +316,7 @@ fn an_update_of_all_parameters_takes_few_launches() -> Result<()> {
             let before = launched("kernel");
             adamw.step(&builder.params(), &gradients, Rates { lr: 1e-2, weight_decay: 0.1 }, Some(&clip))?;
             let launches = launched("kernel") - before;
-            Ok((params.iter().map(Tensor::to_vec).collect::<Result<_>>()?, launches))
+            Ok((params.iter().map(|p| p.value()?.to_vec()).collect::<Result<_>>()?, launches))
         };
         let ((got, launches), (wanted, _)) = (run(&device)?, run(&Device::cpu())?);
         // Those of odd sizes, and all others.

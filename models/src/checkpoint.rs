@@ -27,12 +27,12 @@ pub fn load_config(path: &Path) -> Result<Value> {
     Ok(serde_json::from_slice(&text).map_err(|e| EngineError::Format { path: path.into(), what: e.to_string() })?)
 }
 
-/// Opens a folder's weights.
+/// Opens a folder's weights. A known prefix of all keys, such as `_orig_mod.`, is passed over with a warning.
 ///
 /// # Errors
 /// When a file is missing or broken.
 pub fn open_weights(folder: &Path) -> Result<Shards> {
-    Ok(Shards::open(folder, WEIGHTS)?)
+    Ok(Shards::open(folder, WEIGHTS)?.without_known_prefix())
 }
 
 /// Loads a model, its weights converted to `dtype` one by one: memory holds one tensor above the model.

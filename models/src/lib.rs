@@ -28,7 +28,7 @@ pub mod summary;
 mod testing;
 pub mod wan;
 
-use flowtape_engine::nn::Params;
+use flowtape_engine::nn::{Param, Params};
 use flowtape_flowmatch::{FlowModel, ModelInputs};
 
 pub use flowtape_flowmatch::{Error, Result};
@@ -51,7 +51,7 @@ pub trait Transformer: FlowModel {
     /// The names of all parameters under [`Self::paths_without_gradient`].
     fn parameters_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
         let paths = self.paths_without_gradient(inputs);
-        let names = self.params().iter().map(|(name, _)| name);
+        let names = self.params().iter().map(Param::path);
         names.filter(|name| paths.iter().any(|path| name.starts_with(path))).map(String::from).collect()
     }
     /// Whether a key of a checkpoint is of no use to the model and may be there: published files have some.
@@ -62,7 +62,4 @@ pub trait Transformer: FlowModel {
     /// Whether each block keeps its inputs alone and runs again in backward: less memory for a second forward. The
     /// gradients are the same, bit for bit.
     fn set_gradient_checkpointing(&mut self, on: bool);
-    /// Parameters that DiT starts at zero (Peebles and Xie 2022, adaLN-Zero): what makes shifts, scales and gates, and the
-    /// output projection. A new model adds nothing to its residual stream then, and predicts zero.
-    fn zero_init_parameters(&self) -> Vec<String>;
 }

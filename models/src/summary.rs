@@ -1,6 +1,6 @@
 //! What a model is made of, without its weights in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use flowtape_engine::meta::Meta;
 use flowtape_engine::nn::ParamBuilder;
@@ -51,7 +51,7 @@ impl Summary {
     pub fn of_config(config: &Value) -> Result<Self> {
         let model = create_model(config, &ParamBuilder::new(0, DType::F32, &Meta::default().device()))?;
         let config = model.config();
-        let tensors = model.params().iter().map(|(name, tensor)| (name, tensor.numel()));
+        let tensors = model.params().iter().map(|p| (p.path(), p.numel()));
         let mut summary = Self::of_tensors(tensors);
         let sizes = [DType::F32, DType::BF16].map(|dtype| (dtype.to_string(), summary.parameters * dtype.size()));
         summary.bytes = sizes.into();
@@ -75,25 +75,21 @@ impl Summary {
     }
 
     fn of_tensors<'a>(tensors: impl Iterator<Item = (&'a str, usize)>) -> Self {
-        let (mut modules, mut layers) = (Vec::<Module>::new(), BTreeMap::<String, Vec<String>>::new());
+        let mut modules = Vec::<Module>::new();
+        // Place of a module in that list, and its numbered layers.
+        let mut known = HashMap::<&str, (usize, HashSet<&str>)>::new();
         for (path, numel) in tensors {
             let mut parts = path.split('.');
             let name = parts.next().unwrap_or_default();
-            let index = match modules.iter().position(|m| m.name == name) {
-                Some(index) => index,
-                None => {
-                    modules.push(Module { name: name.into(), layers: 0, parameters: 0, tensors: 0 });
-                    modules.len() - 1
-                }
-            };
-            let module = &mut modules[index];
+            let (index, numbers) = known.entry(name).or_insert_with(|| {
+                modules.push(Module { name: name.into(), layers: 0, parameters: 0, tensors: 0 });
+                (modules.len() - 1, HashSet::new())
+            });
+            let module = &mut modules[*index];
             module.parameters += numel;
             module.tensors += 1;
             if let Some(number) = parts.next().filter(|p| p.parse::<usize>().is_ok()) {
-                let numbers = layers.entry(name.into()).or_default();
-                if !numbers.iter().any(|n| n == number) {
-                    numbers.push(number.into());
-                }
+                numbers.insert(number);
                 module.layers = numbers.len();
             }
         }

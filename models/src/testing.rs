@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use flowtape_engine::nn::Params;
 use flowtape_engine::{DType, Device, Philox, Tensor};
 use flowtape_flowmatch::{
     Batch, Draws, FlowMatchingContext, FlowModel, ModelAdapter, ModelInputs, Prediction, RecordedDraws, TaskType,
@@ -48,4 +49,11 @@ pub(crate) fn prepare(
 pub(crate) fn predict(adapter: &dyn ModelAdapter, model: &dyn FlowModel, batch: &Batch) -> Result<Prediction> {
     let cx = context(batch, DType::F32, 0.0)?;
     adapter.forward(&cx, model, &adapter.prepare_inputs(&cx, &mut RecordedDraws::default())?)
+}
+
+/// Sets what DiT starts at zero.
+pub(crate) fn start_at_zero(params: &Params) {
+    for p in params.iter().filter(|p| p.zero_init()) {
+        p.copy_from(&Tensor::zeros(p.dims(), p.dtype(), p.device()).unwrap()).unwrap();
+    }
 }

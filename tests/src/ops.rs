@@ -100,11 +100,11 @@ pub(crate) fn check(dir: &Path, file: &str, out: &mut Vec<Outcome>) -> Any<()> {
         let tolerance = golden.tolerance("grad")?;
         let params = case.root.params();
         for (key, want) in golden.under(&format!("{name}/grad."))? {
-            let of = match key.strip_prefix("param.") {
-                Some(parameter) => params.get(parameter),
-                None => case.inputs.get(&key),
+            let got = match key.strip_prefix("param.") {
+                Some(parameter) => params.get(parameter).and_then(|p| gradients.of(p)),
+                None => case.inputs.get(&key).and_then(|t| gradients.of(t)),
             };
-            let got = of.and_then(|t| gradients.of(t)).ok_or_else(|| format!("{name}: no gradient of {key}"))?;
+            let got = got.ok_or_else(|| format!("{name}: no gradient of {key}"))?;
             out.push(tolerance.tensor(format!("{name} grad {key}"), got, &want)?);
         }
     }
@@ -141,7 +141,8 @@ impl Case<'_> {
 
     /// Sets the parameters of a module that was just built.
     fn fill(&self, params: &Params) -> Any<()> {
-        for (name, parameter) in params.iter() {
+        for parameter in params.iter() {
+            let name = parameter.path();
             parameter.copy_from(self.params.get(name).ok_or_else(|| format!("{}: no param {name}", self.name))?)?;
         }
         (params.len() == self.params.len())

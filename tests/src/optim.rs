@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use flowtape_engine::nn::{Init, ParamBuilder, Params};
+use flowtape_engine::nn::{Init, Param, ParamBuilder, Params};
 use flowtape_engine::optim::{AdamW, LrScheduler, LrSchedulerConfig, Optimizer, Rates, clip_grad_norm};
 use flowtape_engine::safetensors::SafeTensors;
 use flowtape_engine::{DType, Device, Gradients, Tape, Tensor};
@@ -67,8 +67,8 @@ fn parameters(values: &BTreeMap<String, Tensor>) -> Any<Params> {
 
 fn gradients_of(params: &Params, gradient: impl Fn(&str) -> Any<Tensor>) -> Any<Gradients> {
     let mut out = Gradients::default();
-    for (name, parameter) in params.iter() {
-        out.insert(parameter.var().ok_or("a variable")?, gradient(name)?);
+    for parameter in params.iter() {
+        out.insert(parameter.var().ok_or("a variable")?, gradient(parameter.path())?);
     }
     Ok(out)
 }
@@ -83,7 +83,7 @@ fn unit(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
     for step in 0..grads.dim(0)? {
         let row = |t: &Tensor| t.narrow(0, step, 1)?.squeeze(0)?.contiguous();
         adamw.step(&params, &gradients_of(&params, |_| Ok(row(&grads)?))?, rates, None)?;
-        worst = max(worst, relative(params.get("p").ok_or("p")?, &row(&trajectory)?)?);
+        worst = max(worst, relative(&params.get("p").ok_or("p")?.value()?, &row(&trajectory)?)?);
     }
     out.push(Outcome::measured("adamw", worst, 1e-6, format!("{} steps", grads.dim(0)?)));
     let max_norm = number(&case["clip"], "max_norm")?;
@@ -134,7 +134,7 @@ fn training(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
                 losses = max(losses, loss);
                 gradients.add(tape.backward(&output.loss.mul_scalar(1.0 / micro.len() as f64)?)?)?;
             }
-            let of_model = model.params().iter().map(|(_, p)| p.var());
+            let of_model = model.params().iter().map(Param::var);
             let mut own = Gradients::default();
             for var in of_model.flatten() {
                 if let Some(gradient) = gradients.remove(var) {
@@ -179,7 +179,7 @@ fn parameters_after(dir: &Path, file: &str, name: &str, model: &dyn Transformer,
     let wanted = Golden::tensors(dir, file)?.under("")?;
     let mut deviations = Vec::new();
     for (key, want) in &wanted {
-        let got = model.params().get(key).ok_or_else(|| format!("no parameter {key}"))?.detach();
+        let got = model.params().get(key).ok_or_else(|| format!("no parameter {key}"))?.value()?;
         deviations.push(got.sub(want)?.to_vec::<f64>()?.into_iter().fold(0.0, |m, d| max(m, d.abs())));
     }
     deviations.sort_by(f64::total_cmp);

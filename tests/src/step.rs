@@ -195,7 +195,7 @@ impl Run {
             Recorded::read(&files.inputs, "", text(case, "data_type")?.into(), text(case, "sampling_method")?)?;
         let sigma = recorded.sample.sigma.clone();
         let tape = Tape::new();
-        let dtype = model.params().iter().next().map_or(DType::F32, |(_, parameter)| parameter.dtype());
+        let dtype = model.params().iter().next().map_or(DType::F32, |parameter| parameter.dtype());
         let step =
             recorded.run(&pipeline, &Overridden { model, removed, given }, task.ok_or("a task")?, dtype, &tape)?;
         let tail = Tape::new();
@@ -267,7 +267,8 @@ impl Run {
         model.params().check_gradients(gradients, &without)?;
         let wanted = files.grads.under("")?;
         let (mut worst, mut at) = (0.0, String::new());
-        for (name, parameter) in model.params().iter().filter(|(name, _)| !without.iter().any(|n| n == name)) {
+        for parameter in model.params().iter().filter(|p| !without.iter().any(|n| n == p.path())) {
+            let name = parameter.path();
             let want = wanted.get(name).ok_or_else(|| format!("no golden gradient of {name}"))?;
             let got = gradients.of(parameter).ok_or_else(|| format!("no gradient of {name}"))?;
             let deviation = if zero.iter().any(|n| n == name) {
@@ -340,10 +341,10 @@ impl Run {
         if self.step.loss.to_bytes()? != other.step.loss.to_bytes()? {
             different.push("loss");
         }
-        for (name, parameter) in model.params().iter() {
+        for parameter in model.params().iter() {
             let bytes = |run: &Self| run.gradients.of(parameter).map(Tensor::to_bytes).transpose();
             if bytes(self)? != bytes(other)? {
-                different.push(name);
+                different.push(parameter.path());
             }
         }
         Ok(exact("gradient checkpointing keeps the bits", different.is_empty(), different.join(", ")))

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
-use flowtape_engine::nn::{Init, ParamBuilder};
+use flowtape_engine::nn::{Init, ParamBuilder, Placement};
 use flowtape_engine::ops::{RopeLayout, pointwise};
 use flowtape_engine::optim::{
     AdamW, Clipping, LossScale, LossScaleConfig, LossScaleState, Optimizer, OptimizerStep, Rates, StepConfig,
@@ -18,8 +18,7 @@ use flowtape_models::checkpoint;
 use flowtape_models::flux::FluxAdapter;
 use flowtape_tests::devices::{gpus, gpus_of, is_slow, say};
 use flowtape_tests::{Outcome, goldens, recipes, sampling, step};
-use flowtape_trainer::Recipe;
-use flowtape_trainer::train::Trainer;
+use flowtape_trainer::{Recipe, Trainer};
 
 fn all_cases(device: &Device, dtype: DType, seeds: u64) {
     let mut wrong = Vec::new();
@@ -210,7 +209,7 @@ fn the_digits_losses_follow_the_cpu() {
         let settings = [format!("step_scheduler.local_batch_size={batch}"), format!("device={device}")];
         let recipe = Recipe::load(&path, &settings).unwrap();
         let mut trainer = Trainer::new(&recipe).unwrap();
-        let step = |step| trainer.step(step).map(|line| (line.loss, line.grad_norm)).unwrap();
+        let step = |_| trainer.step().map(|record| (record.loss, record.grad_norm)).unwrap();
         (0..steps).map(step).collect()
     };
     for kind in ["cuda", "wgpu"] {
@@ -293,7 +292,7 @@ fn a_norm_that_is_not_finite_gates_the_update() -> Result<()> {
                 Rates { lr: 0.1, weight_decay: 0.0 },
                 Some(&clipping.coefficient),
             )?;
-            assert_eq!(w.to_vec::<f32>()? != [1.0; 5], moves, "{value}");
+            assert_eq!(w.value()?.to_vec::<f32>()? != [1.0; 5], moves, "{value}");
             assert_eq!(Clipping::finite(clipping.norm.item()?).is_ok(), moves);
         }
     }
@@ -306,7 +305,7 @@ fn an_overflow_skips_a_step_without_the_hosts_knowing() -> Result<()> {
     // The last one is not known to the host yet when the state is saved.
     let sizes = [6e4, 1.0, 1.0, 6e4, 1.0, 6e4];
     let run = |device: &Device| -> Result<(Vec<f64>, f64, LossScaleState)> {
-        let builder = ParamBuilder::new(1, DType::F16, device).with_masters(DType::F32);
+        let builder = ParamBuilder::with_plan(1, Placement::trained(DType::F16).with_master(DType::F32), device);
         let (w, params) = (builder.get("w", &[7], Init::Ones)?, builder.params());
         let mut adamw = Optimizer::new(AdamW::default());
         let config = LossScaleConfig { init_scale: 16.0, growth_interval: 3, ..LossScaleConfig::default() };
@@ -314,7 +313,7 @@ fn an_overflow_skips_a_step_without_the_hosts_knowing() -> Result<()> {
         for (step, size) in sizes.into_iter().enumerate() {
             let tape = Tape::new();
             let x = Draw::new(step as u64).standard(&[7])?.mul_scalar(size)?.to_dtype(DType::F16)?.to_device(device)?;
-            let loss = tape.attach(&x).mul(&w)?.to_dtype(DType::F32)?.sum_all()?;
+            let loss = tape.attach(&x).mul(&w.value()?)?.to_dtype(DType::F32)?.sum_all()?;
             let (config, rates) =
                 (StepConfig { micro_batches: 1, max_norm: Some(1.0) }, Rates { lr: 0.1, weight_decay: 0.1 });
             OptimizerStep::new(config, rates, &mut adamw, &params, Some(&mut scale))?.backward(&tape, &loss, &[])?;
@@ -323,7 +322,7 @@ fn an_overflow_skips_a_step_without_the_hosts_knowing() -> Result<()> {
         let path = folder.path().join("state.safetensors");
         adamw.save(&params, &path)?;
         let steps = SafeTensors::open(&path)?.get("step.w", &Device::cpu(), None)?.item()?;
-        let kept = params.kept().next().unwrap().1.to_vec()?;
+        let kept = w.kept()?.to_vec()?;
         Ok((kept, steps, LossScaleState::read(scale.read_later()?)?))
     };
     let (wanted, steps, state) = run(&Device::cpu())?;

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use flowtape_engine::gradcheck::Draw;
-use flowtape_engine::nn::{Init, ParamBuilder};
+use flowtape_engine::nn::{Init, Param, ParamBuilder, Placement};
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::optim::{AdamW, Optimizer, Rates};
 use flowtape_engine::{DType, Device, Gradients, Result, Tape, Tensor};
@@ -154,15 +154,16 @@ fn an_update_of_all_parameters_takes_few_launches() -> Result<()> {
     let shapes: Vec<Vec<usize>> =
         (0..40).map(|i| vec![8 * (i % 5 + 1), 8 + i % 3 * 40]).chain([vec![7], vec![3, 5], vec![2048]]).collect();
     let update = |device: &Device, dtype: DType, masters: bool, count: &dyn Fn() -> u64| -> Result<_> {
-        let builder = ParamBuilder::new(2, dtype, device);
-        let builder = if masters { builder.with_masters(DType::F32) } else { builder };
+        let placement = Placement::trained(dtype);
+        let placement = if masters { placement.with_master(DType::F32) } else { placement };
+        let builder = ParamBuilder::with_plan(2, placement, device);
         let made = shapes.iter().enumerate().map(|(i, dims)| builder.get(&format!("p{i}"), dims, Init::Ones));
-        let params: Vec<Tensor> = made.collect::<Result<_>>()?;
+        let params: Vec<Param> = made.collect::<Result<_>>()?;
         let mut gradients = Gradients::default();
         for (i, p) in params.iter().enumerate() {
             let mut draw = Draw::new(i as u64);
             // Some lie across, as gradients of transposed weights do.
-            let across = i % 4 == 0 && p.rank() == 2;
+            let across = i % 4 == 0 && p.dims().len() == 2;
             let dims: Vec<usize> = if across { p.dims().iter().rev().copied().collect() } else { p.dims().to_vec() };
             let gradient = draw.standard(&dims)?.to_dtype(dtype)?.to_device(device)?;
             gradients.insert(p.var().unwrap(), if across { gradient.t()? } else { gradient });
@@ -173,9 +174,8 @@ fn an_update_of_all_parameters_takes_few_launches() -> Result<()> {
         let before = count();
         adamw.step(&builder.params(), &gradients, Rates { lr: 1e-2, weight_decay: 0.1 }, Some(&clip))?;
         let launches = count() - before;
-        let kept = builder.params();
-        let all = kept.kept().map(|(_, t)| t.clone()).chain(params);
-        Ok((all.map(|t| t.to_vec::<f64>()).collect::<Result<Vec<_>>>()?, launches))
+        let all = params.iter().map(|p| p.kept()).chain(params.iter().map(|p| p.value()));
+        Ok((all.map(|t| t?.to_vec::<f64>()).collect::<Result<Vec<_>>>()?, launches))
     };
     for (dtype, masters) in [(DType::F32, false), (DType::BF16, false), (DType::BF16, true), (DType::F16, true)] {
         let (wanted, _) = update(&Device::cpu(), dtype, masters, &|| 0)?;

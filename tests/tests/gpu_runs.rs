@@ -7,9 +7,9 @@ use std::sync::atomic::AtomicBool;
 use flowtape_engine::{Device, Error, Tensor};
 use flowtape_gpu::wgpu::{Counts, Wgpu, WgpuOptions};
 use flowtape_tests::devices::gpus_of;
-use flowtape_trainer::run::Line;
-use flowtape_trainer::train::{Progress, Summary, resume, train_on};
-use flowtape_trainer::{Error as TrainerError, Recipe, Result};
+use flowtape_trainer::hooks::{Hook, on_step};
+use flowtape_trainer::train::{Summary, resume, train_on};
+use flowtape_trainer::{Error as TrainerError, Recipe, Result, Trainer};
 
 /// A fresh device, where there is one.
 fn open() -> Option<(Wgpu, Device)> {
@@ -35,20 +35,15 @@ fn recipe(run: &Path, steps: u64, more: &[&str]) -> Recipe {
     Recipe::load(&path, &settings).unwrap()
 }
 
-/// Calls back after each step.
-struct Each<F>(F);
-
-impl<F: FnMut(u64)> Progress for Each<F> {
-    fn begin(&mut self, _: &Path, _: u64, _: u64, _: usize) {}
-    fn step(&mut self, line: &Line, _: f64) {
-        assert!(line.loss.is_finite() && line.grad_norm > 0.0);
-        (self.0)(line.step);
-    }
-    fn note(&mut self, _: &str) {}
+fn each<'a>(mut each: impl FnMut(u64) + 'a) -> Vec<Box<dyn Hook + 'a>> {
+    vec![on_step(move |record| {
+        assert!(record.loss.is_finite() && record.grad_norm > 0.0);
+        each(record.step);
+    })]
 }
 
-fn run(device: &Device, recipe: &Recipe, each: impl FnMut(u64)) -> Result<Summary> {
-    train_on(device, recipe, &mut Each(each), &AtomicBool::new(false))
+fn run(device: &Device, recipe: &Recipe, told: impl FnMut(u64)) -> Result<Summary> {
+    train_on(device, recipe, each(told), &AtomicBool::new(false))
 }
 
 /// Loss and norm are all that a step reads, while the next one is under way; kernels go out many at once.
@@ -131,7 +126,7 @@ fn a_run_whose_device_is_lost_goes_on_from_its_last_checkpoint() {
     // Everything on it fails now, and says so.
     assert!(is_lost(&run(&device, &recipe, |_| ()).unwrap_err()));
     let mut steps = Vec::new();
-    let summary = resume(&path, None, &mut Each(|step| steps.push(step)), &AtomicBool::new(false)).unwrap();
+    let summary = resume(&path, None, each(|step| steps.push(step)), &AtomicBool::new(false)).unwrap();
     assert_eq!((summary.steps, steps), (6, vec![3, 4, 5, 6]));
 }
 
@@ -160,7 +155,7 @@ fn a_run_without_memory_names_the_tensor_and_keeps_its_checkpoint() {
     out_of_memory(&failed.unwrap_err(), "f32 [");
     // The device itself is well.
     wgpu.limit_memory(u64::MAX);
-    let summary = resume(&path, None, &mut Each(|_| ()), &AtomicBool::new(false)).unwrap();
+    let summary = resume(&path, None, Vec::new(), &AtomicBool::new(false)).unwrap();
     assert_eq!(summary.steps, 3);
 }
 
@@ -174,8 +169,8 @@ fn the_digits_train_in_halves() {
         let set = [format!("dtype={dtype}"), format!("device={device}")];
         let set: Vec<&str> = set.iter().map(String::as_str).collect();
         let recipe = recipe(Path::new("unused"), 3, &set);
-        let mut trainer = flowtape_trainer::train::Trainer::new(&recipe).unwrap();
-        (0..3).map(|step| trainer.step(step).unwrap().loss).collect()
+        let mut trainer = Trainer::new(&recipe).unwrap();
+        (0..3).map(|_| trainer.step().unwrap().loss).collect()
     };
     for dtype in ["bf16", "mixed_f16"] {
         for (a, b) in losses(dtype, "wgpu").into_iter().zip(losses(dtype, "cpu")) {

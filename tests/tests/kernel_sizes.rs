@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use flowtape_engine::backend::{Backend, Buffer, Fused, Ran};
 use flowtape_engine::expr::{Program, Reduce};
-use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::nn::{Param, ParamBuilder};
 use flowtape_engine::{DType, Device, Philox, Result, Tape, Tensor};
 use flowtape_flowmatch::{
     Batch, DataType, FlowMatchingContext, Input, ModelAdapter, ModelInputs, NoisedStream, PhiloxDraws, TaskType,
@@ -237,8 +237,8 @@ fn run(
     make: &Maker,
 ) -> Run {
     let model = create_model(config, &ParamBuilder::new(0, dtype, &make.device)).unwrap();
-    for ((_, to), (_, from)) in model.params().iter().zip(weights.params().iter()) {
-        to.copy_from(from).unwrap();
+    for (to, from) in model.params().iter().zip(weights.params().iter()) {
+        to.copy_from(&from.value().unwrap()).unwrap();
     }
     let mut own = inputs.clone();
     for (name, input) in inputs.iter() {
@@ -265,7 +265,7 @@ fn run(
     let gradients = tape.backward(&loss.unwrap()).unwrap();
     let counts = std::mem::take(&mut *make.counts.lock().unwrap());
     model.params().check_gradients(&gradients, &model.parameters_without_gradient(inputs)).unwrap();
-    let of = |(name, p): (&str, &Tensor)| Some((name.to_owned(), gradients.of(p)?.to_vec::<f64>().unwrap()));
+    let of = |p: &Param| Some((p.path().to_owned(), gradients.of(p)?.to_vec::<f64>().unwrap()));
     Run { predictions, gradients: model.params().iter().filter_map(of).collect(), counts }
 }
 

@@ -68,7 +68,8 @@ fn activations(preset: &Preset, checkpointing: bool) -> (usize, usize) {
     let one = Tensor::ones(&[], DType::F32, &device).unwrap();
     let mut taken = Taken(HashSet::new());
     tape.backward_with(&[(&output.loss, &one)], &mut taken).unwrap();
-    for (name, parameter) in model.params().iter() {
+    for parameter in model.params().iter() {
+        let name = parameter.path();
         let found = parameter.var().is_some_and(|v| taken.0.contains(&v));
         assert!(found || without.iter().any(|n| n == name), "{name}");
     }

@@ -14,16 +14,6 @@ pub enum Error {
         /// What is wrong, with line and column where they are known.
         what: String,
     },
-    /// A prompt with words that the table does not hold.
-    #[error("prompt {prompt:?}: unknown word {word:?}; known: {known}")]
-    Prompt {
-        /// The whole prompt.
-        prompt: String,
-        /// The first unknown word.
-        word: String,
-        /// All known ones.
-        known: String,
-    },
     /// A run folder that can't be used.
     #[error("{path}: {what}")]
     Run {
@@ -37,8 +27,8 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
+        /// The system's reason; part of the text above, so no `source()` of its own.
+        r#source: std::io::Error,
     },
     /// A picture could not be made.
     #[error("{path}: {what}")]
@@ -48,6 +38,9 @@ pub enum Error {
         /// The encoder's reason.
         what: String,
     },
+    /// A sample can't be read, or data does not fit.
+    #[error(transparent)]
+    Data(flowtape_data::Error),
     /// A step whose loss or gradients are not finite.
     #[error("step {step}: {what}; {}", last_good(*checkpoint))]
     Diverged {
@@ -64,6 +57,16 @@ pub enum Error {
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] flowtape_engine::Error),
+}
+
+/// A device that fails is the engine's error, whoever used it.
+impl From<flowtape_data::Error> for Error {
+    fn from(error: flowtape_data::Error) -> Self {
+        match error {
+            flowtape_data::Error::Engine(error) => Self::Engine(error),
+            other => Self::Data(other),
+        }
+    }
 }
 
 /// The trainer's result.

@@ -1,14 +1,17 @@
 //! What `flowtape inspect` finds under a name: a preset, a configuration, weights or a run.
 
 use std::fmt::Write;
+use std::io::ErrorKind;
 use std::path::Path;
 
+use flowtape_engine::printable;
 use flowtape_engine::safetensors::{SafeTensors, Shards};
-use flowtape_models::checkpoint::{CONFIG, WEIGHTS, load_config};
+use flowtape_models::checkpoint::{CONFIG, WEIGHTS, load_config, open_weights};
 use flowtape_models::presets::{PRESETS, preset};
 use flowtape_models::summary::Summary;
 use serde::Serialize;
 
+use crate::error::io;
 use crate::run::RunFolder;
 use crate::{Error, Result};
 
@@ -31,17 +34,18 @@ pub struct Inspection {
 /// When it is none of them, or broken.
 pub fn inspect(target: &str) -> Result<Inspection> {
     let path = Path::new(target);
-    let (summary, transformers) = if path.is_dir() {
-        (of_folder(path)?, 1)
-    } else if path.is_file() {
-        (of_file(path)?, 1)
-    } else {
-        let found = preset(target).map_err(|_| {
-            let names: Vec<&str> = PRESETS.iter().map(|p| p.name).collect();
-            let what = format!("neither a file or folder nor one of the presets {}", names.join(", "));
-            Error::Run { path: path.into(), what }
-        })?;
-        (Summary::of_config(&(found.config)())?, found.transformers)
+    let (summary, transformers) = match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => (of_folder(path)?, 1),
+        Ok(_) => (of_file(path)?, 1),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let found = preset(target).map_err(|_| {
+                let names: Vec<&str> = PRESETS.iter().map(|p| p.name).collect();
+                let what = format!("neither a file or folder nor one of the presets {}", names.join(", "));
+                Error::Run { path: path.into(), what }
+            })?;
+            (Summary::of_config(&(found.config)())?, found.transformers)
+        }
+        Err(error) => return Err(io(path)(error)),
     };
     Ok(Inspection { name: target.into(), transformers, summary })
 }
@@ -49,12 +53,12 @@ pub fn inspect(target: &str) -> Result<Inspection> {
 fn of_file(path: &Path) -> Result<Summary> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if let (Some(stem), Some(folder)) = (name.strip_suffix(".safetensors.index.json"), path.parent()) {
-        return Ok(Summary::of_weights(&Shards::open(folder, stem)?)?);
+        return Ok(Summary::of_weights(&Shards::open(folder, stem)?.without_known_prefix())?);
     }
     if name.ends_with(".json") {
         return Ok(Summary::of_config(&load_config(path)?)?);
     }
-    Ok(Summary::of_weights(&SafeTensors::open(path)?.into())?)
+    Ok(Summary::of_weights(&Shards::from(SafeTensors::open(path)?).without_known_prefix())?)
 }
 
 fn of_folder(folder: &Path) -> Result<Summary> {
@@ -71,7 +75,7 @@ fn of_folder(folder: &Path) -> Result<Summary> {
     if !has_weights {
         return Ok(configured);
     }
-    let stored = Summary::of_weights(&Shards::open(folder, WEIGHTS)?)?;
+    let stored = Summary::of_weights(&open_weights(folder)?)?;
     if (stored.parameters, stored.tensors) == (configured.parameters, configured.tensors) {
         // The model's own order of modules.
         return Ok(Summary { bytes: stored.bytes, ..configured });
@@ -91,12 +95,12 @@ impl std::fmt::Display for Inspection {
         writeln!(f, "\n{:<36} {:>7} {:>8} {:>18}", "module", "layers", "tensors", "parameters")?;
         for m in modules {
             let layers = if m.layers > 0 { m.layers.to_string() } else { String::new() };
-            writeln!(f, "{:<36} {layers:>7} {:>8} {:>18}", m.name, m.tensors, grouped(m.parameters))?;
+            writeln!(f, "{:<36} {layers:>7} {:>8} {:>18}", printable(&m.name), m.tensors, grouped(m.parameters))?;
         }
         let settings = config.iter().flat_map(|c| c.as_object()).flatten().filter(|(key, _)| !key.starts_with('_'));
         let mut text = String::new();
         for (key, value) in settings {
-            writeln!(text, "{key:<36} {value}")?;
+            writeln!(text, "{:<36} {value}", printable(key))?;
         }
         if !text.is_empty() {
             write!(f, "\nconfiguration\n{text}")?;

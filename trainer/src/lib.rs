@@ -3,30 +3,36 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`recipe`] | [`Recipe`]: what a YAML file says, with overrides and helpful errors |
-//! | [`digits`], [`moving`] | the embedded handwritten digits and their captions; videos of them |
-//! | [`data`] | [`data::Data`]: what a run trains on, batch by batch |
-//! | [`text`] | [`text::TokenTable`]: captions to embeddings, without a text encoder |
-//! | [`train`] | the loop: [`train::train`], and [`train::resume`] |
-//! | [`generate`] | images and videos from prompts |
-//! | [`report`] | how good generated digits are, by their real neighbours |
+//! | [`data`] | [`data::Data`]: samples and what encodes them |
+//! | [`trainer`] | [`Trainer`]: one optimiser step after the other |
+//! | [`state`] | [`state::TrainState`]: what a checkpoint holds beside the weights |
+//! | [`train`] | a whole run: [`train::train`], [`train::resume`], and the [`train::Session`] that hooks see |
+//! | [`hooks`] | [`hooks::Event`] and [`hooks::Hook`]; checkpoints and sample grids |
+//! | [`observe`] | hooks that only watch: metrics, the loss curve |
+//! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
+//! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
 //! | [`mod@bench`] | `flowtape bench`: what steps and kernels take |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 
 pub mod bench;
+pub mod builtin;
 pub mod data;
-pub mod digits;
 mod error;
 pub mod generate;
+pub mod hooks;
 pub mod inspect;
-pub mod moving;
+pub mod observe;
 pub mod picture;
 pub mod recipe;
-pub mod report;
 pub mod run;
-pub mod text;
+pub mod state;
 pub mod train;
+pub mod trained;
+pub mod trainer;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;
+pub use trained::Trained;
+pub use trainer::{StepRecord, Trainer};

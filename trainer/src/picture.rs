@@ -1,13 +1,13 @@
 //! Pictures of a run: grids of samples and the loss curve.
 
 use std::io::{BufReader, BufWriter};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use flowtape_engine::files::write_whole;
 use plotters::prelude::{ChartBuilder, Color, IntoDrawingArea, LineSeries, RGBColor, SVGBackend, WHITE};
 
 use crate::error::io;
-use crate::moving::VideoSize;
+use crate::generate::Samples;
 use crate::{Error, Result};
 
 /// Pixels of the picture per pixel of an image.
@@ -56,15 +56,39 @@ pub fn save_grid(path: &Path, images: &[f32], sides: (usize, usize), columns: us
     save_png(path, &[Canvas::new(images.chunks_exact(sides.0 * sides.1), sides, columns)])
 }
 
-/// Writes videos as a grid with `columns` columns: an animated PNG in which all of them play.
+/// Writes videos of `sides` (frames, rows, columns) as a grid with `columns` columns: an animated PNG in which all of them
+/// play.
 ///
 /// # Errors
 /// When the file can't be written.
-pub fn save_animation(path: &Path, videos: &[f32], size: &VideoSize, columns: usize) -> Result<()> {
-    let videos: Vec<&[f32]> = videos.chunks_exact(size.pixels()).collect();
-    let frame = |i: usize| videos.iter().map(move |v| &v[i * size.frame()..][..size.frame()]);
-    let frames = (0..size.frames).map(|i| Canvas::new(frame(i), (size.height, size.width), columns));
+pub fn save_animation(path: &Path, videos: &[f32], sides: (usize, usize, usize), columns: usize) -> Result<()> {
+    let (frames, height, width) = sides;
+    let videos: Vec<&[f32]> = videos.chunks_exact(frames * height * width).collect();
+    let frame = |i: usize| videos.iter().map(move |v| &v[i * height * width..][..height * width]);
+    let frames = (0..frames).map(|i| Canvas::new(frame(i), (height, width), columns));
     save_png(path, &frames.collect::<Vec<_>>())
+}
+
+/// Writes grey samples as a grid; videos as one that plays, and the frames of each row's first one side by side. `path` says
+/// where, from a suffix of the name.
+///
+/// # Errors
+/// When a file can't be written, or the samples are not grey.
+pub fn save_samples(samples: &Samples, columns: usize, path: impl Fn(&str) -> PathBuf) -> Result<()> {
+    let pixels = &samples.pixels;
+    match samples.dims[..] {
+        [1, height, width] => save_grid(&path(""), pixels, (height, width), columns),
+        [1, frames, height, width] => {
+            save_animation(&path(""), pixels, (frames, height, width), columns)?;
+            let videos = pixels.chunks_exact(frames * height * width);
+            let firsts: Vec<f32> = videos.step_by(columns).flatten().copied().collect();
+            save_grid(&path("_frames"), &firsts, (height, width), frames)
+        }
+        _ => {
+            let what = format!("expected samples of one channel, got {:?}", samples.dims);
+            Err(Error::Picture { path: path(""), what })
+        }
+    }
 }
 
 /// Writes one picture, or several of one size as an animation.
@@ -150,17 +174,16 @@ pub fn save_loss_curve(path: &Path, losses: &[(u64, f64)]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::digits::{PIXELS, SIDE};
+    use crate::builtin::digits::{PIXELS, SIDE};
 
     #[test]
     fn videos_play_side_by_side_and_grey_pictures_are_read_back() -> Result<()> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("videos.png");
-        let size = VideoSize { frames: 3, height: 2, width: 3 };
         // Two videos: one grows bright, the other dark.
         let level = |i: usize| i as f32 - 1.0;
         let video = |f: &dyn Fn(usize) -> f32| (0..3).flat_map(|i| vec![f(i); 6]).collect::<Vec<f32>>();
-        save_animation(&path, &[video(&level), video(&|i| -level(i))].concat(), &size, 2)?;
+        save_animation(&path, &[video(&level), video(&|i| -level(i))].concat(), (3, 2, 3), 2)?;
         let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap()));
         let mut reader = decoder.read_info().unwrap();
         assert_eq!(reader.info().animation_control().unwrap().num_frames, 3);

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use flowtape_engine::nn::ParamBuilder;
+use flowtape_data::{Fingerprint, LoaderOptions};
+use flowtape_engine::nn::{ParamBuilder, Placement};
 use flowtape_engine::optim::{LossScale, LossScaleConfig, LrSchedulerConfig, OptimizerConfig};
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
@@ -10,9 +11,9 @@ use flowtape_models::{Condition, ModelKind};
 use serde::{Deserialize, Serialize};
 use serde_yaml_ng::{Mapping, Value};
 
-use crate::digits::SIDE;
+use crate::builtin::digits::SIDE;
+use crate::builtin::moving_digits::VideoSize;
 use crate::error::io;
-use crate::moving::VideoSize;
 use crate::{Error, Result};
 
 /// Everything that a run is made of. The run folder keeps it resolved: all defaults written out.
@@ -93,8 +94,10 @@ pub enum Dtype {
 impl Dtype {
     /// A maker of a model's parameters.
     pub fn params(self, seed: u64, device: &Device) -> ParamBuilder {
-        let params = ParamBuilder::new(seed, self.into(), device);
-        if matches!(self, Self::Mixed | Self::MixedF16) { params.with_masters(DType::F32) } else { params }
+        let placement = Placement::trained(self.into());
+        let wide = matches!(self, Self::Mixed | Self::MixedF16);
+        let placement = if wide { placement.with_master(DType::F32) } else { placement };
+        ParamBuilder::with_plan(seed, placement, device)
     }
 
     /// What a loss is multiplied with, where gradients would be too small for the dtype.
@@ -125,7 +128,7 @@ impl From<Dtype> for DType {
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// Which.
-    pub source: Source,
+    pub source: SourceName,
     /// Width of the embeddings of caption tokens and of the pooled caption.
     pub text_dim: usize,
     /// Sizes of the videos, for a source of videos.
@@ -134,12 +137,29 @@ pub struct DataConfig {
     /// Share of the samples whose caption is dropped, for guidance: the adapters of video models drop none themselves.
     #[serde(default)]
     pub caption_dropout_prob: f64,
+    /// Whether each epoch has an order of its own; else all have the source's.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    /// Whether samples that fill no batch at an epoch's end are left out; else the batch goes on into the next epoch.
+    #[serde(default)]
+    pub drop_last: bool,
+    /// Threads that read ahead; 0 reads between steps. The results do not depend on it.
+    #[serde(default = "num_workers")]
+    pub num_workers: usize,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn num_workers() -> usize {
+    LoaderOptions::default().num_workers
 }
 
 /// The known sources.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Source {
+pub enum SourceName {
     /// The embedded 8 x 8 digits.
     Digits,
     /// The same, moving over a larger canvas and bouncing off its edges.
@@ -149,22 +169,30 @@ pub enum Source {
 impl DataConfig {
     /// Still digits, with embeddings of `text_dim`.
     pub fn digits(text_dim: usize) -> Self {
-        Self { source: Source::Digits, text_dim, video: None, caption_dropout_prob: 0.0 }
+        Self {
+            source: SourceName::Digits,
+            text_dim,
+            video: None,
+            caption_dropout_prob: 0.0,
+            shuffle: true,
+            drop_last: false,
+            num_workers: num_workers(),
+        }
     }
 
     fn check(&self) -> Result<(), String> {
         let fits = |v: &VideoSize| v.frames > 0 && v.height >= SIDE && v.width >= SIDE;
         match (self.source, &self.video) {
-            (Source::MovingDigits, Some(video)) if fits(video) => {}
-            (Source::MovingDigits, _) => {
+            (SourceName::MovingDigits, Some(video)) if fits(video) => {}
+            (SourceName::MovingDigits, _) => {
                 return Err(format!(
                     "data.video: moving_digits needs frames (at least 1), height and width (at least {SIDE})"
                 ));
             }
-            (Source::Digits, Some(_)) => {
+            (SourceName::Digits, Some(_)) => {
                 return Err("data.video: digits are images; did you mean moving_digits?".into());
             }
-            (Source::Digits, None) => {}
+            (SourceName::Digits, None) => {}
         }
         if !(0.0..=1.0).contains(&self.caption_dropout_prob) {
             let got = self.caption_dropout_prob;
@@ -310,6 +338,12 @@ impl Recipe {
     /// Samples of an optimiser step.
     pub fn global_batch_size(&self) -> usize {
         self.step_scheduler.global_batch_size.unwrap_or(self.step_scheduler.local_batch_size)
+    }
+
+    /// Of everything that says what is trained: not of where it runs, nor of where it is kept.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let what = Self { run_dir: None, device: String::new(), ..self.clone() };
+        Fingerprint::of(what.to_yaml().as_bytes())
     }
 
     /// The resolved recipe as YAML.

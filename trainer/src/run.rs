@@ -9,63 +9,20 @@
 //! | `checkpoint/` | diffusers' `config.json` and weights, `optimizer.safetensors`, `state.json` |
 //! | `report.json` | the figures of the end |
 
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use flowtape_engine::optim::{LossScaleState, Optimizer};
-use flowtape_engine::safetensors::SafeTensors;
-use flowtape_models::{Transformer, checkpoint};
-use serde::{Deserialize, Serialize};
+use flowtape_models::checkpoint;
 
 use crate::error::io;
+use crate::train::Summary;
+use crate::trainer::{StepRecord, Trainer};
 use crate::{Error, Recipe, Result};
-
-const OPTIMIZER: &str = "optimizer.safetensors";
 
 /// A run folder that exists.
 #[derive(Clone, Debug)]
 pub struct RunFolder(PathBuf);
-
-/// A line of `metrics.jsonl`.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Line {
-    /// Optimiser steps done, from 1.
-    pub step: u64,
-    /// The mean loss of the step's samples.
-    #[serde(deserialize_with = "null_is_nan")]
-    pub loss: f64,
-    /// The learning rate of the step.
-    pub lr: f64,
-    /// The norm of all gradients before clipping; not finite where the step was skipped, and null in the file then.
-    #[serde(deserialize_with = "null_is_nan")]
-    pub grad_norm: f64,
-    /// Training speed of this step.
-    pub samples_per_second: f64,
-    /// What the next step's loss is multiplied with, where it is scaled.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub loss_scale: Option<f64>,
-    /// Steps that were skipped so far because a gradient was not finite, where the loss is scaled.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub skipped_steps: Option<u64>,
-}
-
-/// JSON has no NaN.
-fn null_is_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
-}
-
-/// Where a checkpoint stands. Random numbers and data follow from the step.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-pub struct State {
-    /// Optimiser steps done.
-    pub step: u64,
-    /// Seconds of training behind it.
-    pub train_seconds: f64,
-    /// Where the loss scale stands, where the loss is scaled.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub loss_scale: Option<LossScaleState>,
-}
 
 impl RunFolder {
     /// A new folder with the resolved recipe in it: `run_dir`, or the first free `runs/<name>-<number>`.
@@ -88,7 +45,7 @@ impl RunFolder {
             );
             return Err(Error::Run { path: run.0, what });
         }
-        std::fs::create_dir_all(run.0.join("samples")).map_err(io(&run.0))?;
+        run.make_samples_folder()?;
         std::fs::write(run.recipe_path(), recipe.to_yaml()).map_err(io(run.recipe_path()))?;
         Ok(run)
     }
@@ -121,6 +78,15 @@ impl RunFolder {
         self.0.join("samples").join(format!("step_{step:06}{kind}.png"))
     }
 
+    /// The folder of pictures of samples; made anew where it is gone.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn make_samples_folder(&self) -> Result<()> {
+        let path = self.0.join("samples");
+        std::fs::create_dir_all(&path).map_err(io(path))
+    }
+
     /// The loss curve.
     pub fn curve_path(&self) -> PathBuf {
         self.0.join("loss.svg")
@@ -131,34 +97,53 @@ impl RunFolder {
         self.0.join("report.json")
     }
 
-    fn metrics_path(&self) -> PathBuf {
+    /// What the run came to, where it is done.
+    ///
+    /// # Errors
+    /// When the report is not one.
+    pub fn report(&self) -> Result<Option<Summary>> {
+        let path = self.report_path();
+        let Ok(text) = std::fs::read(&path) else { return Ok(None) };
+        let found = serde_json::from_slice(&text);
+        found.map(Some).map_err(|e| Error::Run { path, what: format!("not a report: {e}; remove it to make another") })
+    }
+
+    /// A line for each step.
+    pub fn metrics_path(&self) -> PathBuf {
         self.0.join("metrics.jsonl")
     }
 
-    /// Lines written so far, up to `step`: what an interrupted run wrote after its last checkpoint is cut off.
+    /// What the steps up to `step` came to, as far as it is there to be read: it is a by-product.
+    pub fn history(&self, step: u64) -> Vec<StepRecord> {
+        if step == 0 {
+            return Vec::new();
+        }
+        self.metrics_up_to(step).into_iter().map(|(record, _)| record).collect()
+    }
+
+    /// Readable lines of steps up to `step`, with their texts.
+    fn metrics_up_to(&self, step: u64) -> Vec<(StepRecord, String)> {
+        let path = self.metrics_path();
+        let text = std::fs::read(&path).unwrap_or_else(|error| {
+            tracing::warn!("{}: {error}; it begins anew", path.display());
+            Vec::new()
+        });
+        let text = String::from_utf8_lossy(&text);
+        // The last line may be cut short; it is past the checkpoint then.
+        let lines = text.lines().filter_map(|line| Some((serde_json::from_str::<StepRecord>(line).ok()?, line.into())));
+        lines.filter(|(record, _)| record.step <= step).collect()
+    }
+
+    /// The file of metrics with the lines up to `step`: what an interrupted run wrote after its last checkpoint is cut off.
     ///
     /// # Errors
-    /// When the file can't be read or written.
-    pub fn metrics(&self, step: u64) -> Result<(Vec<Line>, BufWriter<File>)> {
+    /// When it can't be written.
+    pub fn begin_metrics(&self, step: u64) -> Result<File> {
         let path = self.metrics_path();
-        let mut lines: Vec<Line> = Vec::new();
-        if step > 0 {
-            let file = BufReader::new(File::open(&path).map_err(io(&path))?);
-            for line in file.lines() {
-                // A last line may be cut short; it is past the checkpoint then.
-                let Ok(line) = serde_json::from_str::<Line>(&line.map_err(io(&path))?) else { break };
-                if line.step <= step {
-                    lines.push(line);
-                }
-            }
-        }
-        let file = OpenOptions::new().create(true).write(true).truncate(true).open(&path).map_err(io(&path))?;
-        let mut writer = BufWriter::new(file);
-        for line in &lines {
-            write_line(&mut writer, line).map_err(io(&path))?;
-        }
-        writer.flush().map_err(io(&path))?;
-        Ok((lines, writer))
+        let kept = if step == 0 { Vec::new() } else { self.metrics_up_to(step) };
+        let text: String = kept.iter().map(|(_, line)| format!("{line}\n")).collect();
+        let begun = File::create(&path).and_then(|mut file| file.write_all(text.as_bytes()).map(|()| file));
+        begun.map_err(io(&path))
     }
 
     /// The folder of the newest whole checkpoint.
@@ -175,17 +160,15 @@ impl RunFolder {
     ///
     /// # Errors
     /// When the folder can't be written; the last checkpoint stays then.
-    pub fn save(&self, model: &dyn Transformer, optimizer: &Optimizer, state: &State) -> Result<()> {
+    pub fn save(&self, trainer: &Trainer) -> Result<()> {
         let [new, current, old] = ["checkpoint.new", "checkpoint", "checkpoint.old"].map(|n| self.0.join(n));
         let remove = |path: &Path| match std::fs::remove_dir_all(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io(path)(e)),
             _ => Ok(()),
         };
         remove(&new)?;
-        checkpoint::save(model, &new, checkpoint::MAX_SHARD_SIZE)?;
-        optimizer.save(model.params(), new.join(OPTIMIZER))?;
-        let state = serde_json::json!(state);
-        std::fs::write(new.join("state.json"), format!("{state}\n")).map_err(io(&new))?;
+        checkpoint::save(trainer.model(), &new, checkpoint::MAX_SHARD_SIZE)?;
+        trainer.state().save(trainer.model().params(), &new)?;
         if current.exists() {
             remove(&old)?;
             std::fs::rename(&current, &old).map_err(io(&current))?;
@@ -193,26 +176,4 @@ impl RunFolder {
         std::fs::rename(&new, &current).map_err(io(&new))?;
         remove(&old)
     }
-
-    /// Loads the newest checkpoint into a model and an optimiser, and says where it stands.
-    ///
-    /// # Errors
-    /// When there is none, or it does not fit the model.
-    pub fn load(&self, model: &dyn Transformer, optimizer: &mut Optimizer) -> Result<State> {
-        let folder = self.checkpoint()?;
-        model.params().load(&checkpoint::open_weights(&folder)?)?;
-        optimizer.load(model.params(), &SafeTensors::open(folder.join(OPTIMIZER))?)?;
-        let path = folder.join("state.json");
-        let text = std::fs::read(&path).map_err(io(&path))?;
-        serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })
-    }
-}
-
-/// Writes one line of metrics.
-///
-/// # Errors
-/// When the file can't be written.
-pub fn write_line(file: &mut impl Write, line: &Line) -> std::io::Result<()> {
-    serde_json::to_writer(&mut *file, line)?;
-    file.write_all(b"\n")
 }

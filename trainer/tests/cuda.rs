@@ -2,17 +2,19 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flowtape_cuda_emulator::{Settings, set, usage};
-use flowtape_trainer::run::Line;
-use flowtape_trainer::train::{Progress, Summary, Trained, resume, train};
-use flowtape_trainer::{Error, Recipe};
+use flowtape_trainer::hooks::on_step;
+use flowtape_trainer::train::{Summary, resume, train};
+use flowtape_trainer::{Error, Recipe, Trained};
 use serde_json::Value;
 
-const RECIPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes/digits.yaml");
+use crate::common::small;
 
 /// The emulated driver as it was made, for one test at a time.
 fn emulated() -> MutexGuard<'static, ()> {
@@ -23,34 +25,8 @@ fn emulated() -> MutexGuard<'static, ()> {
     alone
 }
 
-/// A run of five steps with checkpoints after the second and the fourth.
 fn recipe(run: &Path, device: &str) -> Recipe {
-    let settings = [
-        "model.num_layers=1",
-        "model.num_single_layers=1",
-        "model.attention_head_dim=8",
-        "model.axes_dims_rope=[4, 2, 2]",
-        "step_scheduler.local_batch_size=4",
-        "step_scheduler.max_steps=5",
-        "step_scheduler.ckpt_every_steps=2",
-        "sampling.every_steps=0",
-        "sampling.num_inference_steps=1",
-        "sampling.guidance_scale=1",
-        "report=null",
-    ];
-    let more = [format!("device={device}"), format!("run_dir={}", run.display())];
-    Recipe::load(Path::new(RECIPE), &settings.iter().map(|s| (*s).to_owned()).chain(more).collect::<Vec<_>>()).unwrap()
-}
-
-/// Does something to the driver when the numbers of a step are read.
-struct After<F: FnMut(u64)>(F);
-
-impl<F: FnMut(u64)> Progress for After<F> {
-    fn begin(&mut self, _run: &Path, _from: u64, _steps: u64, _parameters: usize) {}
-    fn step(&mut self, line: &Line, _mean_loss: f64) {
-        (self.0)(line.step);
-    }
-    fn note(&mut self, _what: &str) {}
+    small(run, &[&format!("device={device}")])
 }
 
 fn losses(run: &Path) -> Vec<f64> {
@@ -59,7 +35,7 @@ fn losses(run: &Path) -> Vec<f64> {
 }
 
 fn on_the_cpu(run: PathBuf) -> Vec<f64> {
-    train(&recipe(&run, "cpu"), &mut After(|_| {}), &AtomicBool::new(false)).unwrap();
+    train(&recipe(&run, "cpu"), Vec::new(), &AtomicBool::new(false)).unwrap();
     losses(&run)
 }
 
@@ -76,11 +52,12 @@ fn a_run_on_cuda_trains_and_samples_as_on_the_cpu() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     let never = AtomicBool::new(false);
-    let summary: Summary = train(&recipe(&run, "cuda"), &mut After(|_| {}), &never).unwrap();
+    let summary: Summary = train(&recipe(&run, "cuda"), Vec::new(), &never).unwrap();
     assert!(summary.steps == 5 && usage().launches > 500, "{summary:?}, {:?}", usage());
     assert_close(&losses(&run), &on_the_cpu(folder.path().join("cpu")));
-    let sample =
-        |device: Option<&str>| Trained::load(&run, device).unwrap().sample("a handwritten seven", 1, 1, None).unwrap();
+    let sample = |device: Option<&str>| {
+        Trained::load(&run, device).unwrap().sample("a handwritten seven", 1, 1, None).unwrap().pixels
+    };
     for (a, b) in sample(None).iter().zip(sample(Some("cpu"))) {
         assert!((a - b).abs() < 1e-3, "{a} instead of {b}");
     }
@@ -95,13 +72,13 @@ fn a_run_that_loses_its_device_leaves_a_good_checkpoint() {
     for (code, words) in [(700, "illegal memory access"), (719, "launch failure"), (2, "out of memory")] {
         let run = folder.path().join(format!("run{code}"));
         set(|settings| *settings = Settings::default());
-        let mut fail = After(|step| match (step, code) {
+        let fail = on_step(move |record| match (record.step, code) {
             // A launch of the step after: it is seen when that step's numbers are read.
             (3, 700..) => set(|settings| settings.fails = code),
             (3, _) => set(|settings| settings.memory = 0),
             _ => {}
         });
-        let error = train(&recipe(&run, "cuda"), &mut fail, &never).unwrap_err();
+        let error = train(&recipe(&run, "cuda"), vec![fail], &never).unwrap_err();
         let text = error.to_string();
         assert!(text.to_lowercase().contains(words), "{text}");
         match (&error, code) {
@@ -115,7 +92,7 @@ fn a_run_that_loses_its_device_leaves_a_good_checkpoint() {
         }
         // The run goes on elsewhere, from the last checkpoint, as if nothing had been.
         set(|settings| *settings = Settings::default());
-        let summary = resume(&run, Some("cpu"), &mut After(|_| {}), &never).unwrap();
+        let summary = resume(&run, Some("cpu"), Vec::new(), &never).unwrap();
         assert_eq!(summary.steps, 5);
         assert_close(&losses(&run), &wanted);
     }

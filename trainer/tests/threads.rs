@@ -5,8 +5,7 @@ use std::path::Path;
 
 use flowtape_engine::Device;
 use flowtape_engine::cpu::awake;
-use flowtape_trainer::Recipe;
-use flowtape_trainer::train::Trainer;
+use flowtape_trainer::{Recipe, Trainer};
 
 #[test]
 fn threads_do_not_change_a_training_run() {
@@ -25,10 +24,10 @@ fn threads_do_not_change_a_training_run() {
         pool.install(|| {
             awake(&Device::cpu(), || {
                 let mut trainer = Trainer::new(&recipe).unwrap();
-                for step in 0..2 {
-                    trainer.step(step).unwrap();
+                for _ in 0..2 {
+                    trainer.step().unwrap();
                 }
-                trainer.model().params().iter().map(|(_, parameter)| parameter.to_bytes().unwrap()).collect()
+                trainer.model().params().iter().map(|p| p.value().unwrap().to_bytes().unwrap()).collect()
             })
         })
     };

@@ -15,6 +15,9 @@ pub(crate) enum Isa {
     Avx512Bf16,
 }
 
+/// Whether code without an instruction set of its own has a fused multiply-add; else `mul_add` is a call into libm.
+pub(crate) const FUSED: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
+
 impl Isa {
     /// All of them, by the names that `FLOWTAPE_ISA` takes.
     pub const NAMES: [(&str, Self); 4] = [

@@ -1,15 +1,20 @@
 //! The layers of transformers.
 
-use super::{Init, ParamBuilder};
+use super::{Init, Param, ParamBuilder};
 use crate::expr::Expr;
 use crate::ops::{self, RopeLayout, pointwise};
 use crate::{Result, Tensor};
 
+/// The value of a parameter that may be missing.
+fn value(param: Option<&Param>) -> Result<Option<Tensor>> {
+    param.map(Param::value).transpose()
+}
+
 /// `x W^T + b` over the last axis; parameters `weight` `[out, in]` and maybe `bias` `[out]`.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
+    weight: Param,
+    bias: Option<Param>,
 }
 
 impl Linear {
@@ -44,14 +49,14 @@ impl Linear {
     /// # Errors
     /// When shape or dtype do not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
+        ops::linear(x, &self.weight.value()?, value(self.bias.as_ref())?.as_ref())
     }
 }
 
 /// Layer normalisation over the last axis; parameters `weight` and `bias` where it is affine.
 #[derive(Clone, Debug)]
 pub struct LayerNorm {
-    affine: Option<(Tensor, Tensor)>,
+    affine: Option<(Param, Param)>,
     eps: f64,
 }
 
@@ -71,7 +76,7 @@ impl LayerNorm {
     /// When the shape does not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = self.affine.as_ref().map_or((None, None), |(w, b)| (Some(w), Some(b)));
-        ops::layer_norm(x, weight, bias, self.eps)
+        ops::layer_norm(x, value(weight)?.as_ref(), value(bias)?.as_ref(), self.eps)
     }
 
     /// `forward(x) (1 + scale) + shift` in the dtype of x `[B, L, width]`; shift and scale `[B, 1, width]`, or one per
@@ -90,7 +95,7 @@ impl LayerNorm {
 /// Root-mean-square normalisation over the last axis; parameter `weight`, unless it is plain.
 #[derive(Clone, Debug)]
 pub struct RmsNorm {
-    weight: Option<Tensor>,
+    weight: Option<Param>,
     eps: f64,
 }
 
@@ -113,7 +118,7 @@ impl RmsNorm {
     /// # Errors
     /// When the shape does not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::rms_norm(x, self.weight.as_ref(), self.eps)
+        ops::rms_norm(x, value(self.weight.as_ref())?.as_ref(), self.eps)
     }
 
     /// `forward(x)`, rotated: x `[B, L, H, width]`, cosines and sines `[L, width]`.
@@ -122,7 +127,7 @@ impl RmsNorm {
     /// When the shapes do not fit.
     pub fn rotated(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
         match &self.weight {
-            Some(weight) => ops::rms_norm_rope(x, weight, self.eps, cos, sin, layout),
+            Some(weight) => ops::rms_norm_rope(x, &weight.value()?, self.eps, cos, sin, layout),
             None => ops::rope(&self.forward(x)?, &cos.unsqueeze(1)?, &sin.unsqueeze(1)?, layout),
         }
     }

@@ -1,9 +1,15 @@
 //! Layers and their parameters, named as PyTorch and diffusers name them.
 
+mod blocks;
 mod embedding;
 mod layers;
+mod param;
 mod params;
+mod plan;
 
+pub use blocks::Blocks;
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};
 pub use layers::{Activation, FeedForward, LayerNorm, Linear, RmsNorm};
+pub use param::{Param, Role};
 pub use params::{Init, ParamBuilder, Params};
+pub use plan::{ParamPlan, Placement};

@@ -1,9 +1,10 @@
 //! Parameters by path name: how they are made, loaded, saved and checked.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::{Param, ParamPlan, Placement};
 use crate::safetensors::{Shards, save_sharded};
 use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
 
@@ -26,72 +27,42 @@ pub enum Init {
     },
 }
 
-/// One parameter.
-#[derive(Clone, Debug)]
-struct Parameter {
-    name: String,
-    /// What the model computes with.
-    tensor: Tensor,
-    /// The same in a wider dtype, which `tensor` is rounded from.
-    master: Option<Tensor>,
-}
-
-impl Parameter {
-    /// What is trained and saved.
-    fn kept(&self) -> &Tensor {
-        self.master.as_ref().unwrap_or(&self.tensor)
-    }
-}
-
 /// The parameters of a model, in the order in which they were made. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Params(Vec<Parameter>);
+pub struct Params {
+    all: Vec<Param>,
+    places: HashMap<String, usize>,
+}
 
 impl Params {
-    /// Names and tensors.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.0.iter().map(|p| (&p.name[..], &p.tensor))
+    /// All of them.
+    pub fn iter(&self) -> std::slice::Iter<'_, Param> {
+        self.all.iter()
     }
 
-    /// The wider copy of each parameter, where there is one: what is trained and saved then.
-    pub fn masters(&self) -> impl Iterator<Item = Option<&Tensor>> {
-        self.0.iter().map(|p| p.master.as_ref())
+    /// The parameter of that path.
+    pub fn get(&self, path: &str) -> Option<&Param> {
+        self.places.get(path).map(|&i| &self.all[i])
     }
 
-    /// What is trained and saved: names, and the wider copy of each parameter or else the parameter itself.
-    pub fn kept(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.0.iter().map(|p| (&p.name[..], p.kept()))
-    }
-
-    /// Overwrites the parameter of that name, and its wider copy.
-    ///
-    /// # Errors
-    /// When there is no such parameter, or `value` has another shape.
-    pub fn set(&self, name: &str, value: &Tensor) -> Result<()> {
-        let found = self.0.iter().find(|p| p.name == name);
-        let p = found.ok_or_else(|| Error::argument("parameter", "the name of a parameter", name))?;
-        p.kept().copy_from(value)?;
-        p.master.as_ref().map_or(Ok(()), |master| p.tensor.copy_from(master))
-    }
-
-    /// The parameter of that name.
-    pub fn get(&self, name: &str) -> Option<&Tensor> {
-        self.iter().find_map(|(n, t)| (n == name).then_some(t))
+    fn push(&mut self, param: Param) {
+        self.places.insert(param.path().to_owned(), self.all.len());
+        self.all.push(param);
     }
 
     /// Number of parameters.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.all.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.all.is_empty()
     }
 
     /// Number of elements of all parameters.
     pub fn numel(&self) -> usize {
-        self.iter().map(|(_, t)| t.numel()).sum()
+        self.iter().map(Param::numel).sum()
     }
 
     /// Overwrites all parameters with a file's tensors of the same names, converted to the parameters' dtypes; the wider
@@ -101,7 +72,7 @@ impl Params {
     /// When names or shapes differ (one error lists them all; nothing is changed then), or the file can't be read.
     pub fn load(&self, file: &Shards) -> Result<()> {
         self.check_keys(file, |_| false)?;
-        self.iter().try_for_each(|(name, tensor)| self.set(name, &file.get(name, tensor.device(), None)?))
+        self.iter().try_for_each(|p| p.copy_from(&file.get(p.path(), p.device(), None)?))
     }
 
     /// Checks that a file has these parameters and no others, but for those that `ignored` names.
@@ -110,17 +81,16 @@ impl Params {
     /// One error lists all that is missing, unexpected or of another shape.
     pub fn check_keys(&self, file: &Shards, ignored: impl Fn(&str) -> bool) -> Result<()> {
         let (mut missing, mut mismatched) = (Vec::new(), Vec::new());
-        for (name, tensor) in self.iter() {
-            match file.dims(name) {
-                None => missing.push(name.to_string()),
-                Some(dims) if dims != tensor.dims() => {
-                    mismatched.push(format!("{name} expected {:?}, got {dims:?}", tensor.dims()));
+        for param in self.iter() {
+            match file.dims(param.path()) {
+                None => missing.push(param.path().to_string()),
+                Some(dims) if dims != param.dims() => {
+                    mismatched.push(format!("{} expected {:?}, got {dims:?}", param.path(), param.dims()));
                 }
                 Some(_) => {}
             }
         }
-        let known: HashSet<&str> = self.iter().map(|(name, _)| name).collect();
-        let unexpected = file.names().filter(|n| !known.contains(n) && !ignored(n));
+        let unexpected = file.names().filter(|n| self.get(n).is_none() && !ignored(n));
         let unexpected: Vec<String> = unexpected.map(String::from).collect();
         if missing.len() + mismatched.len() + unexpected.len() > 0 {
             return Err(Error::Keys { path: file.path().into(), missing, unexpected, mismatched });
@@ -135,11 +105,11 @@ impl Params {
     /// When a file can't be written.
     pub fn save(&self, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
         // diffusers and transformers read this key.
-        let all: Vec<_> = self.kept().map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
+        let all: Vec<_> = self.iter().map(|p| Ok((p.path().to_owned(), p.kept()?))).collect::<Result<_>>()?;
         save_sharded(folder, stem, &all, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
     }
 
-    /// Checks that every parameter has a gradient, but for those named in `allowed`.
+    /// Checks that every trained parameter has a gradient, but for those named in `allowed`.
     ///
     /// # Errors
     /// Names the parameters without one.
@@ -147,15 +117,13 @@ impl Params {
         self.check_reached(|var| gradients.get(var).is_some(), allowed)
     }
 
-    /// Checks that `reached` holds for every parameter, but for those named in `allowed`.
+    /// Checks that `reached` holds for every trained parameter, but for those named in `allowed`.
     ///
     /// # Errors
     /// Names the parameters for which it does not.
     pub fn check_reached(&self, reached: impl Fn(VarId) -> bool, allowed: &[String]) -> Result<()> {
-        let lacks = |(name, tensor): &(&str, &Tensor)| {
-            !tensor.var().is_some_and(&reached) && !allowed.iter().any(|a| a == name)
-        };
-        let names: Vec<String> = self.iter().filter(lacks).map(|(name, _)| name.into()).collect();
+        let lacks = |p: &&Param| p.var().is_some_and(|var| !reached(var)) && !allowed.iter().any(|a| a == p.path());
+        let names: Vec<String> = self.iter().filter(lacks).map(|p| p.path().into()).collect();
         if names.is_empty() { Ok(()) } else { Err(Error::MissingGradient { names }) }
     }
 }
@@ -166,32 +134,51 @@ impl Params {
 pub struct ParamBuilder {
     path: String,
     random: Philox,
-    dtype: DType,
-    /// The dtype of wider copies.
-    masters: Option<DType>,
+    plan: Arc<dyn ParamPlan>,
     device: Device,
     file: Option<Arc<Shards>>,
+    /// Whether what is made here is marked as what DiT starts at zero, and whether that is done.
+    zero_init: bool,
+    adaln_zero: bool,
     made: Arc<Mutex<Params>>,
 }
 
 impl ParamBuilder {
-    /// A builder at the root.
+    /// A builder at the root: all parameters are trained in `dtype`.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
-        let (random, device) = (Philox::new(seed), device.clone());
-        Self { path: String::new(), random, dtype, masters: None, device, file: None, made: Arc::default() }
+        Self::with_plan(seed, Placement::trained(dtype), device)
     }
 
-    /// Keeps each parameter in a wider dtype too: that copy is what an optimiser updates and what is saved, and what the
-    /// model computes with is rounded from it.
-    #[must_use]
-    pub fn with_masters(self, dtype: DType) -> Self {
-        Self { masters: Some(dtype).filter(|d| *d != self.dtype), ..self }
+    /// A builder at the root whose parameters are held as a plan decides.
+    pub fn with_plan(seed: u64, plan: impl ParamPlan + 'static, device: &Device) -> Self {
+        Self {
+            path: String::new(),
+            random: Philox::new(seed),
+            plan: Arc::new(plan),
+            device: device.clone(),
+            file: None,
+            zero_init: false,
+            adaln_zero: false,
+            made: Arc::default(),
+        }
     }
 
     /// A builder whose parameters are a file's tensors of their names, converted to `dtype` one by one. What does not fit
     /// gets no memory: check [`Params::check_keys`] before use.
     pub fn from_file(file: Arc<Shards>, dtype: DType, device: &Device) -> Self {
         Self { file: Some(file), ..Self::new(0, dtype, device) }
+    }
+
+    /// The same builder, where what DiT starts at zero ([`Param::zero_init`]) starts at zero.
+    #[must_use]
+    pub fn with_adaln_zero(self, on: bool) -> Self {
+        Self { adaln_zero: on, ..self }
+    }
+
+    /// A builder whose parameters are what DiT starts at zero.
+    #[must_use]
+    pub fn zero_init(&self) -> Self {
+        Self { zero_init: true, ..self.clone() }
     }
 
     /// A builder one step down the path.
@@ -216,42 +203,47 @@ impl ParamBuilder {
     ///
     /// # Errors
     /// When the name is taken or memory runs out.
-    pub fn get(&self, name: &str, dims: &[usize], init: Init) -> Result<Tensor> {
+    pub fn get(&self, name: &str, dims: &[usize], init: Init) -> Result<Param> {
         let path = self.sub(name).path;
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if made.get(&path).is_some() {
             return Err(Error::argument("parameter", "a new name", path));
         }
-        let kept = self.masters.unwrap_or(self.dtype);
+        let Placement { role, compute, master } = self.plan.place(&path, dims);
+        let kept = master.unwrap_or(compute);
+        let init = if self.zero_init && self.adaln_zero { Init::Zeros } else { init };
         let value = match &self.file {
             Some(file) if file.dims(&path) == Some(dims) => file.get(&path, &self.device, Some(kept)),
-            None if self.device.backend().has_data() => self.start(&path, dims, init).and_then(|v| v.to_dtype(kept)),
+            None if self.device.backend().has_data() => self.start(&path, dims, init, kept),
             None => Tensor::empty(dims, kept, &self.device),
             Some(_) => Tensor::zeros(&[], kept, &self.device).map(|one| one.shape_only(dims)),
         };
-        let both = value.and_then(|value| Ok((value.to_dtype(self.dtype)?.with_var(VarId::fresh()), value)));
-        let (parameter, value) = both.map_err(|error| match error {
+        let both = value.and_then(|value| Ok((value.to_dtype(compute)?, value)));
+        let (value, wide) = both.map_err(|error| match error {
             Error::OutOfMemory { device, bytes, reason } => {
                 Error::OutOfMemory { device, bytes, reason: format!("parameter {path}: {reason}") }
             }
             other => other,
         })?;
-        let master = self.masters.map(|_| value);
-        made.0.push(Parameter { name: path, tensor: parameter.clone(), master });
-        Ok(parameter)
+        let param = Param::new(path, role, self.zero_init, value, master.map(|_| wide));
+        made.push(param.clone());
+        Ok(param)
     }
 
     /// Starting values of a parameter.
-    fn start(&self, path: &str, dims: &[usize], init: Init) -> Result<Tensor> {
+    fn start(&self, path: &str, dims: &[usize], init: Init, dtype: DType) -> Result<Tensor> {
         // FNV-1a: any fixed hash would do.
         let stream =
             path.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
         let mut random = self.random.fork(stream);
         match init {
-            Init::Zeros => Tensor::zeros(dims, self.dtype, &self.device),
-            Init::Ones => Tensor::ones(dims, self.dtype, &self.device),
-            Init::Uniform { bound } => random.uniform(dims, &self.device)?.mul_scalar(2.0 * bound)?.add_scalar(-bound),
-            Init::Normal { std } => random.normal(dims, &self.device)?.mul_scalar(std),
+            Init::Zeros => Tensor::zeros(dims, dtype, &self.device),
+            Init::Ones => Tensor::ones(dims, dtype, &self.device),
+            Init::Uniform { bound } => {
+                let unit = random.uniform(dims, &self.device)?;
+                unit.mul_scalar(2.0 * bound)?.add_scalar(-bound)?.to_dtype(dtype)
+            }
+            Init::Normal { std } => random.normal(dims, &self.device)?.mul_scalar(std)?.to_dtype(dtype),
         }
     }
 
@@ -265,6 +257,7 @@ impl ParamBuilder {
 mod tests {
     use super::*;
     use crate::Tape;
+    use crate::nn::Role;
 
     fn two() -> Result<Params> {
         let root = ParamBuilder::new(1, DType::F32, &Device::cpu());
@@ -282,7 +275,7 @@ mod tests {
         first.get("b.0.bias").unwrap().copy_from(&Tensor::ones(&[4], DType::F32, &Device::cpu())?)?;
         first.save(folder.path(), "p", usize::MAX)?;
         second.load(&open()?)?;
-        assert_eq!(second.get("b.0.bias").unwrap().to_vec::<f32>()?, [1.0; 4]);
+        assert_eq!(second.get("b.0.bias").unwrap().value()?.to_vec::<f32>()?, [1.0; 4]);
         let root = ParamBuilder::new(1, DType::F32, &Device::cpu());
         root.sub("a").get("weight", &[3, 2], Init::Ones)?;
         root.get("c", &[1], Init::Ones)?;
@@ -290,7 +283,7 @@ mod tests {
         for part in ["missing: [c]", "unexpected: [b.0.bias]", "a.weight expected [3, 2], got [2, 3]"] {
             assert!(message.contains(part), "{message}");
         }
-        assert_eq!(root.params().get("c").unwrap().to_vec::<f32>()?, [1.0]);
+        assert_eq!(root.params().get("c").unwrap().value()?.to_vec::<f32>()?, [1.0]);
         Ok(())
     }
 
@@ -298,10 +291,46 @@ mod tests {
     fn a_parameter_without_gradient_is_named() -> Result<()> {
         let params = two()?;
         let tape = Tape::new();
-        let loss = tape.attach(params.get("a.weight").unwrap()).square()?.sum_all()?;
+        let loss = tape.attach(&params.get("a.weight").unwrap().value()?).square()?.sum_all()?;
         let gradients = tape.backward(&loss)?;
         let error = params.check_gradients(&gradients, &[]).unwrap_err().to_string();
         assert!(error.contains("b.0.bias") && !error.contains("a.weight"), "{error}");
         params.check_gradients(&gradients, &["b.0.bias".into()])
+    }
+
+    #[test]
+    fn a_plan_decides_by_path_and_frozen_parameters_are_no_variables() -> Result<()> {
+        let plan = |path: &str, _: &[usize]| match path {
+            "frozen" => Placement::frozen(DType::BF16),
+            _ => Placement::trained(DType::BF16).with_master(DType::F32),
+        };
+        let root = ParamBuilder::with_plan(1, plan, &Device::cpu());
+        let normal = Init::Normal { std: 1.0 };
+        let (frozen, trained) = (root.get("frozen", &[4], normal)?, root.get("trained", &[4], normal)?);
+        assert_eq!((frozen.role(), frozen.var(), frozen.master().is_none()), (Role::Frozen, None, true));
+        assert_eq!(
+            (trained.role(), trained.dtype(), trained.kept()?.dtype()),
+            (Role::Trained, DType::BF16, DType::F32)
+        );
+        assert!(trained.var().is_some());
+        let loss = Tape::new().attach(&frozen.value()?).mul(&trained.value()?)?.sum_all()?;
+        let gradients = loss.tape().unwrap().backward(&loss)?;
+        assert_eq!(gradients.iter().count(), 1);
+        // A frozen parameter is not expected to have one.
+        root.params().check_gradients(&gradients, &[])
+    }
+
+    #[test]
+    fn what_dit_starts_at_zero_is_marked_and_starts_so_where_asked() -> Result<()> {
+        for on in [false, true] {
+            let root = ParamBuilder::new(1, DType::F32, &Device::cpu()).with_adaln_zero(on);
+            let normal = Init::Normal { std: 1.0 };
+            let (gate, other) =
+                (root.sub("gate").zero_init().get("weight", &[3], normal)?, root.get("w", &[3], normal)?);
+            assert!(gate.zero_init() && !other.zero_init());
+            assert_eq!(gate.value()?.to_vec::<f32>()? == [0.0; 3], on);
+            assert!(other.value()?.to_vec::<f32>()? != [0.0; 3]);
+        }
+        Ok(())
     }
 }

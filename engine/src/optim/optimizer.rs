@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rules::{Operands, Rule};
 use crate::expr::{Expr, Function};
-use crate::nn::Params;
+use crate::nn::{Param, Params};
 use crate::ops::pointwise::run_pointwise_each;
 use crate::safetensors::{SafeTensors, save};
 use crate::{DType, Error, Gradients, Later, Result, Tensor, VarId};
@@ -147,18 +147,6 @@ pub(crate) fn functions(rule: &dyn Rule) -> [Function; 2] {
     [false, true].map(|rounding| Programs::new(rule, rounding).update)
 }
 
-/// One parameter to update.
-#[derive(Debug)]
-pub(super) struct Target<'a> {
-    name: &'a str,
-    pub(super) tensor: &'a Tensor,
-    master: Option<&'a Tensor>,
-}
-
-pub(super) fn targets(params: &Params) -> impl Iterator<Item = Target<'_>> {
-    params.iter().zip(params.masters()).map(|((name, tensor), master)| Target { name, tensor, master })
-}
-
 /// An update of one parameter.
 #[derive(Debug)]
 struct Update {
@@ -213,9 +201,10 @@ impl Optimizer {
             Some(clip) if clip.device().backend().is_host() => (None, self.finite(clip.item()?)?),
             clip => (clip, 1.0),
         };
-        let updates: Vec<Update> = targets(params)
-            .filter_map(|target| Some((gradients.of(target.tensor)?, target)))
-            .filter_map(|(gradient, target)| self.prepare(&target, gradient, rates, scalar).transpose())
+        let updates: Vec<Update> = params
+            .iter()
+            .filter_map(|param| Some((gradients.get(param.var()?)?, param)))
+            .filter_map(|(gradient, param)| self.prepare(param, gradient, rates, scalar).transpose())
             .collect::<Result<_>>()?;
         self.run(&updates, clip)
     }
@@ -240,8 +229,8 @@ impl Optimizer {
     }
 
     /// One update of one parameter.
-    pub(super) fn step_one(&mut self, target: &Target<'_>, gradient: &Tensor, rates: Rates) -> Result<()> {
-        match self.prepare(target, gradient, rates, 1.0)? {
+    pub(super) fn step_one(&mut self, param: &Param, gradient: &Tensor, rates: Rates) -> Result<()> {
+        match self.prepare(param, gradient, rates, 1.0)? {
             Some(update) => self.run(&[update], None),
             None => Ok(()),
         }
@@ -265,16 +254,16 @@ impl Optimizer {
         Err(Error::NonFinite { op: self.rule.name(), what: "the gradients' norm".into() })
     }
 
-    /// What an update of a parameter takes; nothing where it is no variable.
-    fn prepare(&mut self, target: &Target<'_>, gradient: &Tensor, rates: Rates, clip: f64) -> Result<Option<Update>> {
-        let Target { name, tensor, master } = *target;
-        let Some(var) = tensor.var() else { return Ok(None) };
-        if gradient.dims() != tensor.dims() || !gradient.dtype().is_float() {
-            let expected = format!("a float gradient of the shape of {name}, {tensor:?}");
+    /// What an update of a parameter takes; nothing where it is frozen.
+    fn prepare(&mut self, param: &Param, gradient: &Tensor, rates: Rates, clip: f64) -> Result<Option<Update>> {
+        let Some(var) = param.var() else { return Ok(None) };
+        if gradient.dims() != param.dims() || !gradient.dtype().is_float() {
+            let expected = format!("a float gradient of the shape of {}, {:?}", param.path(), param.dims());
             return Err(Error::argument(self.rule.name(), expected, gradient));
         }
-        let rates = self.rates_of(name, rates);
-        let kept = master.unwrap_or(tensor);
+        let rates = self.rates_of(param.path(), rates);
+        let (value, master) = (param.value()?.detach(), param.master());
+        let kept = master.clone().unwrap_or_else(|| value.clone());
         let state = match self.state.entry(var) {
             Entry::Occupied(e) => e.into_mut(),
             Entry::Vacant(e) => {
@@ -286,10 +275,11 @@ impl Optimizer {
         state.steps += 1;
         let mut scalars = self.rule.scalars(rates, state.steps);
         scalars.insert(0, clip);
-        let outputs = [kept.detach()].into_iter().chain(state.slots.iter().cloned());
-        let outputs: Vec<Tensor> = outputs.chain(master.map(|_| tensor.detach())).collect();
+        let outputs = [kept].into_iter().chain(state.slots.iter().cloned());
+        let rounding = master.is_some();
+        let outputs: Vec<Tensor> = outputs.chain(master.map(|_| value)).collect();
         outputs.iter().for_each(|t| t.storage().touch());
-        Ok(Some(Update { scalars, gradient: gradient.clone(), outputs, rounding: master.is_some() }))
+        Ok(Some(Update { scalars, gradient: gradient.clone(), outputs, rounding }))
     }
 
     /// The rates of a parameter.
@@ -331,7 +321,8 @@ impl Optimizer {
             _ => None,
         };
         let mut all = Vec::new();
-        for (name, p) in params.iter() {
+        for p in params.iter() {
+            let name = p.path();
             let Some((var, state)) = p.var().and_then(|v| Some((v, self.state.get(&v)?))) else { continue };
             let steps = state.steps - u64::from(gated.is_some_and(|vars| vars.contains(&var)));
             for (slot, value) in self.rule.slots().iter().zip(&state.slots) {
@@ -349,7 +340,8 @@ impl Optimizer {
     pub fn load(&mut self, params: &Params, file: &SafeTensors) -> Result<()> {
         let mut state = HashMap::new();
         let mut mismatched = Vec::new();
-        for ((name, p), (_, kept)) in params.iter().zip(params.kept()) {
+        for p in params.iter() {
+            let (name, kept) = (p.path(), p.kept()?);
             let step = format!("{STEP}.{name}");
             let (Some(var), Some(_)) = (p.var(), file.dims(&step)) else { continue };
             let slots = self.rule.slots().iter();
@@ -374,7 +366,7 @@ impl Optimizer {
     }
 
     /// What is remembered of a parameter under a slot's name, if it was updated.
-    pub fn slot(&self, parameter: &Tensor, name: &str) -> Option<&Tensor> {
+    pub fn slot(&self, parameter: &Param, name: &str) -> Option<&Tensor> {
         let place = self.rule.slots().iter().position(|slot| *slot == name)?;
         self.state.get(&parameter.var()?)?.slots.get(place)
     }
@@ -386,7 +378,7 @@ const STEP: &str = "step";
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::nn::{Init, ParamBuilder};
+    use crate::nn::{Init, ParamBuilder, Placement};
     use crate::optim::{AdamW, RULES, RuleEntry, Sgd};
     use crate::{Device, Philox};
 
@@ -402,7 +394,7 @@ pub(super) mod tests {
         let (w, params) = (builder.get("w", &[7], Init::Normal { std: 1.0 })?, builder.params());
         let clip = 0.5;
         let mut optimizer = Optimizer::new(*rule);
-        let mut expected = w.to_vec::<f64>()?;
+        let mut expected = w.value()?.to_vec::<f64>()?;
         let mut random = Philox::new(2);
         for t in 1..=4 {
             let rates = Rates { lr: 0.01 / f64::from(t), weight_decay: 0.1 };
@@ -414,7 +406,7 @@ pub(super) mod tests {
             gradients.insert(w.var().unwrap(), g);
             let coefficient = Tensor::from_slice(&[clip], &[], &cpu)?;
             optimizer.step(&params, &gradients, rates, Some(&coefficient))?;
-            for (a, b) in w.to_vec::<f64>()?.iter().zip(&expected) {
+            for (a, b) in w.value()?.to_vec::<f64>()?.iter().zip(&expected) {
                 assert!((a - b).abs() < 1e-12, "{rule:?}, step {t}: {a} instead of {b}");
             }
             optimizer.save(&params, &path)?;
@@ -430,7 +422,7 @@ pub(super) mod tests {
     /// A parameter of `n` elements and a gradient, in the dtypes of weight and gradient, and of the wider copy.
     pub(in crate::optim) fn one(n: usize, dtype: DType, masters: DType) -> Result<(Params, Gradients)> {
         let cpu = Device::cpu();
-        let builder = ParamBuilder::new(n as u64, dtype, &cpu).with_masters(masters);
+        let builder = ParamBuilder::with_plan(n as u64, Placement::trained(dtype).with_master(masters), &cpu);
         let w = builder.get("w", &[n], Init::Normal { std: 1.0 })?;
         let mut gradients = Gradients::default();
         gradients.insert(w.var().unwrap(), Philox::new(n as u64).normal(&[n], &cpu)?.to_dtype(dtype)?);
@@ -450,7 +442,7 @@ pub(super) mod tests {
 
     fn trained_by(mut optimizer: Optimizer, params: &Params, gradients: &Gradients) -> Result<Vec<f64>> {
         (0..3).try_for_each(|_| optimizer.step(params, gradients, RATES, None))?;
-        params.kept().next().unwrap().1.to_vec::<f64>()
+        params.get("w").unwrap().kept()?.to_vec::<f64>()
     }
 
     /// Every rule of the registry as it is without configuration, and with one that has all its parts.
@@ -503,7 +495,7 @@ pub(super) mod tests {
                         gradients.insert(w.var().unwrap(), given);
                         let rule = rules().swap_remove(make);
                         let kept = trained_by(Optimizer::boxed(rule), &params, &gradients)?;
-                        Ok((kept, w.to_vec()?))
+                        Ok((kept, w.value()?.to_vec()?))
                     };
                     let what = format!("rule {make}, {dtype} with {masters}, gradient in {of_gradient}");
                     assert_eq!(run(false)?, run(true)?, "{what}");
@@ -523,7 +515,7 @@ pub(super) mod tests {
             let mut widened = Gradients::default();
             widened.insert(w.var().unwrap(), gradient.to_dtype(DType::F32)?);
             // The start is that of a run in f32, too.
-            assert_eq!(mixed.kept().next().unwrap().1.to_vec::<f32>()?, w.to_vec::<f32>()?);
+            assert_eq!(mixed.get("w").unwrap().kept()?.to_vec::<f32>()?, w.value()?.to_vec::<f32>()?);
             let expected = trained_by(optimizer(), &plain, &widened)?;
             assert_eq!(trained_by(optimizer(), &mixed, &gradients)?, expected);
         }
@@ -558,7 +550,7 @@ pub(super) mod tests {
                 }
                 optimizer.step(&builder.params(), &gradients, rates, None)?;
             }
-            tensors.iter().map(Tensor::to_vec).collect()
+            tensors.iter().map(|w| w.value()?.to_vec()).collect()
         };
         let group = ParamGroup { pattern: "*.bias".into(), lr_mult: 0.5, wd_mult: 0.0 };
         let grouped = run(vec![group], RATES, None)?;

@@ -10,9 +10,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::optimizer::{Optimizer, Rates, Target, targets};
+use super::optimizer::{Optimizer, Rates};
 use super::{LossScale, SquareSums, clip};
-use crate::nn::Params;
+use crate::nn::{Param, Params};
 use crate::tape::wide_sum;
 use crate::{Error, GradientSink, Gradients, Result, Tape, Tensor, VarId};
 
@@ -31,7 +31,7 @@ pub trait StepSink: GradientSink {
 #[derive(Debug)]
 pub struct Step<'a> {
     optimizer: &'a mut Optimizer,
-    targets: Vec<Target<'a>>,
+    targets: Vec<&'a Param>,
     rates: Rates,
     /// The places of the parameters in their order.
     places: HashMap<VarId, usize>,
@@ -41,8 +41,8 @@ pub struct Step<'a> {
 impl<'a> Step<'a> {
     /// For the parameters of a model.
     pub fn new(optimizer: &'a mut Optimizer, params: &'a Params, rates: Rates) -> Self {
-        let targets: Vec<_> = targets(params).collect();
-        let places = targets.iter().enumerate().filter_map(|(i, t)| Some((t.tensor.var()?, i))).collect();
+        let targets: Vec<_> = params.iter().collect();
+        let places = targets.iter().enumerate().filter_map(|(i, t)| Some((t.var()?, i))).collect();
         Self { optimizer, targets, rates, places, squares: None }
     }
 }
@@ -56,7 +56,7 @@ impl GradientSink for Step<'_> {
             none => none.insert(SquareSums::new(self.targets.len(), gradient.device())?),
         };
         squares.add(place, &gradient)?;
-        self.optimizer.step_one(&self.targets[place], &gradient, self.rates)
+        self.optimizer.step_one(self.targets[place], &gradient, self.rates)
     }
 }
 
@@ -254,7 +254,7 @@ impl<'a> OptimizerStep<'a> {
             Some(scale) => scale.to_dtype(loss.dtype())?.reshape(loss.dims())?,
             None => Tensor::ones(loss.dims(), loss.dtype(), loss.device())?,
         };
-        let vars = self.params.iter().filter_map(|(_, p)| p.var()).collect();
+        let vars = self.params.iter().filter_map(Param::var).collect();
         let mut front = Front { sink: &mut self.sink, vars, reached: HashSet::new() };
         tape.backward_with(&[(loss, &cotangent)], &mut front)?;
         let reached = front.reached;
@@ -283,7 +283,7 @@ impl GradientSink for Front<'_, '_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::{Init, ParamBuilder};
+    use crate::nn::{Init, ParamBuilder, Placement};
     use crate::optim::{AdamW, LossScaleConfig, LossScaleState, Sgd};
     use crate::{DType, Device, Philox};
 
@@ -337,12 +337,12 @@ mod tests {
     /// Two parameters of a loss whose gradients are the inputs.
     struct Model {
         params: Params,
-        tensors: [Tensor; 2],
+        tensors: [Param; 2],
     }
 
     impl Model {
         fn new(dtype: DType, masters: DType) -> Result<Self> {
-            let builder = ParamBuilder::new(1, dtype, &Device::cpu()).with_masters(masters);
+            let builder = ParamBuilder::with_plan(1, Placement::trained(dtype).with_master(masters), &Device::cpu());
             let normal = Init::Normal { std: 1.0 };
             let tensors = [builder.get("a", &[5], normal)?, builder.get("b", &[3, 2], normal)?];
             Ok(Self { params: builder.params(), tensors })
@@ -354,14 +354,14 @@ mod tests {
             let mut total = tape.attach(&Tensor::zeros(&[], DType::F32, &cpu)?);
             for p in &self.tensors {
                 let x = random.normal(p.dims(), &cpu)?.mul_scalar(size)?.to_dtype(p.dtype())?;
-                let products = tape.attach(&x).mul(p)?.to_dtype(DType::F32)?;
+                let products = tape.attach(&x).mul(&p.value()?)?.to_dtype(DType::F32)?;
                 total = total.add(&products.sum_all()?)?;
             }
             Ok(total)
         }
 
         fn kept(&self) -> Result<Vec<Vec<f64>>> {
-            self.params.kept().map(|(_, t)| t.to_vec()).collect()
+            self.params.iter().map(|p| p.kept()?.to_vec()).collect()
         }
     }
 
@@ -476,10 +476,10 @@ mod tests {
             let config = StepConfig { micro_batches: 1, max_norm };
             let mut step = OptimizerStep::new(config, RATES, &mut optimizer, &model.params, None)?;
             let tape = Tape::new();
-            let loss = tape.attach(&model.tensors[0]).square()?.sum_all()?;
+            let loss = model.tensors[0].value()?.square()?.sum_all()?;
             let error = step.backward(&tape, &loss, &[]).unwrap_err();
             assert!(matches!(error, Error::MissingGradient { names } if names == ["b"]));
-            let loss = tape.attach(&model.tensors[0]).square()?.sum_all()?;
+            let loss = model.tensors[0].value()?.square()?.sum_all()?;
             assert!(step.backward(&tape, &loss, &["b".into()])?.is_some());
         }
         Ok(())

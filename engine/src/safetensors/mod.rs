@@ -14,8 +14,8 @@ use safetensors::tensor::{Metadata, SafeTensorError, serialize_to_file};
 
 pub use sharded::{Shards, save_sharded};
 
-use crate::files::write_whole;
-use crate::{DType, Device, Error, Result, Tensor};
+use crate::files::{mistaken_for, write_whole};
+use crate::{DType, Device, Error, Result, Tensor, printable};
 
 /// An open file: its tensors are read when asked for.
 #[derive(Debug)]
@@ -40,12 +40,17 @@ impl SafeTensors {
         let path = path.as_ref();
         let io = |source| Error::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
+        if file.metadata().map_err(io)?.is_dir() {
+            return Err(format_error(path, "a folder, not a safetensors file"));
+        }
         // SAFETY: files are replaced by renaming, never written in place; whoever truncates one while it is read
         // gets a bus error, as with every mapped file.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        let broken = |e: SafeTensorError| format_error(path, format!("not a whole safetensors file: {e}"));
+        let broken = |e: SafeTensorError| match mistaken_for(&map) {
+            Some(what) => format_error(path, what),
+            None => format_error(path, format!("not a whole safetensors file: {e}")),
+        };
         // Checks that offsets are in order, without gaps, and end with the file.
-        safetensors::SafeTensors::deserialize(&map).map_err(broken)?;
         let (header, metadata) = safetensors::SafeTensors::read_metadata(&map).map_err(broken)?;
         Ok(Self { path: path.into(), map, start: header + 8, metadata })
     }
@@ -88,14 +93,15 @@ impl SafeTensors {
     /// When there is none of that name, its dtype is not one of ours, or an integer is outside u32.
     pub fn get(&self, name: &str, device: &Device, dtype: Option<DType>) -> Result<Tensor> {
         let Some(info) = self.metadata.info(name) else {
-            return Err(format_error(&self.path, format!("no tensor {name}")));
+            return Err(format_error(&self.path, format!("no tensor {}", printable(name))));
         };
         let (from, to) = info.data_offsets;
         let bytes = &self.map[self.start + from..self.start + to];
         use safetensors::Dtype as D;
+        let shown = printable(name);
         let integers = |values: &mut dyn Iterator<Item = i64>| -> Result<Tensor> {
             let whole = values.map(u32::try_from).collect::<Result<Vec<u32>, _>>();
-            let whole = whole.map_err(|_| format_error(&self.path, format!("{name}: integers outside 0..2^32")))?;
+            let whole = whole.map_err(|_| format_error(&self.path, format!("{shown}: integers outside 0..2^32")))?;
             Tensor::from_vec(whole, &info.shape, device)
         };
         let plain = |dtype| Tensor::from_bytes(bytes, &info.shape, dtype, device);
@@ -108,7 +114,7 @@ impl SafeTensors {
             D::BOOL | D::U8 => integers(&mut bytes.iter().map(|&b| i64::from(b))),
             D::I32 => integers(&mut bytes.as_chunks().0.iter().map(|&b| i64::from(i32::from_le_bytes(b)))),
             D::I64 => integers(&mut bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b))),
-            other => Err(format_error(&self.path, format!("{name}: dtype {other:?} is not supported"))),
+            other => Err(format_error(&self.path, format!("{shown}: dtype {other:?} is not supported"))),
         }?;
         dtype.map_or(Ok(tensor.clone()), |d| tensor.to_dtype(d))
     }
@@ -197,11 +203,20 @@ mod tests {
         let path = folder.path().join("a.safetensors");
         save(&path, &[("a".into(), Tensor::ones(&[100], DType::F32, &Device::cpu())?)], &BTreeMap::new())?;
         let whole = std::fs::read(&path).unwrap();
-        for broken in [&whole[..whole.len() - 4], &whole[..20], &[][..], b"not a checkpoint"] {
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
+        for (broken, what) in [
+            (&whole[..whole.len() - 4], "not a whole safetensors file"),
+            (&whole[..20], "not a whole safetensors file"),
+            (b"not a checkpoint", "not a whole safetensors file"),
+            (&[][..], "empty"),
+            (pointer, "git lfs pull"),
+            (b"<!DOCTYPE html><html></html>", "web page"),
+        ] {
             std::fs::write(&path, broken).unwrap();
             let message = SafeTensors::open(&path).unwrap_err().to_string();
-            assert!(message.contains("a.safetensors"), "{message}");
+            assert!(message.contains("a.safetensors") && message.contains(what), "{message}");
         }
+        assert!(SafeTensors::open(folder.path()).unwrap_err().to_string().contains("a folder"));
         assert!(matches!(SafeTensors::open(folder.path().join("none")), Err(Error::Io { .. })));
         let nowhere = folder.path().join("no/such/folder.safetensors");
         assert!(save(&nowhere, &[], &BTreeMap::new()).is_err());

@@ -1,13 +1,18 @@
 //! Tensors that are spread over several files, with an index that says where each is.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::{SafeTensors, format_error, save};
-use crate::files::write_whole;
-use crate::{DType, Device, Error, Result, Tensor};
+use crate::files::{mistaken_for, write_whole};
+use crate::{DType, Device, Error, Result, Tensor, printable};
+
+/// What programs put before every key of a model: torch.compile, data parallel wrappers, the original files of published
+/// models, and diffusers' pipelines.
+const PREFIXES: [&str; 4] = ["_orig_mod.", "module.", "model.diffusion_model.", "transformer."];
 
 /// The index, as transformers and diffusers write it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -25,46 +30,87 @@ pub struct Shards {
     files: Vec<SafeTensors>,
     /// File of each tensor.
     at: BTreeMap<String, usize>,
+    /// What stands before the names in the files.
+    prefix: String,
 }
 
 impl From<SafeTensors> for Shards {
     fn from(file: SafeTensors) -> Self {
         let at = file.names().into_iter().map(|name| (name, 0)).collect();
-        Self { path: file.path().into(), files: vec![file], at }
+        Self { path: file.path().into(), files: vec![file], at, prefix: String::new() }
     }
 }
 
+fn exists(path: &Path) -> Result<bool> {
+    path.try_exists().map_err(|source| Error::Io { path: path.into(), source })
+}
+
+/// Whether a name is that of a file beside the one that has it: no path, neither up nor down.
+fn is_beside(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
+}
+
 impl Shards {
-    /// Opens `<stem>.safetensors` of a folder or, where there is none, the files that `<stem>.safetensors.index.json` lists.
+    /// Opens the files that `<stem>.safetensors.index.json` of a folder lists or, where there is none, `<stem>.safetensors`:
+    /// diffusers' order. Shards beside them that are of no use are said in a warning.
     ///
     /// # Errors
-    /// When neither is there, a file is broken, or a tensor is not where the index says.
+    /// When neither is there, a file is broken, a tensor is not where the index says, or the index is not that of the shards.
     pub fn open(folder: &Path, stem: &str) -> Result<Self> {
-        let (single, index) = (folder.join(single_name(stem)), folder.join(index_name(stem)));
-        if single.exists() || !index.exists() {
-            return Ok(SafeTensors::open(single)?.into());
+        let index = folder.join(index_name(stem));
+        if !exists(&index)? {
+            return Ok(SafeTensors::open(folder.join(single_name(stem)))?.into());
         }
         let text = std::fs::read(&index).map_err(|source| Error::Io { path: index.clone(), source })?;
-        let parsed: Index = serde_json::from_slice(&text).map_err(|e| format_error(&index, e))?;
+        let parsed: Index = serde_json::from_slice(&text).map_err(|e| match mistaken_for(&text) {
+            Some(what) => format_error(&index, what),
+            None => format_error(&index, e),
+        })?;
         let mut names: Vec<&String> = parsed.weight_map.values().collect();
         names.sort_unstable();
         names.dedup();
-        if let Some(outside) = names.iter().find(|n| Path::new(n).components().count() != 1) {
+        if names.is_empty() {
+            return Err(format_error(&index, "its weight_map lists no tensor: write the index again, or take it away"));
+        }
+        if let Some(outside) = names.iter().find(|name| !is_beside(name)) {
             return Err(format_error(&index, format!("expected names of files beside it, got {outside:?}")));
         }
+        check_strays(folder, stem, &index, &names)?;
         let files = names.iter().map(|name| SafeTensors::open(folder.join(name))).collect::<Result<Vec<_>>>()?;
         let mut at = BTreeMap::new();
         for (tensor, file) in &parsed.weight_map {
             let number = names.binary_search(&file).unwrap_or_default();
             if files[number].dims(tensor).is_none() {
-                return Err(format_error(
-                    files[number].path(),
-                    format!("no tensor {tensor}, which {index:?} places here"),
-                ));
+                let what = format!("no tensor {}, which {index:?} places here", printable(tensor));
+                return Err(format_error(files[number].path(), what));
             }
             at.insert(tensor.clone(), number);
         }
-        Ok(Self { path: index, files, at })
+        // What the index does not mention is there all the same, as for diffusers.
+        for (number, file) in files.iter().enumerate() {
+            for name in file.names() {
+                at.entry(name).or_insert(number);
+            }
+        }
+        Ok(Self { path: index, files, at, prefix: String::new() })
+    }
+
+    /// The same without what other programs are known to put before every key of a model, such as `_orig_mod.` or
+    /// `module.`. A warning names it.
+    #[must_use]
+    pub fn without_known_prefix(mut self) -> Self {
+        let shared = |at: &BTreeMap<String, usize>| {
+            PREFIXES.into_iter().find(|prefix| !at.is_empty() && at.keys().all(|key| key.starts_with(prefix)))
+        };
+        while let Some(prefix) = shared(&self.at) {
+            self.at = self.at.into_iter().map(|(key, number)| (key[prefix.len()..].to_owned(), number)).collect();
+            self.prefix += prefix;
+        }
+        if !self.prefix.is_empty() {
+            tracing::warn!("{}: every key begins with `{}`, which is passed over", self.path.display(), self.prefix);
+        }
+        self
     }
 
     /// The file, or the index of the files.
@@ -77,18 +123,23 @@ impl Shards {
         self.at.keys().map(String::as_str)
     }
 
-    fn file(&self, name: &str) -> Option<&SafeTensors> {
-        self.at.get(name).map(|&number| &self.files[number])
+    /// The file of a tensor, and its name there.
+    fn file<'a>(&self, name: &'a str) -> Option<(&SafeTensors, Cow<'a, str>)> {
+        let number = *self.at.get(name)?;
+        let stored = if self.prefix.is_empty() { name.into() } else { format!("{}{name}", self.prefix).into() };
+        Some((&self.files[number], stored))
     }
 
     /// The dims of a tensor, if there is one of that name.
     pub fn dims(&self, name: &str) -> Option<&[usize]> {
-        self.file(name)?.dims(name)
+        let (file, stored) = self.file(name)?;
+        file.dims(&stored)
     }
 
     /// The dtype of a tensor as the file names it (such as `BF16`), if there is one of that name.
     pub fn dtype_name(&self, name: &str) -> Option<String> {
-        self.file(name)?.dtype_name(name)
+        let (file, stored) = self.file(name)?;
+        file.dtype_name(&stored)
     }
 
     /// Bytes of a tensor in its file.
@@ -96,8 +147,8 @@ impl Shards {
     /// # Errors
     /// When there is none of that name.
     pub fn bytes(&self, name: &str) -> Result<usize> {
-        let bytes = self.file(name).and_then(|file| file.bytes(name));
-        bytes.ok_or_else(|| format_error(&self.path, format!("no tensor {name}")))
+        let bytes = self.file(name).and_then(|(file, stored)| file.bytes(&stored));
+        bytes.ok_or_else(|| self.lacks(name))
     }
 
     /// A tensor, converted to `dtype` if one is given.
@@ -106,9 +157,13 @@ impl Shards {
     /// Those of [`SafeTensors::get`].
     pub fn get(&self, name: &str, device: &Device, dtype: Option<DType>) -> Result<Tensor> {
         match self.file(name) {
-            Some(file) => file.get(name, device, dtype),
-            None => Err(format_error(&self.path, format!("no tensor {name}"))),
+            Some((file, stored)) => file.get(&stored, device, dtype),
+            None => Err(self.lacks(name)),
         }
+    }
+
+    fn lacks(&self, name: &str) -> Error {
+        format_error(&self.path, format!("no tensor {}", printable(name)))
     }
 }
 
@@ -118,6 +173,41 @@ fn single_name(stem: &str) -> String {
 
 fn index_name(stem: &str) -> String {
     format!("{stem}.safetensors.index.json")
+}
+
+/// The `-of-00005.safetensors` of a shard's name, where it is one of `stem`.
+fn set_of<'a>(name: &'a str, stem: &str) -> Option<&'a str> {
+    let rest = name.strip_prefix(stem)?.strip_prefix('-')?;
+    let (number, set) = rest.split_at_checked(rest.find("-of-")?)?;
+    (number.bytes().all(|b| b.is_ascii_digit()) && set.ends_with(".safetensors")).then_some(set)
+}
+
+/// Looks for files of weights that an index does not name: one that is part of its set means that the index is not that of
+/// these files; others are left over from another save.
+fn check_strays(folder: &Path, stem: &str, index: &Path, named: &[&String]) -> Result<()> {
+    let io = |source| Error::Io { path: folder.into(), source };
+    let mut left_over = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io)? {
+        let name = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
+        let set = set_of(&name, stem);
+        if named.contains(&&name) || (set.is_none() && name != single_name(stem)) {
+            continue;
+        }
+        if set.is_some_and(|set| named.iter().any(|other| set_of(other, stem) == Some(set))) {
+            let what =
+                format!("does not name {name:?}, a part of its set: take the index or the file from another save");
+            return Err(format_error(index, what));
+        }
+        left_over.push(name);
+    }
+    if !left_over.is_empty() {
+        tracing::warn!(
+            "{}: passed over, since the index does not name them: {}",
+            index.display(),
+            left_over.join(", ")
+        );
+    }
+    Ok(())
 }
 
 /// Writes tensors to `<stem>.safetensors` of a folder or, when they take more than `max_bytes`, to
@@ -166,15 +256,17 @@ pub fn save_sharded(
         written.push(index_name(stem));
     }
     let io = |source| Error::Io { path: folder.into(), source };
+    let mut old = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(io)? {
-        let entry = entry.map_err(io)?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let shard = name.strip_prefix(&format!("{stem}-")).is_some_and(|rest| rest.ends_with(".safetensors"));
-        if (shard || name == single_name(stem) || name == index_name(stem)) && !written.contains(&name) {
-            std::fs::remove_file(entry.path()).map_err(io)?;
+        let name = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
+        let ours = set_of(&name, stem).is_some() || name == single_name(stem) || name == index_name(stem);
+        if ours && !written.contains(&name) {
+            old.push(name);
         }
     }
-    Ok(())
+    // An index goes first: without it, the new file is what is read.
+    old.sort_by_key(|name| *name != index_name(stem));
+    old.iter().try_for_each(|name| std::fs::remove_file(folder.join(name)).map_err(io))
 }
 
 #[cfg(test)]
@@ -222,5 +314,89 @@ mod tests {
         save(folder.path().join("b.safetensors"), &[("c".into(), tensor)], &BTreeMap::new())?;
         assert!(message().contains("no tensor a"), "{}", message());
         Ok(())
+    }
+
+    /// A file of one tensor, which tells the files apart.
+    fn write(folder: &Path, file: &str, tensor: &str, value: f32) -> Result<()> {
+        let tensor = (tensor.to_owned(), Tensor::from_vec(vec![value], &[1], &Device::cpu())?);
+        save(folder.join(file), &[tensor], &BTreeMap::new())
+    }
+
+    #[test]
+    fn the_index_wins_over_a_single_file_as_for_diffusers() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "m.safetensors", "a", 1.0)?;
+        write(folder.path(), "m-00001-of-00001.safetensors", "a", 2.0)?;
+        let read = || Shards::open(folder.path(), "m")?.get("a", &Device::cpu(), None)?.to_vec::<f32>();
+        assert_eq!(read()?, [1.0]);
+        let index = |text: &str| std::fs::write(folder.path().join("m.safetensors.index.json"), text).unwrap();
+        index(r#"{"weight_map": {"a": "m-00001-of-00001.safetensors"}}"#);
+        assert_eq!(read()?, [2.0]);
+        // What is left over from another save is passed over, but a part of the same one is not.
+        write(folder.path(), "m-00003-of-00003.safetensors", "a", 3.0)?;
+        assert_eq!(read()?, [2.0]);
+        write(folder.path(), "m-00002-of-00001.safetensors", "a", 4.0)?;
+        assert!(read().unwrap_err().to_string().contains("m-00002-of-00001.safetensors"));
+        for (text, what) in [(r#"{"weight_map": {}}"#, "no tensor"), ("<html></html>", "web page")] {
+            index(text);
+            let message = read().unwrap_err().to_string();
+            assert!(message.contains("index.json") && message.contains(what), "{message}");
+        }
+        for outside in
+            ["..", "/", ".", "", "/etc/m.safetensors", "../m.safetensors", "x/m.safetensors", "m.safetensors/"]
+        {
+            index(&serde_json::json!({"weight_map": {"a": outside}}).to_string());
+            assert!(read().unwrap_err().to_string().contains("files beside it"), "{outside}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_tensor_that_the_index_forgot_is_read() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let one = |name: &str| Ok((name.to_owned(), Tensor::from_vec(vec![1f32], &[1], &Device::cpu())?));
+        save(folder.path().join("b.safetensors"), &[one("a")?, one("c")?], &BTreeMap::new())?;
+        std::fs::write(folder.path().join("m.safetensors.index.json"), r#"{"weight_map": {"a": "b.safetensors"}}"#)
+            .unwrap();
+        assert_eq!(Shards::open(folder.path(), "m")?.names().collect::<Vec<_>>(), ["a", "c"]);
+        Ok(())
+    }
+
+    #[test]
+    fn known_prefixes_of_all_keys_are_passed_over() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let named =
+            |name: &str| Ok((name.to_owned(), Tensor::from_vec(vec![name.len() as f32], &[1], &Device::cpu())?));
+        let open = |names: &[&str]| -> Result<Shards> {
+            let tensors: Vec<_> = names.iter().map(|name| named(name)).collect::<Result<_>>()?;
+            save(folder.path().join("m.safetensors"), &tensors, &BTreeMap::new())?;
+            Ok(Shards::open(folder.path(), "m")?.without_known_prefix())
+        };
+        let wrapped = open(&["module._orig_mod.x.weight", "module._orig_mod.y"])?;
+        assert_eq!(wrapped.names().collect::<Vec<_>>(), ["x.weight", "y"]);
+        assert_eq!((wrapped.dims("y"), wrapped.bytes("y")?), (Some(&[1usize][..]), 4));
+        assert_eq!(wrapped.get("y", &Device::cpu(), None)?.to_vec::<f32>()?, [18.0]);
+        for prefix in PREFIXES {
+            assert_eq!(
+                open(&[&format!("{prefix}x"), &format!("{prefix}y.z")])?.names().collect::<Vec<_>>(),
+                ["x", "y.z"]
+            );
+        }
+        // One key without it, or a prefix of another kind: nothing is known.
+        for names in [["module.x", "y"], ["net.x", "net.y"]] {
+            assert_eq!(open(&names)?.names().collect::<Vec<_>>(), names);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_is_an_error_of_its_own() {
+        #[cfg(unix)]
+        {
+            let folder = tempfile::tempdir().unwrap();
+            let link = folder.path().join("loop");
+            std::os::unix::fs::symlink(&link, &link).unwrap();
+            assert!(matches!(Shards::open(&link, "m"), Err(Error::Io { .. })));
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! What the transformers share.
 
 mod attention;
-mod checkpointing;
 mod conditioning;
 mod embeddings;
 mod modulation;
@@ -11,7 +10,6 @@ mod stream;
 
 pub(crate) use attention::TOKEN;
 pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, key_mask, split_heads};
-pub use checkpointing::run_block;
 pub use conditioning::{drop_samples, guidance, image_dims, text_embeddings, unit_times, with_batch_axis};
 pub(crate) use embeddings::CHANNELS;
 pub use embeddings::{CombinedTimestepTextProjEmbeddings, time_proj, with_time_projections};

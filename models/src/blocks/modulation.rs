@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use flowtape_engine::nn::{Init, LayerNorm, Linear, ParamBuilder};
+use flowtape_engine::nn::{Init, LayerNorm, Linear, Param, ParamBuilder};
 use flowtape_engine::ops::{pointwise, pointwise_to};
 use flowtape_engine::{DType, Error, Result, Tensor};
 
@@ -27,7 +27,7 @@ impl Modulation {
     /// # Errors
     /// When a parameter can't be made.
     pub fn with(params: &ParamBuilder, dim: usize, parts: usize, bias: bool) -> Result<Self> {
-        Ok(Self { linear: Linear::new(params, dim, parts * dim, bias)?, parts })
+        Ok(Self { linear: Linear::new(&params.zero_init(), dim, parts * dim, bias)?, parts })
     }
 
     /// The parts `[B, 1, dim]` of an embedding `[B, dim]`.
@@ -50,7 +50,7 @@ impl Modulation {
 /// A learned table of vectors, to which an embedding of time is added (Chen et al., PixArt-alpha).
 #[derive(Clone, Debug)]
 pub struct ScaleShiftTable {
-    table: Tensor,
+    table: Param,
     rows: usize,
 }
 
@@ -60,7 +60,7 @@ impl ScaleShiftTable {
     /// # Errors
     /// When the parameter can't be made.
     pub fn new(params: &ParamBuilder, name: &str, dims: &[usize], std: f64) -> Result<Self> {
-        let table = params.get(name, dims, Init::Normal { std })?;
+        let table = params.zero_init().get(name, dims, Init::Normal { std })?;
         Ok(Self { rows: table.dim(dims.len().saturating_sub(2))?, table })
     }
 
@@ -78,8 +78,8 @@ impl ScaleShiftTable {
     /// # Errors
     /// When there are no such rows, or the shape does not fit.
     pub fn part(&self, rows: Range<usize>, embedding: &Tensor) -> Result<Vec<Tensor>> {
-        let (axis, count) = (self.table.rank().saturating_sub(2), rows.len());
-        let table = self.table.narrow(axis, rows.start, count)?;
+        let (axis, count) = (self.table.dims().len().saturating_sub(2), rows.len());
+        let table = self.table.value()?.narrow(axis, rows.start, count)?;
         let all = pointwise_to(DType::F32.promote(embedding.dtype()), [&table, embedding], |[t, e]| t + e)?;
         all.chunk(count, 2)?.iter().map(|part| part.squeeze(2)).collect()
     }

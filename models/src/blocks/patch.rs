@@ -1,14 +1,14 @@
 //! Patches of latents as tokens, and back.
 
-use flowtape_engine::nn::{Init, ParamBuilder};
+use flowtape_engine::nn::{Init, Param, ParamBuilder};
 use flowtape_engine::ops::patchify_conv;
 use flowtape_engine::{Error, Result, Tensor};
 
 /// A convolution whose stride is its kernel; parameters `weight` `[out, C, k..]` and `bias` `[out]`.
 #[derive(Clone, Debug)]
 pub struct PatchEmbed {
-    weight: Tensor,
-    bias: Tensor,
+    weight: Param,
+    bias: Param,
 }
 
 impl PatchEmbed {
@@ -28,7 +28,7 @@ impl PatchEmbed {
     /// # Errors
     /// When a side is no multiple of the patch.
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
-        patchify_conv(latents, &self.weight, Some(&self.bias))
+        patchify_conv(latents, &self.weight.value()?, Some(&self.bias.value()?))
     }
 }
 

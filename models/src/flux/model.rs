@@ -1,6 +1,6 @@
 //! diffusers' `FluxTransformer2DModel`.
 
-use flowtape_engine::nn::{Activation, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
+use flowtape_engine::nn::{Activation, Blocks, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
 use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
@@ -8,7 +8,7 @@ use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
     AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QKV,
-    QkvConfig, QkvHeads, RopeTables, attend, gate, run_block, time_proj,
+    QkvConfig, QkvHeads, RopeTables, attend, gate, time_proj,
 };
 use crate::config::config_json;
 
@@ -69,11 +69,10 @@ pub struct FluxTransformer2DModel {
     time_text_embed: CombinedTimestepTextProjEmbeddings,
     context_embedder: Linear,
     x_embedder: Linear,
-    transformer_blocks: Vec<JointTransformerBlock>,
-    single_transformer_blocks: Vec<FluxSingleTransformerBlock>,
+    transformer_blocks: Blocks<JointTransformerBlock>,
+    single_transformer_blocks: Blocks<FluxSingleTransformerBlock>,
     norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
-    gradient_checkpointing: bool,
 }
 
 impl FluxTransformer2DModel {
@@ -95,12 +94,11 @@ impl FluxTransformer2DModel {
             )?,
             context_embedder: Linear::new(&root.sub("context_embedder"), config.joint_attention_dim, dim, true)?,
             x_embedder: Linear::new(&root.sub("x_embedder"), config.in_channels, dim, true)?,
-            transformer_blocks: (0..config.num_layers).map(double).collect::<Result<_>>()?,
-            single_transformer_blocks: (0..config.num_single_layers).map(single).collect::<Result<_>>()?,
+            transformer_blocks: Blocks::new(config.num_layers, double)?,
+            single_transformer_blocks: Blocks::new(config.num_single_layers, single)?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
-            proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
+            proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),
-            gradient_checkpointing: false,
             config,
         })
     }
@@ -119,22 +117,18 @@ impl FluxTransformer2DModel {
 
 impl FlowModel for FluxTransformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
-        let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
-        let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
+        let image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
+        let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let (temb, rope) = (self.temb(inputs)?, RopeTables::of_ids(inputs, &self.config.axes_dims_rope, THETA)?);
-        let checkpointing = self.gradient_checkpointing;
-        for block in &self.transformer_blocks {
-            let (block, rope) = (block.clone(), rope.clone());
-            let run = move |[text, image, temb]: [&Tensor; 3]| block.forward([text, image], temb, &rope, None);
-            [text, image] = run_block(checkpointing, [&text, &image, &temb], run)?;
-        }
+        let tables = rope.clone();
+        let [text, image] = self
+            .transformer_blocks
+            .run([text, image], [&temb], move |block, streams, [temb]| block.forward(streams, temb, &tables, None))?;
         let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
-        let mut x = Tensor::cat(&[&text, &image], 1)?;
-        for block in &self.single_transformer_blocks {
-            let (block, rope) = (block.clone(), rope.clone());
-            let run = move |[x, temb]: [&Tensor; 2]| Ok([block.forward(x, temb, &rope)?]);
-            [x] = run_block(checkpointing, [&x, &temb], run)?;
-        }
+        let x = Tensor::cat(&[&text, &image], 1)?;
+        let [x] = self
+            .single_transformer_blocks
+            .run([x], [&temb], move |block, [x], [temb]| Ok([block.forward(x, temb, &rope)?]))?;
         let image = x.narrow(1, text_len, image_len)?;
         Ok(self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?.into())
     }
@@ -150,16 +144,7 @@ impl Transformer for FluxTransformer2DModel {
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.gradient_checkpointing = on;
-    }
-
-    fn zero_init_parameters(&self) -> Vec<String> {
-        let zero = |name: &&str| {
-            name.contains(".norm1")
-                || name.contains(".norm.linear.")
-                || name.starts_with("norm_out.")
-                || name.starts_with("proj_out.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+        self.transformer_blocks.set_checkpointing(on);
+        self.single_transformer_blocks.set_checkpointing(on);
     }
 }

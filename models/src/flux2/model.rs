@@ -1,7 +1,8 @@
 //! diffusers' `Flux2Transformer2DModel`. No layer has a bias, and all blocks of a kind share one modulation.
 
 use flowtape_engine::nn::{
-    Activation, FeedForward, LayerNorm, Linear, ParamBuilder, Params, RmsNorm, TimestepEmbedding, TimestepProjection,
+    Activation, Blocks, FeedForward, LayerNorm, Linear, ParamBuilder, Params, RmsNorm, TimestepEmbedding,
+    TimestepProjection,
 };
 use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
@@ -9,8 +10,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::Flux2Config;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, attend, gate, run_block,
-    split_heads, time_proj,
+    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, attend, gate, split_heads,
+    time_proj,
 };
 use crate::config::config_json;
 
@@ -143,11 +144,10 @@ pub struct Flux2Transformer2DModel {
     single_stream_modulation: Modulation,
     x_embedder: Linear,
     context_embedder: Linear,
-    transformer_blocks: Vec<DoubleStream>,
-    single_transformer_blocks: Vec<Flux2SingleTransformerBlock>,
+    transformer_blocks: Blocks<DoubleStream>,
+    single_transformer_blocks: Blocks<Flux2SingleTransformerBlock>,
     norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
-    gradient_checkpointing: bool,
 }
 
 impl Flux2Transformer2DModel {
@@ -168,12 +168,11 @@ impl Flux2Transformer2DModel {
             single_stream_modulation: modulation("single_stream_modulation", 3)?,
             x_embedder: linear(&root.sub("x_embedder"), config.in_channels, dim)?,
             context_embedder: linear(&root.sub("context_embedder"), config.joint_attention_dim, dim)?,
-            transformer_blocks: (0..config.num_layers).map(double).collect::<Result<_>>()?,
-            single_transformer_blocks: (0..config.num_single_layers).map(single).collect::<Result<_>>()?,
+            transformer_blocks: Blocks::new(config.num_layers, double)?,
+            single_transformer_blocks: Blocks::new(config.num_single_layers, single)?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, config.eps, false)?,
-            proj_out: linear(&root.sub("proj_out"), dim, outputs)?,
+            proj_out: linear(&root.sub("proj_out").zero_init(), dim, outputs)?,
             params: root.params(),
-            gradient_checkpointing: false,
             config,
         })
     }
@@ -181,28 +180,22 @@ impl Flux2Transformer2DModel {
 
 impl FlowModel for Flux2Transformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
-        let checkpointing = self.gradient_checkpointing;
         let temb = self.time_guidance_embed.forward(inputs)?;
         let rope = RopeTables::of_ids(inputs, &self.config.axes_dims_rope, self.config.rope_theta as f64)?;
-        let mut image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
-        let mut text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
+        let image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
+        let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let m_text = self.double_stream_modulation_txt.together(&temb)?;
         let m_image = self.double_stream_modulation_img.together(&temb)?;
-        for block in &self.transformer_blocks {
-            let (block, rope) = (block.clone(), rope.clone());
-            let run = move |[text, image, m_text, m_image]: [&Tensor; 4]| {
-                block.forward([text, image], [m_text, m_image], &rope, None)
-            };
-            [text, image] = run_block(checkpointing, [&text, &image, &m_text, &m_image], run)?;
-        }
+        let (tables, modulation) = (rope.clone(), [&m_text, &m_image]);
+        let [text, image] =
+            self.transformer_blocks.run([text, image], modulation, move |block, streams, modulation| {
+                block.forward(streams, modulation, &tables, None)
+            })?;
         let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
-        let mut x = Tensor::cat(&[&text, &image], 1)?;
+        let x = Tensor::cat(&[&text, &image], 1)?;
         let m = self.single_stream_modulation.together(&temb)?;
-        for block in &self.single_transformer_blocks {
-            let (block, rope) = (block.clone(), rope.clone());
-            let run = move |[x, m]: [&Tensor; 2]| Ok([block.forward(x, m, &rope)?]);
-            [x] = run_block(checkpointing, [&x, &m], run)?;
-        }
+        let [x] =
+            self.single_transformer_blocks.run([x], [&m], move |block, [x], [m]| Ok([block.forward(x, m, &rope)?]))?;
         let image = x.narrow(1, text_len, image_len)?;
         Ok(self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?.into())
     }
@@ -233,14 +226,8 @@ impl Transformer for Flux2Transformer2DModel {
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.gradient_checkpointing = on;
-    }
-
-    fn zero_init_parameters(&self) -> Vec<String> {
-        let zero = |name: &&str| {
-            name.contains("_modulation") || name.starts_with("norm_out.") || name.starts_with("proj_out.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+        self.transformer_blocks.set_checkpointing(on);
+        self.single_transformer_blocks.set_checkpointing(on);
     }
 }
 
@@ -251,7 +238,7 @@ mod tests {
 
     use super::super::{latent_ids, text_ids};
     use super::*;
-    use crate::testing::normal;
+    use crate::testing::{normal, start_at_zero};
 
     fn model(guidance_embeds: bool, dtype: DType) -> Flux2Transformer2DModel {
         let config = json!({
@@ -291,7 +278,7 @@ mod tests {
         assert_ne!(predict(&embeds, &with), predict(&embeds, &without));
         let plain = model(false, DType::F32);
         assert_eq!(predict(&plain, &with), predict(&plain, &without));
-        assert!(plain.params().iter().all(|(name, _)| !name.contains("guidance_embedder")));
+        assert!(plain.params().iter().all(|p| !p.path().contains("guidance_embedder")));
     }
 
     #[test]
@@ -350,14 +337,15 @@ mod tests {
     #[test]
     fn from_a_zero_start_it_predicts_zero() {
         let model = model(true, DType::F32);
-        let names = model.zero_init_parameters();
+        let zero = model.params().iter().filter(|p| p.zero_init());
+        let mut names: Vec<&str> = zero.map(|p| p.path()).collect();
+        names.sort_unstable();
         let modulations = ["double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"];
-        let modulations = modulations.map(|name| format!("{name}.linear.weight"));
-        assert_eq!(names, [&modulations[..], &["norm_out.linear.weight".into(), "proj_out.weight".into()]].concat());
-        for name in &names {
-            let parameter = model.params().get(name).unwrap();
-            parameter.copy_from(&parameter.mul_scalar(0.0).unwrap()).unwrap();
-        }
+        let mut expected: Vec<String> = modulations.map(|name| format!("{name}.linear.weight")).into();
+        expected.extend(["norm_out.linear.weight".into(), "proj_out.weight".into()]);
+        expected.sort_unstable();
+        assert_eq!(names, expected);
+        start_at_zero(model.params());
         assert!(predict(&model, &inputs(DType::F32)).iter().all(|v| *v == 0.0));
     }
 }

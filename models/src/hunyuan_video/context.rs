@@ -1,7 +1,8 @@
 //! What HunyuanVideo is conditioned on: two texts, an image and the time, brought to the width of the model.
 
 use flowtape_engine::nn::{
-    Activation, FeedForward, Init, LayerNorm, Linear, ParamBuilder, TimestepEmbedding, TimestepProjection,
+    Activation, Blocks, FeedForward, Init, LayerNorm, Linear, Param, ParamBuilder, TimestepEmbedding,
+    TimestepProjection,
 };
 use flowtape_engine::ops::pointwise;
 use flowtape_engine::{DType, Result, Tensor};
@@ -59,7 +60,7 @@ impl TimeEmbedding {
 pub(super) struct TokenRefiner {
     time_text_embed: CombinedTimestepTextProjEmbeddings,
     proj_in: Linear,
-    blocks: Vec<RefinerBlock>,
+    blocks: Blocks<RefinerBlock>,
 }
 
 #[derive(Clone, Debug)]
@@ -102,7 +103,7 @@ impl TokenRefiner {
         Ok(Self {
             time_text_embed: CombinedTimestepTextProjEmbeddings::new(&params.sub("time_text_embed"), dim, text, false)?,
             proj_in: Linear::new(&params.sub("proj_in"), text, dim, true)?,
-            blocks: (0..config.num_refiner_layers).map(block).collect::<Result<_>>()?,
+            blocks: Blocks::new(config.num_refiner_layers, block)?,
         })
     }
 
@@ -114,7 +115,9 @@ impl TokenRefiner {
         let mean = pointwise([&sum, &marks.sum(&[1], false)?], |[sum, n]| sum / n.select_lt(TOKEN, 1.0, n))?;
         let temb = self.time_text_embed.forward(time, None, &mean.to_dtype(text.dtype())?)?;
         let mask = key_mask(mask)?;
-        self.blocks.iter().try_fold(self.proj_in.forward(text)?, |x, block| block.forward(&x, &temb, &mask))
+        let x = self.proj_in.forward(text)?;
+        let [x] = self.blocks.run([x], [&temb], move |block, [x], [temb]| Ok([block.forward(x, temb, &mask)?]))?;
+        Ok(x)
     }
 }
 
@@ -177,7 +180,7 @@ pub(super) struct Context {
     text_2: ByT5TextProjection,
     image: ImageProjection,
     /// What tells text, second text and image apart: `[3, dim]`.
-    cond_type_embed: Tensor,
+    cond_type_embed: Param,
 }
 
 impl Context {
@@ -211,7 +214,7 @@ impl Context {
         let image = image.mul(&given.to_dtype(image.dtype())?)?;
         let mask_3 = given.squeeze(2)?.broadcast_to(&embeds.dims()[..2])?;
 
-        let typed = |x: &Tensor, kind: usize| x.add(&self.cond_type_embed.narrow(0, kind, 1)?);
+        let typed = |x: &Tensor, kind: usize| x.add(&self.cond_type_embed.value()?.narrow(0, kind, 1)?);
         let text = typed(&self.text.forward(text, mask, &time)?, 0)?;
         let text_2 = typed(&self.text_2.forward(text_2)?, 1)?;
         let f32 = |mask: &Tensor| mask.detach().to_dtype(DType::F32);

@@ -1,15 +1,13 @@
 //! diffusers' `HunyuanVideo15Transformer3DModel`.
 
-use flowtape_engine::nn::{Linear, ParamBuilder, Params};
+use flowtape_engine::nn::{Blocks, Linear, ParamBuilder, Params};
 use flowtape_engine::{Error, Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::context::{Context, TimeEmbedding};
 use super::{CLASS, HunyuanVideo15Config};
 use crate::Transformer;
-use crate::blocks::{
-    AdaLayerNormContinuous, ChannelOrder, JointTransformerBlock, PatchEmbed, key_mask, run_block, unpatchify,
-};
+use crate::blocks::{AdaLayerNormContinuous, ChannelOrder, JointTransformerBlock, PatchEmbed, key_mask, unpatchify};
 use crate::config::config_json;
 
 /// Epsilon of the norm before the output projection.
@@ -30,10 +28,9 @@ pub struct HunyuanVideo15Transformer3DModel {
     context: Context,
     time_embed: TimeEmbedding,
     /// With the context in place of a text.
-    transformer_blocks: Vec<JointTransformerBlock>,
+    transformer_blocks: Blocks<JointTransformerBlock>,
     norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
-    gradient_checkpointing: bool,
 }
 
 impl HunyuanVideo15Transformer3DModel {
@@ -53,11 +50,10 @@ impl HunyuanVideo15Transformer3DModel {
             x_embedder: PatchEmbed::new(&root.sub("x_embedder").sub("proj"), config.in_channels, dim, &patch)?,
             context: Context::new(root, &config)?,
             time_embed: TimeEmbedding::new(&root.sub("time_embed"), dim, config.use_meanflow)?,
-            transformer_blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
+            transformer_blocks: Blocks::new(config.num_layers, block)?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
-            proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
+            proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),
-            gradient_checkpointing: false,
             config,
         })
     }
@@ -77,16 +73,14 @@ impl FlowModel for HunyuanVideo15Transformer3DModel {
         let latents = inputs.tensor("hidden_states")?;
         let grid = self.grid(latents)?;
         let temb = self.time_embed.forward(inputs, latents.dtype())?;
-        let mut x = self.x_embedder.forward(latents)?;
-        let [mut context, mask] = self.context.forward(inputs)?;
+        let x = self.x_embedder.forward(latents)?;
+        let [context, mask] = self.context.forward(inputs)?;
         // No latent is padding: nothing is added to their scores.
         let mask = key_mask(&mask)?.pad(3, 0, x.dim(1)?)?;
         let rope = self.config.rope(context.dim(1)?, grid, latents.device())?;
-        for block in &self.transformer_blocks {
-            let (block, rope, mask) = (block.clone(), rope.clone(), mask.clone());
-            let run = move |[context, x, temb]: [&Tensor; 3]| block.forward([context, x], temb, &rope, Some(&mask));
-            [context, x] = run_block(self.gradient_checkpointing, [&context, &x, &temb], run)?;
-        }
+        let [_, x] = self.transformer_blocks.run([context, x], [&temb], move |block, streams, [temb]| {
+            block.forward(streams, temb, &rope, Some(&mask))
+        })?;
         let x = self.proj_out.forward(&self.norm_out.forward(&x, &temb)?)?;
         Ok(unpatchify(&x, &grid, &self.config.patch(), ChannelOrder::Slowest)?.into())
     }
@@ -113,17 +107,6 @@ impl Transformer for HunyuanVideo15Transformer3DModel {
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.gradient_checkpointing = on;
-    }
-
-    fn zero_init_parameters(&self) -> Vec<String> {
-        let zero = |name: &&str| {
-            name.contains(".norm1.linear.")
-                || name.contains(".norm1_context.")
-                || name.contains(".norm_out.linear.")
-                || name.starts_with("norm_out.")
-                || name.starts_with("proj_out.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+        self.transformer_blocks.set_checkpointing(on);
     }
 }

@@ -94,7 +94,8 @@ fn padding_changes_neither_prediction_nor_gradients() {
         assert!(worst < 2e-6, "sample {row}: {worst}");
     }
     let without = model.parameters_without_gradient(&all);
-    for (name, parameter) in model.params().iter() {
+    for parameter in model.params().iter() {
+        let name = parameter.path();
         let of = |gradients: &Gradients| gradients.of(parameter).cloned();
         let Some(got) = of(&joint) else {
             assert!(without.iter().any(|n| n == name), "{name}");
@@ -123,7 +124,8 @@ fn zero_image_embeddings_mean_text_to_video() {
     let zeros = inputs().with("image_embeds", Tensor::zeros(&[2, 4, 8], DType::F32, &Device::cpu()).unwrap());
     let (before, grads) = gradients(&model, zeros.clone());
     let image = |name: &str| name.starts_with("image_embedder.");
-    for (name, parameter) in model.params().iter().filter(|(name, _)| image(name)) {
+    for parameter in model.params().iter().filter(|p| image(p.path())) {
+        let name = parameter.path();
         let gradient = grads.of(parameter).unwrap_or_else(|| panic!("no gradient of {name}"));
         assert!(gradient.to_vec::<f32>().unwrap().iter().all(|g| *g == 0.0), "{name}");
         parameter.copy_from(&normal(5, parameter.dims())).unwrap();
@@ -146,7 +148,7 @@ fn a_second_time_needs_a_meanflow_model() {
     let (without, grads) = gradients(&meanflow, inputs());
     let with_r = inputs().with("timestep_r", r);
     assert!(deviation(&run(&meanflow, &with_r), &without) > 1e-3);
-    let names: Vec<_> = meanflow.params().iter().filter(|(_, p)| grads.of(p).is_none()).map(|(n, _)| n).collect();
+    let names: Vec<_> = meanflow.params().iter().filter(|p| grads.of(*p).is_none()).map(|p| p.path()).collect();
     assert_eq!(names.len(), 10, "{names:?}");
     meanflow.params().check_gradients(&grads, &meanflow.parameters_without_gradient(&inputs())).unwrap();
     let (_, grads) = gradients(&meanflow, with_r.clone());
@@ -180,7 +182,7 @@ fn a_saved_configuration_makes_the_same_model() {
     let model = model(patched, DType::F32);
     let again = create_model(&model.config(), &ParamBuilder::new(0, DType::F32, &Device::cpu())).unwrap();
     let shapes = |m: &dyn Transformer| -> Vec<_> {
-        m.params().iter().map(|(name, tensor)| (name.to_owned(), tensor.dims().to_vec())).collect()
+        m.params().iter().map(|p| (p.path().to_owned(), p.dims().to_vec())).collect()
     };
     assert_eq!(shapes(&model), shapes(&*again));
     assert_eq!(model.params().get("transformer_blocks.0.ff.net.2.weight").unwrap().dims(), [24, 60]);
@@ -194,12 +196,11 @@ fn a_saved_configuration_makes_the_same_model() {
 #[test]
 fn the_zero_start_adds_nothing_to_the_residual_stream() {
     let model = model(json!({}), DType::F32);
-    for name in model.zero_init_parameters().iter().filter(|name| !name.starts_with("proj_out.")) {
-        let parameter = model.params().get(name).unwrap();
-        parameter.copy_from(&Tensor::zeros(parameter.dims(), DType::F32, &Device::cpu()).unwrap()).unwrap();
+    for p in model.params().iter().filter(|p| p.zero_init() && !p.path().starts_with("proj_out.")) {
+        p.copy_from(&Tensor::zeros(p.dims(), DType::F32, &Device::cpu()).unwrap()).unwrap();
     }
     let other =
         inputs().with("encoder_hidden_states", normal(7, &[2, 5, 10])).with("image_embeds", normal(8, &[2, 4, 8]));
     assert_eq!(run(&model, &inputs()).to_bytes().unwrap(), run(&model, &other).to_bytes().unwrap());
-    assert!(model.zero_init_parameters().iter().any(|name| name == "proj_out.weight"));
+    assert!(model.params().get("proj_out.weight").unwrap().zero_init());
 }

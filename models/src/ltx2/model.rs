@@ -1,7 +1,7 @@
 //! diffusers' `LTX2VideoTransformer3DModel`.
 
 use flowtape_engine::nn::{
-    Activation, Init, LayerNorm, Linear, ParamBuilder, Params, TimestepEmbedding, TimestepProjection,
+    Activation, Blocks, Init, LayerNorm, Linear, ParamBuilder, Params, TimestepEmbedding, TimestepProjection,
 };
 use flowtape_engine::ops::pointwise;
 use flowtape_engine::{DType, Result, Tensor};
@@ -11,7 +11,7 @@ use super::LTX2Config;
 use super::block::{Constants, LTX2VideoTransformerBlock};
 use super::config::StreamConfig;
 use super::rope::{Axis, tables};
-use crate::blocks::{CHANNELS, ScaleShiftTable, run_block, time_proj};
+use crate::blocks::{CHANNELS, ScaleShiftTable, time_proj};
 use crate::config::config_json;
 use crate::{Error, Transformer};
 
@@ -36,7 +36,7 @@ impl AdaLayerNormSingle {
         Ok(Self {
             time_proj: format!("{name}.emb.time_proj"),
             embedder: TimestepEmbedding::new(&params.sub("emb").sub("timestep_embedder"), CHANNELS, dim)?,
-            linear: Linear::new(&params.sub("linear"), dim, parts * dim, true)?,
+            linear: Linear::new(&params.sub("linear").zero_init(), dim, parts * dim, true)?,
         })
     }
 
@@ -89,6 +89,7 @@ impl Ends {
         let (dim, kind) = (own.dim(), if own.is_audio { "audio" } else { "video" });
         let gate = if own.is_audio { "v2a" } else { "a2v" };
         let linear = |name: &str, from, to| Linear::new(&root.sub(own.name(name)), from, to, true);
+        let last = Linear::new(&root.sub(own.name("proj_out")).zero_init(), dim, own.out_channels, true)?;
         let single = |name: &str, parts| AdaLayerNormSingle::new(root, name, dim, parts);
         let caption = || {
             let params = root.sub(own.name("caption_projection"));
@@ -105,7 +106,7 @@ impl Ends {
             prompt_adaln: prompt.then(|| single(&own.name("prompt_adaln"), 2)).transpose()?,
             scale_shift_table: ScaleShiftTable::new(root, &own.name("scale_shift_table"), &[2, dim], std)?,
             norm_out: LayerNorm::new(&root.sub(own.name("norm_out")), dim, EPS, false)?,
-            proj_out: linear("proj_out", dim, own.out_channels)?,
+            proj_out: last,
             config: own,
         })
     }
@@ -157,8 +158,7 @@ pub struct LTX2VideoTransformer3DModel {
     config: LTX2Config,
     params: Params,
     ends: [Ends; 2],
-    transformer_blocks: Vec<LTX2VideoTransformerBlock>,
-    gradient_checkpointing: bool,
+    transformer_blocks: Blocks<LTX2VideoTransformerBlock>,
 }
 
 impl LTX2VideoTransformer3DModel {
@@ -173,8 +173,7 @@ impl LTX2VideoTransformer3DModel {
         let block = |i| LTX2VideoTransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config);
         Ok(Self {
             ends: [Ends::new(root, &config, config.video())?, Ends::new(root, &config, config.audio())?],
-            transformer_blocks: (0..config.num_layers).map(block).collect::<crate::Result<_>>()?,
-            gradient_checkpointing: false,
+            transformer_blocks: Blocks::new(config.num_layers, block)?,
             params: root.params(),
             config,
         })
@@ -209,16 +208,12 @@ impl FlowModel for LTX2VideoTransformer3DModel {
         let [video, audio] = &self.ends;
         let (v, a) = (video.begin(inputs, factor)?, audio.begin(inputs, factor)?);
         let constants = self.constants(inputs, [v.mask, a.mask])?;
-        let mut x = [v.x, a.x];
-        for block in &self.transformer_blocks {
-            let (block, constants) = (block.clone(), constants.clone());
-            let ([v1, v2, v3, v4, v5], [a1, a2, a3, a4, a5]) = (&v.signals, &a.signals);
-            let all = [&x[0], &x[1], v1, v2, v3, v4, v5, a1, a2, a3, a4, a5];
-            x = run_block(self.gradient_checkpointing, all, move |[x, y, v1, v2, v3, v4, v5, of_audio @ ..]| {
-                block.forward([x, y], [[v1, v2, v3, v4, v5], of_audio], &constants)
-            })?;
-        }
-        let [x, y] = x;
+        let ([v1, v2, v3, v4, v5], [a1, a2, a3, a4, a5]) = (&v.signals, &a.signals);
+        let signals = [v1, v2, v3, v4, v5, a1, a2, a3, a4, a5];
+        let [x, y] = self.transformer_blocks.run([v.x, a.x], signals, move |block, streams, signals| {
+            let [v1, v2, v3, v4, v5, of_audio @ ..] = signals;
+            block.forward(streams, [[v1, v2, v3, v4, v5], of_audio], &constants)
+        })?;
         Ok(ModelOutput { sample: video.end(&x, &v.embedded)?, rest: vec![audio.end(&y, &a.embedded)?] })
     }
 }
@@ -237,15 +232,6 @@ impl Transformer for LTX2VideoTransformer3DModel {
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.gradient_checkpointing = on;
-    }
-
-    fn zero_init_parameters(&self) -> Vec<String> {
-        let zero = |name: &&str| {
-            name.ends_with("scale_shift_table")
-                || (!name.starts_with("transformer_blocks") && name.contains(".linear."))
-                || name.contains("proj_out.")
-        };
-        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+        self.transformer_blocks.set_checkpointing(on);
     }
 }

@@ -1,7 +1,8 @@
 //! diffusers' `QwenImageTransformer2DModel`.
 
 use flowtape_engine::nn::{
-    Activation, FeedForward, Init, Linear, ParamBuilder, Params, RmsNorm, TimestepEmbedding, TimestepProjection,
+    Activation, Blocks, FeedForward, Init, Linear, Param, ParamBuilder, Params, RmsNorm, TimestepEmbedding,
+    TimestepProjection,
 };
 use flowtape_engine::ops::{embedding, pointwise};
 use flowtape_engine::{DType, Result, Tensor};
@@ -9,8 +10,7 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::QwenImageConfig;
 use crate::blocks::{
-    AdaLayerNormContinuous, CHANNELS, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, key_mask, run_block,
-    time_proj,
+    AdaLayerNormContinuous, CHANNELS, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, key_mask, time_proj,
 };
 use crate::config::config_json;
 use crate::{Error, Transformer};
@@ -79,7 +79,7 @@ impl QwenImageTransformerBlock {
 #[derive(Clone, Debug)]
 struct TimeEmbedding {
     timestep_embedder: TimestepEmbedding,
-    addition_t_embedding: Option<Tensor>,
+    addition_t_embedding: Option<Param>,
 }
 
 impl TimeEmbedding {
@@ -100,7 +100,7 @@ impl TimeEmbedding {
         Ok(match &self.addition_t_embedding {
             Some(table) => {
                 let flags = inputs.tensor("additional_t_cond")?.detach().to_dtype(DType::U32)?;
-                time.add(&embedding(&table.on_tape_of(&time), &flags)?)?
+                time.add(&embedding(&table.value()?.on_tape_of(&time), &flags)?)?
             }
             None => time,
         })
@@ -122,10 +122,9 @@ pub struct QwenImageTransformer2DModel {
     txt_norm: RmsNorm,
     txt_in: Linear,
     img_in: Linear,
-    transformer_blocks: Vec<QwenImageTransformerBlock>,
+    transformer_blocks: Blocks<QwenImageTransformerBlock>,
     norm_out: AdaLayerNormContinuous,
     proj_out: Linear,
-    gradient_checkpointing: bool,
 }
 
 impl QwenImageTransformer2DModel {
@@ -143,11 +142,10 @@ impl QwenImageTransformer2DModel {
             txt_norm: RmsNorm::new(&root.sub("txt_norm"), text, EPS)?,
             txt_in: Linear::new(&root.sub("txt_in"), text, dim, true)?,
             img_in: Linear::new(&root.sub("img_in"), config.in_channels, dim, true)?,
-            transformer_blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
+            transformer_blocks: Blocks::new(config.num_layers, block)?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
-            proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
+            proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),
-            gradient_checkpointing: false,
             config,
         })
     }
@@ -203,13 +201,11 @@ impl FlowModel for QwenImageTransformer2DModel {
         }
         let shared = self.shared(inputs)?;
         let temb = self.time_text_embed.forward(inputs, &times, latents.dtype())?;
-        let mut image = self.img_in.forward(latents)?;
-        let mut text = self.txt_in.forward(&self.txt_norm.forward(inputs.tensor("encoder_hidden_states")?)?)?;
-        for block in &self.transformer_blocks {
-            let (block, shared) = (block.clone(), shared.clone());
-            let run = move |[text, image, temb]: [&Tensor; 3]| block.forward([text, image], temb, &shared);
-            [text, image] = run_block(self.gradient_checkpointing, [&text, &image, &temb], run)?;
-        }
+        let image = self.img_in.forward(latents)?;
+        let text = self.txt_in.forward(&self.txt_norm.forward(inputs.tensor("encoder_hidden_states")?)?)?;
+        let [_, image] = self
+            .transformer_blocks
+            .run([text, image], [&temb], move |block, streams, [temb]| block.forward(streams, temb, &shared))?;
         let now = temb.narrow(0, 0, latents.dim(0)?)?;
         Ok(self.proj_out.forward(&self.norm_out.forward(&image, &now)?)?.into())
     }
@@ -231,12 +227,6 @@ impl Transformer for QwenImageTransformer2DModel {
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.gradient_checkpointing = on;
-    }
-
-    fn zero_init_parameters(&self) -> Vec<String> {
-        let zero =
-            |name: &&str| name.contains("_mod.1.") || name.starts_with("norm_out.") || name.starts_with("proj_out.");
-        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+        self.transformer_blocks.set_checkpointing(on);
     }
 }

@@ -6,7 +6,7 @@ use flowtape_flowmatch::{FlowModel, Input, ModelInputs};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::testing::normal;
+use crate::testing::{normal, start_at_zero};
 use crate::{Transformer, create_model};
 
 fn model(changes: Value) -> QwenImageTransformer2DModel {
@@ -69,7 +69,8 @@ fn padding_changes_neither_prediction_nor_gradients() {
     assert!(deviation(&got, &want) < 2e-6, "{}", deviation(&got, &want));
     assert!(deviation(&unmasked, &want) > 1e-3);
     let without = model.parameters_without_gradient(&short);
-    for (name, parameter) in model.params().iter().filter(|(name, _)| !without.iter().any(|n| n == name)) {
+    for parameter in model.params().iter().filter(|p| !without.iter().any(|n| n == p.path())) {
+        let name = parameter.path();
         let of = |gradients: &Gradients| gradients.of(parameter).unwrap().to_vec::<f32>().unwrap();
         let (got, want) = (of(&got_grads), of(&want_grads));
         // The last block's text queries have no say: rounding alone.
@@ -159,11 +160,7 @@ fn a_saved_configuration_makes_the_same_model() {
 #[test]
 fn from_a_zero_start_it_predicts_zero() {
     let model = model(json!({"zero_cond_t": true}));
-    let names = model.zero_init_parameters();
-    assert_eq!(names.len(), 2 * 4 + 4, "{names:?}");
-    for name in &names {
-        let parameter = model.params().get(name).unwrap();
-        parameter.copy_from(&parameter.mul_scalar(0.0).unwrap()).unwrap();
-    }
+    assert_eq!(model.params().iter().filter(|p| p.zero_init()).count(), 2 * 4 + 4);
+    start_at_zero(model.params());
     assert!(predict(&model, &inputs(true)).iter().all(|v| *v == 0.0));
 }

@@ -1,7 +1,8 @@
 //! diffusers' `WanTransformer3DModel`.
 
 use flowtape_engine::nn::{
-    Activation, FeedForward, Init, LayerNorm, Linear, ParamBuilder, Params, TimestepEmbedding, TimestepProjection,
+    Activation, Blocks, FeedForward, Init, LayerNorm, Linear, Param, ParamBuilder, Params, TimestepEmbedding,
+    TimestepProjection,
 };
 use flowtape_engine::ops::pointwise;
 use flowtape_engine::{DType, Result, Tensor};
@@ -9,8 +10,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::WanConfig;
 use crate::blocks::{
-    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, run_block,
-    time_proj, unpatchify,
+    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, time_proj,
+    unpatchify,
 };
 use crate::config::config_json;
 use crate::{Error, Transformer};
@@ -124,7 +125,7 @@ impl WanTransformerBlock {
 /// Image embeddings as a context: norm, feed-forward, norm, with learned positions where they have any.
 #[derive(Clone, Debug)]
 struct ImageEmbedding {
-    pos_embed: Option<Tensor>,
+    pos_embed: Option<Param>,
     norm1: LayerNorm,
     ff: [Linear; 2],
     norm2: LayerNorm,
@@ -152,7 +153,7 @@ impl ImageEmbedding {
             // Two images, one after the other on the batch axis, are one context.
             let (len, width) = (positions.dim(1)?, x.dim(2)?);
             let pairs = x.numel() / (2 * len * width);
-            x = x.reshape(&[pairs, 2 * len, width])?.add(positions)?;
+            x = x.reshape(&[pairs, 2 * len, width])?.add(&positions.value()?)?;
         }
         let hidden = Activation::Gelu.forward(&self.ff[0].forward(&self.norm1.forward(&x)?)?)?;
         self.norm2.forward(&self.ff[1].forward(&hidden)?)
@@ -173,11 +174,10 @@ pub struct WanTransformer3DModel {
     time_proj: Linear,
     text_embedder: TimestepEmbedding,
     image_embedder: Option<ImageEmbedding>,
-    blocks: Vec<WanTransformerBlock>,
+    blocks: Blocks<WanTransformerBlock>,
     norm_out: LayerNorm,
     scale_shift_table: ScaleShiftTable,
     proj_out: Linear,
-    gradient_checkpointing: bool,
 }
 
 impl WanTransformer3DModel {
@@ -200,15 +200,14 @@ impl WanTransformer3DModel {
                 &config.patch_size,
             )?,
             time_embedder: TimestepEmbedding::new(&condition.sub("time_embedder"), config.freq_dim, dim)?,
-            time_proj: Linear::new(&condition.sub("time_proj"), dim, 6 * dim, true)?,
+            time_proj: Linear::new(&condition.sub("time_proj").zero_init(), dim, 6 * dim, true)?,
             text_embedder: TimestepEmbedding::with(&text, config.text_dim, dim, Activation::GeluTanh, true)?,
             image_embedder: config.image_dim.map(image).transpose()?,
-            blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
+            blocks: Blocks::new(config.num_layers, block)?,
             norm_out: LayerNorm::new(root, dim, config.eps, false)?,
             scale_shift_table: scale_shift_table(root, 2, dim)?,
-            proj_out: Linear::new(&root.sub("proj_out"), dim, outputs, true)?,
+            proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),
-            gradient_checkpointing: false,
             config,
         })
     }
@@ -234,7 +233,7 @@ impl FlowModel for WanTransformer3DModel {
         let patch = &self.config.patch_size;
         let grid: Vec<usize> = latents.dims()[2..].iter().zip(patch).map(|(size, p)| size / p).collect();
         let rope = self.config.rope(&grid, latents.device())?;
-        let mut x = self.patch_embedding.forward(latents)?;
+        let x = self.patch_embedding.forward(latents)?;
 
         let temb = self.temb(inputs, latents.dtype())?;
         let (batch, len, dim) = (temb.dim(0)?, temb.dim(1)?, self.config.inner_dim());
@@ -242,19 +241,14 @@ impl FlowModel for WanTransformer3DModel {
         let text = self.text_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let image = self.image_embedder.as_ref().zip(inputs.optional("encoder_hidden_states_image"));
         let image = image.map(|(embedder, image)| embedder.forward(image)).transpose()?;
-        for block in &self.blocks {
-            let (block, rope) = (block.clone(), rope.clone());
-            [x] = match &image {
-                None => run_block(self.gradient_checkpointing, [&x, &text, &time], move |[x, text, time]| {
-                    Ok([block.forward(x, text, None, time, &rope)?])
-                }),
-                Some(image) => {
-                    run_block(self.gradient_checkpointing, [&x, &text, image, &time], move |[x, text, image, time]| {
-                        Ok([block.forward(x, text, Some(image), time, &rope)?])
-                    })
-                }
-            }?;
-        }
+        let [x] = match &image {
+            None => self.blocks.run([x], [&text, &time], move |block, [x], [text, time]| {
+                Ok([block.forward(x, text, None, time, &rope)?])
+            }),
+            Some(image) => self.blocks.run([x], [&text, image, &time], move |block, [x], [text, image, time]| {
+                Ok([block.forward(x, text, Some(image), time, &rope)?])
+            }),
+        }?;
         let parts = self.scale_shift_table.forward(&temb.unsqueeze(2)?)?;
         let x = self.proj_out.forward(&self.norm_out.modulated(&x, &parts[0], &parts[1])?)?;
         Ok(unpatchify(&x, &grid, patch, ChannelOrder::Fastest)?.into())
@@ -287,15 +281,7 @@ impl Transformer for WanTransformer3DModel {
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {
-        self.gradient_checkpointing = on;
-    }
-
-    fn zero_init_parameters(&self) -> Vec<String> {
-        let zero = |name: &&str| {
-            name.ends_with("scale_shift_table")
-                || ["condition_embedder.time_proj.", "proj_out."].iter().any(|prefix| name.starts_with(prefix))
-        };
-        self.params.iter().map(|(name, _)| name).filter(zero).map(String::from).collect()
+        self.blocks.set_checkpointing(on);
     }
 }
 

@@ -4,7 +4,7 @@
 //! which the machine adds both products at once. Every element is one chain of multiply-adds in the order of k, whatever
 //! the tile's height or the layout of A, so how the work is cut never changes a bit of the result.
 
-use crate::cpu::isa::Isa;
+use crate::cpu::isa::{FUSED, Isa};
 
 /// One call: `c[mr, live] (+)= a[mr, k] b[k, live] (+ bias[live])`. C and bias are f32.
 #[derive(Clone, Copy)]
@@ -106,8 +106,6 @@ impl Simd for Lanes4 {
     }
     #[inline(always)]
     fn multiply_add(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
-        // Without the instruction, `mul_add` would be a call into libm.
-        const FUSED: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
         std::array::from_fn(|i| if FUSED { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] })
     }
     #[inline(always)]

@@ -92,7 +92,7 @@ mod tests {
                 let (params, gradients) = one(n, dtype, masters)?;
                 let wide = ParamBuilder::new(n as u64, DType::F64, &Device::cpu());
                 let w = wide.get("w", &[n], Init::Zeros)?;
-                w.copy_from(params.kept().next().unwrap().1)?;
+                w.copy_from(&params.get("w").unwrap().kept()?)?;
                 let mut wide_gradients = Gradients::default();
                 let gradient = gradients.iter().next().unwrap().1.to_dtype(DType::F64)?;
                 wide_gradients.insert(w.var().unwrap(), gradient);
@@ -100,8 +100,8 @@ mod tests {
                 for (a, b) in trained(AdamW::default(), &params, &gradients)?.iter().zip(&expected) {
                     assert!((a - b).abs() <= close * (1.0 + b.abs()), "{n} of {dtype}, {masters}: {a} instead of {b}");
                 }
-                let (weight, kept) = (params.get("w").unwrap(), params.kept().next().unwrap().1);
-                assert_eq!(weight.to_vec::<f32>()?, kept.to_dtype(dtype)?.to_vec::<f32>()?);
+                let (weight, kept) = (params.get("w").unwrap(), params.get("w").unwrap().kept()?);
+                assert_eq!(weight.value()?.to_vec::<f32>()?, kept.to_dtype(dtype)?.to_vec::<f32>()?);
             }
         }
         Ok(())

@@ -1,12 +1,55 @@
 //! Digits that move in straight lines over a canvas and bounce off its edges.
 
-use flowtape_engine::Philox;
+use flowtape_data::{Fingerprint, Media, Result, Sample, SampleHeader, Source};
+use flowtape_engine::{Device, Philox, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::digits::SIDE;
+use crate::builtin::digits::{Digits, SIDE};
 
 /// The greatest speed, in pixels a frame on each axis.
 const SPEED: i64 = 1;
+
+/// Videos of the embedded digits: a digit moves anew each time that it is read.
+#[derive(Clone, Debug)]
+pub struct MovingDigits {
+    digits: Digits,
+    size: VideoSize,
+}
+
+impl MovingDigits {
+    /// Videos of one size, at least a digit's.
+    ///
+    /// # Errors
+    /// When the embedded digits are damaged.
+    pub fn new(size: VideoSize) -> Result<Self> {
+        Ok(Self { digits: Digits::load()?, size })
+    }
+
+    fn dims(&self) -> [usize; 4] {
+        [1, self.size.frames, self.size.height, self.size.width]
+    }
+}
+
+impl Source for MovingDigits {
+    fn len(&self) -> usize {
+        self.digits.len()
+    }
+
+    fn header(&self, _: usize) -> Result<SampleHeader> {
+        Ok(SampleHeader { dims: self.dims().to_vec() })
+    }
+
+    fn read(&self, index: usize, random: &mut Philox) -> Result<Sample> {
+        let video = self.size.animate(self.digits.image(index), random);
+        let pixels = Tensor::from_vec(video, &self.dims(), &Device::cpu())?;
+        Ok(Sample::new(Media::Pixels(pixels), self.digits.caption(index)))
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        let sizes = self.dims().map(|size| size as u64);
+        sizes.iter().fold(self.digits.fingerprint(), |so_far, size| so_far.and(&size.to_le_bytes()))
+    }
+}
 
 /// Sizes of a video.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

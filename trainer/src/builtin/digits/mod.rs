@@ -1,14 +1,19 @@
 //! 1,797 real handwritten digits, embedded: the test part of UCI's *Optical Recognition of Handwritten Digits* (E.
 //! Alpaydin, C. Kaynak, 1998; CC BY 4.0).
 
+mod judge;
+mod report;
+
 use std::io::Read;
 
 use flate2::read::GzDecoder;
-use flowtape_engine::Philox;
+use flowtape_data::{Error, Fingerprint, Media, Result, Sample, SampleHeader, Source, Text};
+use flowtape_engine::{Device, Philox, Tensor};
 
-use crate::{Error, Result};
+pub use judge::{FirstFrame, Quality, judge, judge_first_frames, judge_videos};
+pub use report::{DigitsReport, ImageToVideo, preview};
 
-static CSV: &[u8] = include_bytes!("../data/digits.csv.gz");
+static CSV: &[u8] = include_bytes!("../../../data/digits.csv.gz");
 
 /// Side of an image.
 pub const SIDE: usize = 8;
@@ -35,8 +40,6 @@ pub struct Digits {
     pub pixels: Vec<f32>,
     /// One per image.
     pub labels: Vec<u8>,
-    /// The order of each epoch follows from it.
-    seed: u64,
 }
 
 impl Digits {
@@ -44,8 +47,8 @@ impl Digits {
     ///
     /// # Errors
     /// When they are damaged.
-    pub fn load(seed: u64) -> Result<Self> {
-        let broken = |what: String| Error::Recipe { path: "data.source: digits".into(), what };
+    pub fn load() -> Result<Self> {
+        let broken = |what: String| Error::Open { name: "the embedded digits".into(), what };
         let mut text = String::new();
         GzDecoder::new(CSV).read_to_string(&mut text).map_err(|e| broken(e.to_string()))?;
         let (mut pixels, mut labels) = (Vec::new(), Vec::new());
@@ -59,17 +62,7 @@ impl Digits {
                 _ => return Err(broken(format!("line {}: expected 64 grey levels and a class", number + 1))),
             }
         }
-        Ok(Self { pixels, labels, seed })
-    }
-
-    /// Number of images.
-    pub fn len(&self) -> usize {
-        self.labels.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.labels.is_empty()
+        Ok(Self { pixels, labels })
     }
 
     /// One image.
@@ -77,26 +70,28 @@ impl Digits {
         &self.pixels[index * PIXELS..][..PIXELS]
     }
 
-    /// Indices of the images `from..from + size` of the endless sequence of shuffled epochs.
-    pub fn sequence(&self, from: usize, size: usize) -> Vec<usize> {
-        let (mut order, mut epoch) = (Vec::new(), usize::MAX);
-        let mut at = |place: usize| {
-            if place / self.len() != epoch {
-                epoch = place / self.len();
-                order = self.order(epoch);
-            }
-            order[place % self.len()]
-        };
-        (from..from + size).map(&mut at).collect()
+    /// The caption of an image.
+    pub fn caption(&self, index: usize) -> Text {
+        Text::Caption(CAPTIONS[usize::from(self.labels[index])].into())
+    }
+}
+
+impl Source for Digits {
+    fn len(&self) -> usize {
+        self.labels.len()
     }
 
-    fn order(&self, epoch: usize) -> Vec<usize> {
-        let mut random = Philox::new(self.seed).fork(epoch as u64);
-        let mut order: Vec<usize> = (0..self.len()).collect();
-        for i in (1..order.len()).rev() {
-            order.swap(i, (random.next_f64() * (i + 1) as f64) as usize);
-        }
-        order
+    fn header(&self, _: usize) -> Result<SampleHeader> {
+        Ok(SampleHeader { dims: vec![1, SIDE, SIDE] })
+    }
+
+    fn read(&self, index: usize, _: &mut Philox) -> Result<Sample> {
+        let pixels = Tensor::from_slice(self.image(index), &[1, SIDE, SIDE], &Device::cpu())?;
+        Ok(Sample::new(Media::Pixels(pixels), self.caption(index)))
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(CSV)
     }
 }
 
@@ -105,22 +100,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_epoch_has_every_image_once_and_the_next_another_order() -> Result<()> {
-        let digits = Digits::load(3)?;
+    fn all_classes_are_there_with_their_captions() -> Result<()> {
+        let digits = Digits::load()?;
         assert_eq!((digits.len(), digits.pixels.len()), (1797, 1797 * 64));
         assert_eq!((0..10).map(|c| digits.labels.iter().filter(|l| **l == c).count()).min(), Some(174));
-        let (first, second) = (digits.order(0), digits.order(1));
-        assert_ne!(first, second);
-        let mut sorted = first;
-        sorted.sort_unstable();
-        assert!(sorted.into_iter().eq(0..1797));
-        Ok(())
-    }
-
-    #[test]
-    fn the_sequence_goes_on_over_the_end_of_an_epoch() -> Result<()> {
-        let digits = Digits::load(3)?;
-        assert_eq!(digits.sequence(1790, 14)[7..], digits.sequence(1797, 7));
+        let index = digits.labels.iter().position(|l| *l == 7).unwrap();
+        let sample = digits.read(index, &mut Philox::new(0))?;
+        assert!(matches!(&sample.text, Text::Caption(caption) if caption == "a handwritten seven"));
+        assert_eq!(sample.media.tensor().dims(), digits.header(index)?.dims);
+        assert_eq!(sample.media.tensor().to_vec::<f32>()?, digits.image(index));
         Ok(())
     }
 }

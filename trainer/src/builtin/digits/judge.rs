@@ -1,10 +1,11 @@
 //! How good generated digits are, judged by their nearest real ones.
 
+use flowtape_data::Source;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::digits::{Digits, PIXELS};
-use crate::moving::{Crop, VideoSize};
+use super::{Digits, PIXELS};
+use crate::builtin::moving_digits::{Crop, VideoSize};
 
 /// Figures that see different failures: wrong digits, and digits that no hand wrote.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
@@ -122,7 +123,7 @@ mod tests {
 
     #[test]
     fn real_digits_are_right_and_noise_is_far_away() {
-        let digits = Digits::load(0).unwrap();
+        let digits = Digits::load().unwrap();
         let real = judge(&digits.pixels[..200 * PIXELS], &digits.labels[..200], &digits);
         // Each is its own nearest neighbour; the two others of the vote may err.
         assert!(real.accuracy > 0.95 && real.distance_ratio == 0.0, "{real:?}");
@@ -135,7 +136,7 @@ mod tests {
 
     #[test]
     fn real_videos_are_right_and_their_first_frames_are_their_own() {
-        let digits = Digits::load(0).unwrap();
+        let digits = Digits::load().unwrap();
         let size = VideoSize { frames: 2, height: 11, width: 11 };
         let mut random = flowtape_engine::Philox::new(2);
         let videos: Vec<f32> = (0..20).flat_map(|i| size.animate(digits.image(i), &mut random)).collect();

@@ -1,0 +1,96 @@
+//! Where samples come from.
+
+mod memory;
+
+use std::collections::BTreeMap;
+
+use flowtape_engine::{Philox, Tensor};
+
+use crate::{Fingerprint, Result, TextEmbeddings};
+
+pub use memory::MemorySource;
+
+/// What a sample shows, in host memory.
+#[derive(Clone, Debug)]
+pub enum Media {
+    /// Pixels `[C, H, W]` of an image or `[C, F, H, W]` of a video, float, from -1 to 1: a
+    /// [`LatentCodec`](crate::LatentCodec) makes latents of them.
+    Pixels(Tensor),
+    /// Latents that were made before, of the same axes.
+    Latents(Tensor),
+}
+
+impl Media {
+    /// The numbers, whatever they are.
+    pub fn tensor(&self) -> &Tensor {
+        match self {
+            Self::Pixels(tensor) | Self::Latents(tensor) => tensor,
+        }
+    }
+}
+
+/// What a sample is told by.
+#[derive(Clone, Debug)]
+pub enum Text {
+    /// A caption: a [`TextEncoder`](crate::TextEncoder) makes embeddings of it.
+    Caption(String),
+    /// Embeddings that were made before, each without the axis of samples; zeros stand for a dropped caption.
+    Embeddings(TextEmbeddings),
+}
+
+/// One sample, read.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// What it shows.
+    pub media: Media,
+    /// What it is told by.
+    pub text: Text,
+    /// Whatever else an adapter reads, by name, in host memory, each without the axis of samples.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl Sample {
+    /// A sample of media and text alone.
+    pub fn new(media: Media, text: Text) -> Self {
+        Self { media, text, tensors: BTreeMap::new() }
+    }
+}
+
+/// What is known of a sample before it is read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SampleHeader {
+    /// Sizes of its media: `[C, H, W]` or `[C, F, H, W]`.
+    pub dims: Vec<usize>,
+}
+
+/// Samples by number. Several threads read at once.
+pub trait Source: Send + Sync {
+    /// How many there are.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What is known of a sample without reading it; cheap.
+    ///
+    /// # Errors
+    /// When the sample's header is damaged.
+    fn header(&self, index: usize) -> Result<SampleHeader>;
+
+    /// Reads a sample. What varies from one reading to the next (a crop, a motion) comes from `random` alone: a stream of
+    /// its own for each place in the sequence of a run.
+    ///
+    /// # Errors
+    /// When it can't be read; the loader adds its name.
+    fn read(&self, index: usize, random: &mut Philox) -> Result<Sample>;
+
+    /// What a sample is called in errors, such as its file.
+    fn name(&self, index: usize) -> String {
+        format!("sample {index}")
+    }
+
+    /// Differs where the samples do, so that a run that goes on notices other data.
+    fn fingerprint(&self) -> Fingerprint;
+}

@@ -1,0 +1,45 @@
+//! Data that comes with the trainer, and what is shown and told of a run on it.
+
+pub mod digits;
+pub mod moving_digits;
+mod word_table;
+
+use std::sync::Arc;
+
+use crate::data::Data;
+use crate::hooks::{Hook, Preview};
+use crate::recipe::{DataConfig, SourceName};
+use crate::{Recipe, Result};
+
+pub use word_table::WordTable;
+
+/// The data of a recipe.
+///
+/// # Errors
+/// When the embedded samples are damaged.
+pub fn data(config: &DataConfig) -> Result<Data> {
+    let text = WordTable::new(&digits::CAPTIONS, config.text_dim);
+    Ok(match (config.source, config.video) {
+        (SourceName::MovingDigits, Some(size)) => {
+            Data::of_pixels(Arc::new(moving_digits::MovingDigits::new(size)?), text)
+        }
+        _ => Data::of_pixels(Arc::new(digits::Digits::load()?), text),
+    })
+}
+
+/// What a recipe's grids show.
+///
+/// # Errors
+/// When the embedded samples are damaged.
+pub fn preview(recipe: &Recipe) -> Result<Preview> {
+    Ok(digits::preview(recipe)?)
+}
+
+/// What judges the samples of a finished run, where the recipe asks for it.
+///
+/// # Errors
+/// When the embedded samples are damaged.
+pub fn report(recipe: &Recipe) -> Result<Option<Box<dyn Hook>>> {
+    let Some(config) = &recipe.report else { return Ok(None) };
+    Ok(Some(Box::new(digits::DigitsReport::new(recipe, config)?)))
+}

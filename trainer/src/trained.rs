@@ -1,0 +1,77 @@
+//! A trained model, for sampling.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use flowtape_engine::cpu::awake;
+use flowtape_engine::{DType, Device};
+use flowtape_flowmatch::FlowMatchingPipeline;
+use flowtape_models::{Condition, ModelKind, Transformer, create_pipeline};
+
+use crate::data::Data;
+use crate::generate::{Generator, Request, Samples};
+use crate::recipe::SamplingConfig;
+use crate::run::RunFolder;
+use crate::{Error, Result, builtin};
+
+/// A trained model behind its adapter, for sampling.
+pub struct Trained {
+    model: Box<dyn Transformer>,
+    pipeline: FlowMatchingPipeline,
+    data: Data,
+    /// The run's own settings.
+    pub sampling: SamplingConfig,
+    device: Device,
+}
+
+impl Trained {
+    /// From a run folder's newest checkpoint, on the recipe's device or another.
+    ///
+    /// # Errors
+    /// When the device is not there, it is not a run folder or has no checkpoint.
+    pub fn load(path: &Path, device: Option<&str>) -> Result<Self> {
+        let (run, recipe) = RunFolder::open(path)?;
+        let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
+        let dtype: DType = recipe.dtype.into();
+        let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &device)?;
+        let pipeline = create_pipeline(recipe.flow_matching)?;
+        Ok(Self { model, pipeline, data: builtin::data(&recipe.data)?, sampling: recipe.sampling, device })
+    }
+
+    /// Sizes of a sample: `[C, H, W]` or `[C, F, H, W]`.
+    ///
+    /// # Errors
+    /// When the data it was trained on has no samples.
+    pub fn sample_dims(&self) -> Result<Vec<usize>> {
+        self.data.sample_dims()
+    }
+
+    /// `n` samples of a prompt; videos may go on from a given first frame.
+    ///
+    /// # Errors
+    /// When the prompt is not taken, `n` is 0, or the model takes no first frame.
+    pub fn sample(&self, prompt: &str, n: usize, seed: u64, first_frame: Option<&[f32]>) -> Result<Samples> {
+        let refused = |path: &str, what: &str| Err(Error::Run { path: path.into(), what: what.into() });
+        if n == 0 {
+            return refused("--n", "expected at least 1, got 0");
+        }
+        let kind = ModelKind::of_adapter(self.pipeline.adapter().name())?;
+        if first_frame.is_some() && (self.sample_dims()?.len() < 4 || !kind.takes(Condition::FirstFrame)) {
+            let able = Condition::FirstFrame.adapters().join(", ");
+            return refused("--first-frame", &format!("only videos of these adapters go on from a frame: {able}"));
+        }
+        let first_frames = first_frame.map(|frame| frame.repeat(n));
+        let prompts = vec![prompt; n];
+        let generator = Generator {
+            model: &*self.model,
+            adapter: self.pipeline.adapter(),
+            data: &self.data,
+            sampling: &self.sampling,
+            device: &self.device,
+        };
+        let request = Request { prompts: &prompts, first_frames: first_frames.as_deref(), seed };
+        let samples = awake(&self.device, || generator.generate(&request, &AtomicBool::new(false)))?;
+        // Nobody asks it to stop.
+        Ok(samples.unwrap_or(Samples { pixels: Vec::new(), dims: self.sample_dims()? }))
+    }
+}

@@ -1,0 +1,263 @@
+//! One optimiser step after the other.
+
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use flowtape_data::{Collator, Loader};
+use flowtape_engine::optim::{
+    Clipping, LossScale, LossScaleState, LrScheduler, LrSchedulerConfig, OptimizerStep, Rates, StepConfig,
+};
+use flowtape_engine::{Device, Later, Philox, Tape};
+use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
+use flowtape_models::{Transformer, create_model, create_pipeline};
+use serde::{Deserialize, Serialize};
+
+use crate::builtin;
+use crate::data::Data;
+use crate::generate::{Generator, Request, Samples};
+use crate::recipe::Init;
+use crate::state::{TrainProgress, TrainState};
+use crate::{Error, Recipe, Result};
+
+/// The stream of the steps' random numbers, a fork of the seed.
+const STEPS: u64 = 2;
+
+/// What a step came to: a line of `metrics.jsonl`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Optimiser steps done, from 1.
+    pub step: u64,
+    /// The mean loss of the step's samples.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub loss: f64,
+    /// The learning rate of the step.
+    pub lr: f64,
+    /// The norm of all gradients before clipping; not finite where the step was skipped, and null in the file then.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub grad_norm: f64,
+    /// Training speed of this step.
+    pub samples_per_second: f64,
+    /// What the next step's loss is multiplied with, where it is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub loss_scale: Option<f64>,
+    /// Steps that were skipped so far because a gradient was not finite, where the loss is scaled.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub skipped_steps: Option<u64>,
+}
+
+/// JSON has no NaN.
+fn null_is_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+/// A step whose numbers are still on the device.
+pub(crate) struct Enqueued {
+    /// Optimiser steps done with it.
+    pub step: u64,
+    losses: Vec<Later>,
+    norm: Later,
+    loss_scale: Option<Later>,
+    lr: f64,
+    samples: usize,
+    started: Instant,
+}
+
+impl Enqueued {
+    /// Waits for the numbers; `last_read` is when those of the step before had come.
+    pub fn read(self, last_read: Option<Instant>) -> Result<StepRecord> {
+        let losses = self.losses.into_iter().map(Later::item).collect::<Result<Vec<f64>, _>>()?;
+        let loss_scale = self.loss_scale.map(LossScaleState::read).transpose()?;
+        let grad_norm = self.norm.item()?;
+        // A step that overflowed was skipped: the scale is smaller then.
+        if loss_scale.is_none() {
+            Clipping::finite(grad_norm)?;
+        }
+        let since = last_read.map_or(self.started, |t| t.max(self.started));
+        let samples_per_second = self.samples as f64 / since.elapsed().as_secs_f64();
+        Ok(StepRecord {
+            step: self.step,
+            loss: losses.iter().sum(),
+            lr: self.lr,
+            grad_norm,
+            samples_per_second,
+            loss_scale: loss_scale.map(|s| s.scale),
+            skipped_steps: loss_scale.map(|s| s.skipped_steps),
+        })
+    }
+}
+
+/// Everything that a recipe makes: it does one step at a time, and knows nothing of files, pictures and reports.
+pub struct Trainer {
+    recipe: Recipe,
+    device: Device,
+    model: Box<dyn Transformer>,
+    pipeline: FlowMatchingPipeline,
+    schedule: LrScheduler,
+    data: Data,
+    collator: Collator,
+    /// Made when the first batch is asked for, and again where the cursor was set.
+    loader: Option<Loader>,
+    state: TrainState,
+}
+
+impl Trainer {
+    /// Model, pipeline, optimiser and data of a recipe, on its device.
+    ///
+    /// # Errors
+    /// When a section does not fit.
+    pub fn new(recipe: &Recipe) -> Result<Self> {
+        Self::on(&flowtape_gpu::device(&recipe.device)?, recipe)
+    }
+
+    /// The same on a device that is open already.
+    ///
+    /// # Errors
+    /// When a section does not fit.
+    pub fn on(device: &Device, recipe: &Recipe) -> Result<Self> {
+        Self::with_data(device, recipe, builtin::data(&recipe.data)?)
+    }
+
+    /// The same with data of one's own instead of the recipe's `data.source`.
+    ///
+    /// # Errors
+    /// When a section does not fit.
+    pub fn with_data(device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
+        let params = recipe.dtype.params(recipe.seed, device).with_adaln_zero(recipe.init == Init::AdalnZero);
+        let mut model = create_model(&recipe.model, &params)?;
+        model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
+        let optimizer = &recipe.optimizer;
+        let constant = LrSchedulerConfig {
+            lr_decay_style: flowtape_engine::optim::DecayStyle::Constant,
+            lr_warmup_steps: Some(0),
+            ..LrSchedulerConfig::default()
+        };
+        let steps = recipe.step_scheduler.max_steps;
+        let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
+        Ok(Self {
+            pipeline: create_pipeline(recipe.flow_matching.clone())?,
+            schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
+            collator: data.collator(&recipe.data, recipe.seed),
+            state: TrainState {
+                optimizer: optimizer.build()?,
+                loss_scale: recipe.dtype.loss_scale(recipe.loss_scale, device)?,
+                progress: TrainProgress {
+                    step: 0,
+                    cursor: Default::default(),
+                    train_seconds: 0.0,
+                    recipe: recipe.fingerprint(),
+                    data: data.source.fingerprint(),
+                },
+            },
+            recipe: recipe.clone(),
+            model,
+            data,
+            loader: None,
+            device: device.clone(),
+        })
+    }
+
+    /// The recipe.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// The model.
+    pub fn model(&self) -> &dyn Transformer {
+        &*self.model
+    }
+
+    /// What goes on from step to step beside the weights.
+    pub fn state(&self) -> &TrainState {
+        &self.state
+    }
+
+    /// Goes on from a checkpoint: weights and state.
+    ///
+    /// # Errors
+    /// When it can't be read or does not fit the model.
+    pub fn load(&mut self, checkpoint: &std::path::Path) -> Result<()> {
+        self.model.params().load(&flowtape_models::checkpoint::open_weights(checkpoint)?)?;
+        self.loader = None;
+        self.state.load(self.model.params(), checkpoint)
+    }
+
+    /// One optimiser step. Its data and its random numbers follow from the seed and from where the run stands.
+    ///
+    /// # Errors
+    /// When a sample can't be read, the loss exploded, the gradients' norm is not finite, or a parameter has no gradient.
+    pub fn step(&mut self) -> Result<StepRecord> {
+        let started = Instant::now();
+        let record = self.enqueue()?.read(None)?;
+        self.count_time(started);
+        Ok(record)
+    }
+
+    /// Adds the time since then to that of training.
+    pub(crate) fn count_time(&mut self, since: Instant) {
+        self.state.progress.train_seconds += since.elapsed().as_secs_f64();
+    }
+
+    /// The same, but nothing is read back yet: what is wrong with its numbers is found when they are read.
+    pub(crate) fn enqueue(&mut self) -> Result<Enqueued> {
+        let started = Instant::now();
+        let (global, local) = (self.recipe.global_batch_size(), self.recipe.step_scheduler.local_batch_size);
+        let parts = global / local;
+        let TrainProgress { step, mut cursor, .. } = self.state.progress;
+        let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
+        let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
+        let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
+        let config = StepConfig { micro_batches: parts, max_norm };
+        let TrainState { optimizer, loss_scale, .. } = &mut self.state;
+        let mut sinks = OptimizerStep::new(config, rates, optimizer, self.model.params(), loss_scale.as_mut())?;
+        let mut losses = Vec::with_capacity(parts);
+        let mut norm = None;
+        for _ in 0..parts {
+            let loader = match &mut self.loader {
+                Some(loader) => loader,
+                none => none.insert(self.data.loader(&self.recipe.data, local, self.recipe.seed, cursor)?),
+            };
+            let loaded = loader.next()?;
+            cursor = loaded.plan.next;
+            let batch = self.collator.batch(&loaded, &self.device)?;
+            let tape = Tape::new();
+            let options = StepOptions {
+                dtype: self.recipe.dtype.into(),
+                collect_metrics: false,
+                check_loss: self.recipe.performance.check_loss,
+                ..StepOptions::recorded(&tape)
+            };
+            let output = self.pipeline.step(&*self.model, &batch, step, &mut draws, &options)?;
+            let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
+            losses.push(share.read_later()?);
+            let without = self.model.parameters_without_gradient(&output.inputs);
+            norm = sinks.backward(&tape, &share, &without)?;
+        }
+        drop(sinks);
+        let nothing = || Error::Run { path: self.recipe.name.clone().into(), what: "no samples".into() };
+        let norm = norm.ok_or_else(nothing)?.read_later()?;
+        let loss_scale = self.state.loss_scale.as_ref().map(LossScale::read_later).transpose()?;
+        self.state.progress.step = step + 1;
+        self.state.progress.cursor = cursor;
+        Ok(Enqueued { step: step + 1, losses, norm, loss_scale, lr: rates.lr, samples: global, started })
+    }
+
+    /// Whether the numbers of a step are there as soon as it is enqueued.
+    pub(crate) fn reads_at_once(&self) -> bool {
+        self.device.backend().is_host()
+    }
+
+    /// Samples with the model as it is now; none where it was asked to stop meanwhile.
+    ///
+    /// # Errors
+    /// When a prompt is not taken, or the model fails.
+    pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
+        let generator = Generator {
+            model: &*self.model,
+            adapter: self.pipeline.adapter(),
+            data: &self.data,
+            sampling: &self.recipe.sampling,
+            device: &self.device,
+        };
+        generator.generate(request, stop)
+    }
+}
