@@ -4,6 +4,47 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, LossWeighting, Result, TimestepSampling};
 
+/// The strategies that a recipe may name; with its parameters one is a [`TimestepSampling`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SamplingStrategy {
+    /// [`TimestepSampling::Uniform`].
+    Uniform,
+    /// [`TimestepSampling::LogitNormal`].
+    LogitNormal,
+    /// [`TimestepSampling::Mode`].
+    Mode,
+    /// [`TimestepSampling::LogNorm`].
+    #[serde(rename = "lognorm")]
+    LogNorm,
+    /// [`TimestepSampling::Mix`].
+    Mix,
+    /// [`TimestepSampling::Beta`].
+    Beta,
+}
+
+impl SamplingStrategy {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Uniform, Self::LogitNormal, Self::Mode, Self::LogNorm, Self::Mix, Self::Beta];
+
+    /// The name in recipes and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uniform => "uniform",
+            Self::LogitNormal => "logit_normal",
+            Self::Mode => "mode",
+            Self::LogNorm => "lognorm",
+            Self::Mix => "mix",
+            Self::Beta => "beta",
+        }
+    }
+
+    /// The strategy of that name.
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|strategy| strategy.name() == name)
+    }
+}
+
 /// Everything that the pipeline can be told, with NeMo's names and defaults.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -12,8 +53,12 @@ pub struct FlowMatchingConfig {
     pub adapter_type: String,
     /// Arguments of the adapter's constructor.
     pub adapter_kwargs: serde_json::Map<String, serde_json::Value>,
-    /// `uniform`, `logit_normal`, `mode`, `lognorm`, `mix` or `beta`. Another name draws uniformly and is warned of.
-    pub timestep_sampling: String,
+    /// `uniform`, `logit_normal`, `mode`, `lognorm`, `mix` or `beta`.
+    pub timestep_sampling: SamplingStrategy,
+    /// A strategy's name that is not known: σ is drawn uniformly under it, whatever `timestep_sampling` says. It is what the
+    /// reference does with an unknown `timestep_sampling`, which is refused here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unknown_timestep_sampling: Option<String>,
     /// Mean of `logit_normal`.
     pub logit_mean: f64,
     /// Standard deviation of `logit_normal`.
@@ -53,7 +98,8 @@ impl Default for FlowMatchingConfig {
         Self {
             adapter_type: "simple".to_owned(),
             adapter_kwargs: serde_json::Map::new(),
-            timestep_sampling: "logit_normal".to_owned(),
+            timestep_sampling: SamplingStrategy::LogitNormal,
+            unknown_timestep_sampling: None,
             logit_mean: 0.0,
             logit_std: 1.0,
             flow_shift: 3.0,
@@ -77,14 +123,18 @@ impl Default for FlowMatchingConfig {
 impl FlowMatchingConfig {
     /// The strategy that `timestep_sampling` names, with its parameters.
     pub fn strategy(&self) -> TimestepSampling {
-        match self.timestep_sampling.as_str() {
-            "uniform" => TimestepSampling::Uniform,
-            "logit_normal" => TimestepSampling::LogitNormal { mean: self.logit_mean, std: self.logit_std },
-            "mode" => TimestepSampling::Mode { scale: TimestepSampling::MODE_SCALE },
-            "lognorm" => TimestepSampling::LogNorm,
-            "mix" => TimestepSampling::Mix,
-            "beta" => TimestepSampling::Beta { alpha: self.beta_alpha, beta: self.beta_beta },
-            other => TimestepSampling::Other(other.to_owned()),
+        if let Some(name) = &self.unknown_timestep_sampling {
+            return TimestepSampling::Other(name.clone());
+        }
+        match self.timestep_sampling {
+            SamplingStrategy::Uniform => TimestepSampling::Uniform,
+            SamplingStrategy::LogitNormal => {
+                TimestepSampling::LogitNormal { mean: self.logit_mean, std: self.logit_std }
+            }
+            SamplingStrategy::Mode => TimestepSampling::Mode { scale: TimestepSampling::MODE_SCALE },
+            SamplingStrategy::LogNorm => TimestepSampling::LogNorm,
+            SamplingStrategy::Mix => TimestepSampling::Mix,
+            SamplingStrategy::Beta => TimestepSampling::Beta { alpha: self.beta_alpha, beta: self.beta_beta },
         }
     }
 
@@ -132,6 +182,11 @@ impl FlowMatchingConfig {
         ] {
             check(value > 0, key, "a positive number", value as f64)?;
         }
+        let known = self.unknown_timestep_sampling.as_ref().filter(|name| SamplingStrategy::of_name(name).is_some());
+        if let Some(known) = known {
+            let expected = "a name that is not known (timestep_sampling takes the known ones)";
+            return Err(Error::config("unknown_timestep_sampling", expected, known));
+        }
         self.weighting().map(|_| ())
     }
 }
@@ -147,10 +202,10 @@ mod tests {
         let strategy = TimestepSampling::LogitNormal { mean: 0.0, std: 1.0 };
         assert_eq!((empty.strategy(), empty.flow_shift, empty.mix_uniform_ratio), (strategy, 3.0, 0.1));
         empty.validate().unwrap();
-        for name in TimestepSampling::NAMES {
-            let config = FlowMatchingConfig { timestep_sampling: name.to_owned(), ..empty.clone() };
-            assert_eq!(config.strategy().name(), name);
-            assert!(!matches!(config.strategy(), TimestepSampling::Other(_)));
+        for strategy in SamplingStrategy::ALL {
+            let config: FlowMatchingConfig =
+                serde_json::from_value(serde_json::json!({"timestep_sampling": strategy.name()})).unwrap();
+            assert_eq!((config.timestep_sampling, config.strategy().name()), (strategy, strategy.name()));
         }
         let error = serde_json::from_str::<FlowMatchingConfig>(r#"{"flow_shit": 3}"#).unwrap_err().to_string();
         assert!(error.contains("flow_shit") && error.contains("flow_shift"), "{error}");
@@ -172,10 +227,24 @@ mod tests {
             (r#"{"log_interval": 0}"#, "log_interval"),
             (r#"{"summary_log_interval": 0}"#, "summary_log_interval"),
             (r#"{"loss_weighting_scheme": "nope"}"#, "loss_weighting_scheme"),
+            (r#"{"unknown_timestep_sampling": "mode"}"#, "unknown_timestep_sampling"),
         ] {
             let config: FlowMatchingConfig = serde_json::from_str(json).unwrap();
             let error = config.validate().unwrap_err().to_string();
             assert!(error.starts_with(&format!("{key}: expected ")), "{json}: {error}");
         }
+    }
+    #[test]
+    fn an_unknown_strategy_is_refused_unless_its_own_key_asks_for_it() {
+        for name in ["sigmoid", "logit_normal ", "Logit_Normal", ""] {
+            let json = serde_json::json!({"timestep_sampling": name});
+            let error = serde_json::from_value::<FlowMatchingConfig>(json).unwrap_err().to_string();
+            let listed = SamplingStrategy::ALL.into_iter().all(|strategy| error.contains(strategy.name()));
+            assert!(listed && error.contains(&format!("`{name}`")), "{error}");
+        }
+        let config: FlowMatchingConfig =
+            serde_json::from_value(serde_json::json!({"unknown_timestep_sampling": "sigmoid"})).unwrap();
+        config.validate().unwrap();
+        assert_eq!(config.strategy(), TimestepSampling::Other("sigmoid".into()));
     }
 }

@@ -38,7 +38,7 @@ pub use adapter::{
     FlowMatchingContext, FlowModel, Input, ModelAdapter, ModelInputs, ModelOutput, NoisedStream, Prediction,
 };
 pub use batch::Batch;
-pub use config::FlowMatchingConfig;
+pub use config::{FlowMatchingConfig, SamplingStrategy};
 pub use draws::{Draws, PhiloxDraws, Recorded, RecordedDraws};
 pub use error::{Error, Result};
 pub use metrics::{Metric, Metrics};

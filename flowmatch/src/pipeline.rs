@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use flowtape_engine::{DType, Tape, Tensor};
-use tracing::{Level, debug, enabled, warn};
+use tracing::{Level, debug, enabled};
 
 use crate::log::LossValues;
 use crate::metrics::Range;
@@ -11,7 +11,7 @@ use crate::schedule::per_sample;
 use crate::{
     Batch, DataType, Draws, Error, FlowMatchingConfig, FlowMatchingContext, FlowModel, LinearInterpolationSchedule,
     LossWeighting, Metrics, ModelAdapter, ModelInputs, NoisedStream, Prediction, Result, TaskType, TimestepSample,
-    TimestepSampler, TimestepSampling, log, task,
+    TimestepSampler, log, task,
 };
 
 /// Flow-matching training for any model behind a [`ModelAdapter`].
@@ -173,10 +173,6 @@ impl FlowMatchingPipeline {
     /// When a value of the configuration does not fit.
     pub fn new(config: FlowMatchingConfig, adapter: impl ModelAdapter + 'static) -> Result<Self> {
         let sampler = TimestepSampler::new(&config)?;
-        if let TimestepSampling::Other(name) = sampler.strategy() {
-            let known = TimestepSampling::NAMES.join(", ");
-            warn!(target: log::TARGET, "unknown timestep_sampling `{name}`: drawing uniformly (known: {known})");
-        }
         let (weighting, schedule) = (config.weighting()?, LinearInterpolationSchedule);
         Ok(Self { config, adapter: Box::new(adapter), sampler, weighting, schedule })
     }

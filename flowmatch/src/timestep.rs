@@ -2,7 +2,7 @@
 
 use std::f32::consts::PI;
 
-use crate::{Draws, FlowMatchingConfig, Result};
+use crate::{Draws, FlowMatchingConfig, Result, SamplingStrategy};
 
 /// The distribution of `u` before the flow shift (of σ itself for [`TimestepSampling::Beta`]).
 #[derive(Clone, PartialEq, Debug)]
@@ -33,7 +33,7 @@ pub enum TimestepSampling {
         /// β > 0.
         beta: f64,
     },
-    /// A name that is not known: uniform under that name, as in the reference.
+    /// A name that is not known (`unknown_timestep_sampling`): uniform under that name, as in the reference.
     Other(String),
 }
 
@@ -41,18 +41,15 @@ impl TimestepSampling {
     /// `mode`'s scale in the pipeline.
     pub const MODE_SCALE: f64 = 1.29;
 
-    /// The names that a recipe may use.
-    pub const NAMES: [&str; 6] = ["uniform", "logit_normal", "mode", "lognorm", "mix", "beta"];
-
     /// The name in recipes and metrics.
     pub fn name(&self) -> &str {
         match self {
-            Self::Uniform => "uniform",
-            Self::LogitNormal { .. } => "logit_normal",
-            Self::Mode { .. } => "mode",
-            Self::LogNorm => "lognorm",
-            Self::Mix => "mix",
-            Self::Beta { .. } => "beta",
+            Self::Uniform => SamplingStrategy::Uniform.name(),
+            Self::LogitNormal { .. } => SamplingStrategy::LogitNormal.name(),
+            Self::Mode { .. } => SamplingStrategy::Mode.name(),
+            Self::LogNorm => SamplingStrategy::LogNorm.name(),
+            Self::Mix => SamplingStrategy::Mix.name(),
+            Self::Beta { .. } => SamplingStrategy::Beta.name(),
             Self::Other(name) => name,
         }
     }
@@ -182,12 +179,18 @@ mod tests {
     use super::*;
     use crate::{PhiloxDraws, Recorded, RecordedDraws};
 
-    fn config(strategy: &str) -> FlowMatchingConfig {
+    fn config(name: &str) -> FlowMatchingConfig {
+        let known = SamplingStrategy::of_name(name);
         FlowMatchingConfig {
-            timestep_sampling: strategy.to_owned(),
+            timestep_sampling: known.unwrap_or(SamplingStrategy::Mode),
+            unknown_timestep_sampling: known.is_none().then(|| name.to_owned()),
             mix_uniform_ratio: 0.0,
             ..FlowMatchingConfig::default()
         }
+    }
+
+    fn names() -> impl Iterator<Item = &'static str> {
+        SamplingStrategy::ALL.into_iter().map(SamplingStrategy::name)
     }
 
     fn sample(config: &FlowMatchingConfig, n: usize, seed: u64) -> TimestepSample {
@@ -201,7 +204,7 @@ mod tests {
 
     #[test]
     fn every_strategy_stays_in_range_under_its_own_name() {
-        for name in TimestepSampling::NAMES.into_iter().chain(["something_else"]) {
+        for name in names().chain(["something_else"]) {
             for shift in [1e-4, 1.0, 3.0, 1e4] {
                 let got = sample(&FlowMatchingConfig { flow_shift: shift, ..config(name) }, 500, 3);
                 assert_eq!((got.method.as_str(), got.sigma.len(), got.timesteps.len()), (name, 500, 500));
@@ -247,7 +250,7 @@ mod tests {
     #[test]
     fn sigma_is_clamped_after_the_shift() {
         for (low, high) in [(0.2, 0.6), (0.875, 1.0), (0.5, 0.5)] {
-            for name in TimestepSampling::NAMES {
+            for name in names() {
                 let got = sample(&FlowMatchingConfig { sigma_min: low, sigma_max: high, ..config(name) }, 300, 5);
                 assert!(got.sigma.iter().all(|s| (low as f32..=high as f32).contains(s)), "{name}");
             }

@@ -7,9 +7,11 @@ use flowtape_engine::files::write_whole;
 use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::safetensors::Shards;
 use flowtape_engine::{DType, Device, Error as EngineError};
-use serde_json::Value;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::{Map, Value};
+use tracing::warn;
 
-use crate::{Result, Transformer, create_model};
+use crate::{Error, ModelKind, Result, Transformer, create_model};
 
 /// The file of the configuration.
 pub const CONFIG: &str = "config.json";
@@ -18,13 +20,52 @@ pub const WEIGHTS: &str = "diffusion_pytorch_model";
 /// The greatest file of weights that is written, in bytes: diffusers' default of 10 GB.
 pub const MAX_SHARD_SIZE: usize = 10_000_000_000;
 
-/// Reads a configuration.
+/// The keys and values of a JSON object, repeated keys too.
+struct Entries(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Entries;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+/// Reads a configuration as diffusers does, complete and checked: of a key that is repeated the last value counts, and a key
+/// that the class does not know is passed over. Both are warned of.
 ///
 /// # Errors
-/// When the file is missing or not JSON.
+/// When the file is missing or not JSON, the class is unknown, a value does not fit, or the weights are quantised. The error
+/// names the file.
 pub fn load_config(path: &Path) -> Result<Value> {
     let text = std::fs::read(path).map_err(|source| EngineError::Io { path: path.into(), source })?;
-    Ok(serde_json::from_slice(&text).map_err(|e| EngineError::Format { path: path.into(), what: e.to_string() })?)
+    let wrong = |what: String| Error::from(EngineError::Format { path: path.into(), what });
+    let Entries(entries) = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
+    let mut config = Map::new();
+    for (key, value) in entries {
+        if let Some(before) = config.insert(key.clone(), value) {
+            warn!("{}: the key `{key}` is repeated; its last value counts, not {before}", path.display());
+        }
+    }
+    let class = config.get("_class_name").and_then(Value::as_str).unwrap_or("no _class_name");
+    let reader = ModelKind::of_class(class).map_err(|e| wrong(e.to_string()))?.config;
+    for key in reader.unknown_keys(&config) {
+        config.remove(&key);
+        warn!("{}: the key `{key}` is unknown and passed over", path.display());
+    }
+    reader.complete(&Value::Object(config)).map_err(|e| wrong(e.to_string()))
 }
 
 /// Opens a folder's weights. A known prefix of all keys, such as `_orig_mod.`, is passed over with a warning.
@@ -38,12 +79,15 @@ pub fn open_weights(folder: &Path) -> Result<Shards> {
 /// Loads a model, its weights converted to `dtype` one by one: memory holds one tensor above the model.
 ///
 /// # Errors
-/// When a file can't be read, the class is unknown, or keys do not fit (one error lists them all).
+/// When a file can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
 pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Transformer>> {
     let weights = Arc::new(open_weights(folder)?);
     let params = ParamBuilder::from_file(weights.clone(), dtype, device);
     let model = create_model(&load_config(&folder.join(CONFIG))?, &params)?;
-    model.params().check_keys(&weights, |name| model.is_ignored_key(name))?;
+    model.params().check_keys(&weights, |name| model.is_ignored_key(name)).map_err(|error| {
+        let class = model.config()["_class_name"].as_str().unwrap_or("model").to_owned();
+        Error::Model { model: class, source: Box::new(error) }
+    })?;
     Ok(model)
 }
 

@@ -1,41 +1,140 @@
 //! What the configurations of all models and adapters share: how they are read, checked and written.
+//!
+//! A configuration means what diffusers makes of it: a flag is anything that Python takes for true or false (0, 1, null),
+//! some numbers may be written as 2.0, and some may be null. What diffusers' constructors refuse is refused.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-/// Reads the object of `config.json`. Keys that start with `_` say where it came from, and are passed over.
-pub(crate) fn parse_config<T: DeserializeOwned>(value: &Value) -> Result<T> {
-    let mut value = value.clone();
-    if let Some(object) = value.as_object_mut() {
-        object.retain(|key, _| !key.starts_with('_'));
-    }
-    parse("config.json", value)
+/// The greatest width, length or number of channels that a configuration may state, and the greatest product of those
+/// that make one: far beyond all models, and small enough that no number of elements exceeds 64 bits.
+pub(crate) const MAX_SIZE: usize = 1 << 20;
+/// The greatest number of layers.
+pub(crate) const MAX_LAYERS: usize = 1 << 10;
+
+/// The configuration of one of diffusers' classes.
+pub(crate) trait Config: DeserializeOwned + Serialize + Default {
+    /// diffusers' class.
+    const CLASS: &'static str;
+    /// Keys whose null means the default.
+    const NULLABLE: &'static [&'static str] = &[];
+
+    /// Checks what no single value shows.
+    ///
+    /// # Errors
+    /// The first value that does not fit.
+    fn check(&self) -> Result<()>;
 }
 
-/// The object of `config.json` for a configuration of a class.
-pub(crate) fn config_json(class: &str, config: &impl Serialize) -> Value {
+/// Reads and checks the object of `config.json`. Keys that start with `_` say where it came from, and are passed over.
+///
+/// # Errors
+/// When a key is unknown or a value does not fit.
+pub(crate) fn read<C: Config>(value: &Value) -> Result<C> {
+    let Some(object) = value.as_object() else {
+        return Err(Error::config("model", "an object of keys and values", value));
+    };
+    if object.get("quantization_config").is_some_and(|quantised| !quantised.is_null()) {
+        let expected = "none: quantised weights can't be read; load a checkpoint that is not quantised";
+        return Err(Error::config("quantization_config", expected, "one"));
+    }
+    if let Some(unknown) = unknown_keys::<C>(object).first() {
+        let expected = format!("a key of {}{}", C::CLASS, nearest::<C>(unknown));
+        return Err(Error::config("model", expected, unknown));
+    }
+    let mut known = object.clone();
+    known.retain(|key, value| {
+        let default = value.is_null() && (C::NULLABLE.contains(&&**key) || key == "quantization_config");
+        !(key.starts_with('_') || default)
+    });
+    let config: C = parse("model", Value::Object(known))?;
+    config.check()?;
+    Ok(config)
+}
+
+/// The keys that a class does not know.
+pub(crate) fn unknown_keys<C: Config>(object: &Map<String, Value>) -> Vec<String> {
+    let known = serde_json::json!(C::default());
+    let is_known = |key: &str| key.starts_with('_') || key == "quantization_config" || known.get(key).is_some();
+    object.keys().filter(|key| !is_known(key)).cloned().collect()
+}
+
+/// `; did you mean ..?`, where a key is like one of a class.
+fn nearest<C: Config>(key: &str) -> String {
+    let known = serde_json::json!(C::default());
+    let names = known.as_object().into_iter().flat_map(Map::keys);
+    let best = names.map(|name| (strsim::jaro(name, key), name)).max_by(|a, b| a.0.total_cmp(&b.0));
+    best.filter(|(likeness, _)| *likeness > 0.8).map_or(String::new(), |(_, name)| format!("; did you mean `{name}`?"))
+}
+
+/// The object of `config.json` for a configuration.
+pub(crate) fn config_json<C: Config>(config: &C) -> Value {
     let mut value = serde_json::json!(config);
-    value["_class_name"] = class.into();
+    value["_class_name"] = C::CLASS.into();
     value
 }
 
-/// Checks that each of these sizes of a configuration is at least 1.
+/// Python's truth of a flag: true and false, 1 and 0, and null, which is false.
+pub(crate) fn truth<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<bool, D::Error> {
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(false),
+        Value::Bool(flag) => Ok(flag),
+        Value::Number(number) if number.as_f64() == Some(0.0) => Ok(false),
+        Value::Number(number) if number.as_f64() == Some(1.0) => Ok(true),
+        other => Err(D::Error::custom(format!("expected true or false, got {other}"))),
+    }
+}
+
+/// A whole number that may be written as 2.0.
+pub(crate) fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    value
+        .as_u64()
+        .or_else(|| {
+            value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..=MAX_SIZE as f64).contains(x)).map(|x| x as u64)
+        })
+        .and_then(|n| usize::try_from(n).ok())
+        .ok_or_else(|| D::Error::custom(format!("expected a whole number, got {value}")))
+}
+
+/// Three of [`whole`].
+pub(crate) fn wholes<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<[usize; 3], D::Error> {
+    #[derive(Deserialize)]
+    struct Whole(#[serde(deserialize_with = "whole")] usize);
+    Ok(<[Whole; 3]>::deserialize(deserializer)?.map(|n| n.0))
+}
+
+/// A product of sizes; one that is too large for [`check_sizes`] stays so.
+pub(crate) fn product(sizes: &[usize]) -> usize {
+    sizes.iter().fold(1, |product: usize, size| product.saturating_mul(*size))
+}
+
+/// Checks that each of these sizes of a configuration is at least 1 and at most [`MAX_SIZE`].
 pub(crate) fn check_sizes<const N: usize>(sizes: [(&'static str, usize); N]) -> Result<()> {
-    match sizes.into_iter().find(|(_, size)| *size == 0) {
-        Some((key, size)) => Err(Error::config(key, "at least 1", size)),
+    match sizes.into_iter().find(|(_, size)| !(1..=MAX_SIZE).contains(size)) {
+        Some((key, size)) => Err(Error::config(key, format!("at least 1 and at most {MAX_SIZE}"), size)),
+        None => Ok(()),
+    }
+}
+
+/// Checks that there are at most [`MAX_LAYERS`] of each kind of layer, and at least `least`.
+pub(crate) fn check_layers<const N: usize>(least: usize, layers: [(&'static str, usize); N]) -> Result<()> {
+    match layers.into_iter().find(|(_, count)| !(least..=MAX_LAYERS).contains(count)) {
+        Some((key, count)) => Err(Error::config(key, format!("at least {least} and at most {MAX_LAYERS}"), count)),
         None => Ok(()),
     }
 }
 
 /// Checks that the axes of a rotary embedding, `N` of them, are even and fill a head.
 pub(crate) fn check_rope_axes<const N: usize>(key: &'static str, axes: &[usize], head_dim: usize) -> Result<()> {
-    if axes.len() == N && axes.iter().all(|axis| axis % 2 == 0) && axes.iter().sum::<usize>() == head_dim {
+    let sum = axes.iter().fold(0, |sum: usize, axis| sum.saturating_add(*axis));
+    if axes.len() == N && axes.iter().all(|axis| axis % 2 == 0) && sum == head_dim {
         return Ok(());
     }
-    Err(Error::config(key, format!("{N} even numbers with the sum {head_dim}"), axes))
+    Err(Error::config(key, format!("{N} even numbers with the sum {head_dim} (attention_head_dim)"), axes))
 }
 
 /// Reads an adapter's arguments from a recipe's `adapter_kwargs`.

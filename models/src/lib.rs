@@ -11,6 +11,7 @@
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`presets`], [`summary`] | configurations of published checkpoints; what a model is made of |
+//! | [`requirements`] | what a model asks of a batch, and what contradicts it |
 //! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`], [`create_pipeline`] |
 
 pub mod blocks;
@@ -23,6 +24,7 @@ pub mod ltx2;
 pub mod presets;
 pub mod qwen_image;
 pub mod registry;
+pub mod requirements;
 pub mod summary;
 #[cfg(test)]
 mod testing;

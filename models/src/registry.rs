@@ -4,16 +4,20 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_flowmatch::{DataType, FlowMatchingConfig, FlowMatchingPipeline, ModelAdapter};
 use serde_json::{Map, Value};
 
+use crate::config::{Config, config_json, read, unknown_keys};
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
 use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
-use crate::hunyuan_video::{self, HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
+use crate::hunyuan_video::{HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
 use crate::ltx2::{LTX2Adapter, LTX2Config, LTX2VideoTransformer3DModel};
 use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
+use crate::requirements::Requirements;
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
 use crate::{Error, Result, Transformer};
 
 /// Makes an adapter from its `adapter_kwargs`.
 pub type NewAdapter = fn(&Map<String, Value>) -> Result<Box<dyn ModelAdapter>>;
+/// Says what a model asks of a batch, from the object of `config.json` and its adapter's `adapter_kwargs`.
+pub type NewRequirements = fn(&Value, &Map<String, Value>) -> Result<Requirements>;
 /// Makes a model from the object of `config.json`.
 pub type NewModel = fn(&Value, &ParamBuilder) -> Result<Box<dyn Transformer>>;
 
@@ -49,6 +53,32 @@ pub struct Capabilities {
     pub guidance: GuidanceKind,
 }
 
+/// Reads configurations of a class of diffusers.
+#[derive(Clone, Copy, Debug)]
+pub struct ConfigReader {
+    complete: fn(&Value) -> Result<Value>,
+    unknown_keys: fn(&Map<String, Value>) -> Vec<String>,
+}
+
+impl ConfigReader {
+    const fn of<C: Config>() -> Self {
+        Self { complete: |config| Ok(config_json(&read::<C>(config)?)), unknown_keys: unknown_keys::<C> }
+    }
+
+    /// The object of `config.json` with every key of the class, its values checked.
+    ///
+    /// # Errors
+    /// When a key is unknown or a value does not fit.
+    pub fn complete(&self, config: &Value) -> Result<Value> {
+        (self.complete)(config)
+    }
+
+    /// The keys of an object of `config.json` that the class does not know.
+    pub fn unknown_keys(&self, config: &Map<String, Value>) -> Vec<String> {
+        (self.unknown_keys)(config)
+    }
+}
+
 /// A model, its adapter and how both are made.
 #[derive(Debug)]
 pub struct ModelKind {
@@ -56,10 +86,14 @@ pub struct ModelKind {
     pub adapter: &'static str,
     /// diffusers' class, as in `_class_name` of `config.json`.
     pub class: &'static str,
+    /// How its configurations are read.
+    pub config: ConfigReader,
     /// What it can do.
     pub capabilities: Capabilities,
     /// Makes the adapter.
     pub new_adapter: NewAdapter,
+    /// What a model of a configuration and these `adapter_kwargs` asks of a batch.
+    pub requirements: NewRequirements,
     /// Makes the model.
     pub new_model: NewModel,
 }
@@ -68,69 +102,91 @@ pub struct ModelKind {
 pub const MODELS: &[ModelKind] = &[
     ModelKind {
         adapter: "simple",
-        class: "WanTransformer3DModel",
+        class: WanConfig::CLASS,
+        config: ConfigReader::of::<WanConfig>(),
         capabilities: Capabilities { data: DataType::Video, conditions: &[], guidance: GuidanceKind::ClassifierFree },
         new_adapter: |kwargs| Ok(Box::new(SimpleAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| SimpleAdapter::from_kwargs(kwargs)?.requirements(&WanConfig::from_json(config)?),
         new_model: |config, params| Ok(Box::new(WanTransformer3DModel::new(WanConfig::from_json(config)?, params)?)),
     },
     ModelKind {
         adapter: "flux",
-        class: "FluxTransformer2DModel",
+        class: FluxConfig::CLASS,
+        config: ConfigReader::of::<FluxConfig>(),
         capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::Embedded },
         new_adapter: |kwargs| Ok(Box::new(FluxAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| FluxAdapter::from_kwargs(kwargs)?.requirements(&FluxConfig::from_json(config)?),
         new_model: |config, params| Ok(Box::new(FluxTransformer2DModel::new(FluxConfig::from_json(config)?, params)?)),
     },
     ModelKind {
         adapter: "flux2",
-        class: "Flux2Transformer2DModel",
+        class: Flux2Config::CLASS,
+        config: ConfigReader::of::<Flux2Config>(),
         capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::Embedded },
         new_adapter: |kwargs| Ok(Box::new(Flux2Adapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            Flux2Adapter::from_kwargs(kwargs)?.requirements(&Flux2Config::from_json(config)?)
+        },
         new_model: |config, params| {
             Ok(Box::new(Flux2Transformer2DModel::new(Flux2Config::from_json(config)?, params)?))
         },
     },
     ModelKind {
         adapter: "hunyuan",
-        class: hunyuan_video::CLASS,
+        class: HunyuanVideo15Config::CLASS,
+        config: ConfigReader::of::<HunyuanVideo15Config>(),
         capabilities: Capabilities {
             data: DataType::Video,
             conditions: &[Condition::FirstFrame],
             guidance: GuidanceKind::ClassifierFree,
         },
         new_adapter: |kwargs| Ok(Box::new(HunyuanAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            HunyuanAdapter::from_kwargs(kwargs)?.requirements(&HunyuanVideo15Config::from_json(config)?)
+        },
         new_model: |config, params| {
             Ok(Box::new(HunyuanVideo15Transformer3DModel::new(HunyuanVideo15Config::from_json(config)?, params)?))
         },
     },
     ModelKind {
         adapter: "ltx2",
-        class: "LTX2VideoTransformer3DModel",
+        class: LTX2Config::CLASS,
+        config: ConfigReader::of::<LTX2Config>(),
         capabilities: Capabilities {
             data: DataType::Video,
             conditions: &[Condition::Audio],
             guidance: GuidanceKind::ClassifierFree,
         },
         new_adapter: |kwargs| Ok(Box::new(LTX2Adapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| LTX2Adapter::from_kwargs(kwargs)?.requirements(&LTX2Config::from_json(config)?),
         new_model: |config, params| {
             Ok(Box::new(LTX2VideoTransformer3DModel::new(LTX2Config::from_json(config)?, params)?))
         },
     },
     ModelKind {
         adapter: "qwen_image",
-        class: "QwenImageTransformer2DModel",
+        class: QwenImageConfig::CLASS,
+        config: ConfigReader::of::<QwenImageConfig>(),
         capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
         new_adapter: |kwargs| Ok(Box::new(QwenImageAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            QwenImageAdapter::from_kwargs(kwargs)?.requirements(&QwenImageConfig::from_json(config)?)
+        },
         new_model: new_qwen_image,
     },
     ModelKind {
         adapter: "qwen_image_edit",
-        class: "QwenImageTransformer2DModel",
+        class: QwenImageConfig::CLASS,
+        config: ConfigReader::of::<QwenImageConfig>(),
         capabilities: Capabilities {
             data: DataType::Image,
             conditions: &[Condition::ReferenceImages],
             guidance: GuidanceKind::ClassifierFree,
         },
         new_adapter: |kwargs| Ok(Box::new(QwenImageEditAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            QwenImageEditAdapter::from_kwargs(kwargs)?.requirements(&QwenImageConfig::from_json(config)?)
+        },
         new_model: new_qwen_image,
     },
 ];

@@ -10,8 +10,8 @@ use flowtape_engine::nn::{
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::{DType, Device, Tape, Tensor};
 use flowtape_models::blocks::{
-    ChannelOrder, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, RopePrecision, RopeTables,
-    unpatchify,
+    ChannelOrder, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QkvConfig, RopePrecision,
+    RopeTables, unpatchify,
 };
 use flowtape_models::flux::FluxSingleTransformerBlock;
 use flowtape_models::flux2;
@@ -416,7 +416,7 @@ impl Case<'_> {
         let (width, head) = (image.dim(2)?, rope.cos.dim(1)?);
         if self.name == "flux_double_block" {
             return self.module(
-                |p| JointTransformerBlock::new(p, width, width / head, 4 * width),
+                |p| JointTransformerBlock::new(p, QkvConfig::joint(width, width / head), 4 * width),
                 |m| Ok(m.forward([text, image], temb, &rope, None)?.into()),
             );
         }

@@ -11,7 +11,7 @@ use flowtape_flowmatch::time_shift::{
 use flowtape_flowmatch::weighting::bsmntw_table;
 use flowtape_flowmatch::{
     Batch, DataType, Draws, FlowMatchingConfig, FlowMatchingContext, FlowMatchingPipeline, LinearInterpolationSchedule,
-    ModelAdapter, ModelInputs, PhiloxDraws, Recorded, RecordedDraws, TimestepSampler,
+    ModelAdapter, ModelInputs, PhiloxDraws, Recorded, RecordedDraws, SamplingStrategy, TimestepSampler,
 };
 use serde_json::Value;
 
@@ -19,7 +19,15 @@ use crate::Outcome;
 use crate::golden::{Any, Golden, exact, max, number, text};
 
 fn config(kwargs: &Value) -> Any<FlowMatchingConfig> {
-    Ok(serde_json::from_value(kwargs.clone())?)
+    let mut kwargs = kwargs.clone();
+    let name = kwargs["timestep_sampling"].as_str().unwrap_or("uniform").to_owned();
+    // What the reference does with an unknown name has a key of its own.
+    if SamplingStrategy::of_name(&name).is_none() {
+        kwargs["timestep_sampling"] = Value::Null;
+        kwargs["unknown_timestep_sampling"] = name.into();
+    }
+    kwargs.as_object_mut().ok_or("an object")?.retain(|_, value| !value.is_null());
+    Ok(serde_json::from_value(kwargs)?)
 }
 
 /// An adapter for what never runs a model.
@@ -101,7 +109,7 @@ pub(crate) fn sigma_statistics(dir: &Path, file: &str, out: &mut Vec<Outcome>) -
     let mut draws = PhiloxDraws::new(20);
     for (index, case) in golden.list("cases")?.iter().enumerate() {
         let config = config(&case["pipeline_kwargs"])?;
-        let name = format!("{index:02}.{}_shift{}", config.timestep_sampling, config.flow_shift);
+        let name = format!("{index:02}.{}_shift{}", config.strategy().name(), config.flow_shift);
         let count = number(case, "n")? as usize;
         // Four times as many draws as the reference's: then what deviates is mostly its own sample.
         let ours = 4 * count;

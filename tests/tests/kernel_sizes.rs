@@ -118,7 +118,7 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
         "hunyuan" => (
             json!({
                 "in_channels": 9, "out_channels": 4, "num_layers": 1, "num_refiner_layers": 1,
-                "text_embed_dim": TEXT_WIDTH, "text_embed_2_dim": 48, "byt5_hidden_dim": 128, "image_embed_dim": 40,
+                "text_embed_dim": TEXT_WIDTH, "text_embed_2_dim": 48, "image_embed_dim": 40,
                 "rope_axes_dim": axes,
             }),
             Batch::new(make.normal(&[2, 4, 3, 9, 11]), video)

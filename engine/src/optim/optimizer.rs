@@ -52,6 +52,18 @@ impl ParamGroup {
         }
         rest.ends_with(last)
     }
+
+    /// Checks it.
+    ///
+    /// # Errors
+    /// When a factor is negative or not finite.
+    pub fn check(&self) -> Result<()> {
+        let fits = |factor: f64| factor >= 0.0 && factor.is_finite();
+        if fits(self.lr_mult) && fits(self.wd_mult) {
+            return Ok(());
+        }
+        Err(Error::argument("parameter group", "lr_mult and wd_mult of at least 0", self))
+    }
 }
 
 #[derive(Debug)]

@@ -82,7 +82,11 @@ impl CombinedTimestepTextProjEmbeddings {
             (embedder, _) => {
                 let says = |there| if there { "a guidance" } else { "no guidance" };
                 let (expected, got) = (says(embedder.is_some()), says(guidance.is_some()));
-                return Err(Error::argument("guidance", format!("{expected} (guidance_embeds of the model)"), got));
+                return Err(Error::argument(
+                    "guidance",
+                    format!("{expected} (guidance_embeds of the model, use_guidance_embeds of the adapter)"),
+                    got,
+                ));
             }
         };
         time.add(&self.text_embedder.forward(pooled)?)

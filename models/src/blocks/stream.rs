@@ -126,11 +126,12 @@ pub struct JointTransformerBlock {
 }
 
 impl JointTransformerBlock {
-    /// A block of width `dim`, its feed-forward layers `inner` wide.
+    /// A block of this attention, its feed-forward layers `inner` wide.
     ///
     /// # Errors
     /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, dim: usize, heads: usize, inner: usize) -> Result<Self> {
+    pub fn new(params: &ParamBuilder, config: QkvConfig, inner: usize) -> Result<Self> {
+        let dim = config.query_dim;
         let modulation = |name| Modulation::new(&params.sub(name).sub("linear"), dim, 6);
         let feed_forward = |kind| {
             let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
@@ -138,7 +139,7 @@ impl JointTransformerBlock {
         };
         Ok(Self {
             modulation: [modulation("norm1_context")?, modulation("norm1")?],
-            streams: DoubleStream::new(params, QkvConfig::joint(dim, heads), feed_forward)?,
+            streams: DoubleStream::new(params, config, feed_forward)?,
         })
     }
 

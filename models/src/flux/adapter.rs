@@ -5,12 +5,14 @@ use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, Mo
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::Result;
+use super::FluxConfig;
 use crate::blocks::{
     ChannelOrder, drop_samples, guidance, image_dims, patchify, text_embeddings, unit_times, unpatchify,
     with_batch_axis,
 };
 use crate::config::parse_kwargs;
+use crate::requirements::{Fixed, Requirements, check_prediction, packed_channels};
+use crate::{Error, Result};
 
 /// Latents of a token: rows and columns.
 const PATCH: [usize; 2] = [2, 2];
@@ -25,7 +27,7 @@ const POOLED: usize = 768;
 pub struct FluxAdapter {
     /// The guidance scale that the model is told.
     pub guidance_scale: f64,
-    /// Taken for the reference's sake and without effect, as there: a guidance is always passed to a model.
+    /// Whether it is told one. The reference always tells; a model that embeds none passes it over.
     pub use_guidance_embeds: bool,
 }
 
@@ -42,6 +44,27 @@ impl FluxAdapter {
     /// When an argument is unknown or of another type.
     pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
         parse_kwargs(kwargs)
+    }
+
+    /// What a model of this configuration asks of a batch.
+    ///
+    /// # Errors
+    /// When the configuration contradicts the adapter.
+    pub fn requirements(&self, config: &FluxConfig) -> Result<Requirements> {
+        if config.guidance_embeds && !self.use_guidance_embeds {
+            let expected = "false, as adapter_kwargs.use_guidance_embeds is";
+            return Err(Error::config("guidance_embeds", expected, config.guidance_embeds));
+        }
+        let outputs = config.patch_size.pow(2) * config.out_channels();
+        check_prediction("out_channels", outputs, Fixed::new("in_channels", config.in_channels))?;
+        Ok(Requirements {
+            channels: packed_channels(config.in_channels)?,
+            patch: PATCH.into(),
+            widths: vec![
+                ("text_embeddings", Fixed::new("joint_attention_dim", config.joint_attention_dim)),
+                ("pooled_prompt_embeds", Fixed::new("pooled_projection_dim", config.pooled_projection_dim)),
+            ],
+        })
     }
 }
 
@@ -68,6 +91,7 @@ impl ModelAdapter for FluxAdapter {
             None => Tensor::zeros(&[batch, POOLED], cx.dtype, &cx.device)?,
         };
         let [text, pooled] = drop_samples(cx, [text, pooled], draws)?;
+        let told = self.use_guidance_embeds.then(|| guidance(cx, self.guidance_scale)).transpose()?;
         let txt_ids = Tensor::zeros(&[batch, text.dim(1)?, 3], DType::F32, &Device::cpu())?;
         Ok(ModelInputs::new()
             .with("hidden_states", patchify(&cx.noisy_latents, &PATCH)?)
@@ -76,7 +100,7 @@ impl ModelAdapter for FluxAdapter {
             .with("timestep", unit_times(cx)?)
             .with("img_ids", latent_image_ids(height, width)?)
             .with("txt_ids", txt_ids)
-            .with("guidance", guidance(cx, self.guidance_scale)?))
+            .with_optional("guidance", told))
     }
 
     fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{check_rope_axes, check_sizes, parse_config};
+use crate::config::{Config, check_layers, check_rope_axes, check_sizes, product, read, truth};
 
 /// `config.json`, with diffusers' defaults (those of FLUX.1-schnell).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -29,6 +29,7 @@ pub struct FluxConfig {
     /// Width of the pooled text embedding.
     pub pooled_projection_dim: usize,
     /// Whether a guidance scale is embedded.
+    #[serde(deserialize_with = "truth")]
     pub guidance_embeds: bool,
     /// Columns of each position axis in the rotary tables; together a head's width.
     pub axes_dims_rope: Vec<usize>,
@@ -52,27 +53,40 @@ impl Default for FluxConfig {
     }
 }
 
+impl Config for FluxConfig {
+    const CLASS: &'static str = "FluxTransformer2DModel";
+
+    fn check(&self) -> Result<()> {
+        check_rope_axes::<3>("axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)?;
+        check_sizes([
+            ("patch_size", self.patch_size),
+            ("in_channels", self.in_channels),
+            ("out_channels", product(&[self.patch_size, self.patch_size, self.out_channels()])),
+            ("num_attention_heads times attention_head_dim", self.inner_dim()),
+            ("joint_attention_dim", self.joint_attention_dim),
+            ("pooled_projection_dim", self.pooled_projection_dim),
+        ])?;
+        check_layers(0, [("num_layers", self.num_layers), ("num_single_layers", self.num_single_layers)])?;
+        Ok(())
+    }
+}
+
 impl FluxConfig {
     /// Reads and checks the object of `config.json`.
     ///
     /// # Errors
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = parse_config(value)?;
-        check_rope_axes::<3>("axes_dims_rope", &config.axes_dims_rope, config.attention_head_dim)?;
-        check_sizes([
-            ("patch_size", config.patch_size),
-            ("in_channels", config.in_channels),
-            ("attention_head_dim", config.attention_head_dim),
-            ("num_attention_heads", config.num_attention_heads),
-            ("joint_attention_dim", config.joint_attention_dim),
-            ("pooled_projection_dim", config.pooled_projection_dim),
-        ])?;
-        Ok(config)
+        read(value)
+    }
+
+    /// Channels of the result.
+    pub fn out_channels(&self) -> usize {
+        self.out_channels.filter(|channels| *channels > 0).unwrap_or(self.in_channels)
     }
 
     /// Width of the model.
     pub fn inner_dim(&self) -> usize {
-        self.num_attention_heads * self.attention_head_dim
+        product(&[self.num_attention_heads, self.attention_head_dim])
     }
 }

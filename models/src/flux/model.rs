@@ -60,7 +60,8 @@ impl FluxSingleTransformerBlock {
 ///
 /// Inputs, with the reference's names: `hidden_states` `[B, L, in_channels]` (packed latents), `encoder_hidden_states`
 /// `[B, T, joint_attention_dim]`, `pooled_projections` `[B, pooled_projection_dim]`, `timestep` `[B]` (0 to 1),
-/// `img_ids` `[L, 3]`, `txt_ids` `[T, 3]` or `[B, T, 3]`, `guidance` `[B]` where the model embeds one. Result
+/// `img_ids` `[L, 3]`, `txt_ids` `[T, 3]` or `[B, T, 3]`, `guidance` `[B]` where the model embeds one (else it is passed
+/// over). Result
 /// `[B, L, out_channels]`.
 #[derive(Debug)]
 pub struct FluxTransformer2DModel {
@@ -82,8 +83,10 @@ impl FluxTransformer2DModel {
     /// When a parameter can't be made.
     pub fn new(config: FluxConfig, root: &ParamBuilder) -> Result<Self> {
         let (dim, heads) = (config.inner_dim(), config.num_attention_heads);
-        let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
-        let double = |i| JointTransformerBlock::new(&root.sub("transformer_blocks").sub(i), dim, heads, 4 * dim);
+        let outputs = config.patch_size.pow(2) * config.out_channels();
+        let double = |i| {
+            JointTransformerBlock::new(&root.sub("transformer_blocks").sub(i), QkvConfig::joint(dim, heads), 4 * dim)
+        };
         let single = |i| FluxSingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), dim, heads);
         Ok(Self {
             time_text_embed: CombinedTimestepTextProjEmbeddings::new(
@@ -110,7 +113,9 @@ impl FluxTransformer2DModel {
             time_proj(TIME_PROJ, &times, &TimestepProjection::new(CHANNELS))
         };
         let time = project(inputs.tensor("timestep")?)?;
-        let guidance = inputs.optional("guidance").map(project).transpose()?;
+        // The model's own configuration decides: FLUX.1-schnell has no use for a guidance.
+        let guidance = inputs.optional("guidance").filter(|_| self.config.guidance_embeds);
+        let guidance = guidance.map(project).transpose()?;
         Ok(self.time_text_embed.forward(&time, guidance.as_ref(), inputs.tensor("pooled_projections")?)?)
     }
 }
@@ -140,7 +145,7 @@ impl Transformer for FluxTransformer2DModel {
     }
 
     fn config(&self) -> serde_json::Value {
-        config_json("FluxTransformer2DModel", &self.config)
+        config_json(&self.config)
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

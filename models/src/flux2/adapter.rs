@@ -5,12 +5,14 @@ use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, Mo
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::Flux2Config;
 use super::config::AXES;
 use crate::Result;
 use crate::blocks::{
     ChannelOrder, drop_samples, guidance, image_dims, patchify, text_embeddings, unit_times, unpatchify,
 };
 use crate::config::parse_kwargs;
+use crate::requirements::{Fixed, Requirements, check_prediction};
 
 /// Latents of a token, rows and columns: the autoencoder's cache is patched already.
 const PATCH: [usize; 2] = [1, 1];
@@ -41,6 +43,20 @@ impl Flux2Adapter {
     /// When an argument is unknown or of another type.
     pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
         parse_kwargs(kwargs)
+    }
+
+    /// What a model of this configuration asks of a batch.
+    ///
+    /// # Errors
+    /// When the configuration contradicts the adapter.
+    pub fn requirements(&self, config: &Flux2Config) -> Result<Requirements> {
+        let outputs = config.patch_size.pow(2) * config.out_channels();
+        check_prediction("out_channels", outputs, Fixed::new("in_channels", config.in_channels))?;
+        Ok(Requirements {
+            channels: Fixed::new("in_channels", config.in_channels),
+            patch: PATCH.into(),
+            widths: vec![("text_embeddings", Fixed::new("joint_attention_dim", config.joint_attention_dim))],
+        })
     }
 }
 

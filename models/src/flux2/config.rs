@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Result;
-use crate::config::{check_rope_axes, check_sizes, parse_config};
+use crate::config::{Config, check_layers, check_rope_axes, check_sizes, product, read, truth, whole};
 
 /// Columns of a position: time, row, column, place in the text.
 pub(super) const AXES: usize = 4;
@@ -36,10 +36,12 @@ pub struct Flux2Config {
     /// Columns of each of the four position axes in the rotary tables; together a head's width.
     pub axes_dims_rope: Vec<usize>,
     /// Base of the rotary frequencies.
-    pub rope_theta: u64,
+    #[serde(deserialize_with = "whole")]
+    pub rope_theta: usize,
     /// Added to the variance in every normalisation.
     pub eps: f64,
     /// Whether a guidance scale is embedded.
+    #[serde(deserialize_with = "truth")]
     pub guidance_embeds: bool,
 }
 
@@ -64,29 +66,43 @@ impl Default for Flux2Config {
     }
 }
 
+impl Config for Flux2Config {
+    const CLASS: &'static str = "Flux2Transformer2DModel";
+    const NULLABLE: &'static [&'static str] = &["eps", "rope_theta"];
+
+    fn check(&self) -> Result<()> {
+        check_rope_axes::<AXES>("axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)?;
+        check_sizes([
+            ("patch_size", self.patch_size),
+            ("in_channels", self.in_channels),
+            ("out_channels", product(&[self.patch_size, self.patch_size, self.out_channels()])),
+            ("num_attention_heads times attention_head_dim", self.inner_dim()),
+            ("joint_attention_dim", self.joint_attention_dim),
+            ("timestep_guidance_channels", self.timestep_guidance_channels),
+            ("mlp_ratio times the width of the model", self.mlp_dim()),
+        ])?;
+        check_layers(0, [("num_layers", self.num_layers), ("num_single_layers", self.num_single_layers)])?;
+        Ok(())
+    }
+}
+
 impl Flux2Config {
     /// Reads and checks the object of `config.json`.
     ///
     /// # Errors
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = parse_config(value)?;
-        check_rope_axes::<AXES>("axes_dims_rope", &config.axes_dims_rope, config.attention_head_dim)?;
-        check_sizes([
-            ("patch_size", config.patch_size),
-            ("in_channels", config.in_channels),
-            ("attention_head_dim", config.attention_head_dim),
-            ("num_attention_heads", config.num_attention_heads),
-            ("joint_attention_dim", config.joint_attention_dim),
-            ("timestep_guidance_channels", config.timestep_guidance_channels),
-            ("mlp_ratio", config.mlp_dim()),
-        ])?;
-        Ok(config)
+        read(value)
+    }
+
+    /// Channels of the result.
+    pub fn out_channels(&self) -> usize {
+        self.out_channels.filter(|channels| *channels > 0).unwrap_or(self.in_channels)
     }
 
     /// Width of the model.
     pub fn inner_dim(&self) -> usize {
-        self.num_attention_heads * self.attention_head_dim
+        product(&[self.num_attention_heads, self.attention_head_dim])
     }
 
     /// Inner width of the feed-forward layers, rounded down as in the reference.

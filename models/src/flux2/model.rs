@@ -157,7 +157,7 @@ impl Flux2Transformer2DModel {
     /// When a parameter can't be made.
     pub fn new(config: Flux2Config, root: &ParamBuilder) -> Result<Self> {
         let dim = config.inner_dim();
-        let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
+        let outputs = config.patch_size.pow(2) * config.out_channels();
         let modulation = |name, parts| Modulation::with(&root.sub(name).sub("linear"), dim, parts, false);
         let double = |i| double_block(&root.sub("transformer_blocks").sub(i), &config);
         let single = |i| Flux2SingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), &config);
@@ -207,7 +207,7 @@ impl Transformer for Flux2Transformer2DModel {
     }
 
     fn config(&self) -> serde_json::Value {
-        config_json("Flux2Transformer2DModel", &self.config)
+        config_json(&self.config)
     }
 
     /// The embedder of a guidance without one, and the modulation of blocks where there are none.

@@ -5,8 +5,10 @@ use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, Mo
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::HunyuanVideo15Config;
 use crate::blocks::with_batch_axis;
-use crate::config::parse_kwargs;
+use crate::config::{check_sizes, parse_kwargs};
+use crate::requirements::{Fixed, Requirements, check_prediction};
 use crate::{Error, Result};
 
 /// Cuts text to its valid tokens, and gives the model condition latents and image embeddings.
@@ -33,9 +35,42 @@ impl HunyuanAdapter {
     /// From a recipe's `adapter_kwargs`.
     ///
     /// # Errors
-    /// When an argument is unknown or of another type.
+    /// When an argument is unknown, of another type, or a size out of bounds.
     pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
-        parse_kwargs(kwargs)
+        let adapter: Self = parse_kwargs(kwargs)?;
+        check_sizes(adapter.default_image_embed_shape.map(|size| ("default_image_embed_shape", size)))?;
+        Ok(adapter)
+    }
+
+    /// What a model of this configuration asks of a batch.
+    ///
+    /// # Errors
+    /// When the configuration contradicts the adapter.
+    pub fn requirements(&self, config: &HunyuanVideo15Config) -> Result<Requirements> {
+        let inputs = config.in_channels;
+        let channels = match self.use_condition_latents {
+            true if inputs.is_multiple_of(2) || inputs < 3 => {
+                let expected = "an odd number of at least 3: noisy latents, condition latents and their mask";
+                return Err(Error::config("in_channels", expected, inputs));
+            }
+            true => Fixed::new("in_channels / 2", inputs / 2),
+            false => Fixed::new("in_channels", inputs),
+        };
+        check_prediction("out_channels", config.out_channels(), channels)?;
+        let [_, width] = self.default_image_embed_shape;
+        if width != config.image_embed_dim {
+            let expected = format!("{width}, as adapter_kwargs.default_image_embed_shape says");
+            return Err(Error::config("image_embed_dim", expected, config.image_embed_dim));
+        }
+        Ok(Requirements {
+            channels,
+            patch: config.patch().into(),
+            widths: vec![
+                ("text_embeddings", Fixed::new("text_embed_dim", config.text_embed_dim)),
+                ("text_embeddings_2", Fixed::new("text_embed_2_dim", config.text_embed_2_dim)),
+                ("image_embeds", Fixed::new("image_embed_dim", config.image_embed_dim)),
+            ],
+        })
     }
 }
 

@@ -4,16 +4,12 @@ use flowtape_engine::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::blocks::{RopePrecision, RopeTables, grid_positions};
-use crate::config::{check_rope_axes, check_sizes, parse_config};
+use crate::blocks::{QkNorm, QkvConfig, RopePrecision, RopeTables, grid_positions};
+use crate::config::{Config, check_layers, check_rope_axes, check_sizes, product, read, truth, whole};
 use crate::{Error, Result};
 
 /// Width inside the projection of the second text, in diffusers.
 const BYT5_HIDDEN_DIM: usize = 2048;
-
-fn is_diffusers_width(width: &usize) -> bool {
-    *width == BYT5_HIDDEN_DIM
-}
 
 /// `config.json`, with diffusers' defaults (those of HunyuanVideo-1.5).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -37,15 +33,15 @@ pub struct HunyuanVideo15Config {
     pub patch_size: usize,
     /// Frames of a patch.
     pub patch_size_t: usize,
-    /// Normalisation of queries and keys: `rms_norm`.
-    pub qk_norm: String,
+    /// Normalisation of the blocks' queries and keys: `rms_norm` or none.
+    pub qk_norm: Option<String>,
     /// Width of the text embeddings.
     pub text_embed_dim: usize,
     /// Width of the second text embeddings (byT5).
     pub text_embed_2_dim: usize,
-    /// Width inside the projection of the second text. diffusers fixes it at 2048 and does not write it: another one is read
-    /// off the weights.
-    #[serde(skip_serializing_if = "is_diffusers_width")]
+    /// Width inside the projection of the second text. diffusers fixes it at 2048 and has no key for it, so no file states
+    /// it: another one is read off the weights.
+    #[serde(skip)]
     pub byt5_hidden_dim: usize,
     /// Width of the image embeddings.
     pub image_embed_dim: usize,
@@ -54,10 +50,12 @@ pub struct HunyuanVideo15Config {
     /// Columns of the axes frame, row and column in the rotary tables; together a head's width.
     pub rope_axes_dim: Vec<usize>,
     /// Pixels of a side that the checkpoint is for; not used.
+    #[serde(deserialize_with = "whole")]
     pub target_size: usize,
     /// What the checkpoint is for, `t2v` or `i2v`; not used.
     pub task_type: String,
     /// Whether a second time is embedded (MeanFlow).
+    #[serde(deserialize_with = "truth")]
     pub use_meanflow: bool,
 }
 
@@ -73,7 +71,7 @@ impl Default for HunyuanVideo15Config {
             mlp_ratio: 4.0,
             patch_size: 1,
             patch_size_t: 1,
-            qk_norm: "rms_norm".into(),
+            qk_norm: Some("rms_norm".into()),
             text_embed_dim: 3584,
             text_embed_2_dim: 1472,
             byt5_hidden_dim: BYT5_HIDDEN_DIM,
@@ -87,36 +85,57 @@ impl Default for HunyuanVideo15Config {
     }
 }
 
+impl Config for HunyuanVideo15Config {
+    const CLASS: &'static str = "HunyuanVideo15Transformer3DModel";
+    const NULLABLE: &'static [&'static str] = &["rope_theta", "target_size", "task_type"];
+
+    fn check(&self) -> Result<()> {
+        check_rope_axes::<3>("rope_axes_dim", &self.rope_axes_dim, self.attention_head_dim)?;
+        if self.qk_norm.as_ref().is_some_and(|norm| norm != "rms_norm") {
+            return Err(Error::config("qk_norm", "rms_norm or null", &self.qk_norm));
+        }
+        let patch = product(&self.patch());
+        check_sizes([
+            ("patch_size", self.patch_size),
+            ("patch_size_t", self.patch_size_t),
+            ("in_channels", product(&[self.in_channels, patch])),
+            ("out_channels", product(&[self.out_channels(), patch])),
+            ("num_attention_heads times attention_head_dim", self.inner_dim()),
+            ("text_embed_dim", self.text_embed_dim),
+            ("text_embed_2_dim", self.text_embed_2_dim),
+            ("byt5_hidden_dim", self.byt5_hidden_dim),
+            ("image_embed_dim", self.image_embed_dim),
+            ("mlp_ratio times the width of the model", self.mlp_dim()),
+        ])?;
+        check_layers(1, [("num_layers", self.num_layers)])?;
+        check_layers(0, [("num_refiner_layers", self.num_refiner_layers)])?;
+        Ok(())
+    }
+}
+
 impl HunyuanVideo15Config {
     /// Reads and checks the object of `config.json`.
     ///
     /// # Errors
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = parse_config(value)?;
-        check_rope_axes::<3>("rope_axes_dim", &config.rope_axes_dim, config.attention_head_dim)?;
-        if config.qk_norm != "rms_norm" {
-            return Err(Error::config("qk_norm", "rms_norm", &config.qk_norm));
-        }
-        check_sizes([
-            ("in_channels", config.in_channels),
-            ("attention_head_dim", config.attention_head_dim),
-            ("num_attention_heads", config.num_attention_heads),
-            ("num_layers", config.num_layers),
-            ("patch_size", config.patch_size),
-            ("patch_size_t", config.patch_size_t),
-            ("text_embed_dim", config.text_embed_dim),
-            ("text_embed_2_dim", config.text_embed_2_dim),
-            ("byt5_hidden_dim", config.byt5_hidden_dim),
-            ("image_embed_dim", config.image_embed_dim),
-            ("mlp_ratio times the width of the model", config.mlp_dim()),
-        ])?;
-        Ok(config)
+        read(value)
+    }
+
+    /// Channels of the result.
+    pub fn out_channels(&self) -> usize {
+        self.out_channels.filter(|channels| *channels > 0).unwrap_or(self.in_channels)
+    }
+
+    /// Attention of the blocks.
+    pub(super) fn qkv(&self) -> QkvConfig {
+        let joint = QkvConfig::joint(self.inner_dim(), self.num_attention_heads);
+        if self.qk_norm.is_some() { joint } else { QkvConfig { norm: QkNorm::None, ..joint } }
     }
 
     /// Width of the model.
     pub fn inner_dim(&self) -> usize {
-        self.num_attention_heads * self.attention_head_dim
+        product(&[self.num_attention_heads, self.attention_head_dim])
     }
 
     /// Width inside the feed-forward layers.

@@ -10,6 +10,3 @@ mod tests;
 pub use adapter::{HunyuanAdapter, condition_latents};
 pub use config::HunyuanVideo15Config;
 pub use model::HunyuanVideo15Transformer3DModel;
-
-/// diffusers' class.
-pub(crate) const CLASS: &str = "HunyuanVideo15Transformer3DModel";

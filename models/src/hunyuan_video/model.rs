@@ -4,8 +4,8 @@ use flowtape_engine::nn::{Blocks, Linear, ParamBuilder, Params};
 use flowtape_engine::{Error, Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
+use super::HunyuanVideo15Config;
 use super::context::{Context, TimeEmbedding};
-use super::{CLASS, HunyuanVideo15Config};
 use crate::Transformer;
 use crate::blocks::{AdaLayerNormContinuous, ChannelOrder, JointTransformerBlock, PatchEmbed, key_mask, unpatchify};
 use crate::config::config_json;
@@ -42,10 +42,10 @@ impl HunyuanVideo15Transformer3DModel {
         if let Some(&[width, _]) = root.stored_dims("context_embedder_2.linear_1.weight") {
             config.byt5_hidden_dim = width;
         }
-        let (dim, heads, inner) = (config.inner_dim(), config.num_attention_heads, config.mlp_dim());
+        let (dim, qkv, inner) = (config.inner_dim(), config.qkv(), config.mlp_dim());
         let (patch, blocks) = (config.patch(), root.sub("transformer_blocks"));
-        let outputs = patch.iter().product::<usize>() * config.out_channels.unwrap_or(config.in_channels);
-        let block = |i| JointTransformerBlock::new(&blocks.sub(i), dim, heads, inner);
+        let outputs = patch.iter().product::<usize>() * config.out_channels();
+        let block = |i| JointTransformerBlock::new(&blocks.sub(i), qkv, inner);
         Ok(Self {
             x_embedder: PatchEmbed::new(&root.sub("x_embedder").sub("proj"), config.in_channels, dim, &patch)?,
             context: Context::new(root, &config)?,
@@ -92,7 +92,7 @@ impl Transformer for HunyuanVideo15Transformer3DModel {
     }
 
     fn config(&self) -> serde_json::Value {
-        config_json(CLASS, &self.config)
+        config_json(&self.config)
     }
 
     /// What the last block makes of the context, which nothing reads, and the embedder of a second time without one.

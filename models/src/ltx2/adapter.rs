@@ -6,8 +6,10 @@ use flowtape_flowmatch::{Batch, Draws, FlowMatchingContext, FlowModel, ModelAdap
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::LTX2Config;
 use crate::blocks::{ChannelOrder, patchify, unpatchify};
 use crate::config::parse_kwargs;
+use crate::requirements::{Fixed, Requirements, check_prediction};
 use crate::{Error, Result};
 
 /// The stream of the audio.
@@ -44,6 +46,28 @@ impl LTX2Adapter {
     /// When an argument is unknown or of another type.
     pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
         parse_kwargs(kwargs)
+    }
+
+    /// What a model of this configuration asks of a batch.
+    ///
+    /// # Errors
+    /// When the configuration contradicts the adapter.
+    pub fn requirements(&self, config: &LTX2Config) -> Result<Requirements> {
+        let (video, audio) = (config.video(), config.audio());
+        check_prediction("out_channels", video.out_channels, Fixed::new("in_channels", video.in_channels))?;
+        check_prediction("audio_out_channels", audio.out_channels, Fixed::new("audio_in_channels", audio.in_channels))?;
+        let text = |key, width| match config.use_prompt_embeddings {
+            true => Fixed::new("caption_channels", config.caption_channels),
+            false => Fixed::new(key, width),
+        };
+        Ok(Requirements {
+            channels: Fixed::new("in_channels", video.in_channels),
+            patch: VIDEO_PATCH.into(),
+            widths: vec![
+                ("text_embeddings", text("cross_attention_dim", video.text_dim)),
+                ("audio_text_embeddings", text("audio_cross_attention_dim", audio.text_dim)),
+            ],
+        })
     }
 }
 

@@ -224,7 +224,7 @@ impl Transformer for LTX2VideoTransformer3DModel {
     }
 
     fn config(&self) -> serde_json::Value {
-        config_json("LTX2VideoTransformer3DModel", &self.config)
+        config_json(&self.config)
     }
 
     fn paths_without_gradient(&self, _: &ModelInputs) -> Vec<String> {

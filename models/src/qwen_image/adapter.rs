@@ -5,10 +5,11 @@ use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, Mo
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::PATCH;
+use super::{PATCH, QwenImageConfig};
 use crate::Result;
 use crate::blocks::{ChannelOrder, guidance, image_dims, patchify, text_embeddings, unit_times, unpatchify};
 use crate::config::parse_kwargs;
+use crate::requirements::Requirements;
 
 /// Packs latents as for FLUX.1 and drops the captions of a whole batch at once.
 ///
@@ -35,6 +36,14 @@ impl QwenImageAdapter {
     /// When an argument is unknown or of another type.
     pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
         parse_kwargs(kwargs)
+    }
+
+    /// What a model of this configuration asks of a batch.
+    ///
+    /// # Errors
+    /// When the configuration contradicts the adapter.
+    pub fn requirements(&self, config: &QwenImageConfig) -> Result<Requirements> {
+        config.requirements()
     }
 }
 

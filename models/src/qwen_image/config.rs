@@ -4,9 +4,11 @@ use flowtape_engine::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::PATCH;
 use crate::Result;
 use crate::blocks::{RopePrecision, RopeTables};
-use crate::config::{check_rope_axes, check_sizes, parse_config};
+use crate::config::{Config, check_layers, check_rope_axes, check_sizes, product, read, truth};
+use crate::requirements::{Fixed, Requirements, check_prediction, packed_channels};
 
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
@@ -29,18 +31,19 @@ pub struct QwenImageConfig {
     pub num_attention_heads: usize,
     /// Width of the text embeddings.
     pub joint_attention_dim: usize,
-    /// Width of a pooled text: early files have it; not used.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pooled_projection_dim: Option<usize>,
     /// Not used, as in diffusers: no guidance is embedded.
+    #[serde(deserialize_with = "truth")]
     pub guidance_embeds: bool,
     /// Columns of the axes frame, row and column in the rotary tables; together a head's width.
     pub axes_dims_rope: Vec<usize>,
     /// Whether the tokens of reference images are modulated by time zero (Qwen-Image-Edit-2511).
+    #[serde(deserialize_with = "truth")]
     pub zero_cond_t: bool,
     /// Whether a flag is embedded beside the time (Qwen-Image-Layered).
+    #[serde(deserialize_with = "truth")]
     pub use_additional_t_cond: bool,
     /// Whether the last image is the one that conditions the others, at frame -1 (Qwen-Image-Layered).
+    #[serde(deserialize_with = "truth")]
     pub use_layer3d_rope: bool,
 }
 
@@ -54,7 +57,6 @@ impl Default for QwenImageConfig {
             attention_head_dim: 128,
             num_attention_heads: 24,
             joint_attention_dim: 3584,
-            pooled_projection_dim: None,
             guidance_embeds: false,
             axes_dims_rope: vec![16, 56, 56],
             zero_cond_t: false,
@@ -98,28 +100,51 @@ impl RotaryLayout {
     }
 }
 
+impl Config for QwenImageConfig {
+    const CLASS: &'static str = "QwenImageTransformer2DModel";
+
+    fn check(&self) -> Result<()> {
+        check_rope_axes::<3>("axes_dims_rope", &self.axes_dims_rope, self.attention_head_dim)?;
+        check_sizes([
+            ("patch_size", self.patch_size),
+            ("in_channels", self.in_channels),
+            ("out_channels", product(&[self.patch_size, self.patch_size, self.out_channels()])),
+            ("num_attention_heads times attention_head_dim", self.inner_dim()),
+            ("joint_attention_dim", self.joint_attention_dim),
+        ])?;
+        check_layers(1, [("num_layers", self.num_layers)])?;
+        Ok(())
+    }
+}
+
 impl QwenImageConfig {
     /// Reads and checks the object of `config.json`.
     ///
     /// # Errors
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = parse_config(value)?;
-        check_rope_axes::<3>("axes_dims_rope", &config.axes_dims_rope, config.attention_head_dim)?;
-        check_sizes([
-            ("patch_size", config.patch_size),
-            ("in_channels", config.in_channels),
-            ("num_layers", config.num_layers),
-            ("attention_head_dim", config.attention_head_dim),
-            ("num_attention_heads", config.num_attention_heads),
-            ("joint_attention_dim", config.joint_attention_dim),
-        ])?;
-        Ok(config)
+        read(value)
+    }
+
+    /// Channels of the result.
+    pub fn out_channels(&self) -> usize {
+        self.out_channels.filter(|channels| *channels > 0).unwrap_or(self.in_channels)
     }
 
     /// Width of the model.
     pub fn inner_dim(&self) -> usize {
-        self.num_attention_heads * self.attention_head_dim
+        product(&[self.num_attention_heads, self.attention_head_dim])
+    }
+
+    /// What the model asks of a batch, with either adapter.
+    pub(super) fn requirements(&self) -> Result<Requirements> {
+        let outputs = self.patch_size.pow(2) * self.out_channels();
+        check_prediction("patch_size^2 out_channels", outputs, Fixed::new("in_channels", self.in_channels))?;
+        Ok(Requirements {
+            channels: packed_channels(self.in_channels)?,
+            patch: PATCH.into(),
+            widths: vec![("text_embeddings", Fixed::new("joint_attention_dim", self.joint_attention_dim))],
+        })
     }
 
     /// Rotary tables of a text and then images `[frames, rows, columns]`.

@@ -5,9 +5,10 @@ use flowtape_flowmatch::{Draws, FlowMatchingContext, FlowModel, ModelAdapter, Mo
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::PATCH;
+use super::{PATCH, QwenImageConfig};
 use crate::blocks::{ChannelOrder, image_dims, patchify, text_embeddings, unit_times, unpatchify};
 use crate::config::parse_kwargs;
+use crate::requirements::Requirements;
 use crate::{Error, Result};
 
 /// Gives the model the noisy latents and, after them, the clean latents of reference images.
@@ -26,6 +27,14 @@ impl QwenImageEditAdapter {
     /// When there is an argument.
     pub fn from_kwargs(kwargs: &Map<String, Value>) -> Result<Self> {
         parse_kwargs(kwargs)
+    }
+
+    /// What a model of this configuration asks of a batch.
+    ///
+    /// # Errors
+    /// When the configuration contradicts the adapter.
+    pub fn requirements(&self, config: &QwenImageConfig) -> Result<Requirements> {
+        config.requirements()
     }
 }
 

@@ -134,7 +134,7 @@ impl QwenImageTransformer2DModel {
     /// When a parameter can't be made.
     pub fn new(config: QwenImageConfig, root: &ParamBuilder) -> Result<Self> {
         let (dim, text) = (config.inner_dim(), config.joint_attention_dim);
-        let outputs = config.patch_size.pow(2) * config.out_channels.unwrap_or(config.in_channels);
+        let outputs = config.patch_size.pow(2) * config.out_channels();
         let block = |i| QwenImageTransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config);
         let additional = config.use_additional_t_cond;
         Ok(Self {
@@ -217,7 +217,7 @@ impl Transformer for QwenImageTransformer2DModel {
     }
 
     fn config(&self) -> serde_json::Value {
-        config_json("QwenImageTransformer2DModel", &self.config)
+        config_json(&self.config)
     }
 
     /// What the last block makes of the text, which nothing reads.

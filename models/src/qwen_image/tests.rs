@@ -149,8 +149,7 @@ fn what_does_not_fit_is_named() {
 
 #[test]
 fn a_saved_configuration_makes_the_same_model() {
-    let model =
-        model(json!({"zero_cond_t": true, "out_channels": null, "patch_size": 1, "pooled_projection_dim": 768}));
+    let model = model(json!({"zero_cond_t": true, "out_channels": null, "patch_size": 1}));
     let again = create_model(&model.config(), &ParamBuilder::new(3, DType::F32, &Device::cpu())).unwrap();
     assert_eq!(again.config(), model.config());
     let want = predict(&model, &inputs(true));

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::blocks::{RopePrecision, RopeTables};
-use crate::config::{check_sizes, parse_config};
+use crate::config::{Config, check_layers, check_sizes, product, read, truth};
 use crate::{Error, Result};
 
 /// Base of the rotary frequencies.
@@ -29,11 +29,12 @@ pub struct WanConfig {
     pub text_dim: usize,
     /// Channels of the sinusoidal projection of time.
     pub freq_dim: usize,
-    /// Inner width of the feed-forward layers.
-    pub ffn_dim: usize,
+    /// Inner width of the feed-forward layers; four times the width of the model if none.
+    pub ffn_dim: Option<usize>,
     /// Blocks.
     pub num_layers: usize,
     /// Whether cross-attention has a norm of its own.
+    #[serde(deserialize_with = "truth")]
     pub cross_attn_norm: bool,
     /// The norm of queries and keys: `rms_norm_across_heads`, whatever is said, as in diffusers.
     pub qk_norm: Option<String>,
@@ -59,7 +60,7 @@ impl Default for WanConfig {
             out_channels: Some(16),
             text_dim: 4096,
             freq_dim: 256,
-            ffn_dim: 13824,
+            ffn_dim: Some(13824),
             num_layers: 40,
             cross_attn_norm: true,
             qk_norm: Some("rms_norm_across_heads".into()),
@@ -72,31 +73,55 @@ impl Default for WanConfig {
     }
 }
 
+impl Config for WanConfig {
+    const CLASS: &'static str = "WanTransformer3DModel";
+    const NULLABLE: &'static [&'static str] = &["eps"];
+
+    fn check(&self) -> Result<()> {
+        let patch = product(&self.patch_size);
+        if !self.attention_head_dim.is_multiple_of(2) || self.attention_head_dim < 6 {
+            let got = self.attention_head_dim;
+            return Err(Error::config("attention_head_dim", "an even number of at least 6", got));
+        }
+        check_sizes([
+            ("patch_size", patch),
+            ("num_attention_heads times attention_head_dim", self.inner_dim()),
+            ("in_channels", product(&[self.in_channels, patch])),
+            ("out_channels", product(&[self.out_channels(), patch])),
+            ("text_dim", self.text_dim),
+            ("freq_dim", self.freq_dim / 2),
+            ("ffn_dim", self.ffn_dim()),
+            ("image_dim", self.image_dim.unwrap_or(1)),
+            ("added_kv_proj_dim", self.added_kv_proj_dim.unwrap_or(1)),
+            ("pos_embed_seq_len", self.pos_embed_seq_len.unwrap_or(1)),
+        ])?;
+        check_layers(0, [("num_layers", self.num_layers)])?;
+        Ok(())
+    }
+}
+
 impl WanConfig {
     /// Reads and checks the object of `config.json`.
     ///
     /// # Errors
     /// When a key is unknown or a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = parse_config(value)?;
-        if !config.attention_head_dim.is_multiple_of(2) || config.attention_head_dim < 6 {
-            let got = config.attention_head_dim;
-            return Err(Error::config("attention_head_dim", "an even number of at least 6", got));
-        }
-        check_sizes([
-            ("patch_size", config.patch_size.into_iter().min().unwrap_or(0)),
-            ("num_attention_heads", config.num_attention_heads),
-            ("in_channels", config.in_channels),
-            ("text_dim", config.text_dim),
-            ("freq_dim", config.freq_dim / 2),
-            ("ffn_dim", config.ffn_dim),
-        ])?;
-        Ok(config)
+        read(value)
     }
 
     /// Width of the model.
     pub fn inner_dim(&self) -> usize {
-        self.num_attention_heads * self.attention_head_dim
+        product(&[self.num_attention_heads, self.attention_head_dim])
+    }
+
+    /// Channels of the result.
+    pub fn out_channels(&self) -> usize {
+        self.out_channels.filter(|channels| *channels > 0).unwrap_or(self.in_channels)
+    }
+
+    /// Inner width of the feed-forward layers.
+    pub fn ffn_dim(&self) -> usize {
+        self.ffn_dim.unwrap_or(product(&[4, self.inner_dim()]))
     }
 
     /// Rotary tables of a grid of frames, rows and columns.

@@ -95,7 +95,7 @@ impl WanTransformerBlock {
             attn1: WanAttention::new(&params.sub("attn1"), dim, heads, eps, None)?,
             norm2: config.cross_attn_norm.then(norm2).transpose()?,
             attn2: WanAttention::new(&params.sub("attn2"), dim, heads, eps, config.added_kv_proj_dim)?,
-            ffn: FeedForward::new(&params.sub("ffn"), dim, config.ffn_dim, Activation::GeluTanh)?,
+            ffn: FeedForward::new(&params.sub("ffn"), dim, config.ffn_dim(), Activation::GeluTanh)?,
         })
     }
 
@@ -150,10 +150,15 @@ impl ImageEmbedding {
     fn forward(&self, image: &Tensor) -> Result<Tensor> {
         let mut x = image.clone();
         if let Some(positions) = &self.pos_embed {
-            // Two images, one after the other on the batch axis, are one context.
-            let (len, width) = (positions.dim(1)?, x.dim(2)?);
-            let pairs = x.numel() / (2 * len * width);
-            x = x.reshape(&[pairs, 2 * len, width])?.add(&positions.value()?)?;
+            // First and last image of a video, one after the other on the batch axis, are one context: the positions are
+            // those of both.
+            let (images, len, width) = (x.dim(0)?, x.dim(1)?, x.dim(2)?);
+            if images % 2 != 0 || positions.dim(1)? != 2 * len {
+                let expected =
+                    format!("pairs of images of {} tokens (half of pos_embed_seq_len)", positions.dim(1)? / 2);
+                return Err(flowtape_engine::Error::shape("image_embedder", expected, x.dims()));
+            }
+            x = x.reshape(&[images / 2, 2 * len, width])?.add(&positions.value()?)?;
         }
         let hidden = Activation::Gelu.forward(&self.ff[0].forward(&self.norm1.forward(&x)?)?)?;
         self.norm2.forward(&self.ff[1].forward(&hidden)?)
@@ -187,7 +192,7 @@ impl WanTransformer3DModel {
     /// When a parameter can't be made.
     pub fn new(config: WanConfig, root: &ParamBuilder) -> Result<Self> {
         let dim = config.inner_dim();
-        let outputs = config.out_channels.unwrap_or(config.in_channels) * config.patch_size.iter().product::<usize>();
+        let outputs = config.out_channels() * config.patch_size.iter().product::<usize>();
         let condition = root.sub("condition_embedder");
         let image = |width| ImageEmbedding::new(&condition.sub("image_embedder"), width, dim, config.pos_embed_seq_len);
         let block = |i| WanTransformerBlock::new(&root.sub("blocks").sub(i), &config);
@@ -261,7 +266,7 @@ impl Transformer for WanTransformer3DModel {
     }
 
     fn config(&self) -> serde_json::Value {
-        config_json("WanTransformer3DModel", &self.config)
+        config_json(&self.config)
     }
 
     /// What makes something of an image without one.
