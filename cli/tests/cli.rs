@@ -264,7 +264,7 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
         (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, "),
         (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),
         (text.replace("adapter_type: flux", "adapter_type: flex"), "simple, flux"),
-        (text.replace("text_dim: 32", "text_dim: 16"), "[.., in]"),
+        (text.replace("text_dim: 32", "text_dim: 16"), "data.text_dim (16) must equal model.joint_attention_dim (32)"),
         ("name: [".into(), "recipe.yaml"),
     ];
     for (text, part) in cases {
@@ -305,8 +305,12 @@ fn inspect_counts_presets_configurations_folders_files_and_runs() {
 
     assert!(failure(&flowtape(&["inspect", "flux.1"])).contains("flux.1-dev"));
     let broken = scratch.path().join("config.json");
-    std::fs::write(&broken, r#"{"_class_name": "FluxTransformer2DModel", "num_layer": 3}"#).unwrap();
+    std::fs::write(&broken, r#"{"_class_name": "FluxTransformer2DModel", "num_layers": "three"}"#).unwrap();
     assert!(failure(&flowtape(&["inspect", broken.to_str().unwrap()])).contains("num_layers"));
+    std::fs::write(&broken, r#"{"_class_name": "FluxTransformer2DModel", "num_layer": 3}"#).unwrap();
+    let unknown = flowtape(&["inspect", broken.to_str().unwrap()]);
+    stdout(&unknown);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("`num_layer` is unknown"), "{unknown:?}");
 }
 
 /// The binary with its output going to files, or to pipes whose reader is gone.

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::builtin;
 use crate::data::Data;
 use crate::generate::{Generator, Request, Samples};
-use crate::recipe::{Dtype, Init};
+use crate::recipe::Init;
 use crate::state::{TrainProgress, TrainState};
 use crate::timing::{StepTimes, Timed};
 use crate::{Error, Recipe, Result};
@@ -145,11 +145,8 @@ impl Trainer {
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             collator: data.collator(&recipe.data, recipe.seed),
             state: TrainState {
-                optimizer: optimizer.build(),
-                loss_scale: match recipe.dtype {
-                    Dtype::MixedF16 => Some(LossScale::new(recipe.loss_scale, device)?),
-                    Dtype::F32 | Dtype::Bf16 | Dtype::Mixed => None,
-                },
+                optimizer: optimizer.build()?,
+                loss_scale: recipe.dtype.loss_scale(recipe.loss_scale, device)?,
                 progress: TrainProgress {
                     step: 0,
                     cursor: Default::default(),
