@@ -5,12 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
+use flowtape_benches::{Measurement, OpMeasurement, OpsOptions, Options, Point, Work, ops, plot, scaling, step, table};
 use flowtape_engine::DType;
 use flowtape_engine::backend::Backend;
 use flowtape_engine::cpu::awake;
-use flowtape_trainer::bench::{
-    Measurement, OpMeasurement, OpsOptions, Options, Point, Work, ops, plot, scaling, step, table,
-};
 use flowtape_trainer::recipe::Dtype;
 
 use crate::terminal::{delivered, note, out, say};

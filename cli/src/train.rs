@@ -8,7 +8,7 @@ use clap::Args;
 use flowtape_trainer::Recipe;
 use flowtape_trainer::builtin::digits::{ImageToVideo, Quality};
 use flowtape_trainer::recipe::ReportConfig;
-use flowtape_trainer::train::{Summary, resume, train};
+use flowtape_trainer::train::{Summary, WINDOW, resume, train};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -71,7 +71,7 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     }
     say!("run             {run}");
     say!("steps           {}", s.steps);
-    say!("final loss      {:.4}  (mean of the last 100 steps)", s.final_loss);
+    say!("final loss      {:.4}  (mean of the last {} steps)", s.final_loss, s.steps.min(WINDOW as u64));
     say!("training        {:.1} s, {:.4} s a step", s.train_seconds, s.train_seconds / s.steps.max(1) as f64);
     say!("everything      {:.1} s", s.total_seconds);
     if let Some(q) = figures::<Quality>(Some(&Value::Object(s.figures.clone()))) {

@@ -37,6 +37,14 @@ pub enum Error {
         /// What it was given.
         got: String,
     },
+    /// An operation would write what it still reads, or write one place several times.
+    #[error("{op}: {what}; make a copy of one first")]
+    Overlap {
+        /// The operation.
+        op: &'static str,
+        /// Which operands.
+        what: String,
+    },
     /// A device has no memory left for a tensor.
     #[error(
         "{device}: out of memory for a tensor of {bytes} bytes ({reason}); make the batch or the pictures smaller, checkpoint blocks or train in \

@@ -27,6 +27,14 @@ pub fn write_whole<E: From<Error>>(path: &Path, write: impl FnOnce(&Path) -> Res
     })
 }
 
+/// Whether there is something at a path. What can't be looked at (no permission, a loop of links) is not taken for missing.
+///
+/// # Errors
+/// When that can't be told.
+pub fn exists(path: &Path) -> Result<bool, Error> {
+    path.try_exists().map_err(|source| Error::Io { path: path.into(), source })
+}
+
 /// What a file is in place of the one that its name promises, and what to do, where its first bytes tell.
 pub fn mistaken_for(bytes: &[u8]) -> Option<&'static str> {
     let text = bytes.trim_ascii_start();

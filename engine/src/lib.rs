@@ -23,6 +23,7 @@ pub mod meta;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+mod places;
 pub mod pool;
 pub mod profile;
 pub mod random;

@@ -4,11 +4,11 @@ use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::backend::call::{Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd};
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::cpu::ALIGN;
-use crate::expr::{Program, Reduce};
 use crate::pool::{PoolUsage, class};
-use crate::{Device, Error, Result, Tensor};
+use crate::{Device, Error, Result};
 
 /// What its tensors take, in bytes, rounded up as the CPU's pool does.
 #[derive(Clone, Debug, Default)]
@@ -66,7 +66,9 @@ impl Backend for Meta {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
-        let size = class(bytes, ALIGN).ok_or_else(|| Error::argument("alloc", "a size that fits memory", bytes))?;
+        let size = class(bytes, ALIGN).filter(|&size| isize::try_from(size).is_ok()).ok_or_else(|| {
+            Error::OutOfMemory { device: "meta".into(), bytes, reason: "more than the address space".into() }
+        })?;
         let used = self.0.used.fetch_add(size, Ordering::Relaxed) + size;
         self.0.peak.fetch_max(used, Ordering::Relaxed);
         Ok(Box::new(MetaBuffer { size, counts: self.0.clone() }))
@@ -83,35 +85,31 @@ impl Backend for Meta {
         }
     }
 
-    fn copy(&self, _: &Tensor, _: &Tensor) -> Result<()> {
+    fn copy(&self, _: Checked<CopyTo<'_>>) -> Result<()> {
         Ok(())
     }
 
-    fn pointwise(&self, _: &Program, _: &[&Tensor], _: &[f64], _: &[&Tensor]) -> Result<()> {
+    fn pointwise(&self, _: Checked<Pointwise<'_>>) -> Result<()> {
         Ok(())
     }
 
-    fn reduce(&self, _: &Program, _: Reduce, _: &[&Tensor], _: &[f64], _: &[&Tensor]) -> Result<()> {
+    fn reduce(&self, _: Checked<Reduction<'_>>) -> Result<()> {
         Ok(())
     }
 
-    fn matmul(&self, _: &Tensor, _: &Tensor, _: Option<&Tensor>, _: bool, _: &Tensor) -> Result<()> {
+    fn matmul(&self, _: Checked<MatMul<'_>>) -> Result<()> {
         Ok(())
     }
 
-    fn gather(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<()> {
+    fn gather(&self, _: Checked<Gather<'_>>) -> Result<()> {
         Ok(())
     }
 
-    fn scatter_add(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<()> {
+    fn scatter_add(&self, _: Checked<ScatterAdd<'_>>) -> Result<()> {
         Ok(())
     }
 
-    fn fuses(&self, _: &Fused, _: &[&Tensor]) -> bool {
-        true
-    }
-
-    fn fused(&self, _: &Fused, _: &[&Tensor], _: &[&Tensor]) -> Result<Ran> {
+    fn fused(&self, _: Checked<Fused<'_>>) -> Result<Ran> {
         Ok(Ran::Done)
     }
 }
@@ -120,7 +118,7 @@ impl Backend for Meta {
 mod tests {
     use super::*;
     use crate::nn::{Linear, ParamBuilder};
-    use crate::{DType, Tape};
+    use crate::{DType, Tape, Tensor};
 
     #[test]
     fn a_step_counts_what_it_would_take() -> Result<()> {

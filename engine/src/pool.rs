@@ -178,6 +178,11 @@ impl<R: Raw> Pooled<R> {
         &self.block
     }
 
+    /// Where its pool's blocks come from.
+    pub fn raw(&self) -> &R {
+        self.pool.raw()
+    }
+
     /// Its size, which may be more than was asked for.
     pub fn bytes(&self) -> usize {
         self.bytes

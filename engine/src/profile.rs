@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::backend::{Backend, Buffer, Fused, Pending, Ran};
-use crate::expr::{Program, Reduce};
-use crate::pool::PoolUsage;
+use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd};
+use crate::backend::{Backend, Buffer, Decorator, Fused, Pending, Ran};
 use crate::{DType, Device, Result, Tensor};
 
 /// What the calls of one kind came to.
@@ -65,14 +64,16 @@ struct Measured {
     profile: Profile,
 }
 
-/// Bytes of tensors; what is repeated counts once.
-fn bytes<'a>(tensors: impl IntoIterator<Item = &'a &'a Tensor>) -> usize {
-    let size = |t: &Tensor| {
-        let layout = t.layout();
-        let distinct = layout.dims.iter().zip(&layout.strides).filter(|(_, s)| **s != 0);
-        distinct.map(|(d, _)| d).product::<usize>() * t.dtype().size()
-    };
-    tensors.into_iter().map(|t| size(t)).sum()
+/// Bytes of a tensor; what is repeated counts once.
+fn size(tensor: &Tensor) -> usize {
+    let layout = tensor.layout();
+    let distinct = layout.dims.iter().zip(&layout.strides).filter(|(_, s)| **s != 0);
+    distinct.map(|(d, _)| d).product::<usize>() * tensor.dtype().size()
+}
+
+/// Bytes of a call's operands.
+fn bytes<'a>(call: &impl Call<'a>) -> usize {
+    call.reads().chain(call.writes()).map(size).sum()
 }
 
 /// Sizes as `2x3x4`.
@@ -80,11 +81,15 @@ fn sizes(dims: &[usize]) -> String {
     dims.iter().map(usize::to_string).collect::<Vec<_>>().join("x")
 }
 
-fn widest(inputs: &[&Tensor], outputs: &[&Tensor]) -> String {
-    let all = || inputs.iter().chain(outputs);
-    let dtype = all().map(|t| t.dtype()).reduce(DType::promote).map_or("", DType::name);
-    let dims = all().map(|t| t.dims()).max_by_key(|d| d.iter().product::<usize>()).unwrap_or(&[]);
+/// The largest sizes and the widest dtype.
+fn widest<'a>(operands: impl Iterator<Item = &'a Tensor> + Clone) -> String {
+    let dtype = operands.clone().map(Tensor::dtype).reduce(DType::promote).map_or("", DType::name);
+    let dims = operands.map(Tensor::dims).max_by_key(|d| d.iter().product::<usize>()).unwrap_or(&[]);
     format!("{} {dtype}", sizes(dims))
+}
+
+fn operands<'a>(call: &impl Call<'a>) -> String {
+    widest(call.reads().chain(call.writes()))
 }
 
 impl Measured {
@@ -96,31 +101,15 @@ impl Measured {
         work: impl FnOnce(&dyn Backend) -> Result<R>,
     ) -> Result<R> {
         let started = Instant::now();
-        let result = work(self.inner.backend())?;
+        let result = work(self.inner())?;
         self.profile.add(name(), started, flops, bytes);
         Ok(result)
     }
 }
 
-impl Backend for Measured {
-    fn name(&self) -> &str {
-        self.inner.backend().name()
-    }
-
-    fn has_data(&self) -> bool {
-        self.inner.backend().has_data()
-    }
-
-    fn is_host(&self) -> bool {
-        self.inner.backend().is_host()
-    }
-
-    fn has_f64(&self) -> bool {
-        self.inner.backend().has_f64()
-    }
-
-    fn memory(&self) -> PoolUsage {
-        self.inner.backend().memory()
+impl Decorator for Measured {
+    fn inner(&self) -> &dyn Backend {
+        self.inner.backend()
     }
 
     fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
@@ -139,36 +128,38 @@ impl Backend for Measured {
         self.run(|| "download".into(), 0.0, bytes, |b| b.download(buffer, bytes))
     }
 
-    fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()> {
-        let size = bytes([&source, &target]);
-        self.run(|| format!("copy {}", widest(&[source], &[target])), 0.0, size, |b| b.copy(source, target))
+    fn copy(&self, call: Checked<CopyTo<'_>>) -> Result<()> {
+        self.run(|| format!("copy {}", operands(&*call)), 0.0, bytes(&*call), |b| b.copy(call))
     }
 
-    fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
+    fn pointwise(&self, call: Checked<Pointwise<'_>>) -> Result<()> {
         let name = || {
-            let steps = program.instructions.len();
-            format!("pointwise {steps} ops, {} > {}, {}", inputs.len(), outputs.len(), widest(inputs, outputs))
+            let (steps, from, to) = (call.program.instructions.len(), call.inputs.len(), call.outputs.len());
+            format!("pointwise {steps} ops, {from} > {to}, {}", operands(&*call))
         };
-        self.run(name, 0.0, bytes(inputs.iter().chain(outputs)), |b| b.pointwise(program, inputs, scalars, outputs))
+        self.run(name, 0.0, bytes(&*call), |b| b.pointwise(call))
     }
 
-    fn reduce(
-        &self,
-        program: &Program,
-        kind: Reduce,
-        inputs: &[&Tensor],
-        scalars: &[f64],
-        outputs: &[&Tensor],
-    ) -> Result<()> {
+    fn pointwise_each(&self, call: Checked<PointwiseEach<'_>>) -> Result<()> {
         let name = || {
-            let (steps, to) = (program.instructions.len(), outputs.first().map_or(String::new(), |t| sizes(t.dims())));
-            format!("reduce {steps} ops, {} > {}, {} to {to}", inputs.len(), outputs.len(), widest(inputs, &[]))
+            let (steps, groups) = (call.program.instructions.len(), call.groups.len());
+            let dtype = call.reads().chain(call.writes()).map(Tensor::dtype).reduce(DType::promote);
+            format!("pointwise {steps} ops on {groups} groups, {}", dtype.map_or("", DType::name))
         };
-        let size = bytes(inputs.iter().chain(outputs));
-        self.run(name, 0.0, size, |b| b.reduce(program, kind, inputs, scalars, outputs))
+        self.run(name, 0.0, bytes(&*call), |b| b.pointwise_each(call))
     }
 
-    fn matmul(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()> {
+    fn reduce(&self, call: Checked<Reduction<'_>>) -> Result<()> {
+        let name = || {
+            let (steps, from, to) = (call.program.instructions.len(), call.inputs.len(), call.outputs.len());
+            let result = call.outputs.first().map_or(String::new(), |t| sizes(t.dims()));
+            format!("reduce {steps} ops, {from} > {to}, {} to {result}", widest(call.reads()))
+        };
+        self.run(name, 0.0, bytes(&*call), |b| b.reduce(call))
+    }
+
+    fn matmul(&self, call: Checked<MatMul<'_>>) -> Result<()> {
+        let MatMul { a, b, accumulate, out, .. } = *call;
         let rank = a.rank();
         let (k, n) = (a.dims()[rank - 1], out.dims()[rank - 1]);
         let (rows, m) = (out.numel() / n.max(1), out.dims()[rank - 2]);
@@ -178,28 +169,23 @@ impl Backend for Measured {
             let more = if accumulate { " +=" } else { "" };
             format!("matmul {}{} {batch}{m}x{k}x{n} {}{more}", letter(a), letter(b), a.dtype())
         };
-        let size = bytes([&a, &b, &out]);
-        self.run(name, 2.0 * (rows * k * n) as f64, size, |back| back.matmul(a, b, bias, accumulate, out))
+        self.run(name, 2.0 * (rows * k * n) as f64, bytes(&*call), |back| back.matmul(call))
     }
 
-    fn gather(&self, table: &Tensor, index: &Tensor, out: &Tensor) -> Result<()> {
-        self.run(|| "gather".into(), 0.0, 2 * bytes([&out]), |b| b.gather(table, index, out))
+    fn gather(&self, call: Checked<Gather<'_>>) -> Result<()> {
+        self.run(|| "gather".into(), 0.0, 2 * size(call.out), |b| b.gather(call))
     }
 
-    fn scatter_add(&self, rows: &Tensor, index: &Tensor, out: &Tensor) -> Result<()> {
-        self.run(|| "scatter_add".into(), 0.0, 3 * bytes([&rows]), |b| b.scatter_add(rows, index, out))
+    fn scatter_add(&self, call: Checked<ScatterAdd<'_>>) -> Result<()> {
+        self.run(|| "scatter_add".into(), 0.0, 3 * size(call.rows), |b| b.scatter_add(call))
     }
 
-    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
-        self.inner.backend().fuses(op, inputs)
-    }
-
-    fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
+    fn fused(&self, call: Checked<Fused<'_>>) -> Result<Ran> {
         let started = Instant::now();
-        let ran = self.inner.backend().fused(op, inputs, outputs)?;
+        let ran = self.inner().fused(call)?;
         if ran == Ran::Done {
-            let name = format!("{} {}", op.name(), widest(inputs, outputs));
-            self.profile.add(name, started, op.flops(inputs), bytes(inputs.iter().chain(outputs)));
+            let name = format!("{} {}", call.name(), operands(&*call));
+            self.profile.add(name, started, call.flops(), bytes(&*call));
         }
         Ok(ran)
     }

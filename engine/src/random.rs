@@ -5,7 +5,8 @@
 
 use rayon::prelude::*;
 
-use crate::backend::{Distribution, Fused, Ran};
+use crate::backend::call::{has_dtype, is_dense};
+use crate::backend::{Distribution, FusedCall, Ran, operands, run_fused};
 use crate::{DType, Device, Element, Result, Tensor};
 
 /// Numbers of one parallel piece: a multiple of a block's four.
@@ -19,6 +20,37 @@ pub struct Philox {
     /// The rest of the current block.
     block: [u32; 4],
     used: usize,
+}
+
+/// Random numbers from a fresh block on.
+#[derive(Clone, Copy, Debug)]
+pub struct RandomFill<'a> {
+    /// What is drawn.
+    pub distribution: Distribution,
+    /// The generator's key.
+    pub seed: u64,
+    /// Its next block.
+    pub counter: u64,
+    /// Row-major without gaps: u32 for bits, else f32.
+    pub out: &'a Tensor,
+}
+
+impl<'a> FusedCall<'a> for RandomFill<'a> {
+    const NAME: &'static str = "random numbers";
+
+    fn inputs(&self) -> [Option<&'a Tensor>; 8] {
+        [None; 8]
+    }
+
+    fn outputs(&self) -> [Option<&'a Tensor>; 4] {
+        operands([Some(self.out)])
+    }
+
+    fn fits(&self) -> Result<()> {
+        let dtype = if self.distribution == Distribution::Bits { DType::U32 } else { DType::F32 };
+        has_dtype(Self::NAME, "numbers", self.out, dtype)?;
+        is_dense(Self::NAME, "numbers", self.out)
+    }
 }
 
 /// Four numbers from a counter and a key.
@@ -148,9 +180,9 @@ impl Philox {
         device: &Device,
         fill: impl FnOnce(&mut Self, &mut [T]),
     ) -> Result<Tensor> {
-        let op = Fused::Random { distribution, seed: self.seed, counter: self.counter };
         let out = Tensor::empty(dims, dtype, device)?;
-        if device.backend().fused(&op, &[], &[&out])? == Ran::Done {
+        let fill_there = RandomFill { distribution, seed: self.seed, counter: self.counter, out: &out };
+        if run_fused(fill_there)? == Ran::Done {
             self.advance(out.numel());
         } else {
             let mut values = vec![T::default(); out.numel()];

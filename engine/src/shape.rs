@@ -17,27 +17,27 @@ impl Layout {
     /// Row-major without gaps.
     pub fn contiguous(dims: &[usize]) -> Self {
         let mut strides = vec![0; dims.len()];
-        let mut step = 1;
+        let mut step = 1usize;
         for (stride, dim) in strides.iter_mut().zip(dims).rev() {
             *stride = step;
-            step *= dim;
+            step = step.saturating_mul(*dim);
         }
         Self { dims: dims.to_vec(), strides, offset: 0 }
     }
 
     /// Number of elements of the view.
     pub fn numel(&self) -> usize {
-        self.dims.iter().product()
+        self.dims.iter().fold(1, |n, &d| n.saturating_mul(d))
     }
 
     /// Whether the elements lie row-major without gaps.
     pub fn is_contiguous(&self) -> bool {
-        let mut step = 1;
+        let mut step = 1usize;
         for (&dim, &stride) in self.dims.iter().zip(&self.strides).rev() {
             if dim != 1 && stride != step {
                 return false;
             }
-            step *= dim;
+            step = step.saturating_mul(dim);
         }
         true
     }
@@ -76,6 +76,7 @@ impl Layout {
     pub fn expand(&self, dims: &[usize]) -> Result<Self> {
         let wrong = || Error::shape("expand", format!("sizes that broadcast to {dims:?}"), &self.dims);
         let lead = dims.len().checked_sub(self.dims.len()).ok_or_else(wrong)?;
+        numel("expand", dims)?;
         let mut strides = vec![0; dims.len()];
         for (axis, (&from, &stride)) in self.dims.iter().zip(&self.strides).enumerate() {
             match dims[lead + axis] {
@@ -123,7 +124,7 @@ impl Layout {
                     from *= old.get(i)?.0;
                     i += 1;
                 } else {
-                    to *= *dims.get(j)?;
+                    to = to.saturating_mul(*dims.get(j)?);
                     j += 1;
                 }
             }
@@ -137,6 +138,19 @@ impl Layout {
             }
         }
         Some(Self { dims: dims.to_vec(), strides, offset: self.offset })
+    }
+}
+
+/// Number of elements of sizes that a tensor may have: their product without zeros fits the address space, so no walk over
+/// them leaves the numbers.
+///
+/// # Errors
+/// When it does not.
+pub fn numel(op: &'static str, dims: &[usize]) -> Result<usize> {
+    let most = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
+    match most.filter(|&n| isize::try_from(n).is_ok()) {
+        Some(most) => Ok(if dims.contains(&0) { 0 } else { most }),
+        None => Err(Error::shape(op, "sizes whose product fits the address space", dims)),
     }
 }
 

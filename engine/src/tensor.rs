@@ -6,7 +6,7 @@ use crate::backend::{Device, Pending, Storage};
 use crate::expr::Function;
 use crate::nn::Param;
 use crate::ops::pointwise::run_pointwise;
-use crate::shape::Layout;
+use crate::shape::{Layout, numel};
 use crate::tape::{Tape, VarId};
 use crate::{DType, Element, Error, Result};
 
@@ -33,11 +33,9 @@ impl std::fmt::Debug for Tensor {
 impl Tensor {
     /// A tensor of uninitialised memory, for a kernel to write.
     pub(crate) fn empty(dims: &[usize], dtype: DType, device: &Device) -> Result<Self> {
+        let bytes = numel("alloc", dims)?.checked_mul(dtype.size()).filter(|&bytes| isize::try_from(bytes).is_ok());
+        let bytes = bytes.ok_or_else(|| Error::shape("alloc", format!("sizes that fit memory in {dtype}"), dims))?;
         let layout = Layout::contiguous(dims);
-        let bytes = dims
-            .iter()
-            .try_fold(dtype.size(), |n, &d| n.checked_mul(d))
-            .ok_or_else(|| Error::shape("alloc", "a size that fits memory", dims))?;
         let storage = Storage::alloc(device, bytes).map_err(|error| match error {
             Error::OutOfMemory { device, bytes, reason } => {
                 Error::OutOfMemory { device, bytes, reason: format!("{dtype} {dims:?}; {reason}") }
@@ -109,7 +107,7 @@ impl Tensor {
     /// # Errors
     /// When the count of values is not that of `dims`.
     pub fn from_slice<T: Element>(values: &[T], dims: &[usize], device: &Device) -> Result<Self> {
-        if values.len() != dims.iter().product::<usize>() {
+        if values.len() != numel("from_slice", dims)? {
             return Err(Error::shape("from_slice", format!("{dims:?}"), [values.len()]));
         }
         let out = Self::written(bytemuck::cast_slice(values), dims, T::DTYPE, device)?;
@@ -365,7 +363,6 @@ impl Tensor {
         if source.dims() != self.dims() {
             return Err(Error::shape("copy_from", format!("{:?}", self.dims()), source.dims()));
         }
-        self.storage.touch();
         run_pointwise(&Function::build(|[x]| [x]), &[source], &[], &[self])
     }
 }

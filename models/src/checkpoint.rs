@@ -79,12 +79,15 @@ pub fn open_weights(folder: &Path) -> Result<Shards> {
 /// Loads a model, its weights converted to `dtype` one by one: memory holds one tensor above the model.
 ///
 /// # Errors
-/// When a file can't be read, the class is unknown, or keys do not fit (one error lists them all).
+/// When a file can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
 pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Transformer>> {
     let weights = Arc::new(open_weights(folder)?);
     let params = ParamBuilder::from_file(weights.clone(), dtype, device);
     let model = create_model(&load_config(&folder.join(CONFIG))?, &params)?;
-    model.params().check_keys(&weights, |name| model.is_ignored_key(name))?;
+    model.params().check_keys(&weights, |name| model.is_ignored_key(name)).map_err(|error| {
+        let class = model.config()["_class_name"].as_str().unwrap_or("model").to_owned();
+        Error::Model { model: class, source: Box::new(error) }
+    })?;
     Ok(model)
 }
 

@@ -2,10 +2,15 @@
 //! goldens and the CPU.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
+use flowtape_engine::backend::call::{Call, ScatterAdd};
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
-use flowtape_engine::nn::{Init, ParamBuilder};
+use flowtape_engine::nn::{Init, ParamBuilder, Placement};
 use flowtape_engine::ops::{RopeLayout, pointwise};
-use flowtape_engine::optim::{AdamW, Clipping, Optimizer, Rates, clip_grad_norm};
+use flowtape_engine::optim::{
+    AdamW, Clipping, LossScale, LossScaleConfig, LossScaleState, Optimizer, OptimizerStep, Rates, StepConfig,
+    clip_grad_norm,
+};
+use flowtape_engine::safetensors::SafeTensors;
 use flowtape_engine::{DType, Device, Error, Gradients, Philox, Result, Tape, Tensor, ops};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_gpu::cuda::Cuda;
@@ -170,7 +175,8 @@ fn an_index_past_the_end_is_told_with_the_next_values() -> Result<()> {
         told(table.index_select(0, &bad).and_then(|rows| rows.to_vec()));
         assert_eq!(table.index_select(0, &good)?.to_vec::<f32>()?, [5.0, 6.0, 1.0, 2.0]);
         let sums = Tensor::zeros(&[3, 2], DType::F32, device)?;
-        device.backend().scatter_add(&table.narrow(0, 0, 2)?.contiguous()?, &bad, &sums)?;
+        let rows = table.narrow(0, 0, 2)?.contiguous()?;
+        ScatterAdd { rows: &rows, index: &bad, out: &sums }.run()?;
         told(unrelated.to_vec());
         assert_eq!(sums.to_vec::<f32>()?, [0.0, 0.0, 0.0, 0.0, 1.0, 2.0]);
     }
@@ -290,6 +296,44 @@ fn a_norm_that_is_not_finite_gates_the_update() -> Result<()> {
             )?;
             assert_eq!(w.value()?.to_vec::<f32>()? != [1.0; 5], moves, "{value}");
             assert_eq!(Clipping::finite(clipping.norm.item()?).is_ok(), moves);
+        }
+    }
+    Ok(())
+}
+
+/// A loss scale is a value on the device: an overflow skips the step there, and the host counts updates as the CPU does.
+#[test]
+fn an_overflow_skips_a_step_without_the_hosts_knowing() -> Result<()> {
+    // The last one is not known to the host yet when the state is saved.
+    let sizes = [6e4, 1.0, 1.0, 6e4, 1.0, 6e4];
+    let run = |device: &Device| -> Result<(Vec<f64>, f64, LossScaleState)> {
+        let builder = ParamBuilder::with_plan(1, Placement::trained(DType::F16).with_master(DType::F32), device);
+        let (w, params) = (builder.get("w", &[7], Init::Ones)?, builder.params());
+        let mut adamw = Optimizer::new(AdamW::default());
+        let config = LossScaleConfig { init_scale: 16.0, growth_interval: 3, ..LossScaleConfig::default() };
+        let mut scale = LossScale::new(config, device)?;
+        for (step, size) in sizes.into_iter().enumerate() {
+            let tape = Tape::new();
+            let x = Draw::new(step as u64).standard(&[7])?.mul_scalar(size)?.to_dtype(DType::F16)?.to_device(device)?;
+            let loss = tape.attach(&x).mul(&w.value()?)?.to_dtype(DType::F32)?.sum_all()?;
+            let (config, rates) =
+                (StepConfig { micro_batches: 1, max_norm: Some(1.0) }, Rates { lr: 0.1, weight_decay: 0.1 });
+            OptimizerStep::new(config, rates, &mut adamw, &params, Some(&mut scale))?.backward(&tape, &loss, &[])?;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.safetensors");
+        adamw.save(&params, &path)?;
+        let steps = SafeTensors::open(&path)?.get("step.w", &Device::cpu(), None)?.item()?;
+        let kept = w.kept()?.to_vec()?;
+        Ok((kept, steps, LossScaleState::read(scale.read_later()?)?))
+    };
+    let (wanted, steps, state) = run(&Device::cpu())?;
+    assert_eq!((steps, state), (3.0, LossScaleState { scale: 2.0, growth_tracker: 0, skipped_steps: 3 }));
+    for device in gpus() {
+        let (got, steps, on_device) = run(device)?;
+        assert_eq!((steps, on_device), (3.0, state), "{}", device.backend().name());
+        for (a, b) in got.iter().zip(&wanted) {
+            assert!((a - b).abs() < 1e-6, "{}: {a} instead of {b}", device.backend().name());
         }
     }
     Ok(())

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::io::ErrorKind;
 use std::path::Path;
 
+use flowtape_engine::files::exists;
 use flowtape_engine::printable;
 use flowtape_engine::safetensors::{SafeTensors, Shards};
 use flowtape_models::checkpoint::{CONFIG, WEIGHTS, load_config, open_weights};
@@ -62,17 +63,17 @@ fn of_file(path: &Path) -> Result<Summary> {
 }
 
 fn of_folder(folder: &Path) -> Result<Summary> {
-    if folder.join("recipe.yaml").exists() {
+    if exists(&folder.join("recipe.yaml"))? {
         return of_folder(&RunFolder::open(folder)?.0.checkpoint()?);
     }
     // A whole pipeline of diffusers keeps the model in a folder of its own.
     let inner = folder.join("transformer");
-    if !folder.join(CONFIG).exists() && inner.is_dir() {
+    if !exists(&folder.join(CONFIG))? && inner.is_dir() {
         return of_folder(&inner);
     }
     let configured = Summary::of_config(&load_config(&folder.join(CONFIG))?)?;
-    let has_weights = ["", ".index.json"].iter().any(|end| folder.join(format!("{WEIGHTS}.safetensors{end}")).exists());
-    if !has_weights {
+    let stored = |end: &str| exists(&folder.join(format!("{WEIGHTS}.safetensors{end}")));
+    if !stored("")? && !stored(".index.json")? {
         return Ok(configured);
     }
     let stored = Summary::of_weights(&open_weights(folder)?)?;

@@ -12,11 +12,9 @@
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
-//! | [`mod@bench`] | `flowtape bench`: what steps and kernels take |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 
-pub mod bench;
 pub mod builtin;
 pub mod data;
 mod error;
@@ -28,11 +26,13 @@ pub mod picture;
 pub mod recipe;
 pub mod run;
 pub mod state;
+mod timing;
 pub mod train;
 pub mod trained;
 pub mod trainer;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;
+pub use timing::StepTimes;
 pub use trained::Trained;
 pub use trainer::{StepRecord, Trainer};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use flowtape_data::{Fingerprint, LoaderOptions};
 use flowtape_engine::nn::{ParamBuilder, Placement};
-use flowtape_engine::optim::{AdamW, LossScaleConfig, LrSchedulerConfig, Optimizer as EngineOptimizer};
+use flowtape_engine::optim::{LossScale, LossScaleConfig, LrSchedulerConfig, OptimizerConfig};
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
 use flowtape_models::requirements::SampleSizes;
@@ -47,7 +47,7 @@ pub struct Recipe {
     #[serde(default)]
     pub flow_matching: FlowMatchingConfig,
     /// The optimiser.
-    pub optimizer: Optimizer,
+    pub optimizer: OptimizerConfig,
     /// Learning rate by step; constant if the section is absent.
     #[serde(default)]
     pub lr_scheduler: Option<LrSchedulerConfig>,
@@ -99,6 +99,17 @@ impl Dtype {
         let wide = matches!(self, Self::Mixed | Self::MixedF16);
         let placement = if wide { placement.with_master(DType::F32) } else { placement };
         ParamBuilder::with_plan(seed, placement, device)
+    }
+
+    /// What a loss is multiplied with, where gradients would be too small for the dtype.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn loss_scale(self, config: LossScaleConfig, device: &Device) -> flowtape_engine::Result<Option<LossScale>> {
+        match self {
+            Self::MixedF16 => LossScale::new(config, device).map(Some),
+            Self::F32 | Self::Bf16 | Self::Mixed => Ok(None),
+        }
     }
 }
 
@@ -203,34 +214,6 @@ pub enum Init {
     AdalnZero,
 }
 
-/// AdamW.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Optimizer {
-    /// The learning rate.
-    pub lr: f64,
-    /// Decoupled weight decay of all parameters.
-    pub weight_decay: f64,
-    /// Decay rates of the moments.
-    pub betas: (f64, f64),
-    /// Added to the root of the second moment.
-    pub eps: f64,
-}
-
-impl Default for Optimizer {
-    fn default() -> Self {
-        let AdamW { betas, eps } = AdamW::default();
-        Self { lr: 1e-3, weight_decay: 0.01, betas, eps }
-    }
-}
-
-impl Optimizer {
-    /// The optimiser, without any update so far.
-    pub(crate) fn build(&self) -> EngineOptimizer {
-        EngineOptimizer::new(AdamW { betas: self.betas, eps: self.eps })
-    }
-}
-
 /// Gradient clipping.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -304,6 +287,16 @@ impl Recipe {
         Self::parse(&text, overrides).map_err(|what| Error::Recipe { path: path.into(), what })
     }
 
+    /// From the object that a file would hold, for programs with data of their own.
+    ///
+    /// # Errors
+    /// When a key is unknown or a value does not fit.
+    pub fn from_json(object: serde_json::Value) -> Result<Self> {
+        let recipe = serde_json::from_value::<Self>(object).map_err(|e| with_suggestion(&e.to_string()));
+        let checked = recipe.and_then(|recipe| recipe.check().map(|()| recipe));
+        checked.map_err(|what| Error::Recipe { path: "recipe".into(), what })
+    }
+
     fn parse(text: &str, overrides: &[String]) -> Result<Self, String> {
         // From the text first: only then errors know their line.
         let mut recipe: Self = serde_yaml_ng::from_str(text).map_err(|e| with_suggestion(&e.to_string()))?;
@@ -316,6 +309,7 @@ impl Recipe {
                 serde_yaml_ng::from_value(value).map_err(|e| format!("--set: {}", with_suggestion(&e.to_string())))?;
         }
         recipe.check()?;
+        recipe.check_data()?;
         Ok(recipe)
     }
 
@@ -332,7 +326,6 @@ impl Recipe {
         }
         let positive = [
             ("optimizer.lr", self.optimizer.lr),
-            ("optimizer.eps", self.optimizer.eps),
             ("clip_grad_norm.max_norm", self.clip_grad_norm.as_ref().map_or(1.0, |c| c.max_norm)),
             ("sampling.guidance_scale", self.sampling.guidance_scale),
             ("sampling.num_inference_steps", self.sampling.num_inference_steps as f64),
@@ -340,10 +333,6 @@ impl Recipe {
         ];
         if let Some((key, value)) = positive.into_iter().find(|(_, v)| !(*v > 0.0 && v.is_finite())) {
             return Err(format!("{key}: expected a positive number, got {value}"));
-        }
-        let (b1, b2) = self.optimizer.betas;
-        if !(0.0..1.0).contains(&b1) || !(0.0..1.0).contains(&b2) {
-            return Err(format!("optimizer.betas: expected two numbers in [0, 1), got [{b1}, {b2}]"));
         }
         self.loss_scale.check().map_err(|e| e.to_string())?;
         self.data.check()?;
@@ -355,19 +344,19 @@ impl Recipe {
                 "sampling.image_to_video: expected a source of videos and an adapter that takes a first frame ({able}), got {adapter}"
             ));
         }
-        self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))?;
-        let contradictions = self.contradictions(kind);
-        if contradictions.is_empty() { Ok(()) } else { Err(contradictions.join("; ")) }
+        self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))
     }
 
-    /// What of the model, its adapter and the data contradicts each other.
-    fn contradictions(&self, kind: &ModelKind) -> Vec<String> {
+    /// Whether model and adapter fit the recipe's own data.
+    fn check_data(&self) -> Result<(), String> {
+        let kind = ModelKind::of_adapter(&self.flow_matching.adapter_type).map_err(|e| e.to_string())?;
         let DataConfig { video, text_dim, .. } = &self.data;
         let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);
         let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
             .map(|tensor| (tensor, "data.text_dim", *text_dim));
         let sample = SampleSizes { source: "data.source", latents: &latents, widths: &widths };
-        kind.contradictions(&self.model, &self.flow_matching.adapter_kwargs, &sample)
+        let contradictions = kind.contradictions(&self.model, &self.flow_matching.adapter_kwargs, &sample);
+        if contradictions.is_empty() { Ok(()) } else { Err(contradictions.join("; ")) }
     }
 
     /// Samples of an optimiser step.
@@ -431,6 +420,19 @@ mod tests {
     }
 
     #[test]
+    fn a_recipe_chooses_any_rule() {
+        let set = ["optimizer={name: sgd, lr: 0.1, momentum: 0.9, groups: [{pattern: '*.bias', wd_mult: 0}]}"];
+        let recipe = Recipe::parse(DIGITS, &set.map(String::from)).unwrap();
+        let text = recipe.to_yaml();
+        assert!(
+            text.contains("name: sgd") && text.contains("momentum: 0.9") && text.contains("nesterov: false"),
+            "{text}"
+        );
+        assert_eq!(Recipe::parse(&text, &[]).unwrap(), recipe);
+        assert_eq!(recipe.optimizer.groups.len(), 1);
+    }
+
+    #[test]
     fn the_resolved_recipe_is_the_same_recipe() {
         let recipe = Recipe::parse(DIGITS, &[]).unwrap();
         assert_eq!(Recipe::parse(&recipe.to_yaml(), &[]).unwrap(), recipe);
@@ -445,6 +447,9 @@ mod tests {
             ("optimizer.lr=fast", "fast"),
             ("optimizer.lr.x=1", "not a section"),
             ("optimizer.lr=-1", "optimizer.lr"),
+            ("optimizer.momentum=0.9", "unknown field `momentum`"),
+            ("optimizer.name=adam", "adamw or sgd"),
+            ("optimizer=", "the section of an optimiser"),
             ("step_scheduler.local_batch_size=0", "local_batch_size"),
             ("step_scheduler.global_batch_size=100", "multiple"),
             ("flow_matching.flow_shift=0", "flow_matching.flow_shift"),

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use flowtape_engine::files::exists;
 use flowtape_models::checkpoint;
 
 use crate::error::io;
@@ -38,7 +39,7 @@ impl RunFolder {
             }
         };
         let run = Self(path);
-        if run.recipe_path().exists() {
+        if exists(&run.recipe_path())? {
             let what = format!(
                 "holds a run already: resume it with `flowtape train --resume {}`, or choose another run_dir",
                 run.0.display()
@@ -56,7 +57,7 @@ impl RunFolder {
     /// When it is not a run folder.
     pub fn open(path: &Path) -> Result<(Self, Recipe)> {
         let run = Self(path.into());
-        if !run.recipe_path().exists() {
+        if !exists(&run.recipe_path())? {
             let what = "not a run folder (it has no recipe.yaml): name one that `flowtape train` made".into();
             return Err(Error::Run { path: path.into(), what });
         }

@@ -1,5 +1,6 @@
 //! One optimiser step after the other.
 
+use std::cell::Cell;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -15,8 +16,9 @@ use serde::{Deserialize, Serialize};
 use crate::builtin;
 use crate::data::Data;
 use crate::generate::{Generator, Request, Samples};
-use crate::recipe::{Dtype, Init};
+use crate::recipe::Init;
 use crate::state::{TrainProgress, TrainState};
+use crate::timing::{StepTimes, Timed};
 use crate::{Error, Recipe, Result};
 
 /// The stream of the steps' random numbers, a fork of the seed.
@@ -43,6 +45,9 @@ pub struct StepRecord {
     /// Steps that were skipped so far because a gradient was not finite, where the loss is scaled.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub skipped_steps: Option<u64>,
+    /// Where its time went; not part of the line.
+    #[serde(skip)]
+    pub times: StepTimes,
 }
 
 /// JSON has no NaN.
@@ -60,6 +65,7 @@ pub(crate) struct Enqueued {
     lr: f64,
     samples: usize,
     started: Instant,
+    times: StepTimes,
 }
 
 impl Enqueued {
@@ -82,6 +88,7 @@ impl Enqueued {
             samples_per_second,
             loss_scale: loss_scale.map(|s| s.scale),
             skipped_steps: loss_scale.map(|s| s.skipped_steps),
+            times: self.times,
         })
     }
 }
@@ -138,11 +145,8 @@ impl Trainer {
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             collator: data.collator(&recipe.data, recipe.seed),
             state: TrainState {
-                optimizer: optimizer.build(),
-                loss_scale: match recipe.dtype {
-                    Dtype::MixedF16 => Some(LossScale::new(recipe.loss_scale, device)?),
-                    Dtype::F32 | Dtype::Bf16 | Dtype::Mixed => None,
-                },
+                optimizer: optimizer.build()?,
+                loss_scale: recipe.dtype.loss_scale(recipe.loss_scale, device)?,
                 progress: TrainProgress {
                     step: 0,
                     cursor: Default::default(),
@@ -211,10 +215,14 @@ impl Trainer {
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let config = StepConfig { micro_batches: parts, max_norm };
         let TrainState { optimizer, loss_scale, .. } = &mut self.state;
-        let mut sinks = OptimizerStep::new(config, rates, optimizer, self.model.params(), loss_scale.as_mut())?;
+        let updates = Cell::new(0.0);
+        let mut sinks = OptimizerStep::new(config, rates, optimizer, self.model.params(), loss_scale.as_mut())?
+            .behind(|sink| Timed { sink, seconds: &updates });
+        let mut times = StepTimes::default();
         let mut losses = Vec::with_capacity(parts);
         let mut norm = None;
         for _ in 0..parts {
+            let begun = Instant::now();
             let loader = match &mut self.loader {
                 Some(loader) => loader,
                 none => none.insert(self.data.loader(&self.recipe.data, local, self.recipe.seed, cursor)?),
@@ -222,6 +230,7 @@ impl Trainer {
             let loaded = loader.next()?;
             cursor = loaded.plan.next;
             let batch = self.collator.batch(&loaded, &self.device)?;
+            let with_data = Instant::now();
             let tape = Tape::new();
             let options = StepOptions {
                 dtype: self.recipe.dtype.into(),
@@ -233,15 +242,21 @@ impl Trainer {
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             losses.push(share.read_later()?);
             let without = self.model.parameters_without_gradient(&output.inputs);
+            let with_loss = Instant::now();
             norm = sinks.backward(&tape, &share, &without)?;
+            times.data += (with_data - begun).as_secs_f64();
+            times.forward += (with_loss - with_data).as_secs_f64();
+            times.backward += with_loss.elapsed().as_secs_f64();
         }
         drop(sinks);
+        times.optimizer = updates.get();
+        times.backward -= times.optimizer;
         let nothing = || Error::Run { path: self.recipe.name.clone().into(), what: "no samples".into() };
         let norm = norm.ok_or_else(nothing)?.read_later()?;
         let loss_scale = self.state.loss_scale.as_ref().map(LossScale::read_later).transpose()?;
         self.state.progress.step = step + 1;
         self.state.progress.cursor = cursor;
-        Ok(Enqueued { step: step + 1, losses, norm, loss_scale, lr: rates.lr, samples: global, started })
+        Ok(Enqueued { step: step + 1, losses, norm, loss_scale, lr: rates.lr, samples: global, started, times })
     }
 
     /// Whether the numbers of a step are there as soon as it is enqueued.

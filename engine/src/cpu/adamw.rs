@@ -17,7 +17,8 @@ const GRAIN: usize = 8 * 1024;
 
 /// Runs the program of AdamW's update: inputs a parameter, its gradient and its two moments; outputs the parameter and the
 /// moments again, which are written in place, and maybe the new parameter in another dtype. Arithmetic is in f32. `false`,
-/// and nothing is done, where a view has gaps or another order, an output is another place, or the dtypes are others:
+/// and nothing is done, where a view has gaps or another order, an output is another place, the gradient one of those that
+/// are written, or the dtypes are others:
 /// parameter and moments have one of f32, bf16 and f16, the gradient any of these; a rounded parameter needs f32.
 ///
 /// # Safety
@@ -33,6 +34,7 @@ pub(super) unsafe fn adamw(isa: Isa, inputs: &[View<'_>], scalars: &[f64], outpu
     let known = narrow(&parameter)
         && narrow(&gradient)
         && kept.len() == in_place.len()
+        && !in_place.iter().any(|x| std::ptr::eq(x.ptr, gradient.ptr))
         && kept.iter().zip(&in_place).all(|(out, x)| out.is_like(x) && x.dtype == parameter.dtype)
         && rounded.is_none_or(|v| narrow(&v) && parameter.dtype == DType::F32);
     let dense = |v: &View<'_>| Layout { dims: v.dims.to_vec(), strides: v.strides.to_vec(), offset: 0 }.is_contiguous();

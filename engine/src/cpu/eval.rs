@@ -10,7 +10,7 @@ use super::gemm::scratch::Scratch;
 use super::isa::Isa;
 use super::lanes::{LANES, fold};
 use super::math::Real;
-use super::steps::{Kernel, arity, kernel};
+use super::opcode_loops::{Kernel, arity, kernel};
 use crate::DType;
 use crate::expr::{Program, Reduce};
 
@@ -248,12 +248,23 @@ impl<'a, A: Arithmetic> Evaluator<'a, A> {
         }
     }
 
+    /// Whether an input is a result as it is, and lies where another result is stored before it.
+    #[inline(always)]
+    fn is_overwritten(&self, input: usize, window: &Window, sink: &Sink<'_>) -> bool {
+        match sink {
+            Sink::Store(windows) if windows.len() > 1 => {
+                self.outputs.contains(&input) && windows.iter().any(|w| std::ptr::eq(w.ptr, window.ptr))
+            }
+            _ => false,
+        }
+    }
+
     #[inline(always)]
     unsafe fn block(&mut self, inputs: &[Window], rows: usize, cols: usize, sink: Sink<'_>) {
         let n = rows * cols;
         debug_assert!(n <= BLOCK);
         for (i, window) in inputs.iter().enumerate() {
-            if A::is(window.dtype) && window.is_run(rows, cols) {
+            if A::is(window.dtype) && window.is_run(rows, cols) && !self.is_overwritten(i, window, &sink) {
                 self.places[i] = window.ptr.cast();
                 continue;
             }

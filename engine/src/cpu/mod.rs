@@ -12,10 +12,10 @@ mod limits;
 mod math;
 mod norm;
 mod norm_fused;
+mod opcode_loops;
 mod pointwise;
 mod pool;
 mod programs;
-mod steps;
 mod team;
 
 use std::any::Any;
@@ -25,8 +25,12 @@ pub use self::limits::peak_flops;
 pub(crate) use self::pool::ALIGN;
 use self::pool::{CpuBuffer, Host};
 pub use self::team::{awake, cores, usable_threads};
+use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd};
 use crate::backend::{Backend, Buffer, Fused, Ran};
-use crate::expr::{Program, Reduce};
+use crate::ops::{
+    AttentionBackward, AttentionForward, ModulatedNormBackward, ModulatedNormForward, NormBackward, NormForward,
+    NormRopeBackward, NormRopeForward,
+};
 use crate::pool::{Pool, PoolUsage};
 use crate::{DType, Error, Result, Tensor};
 
@@ -132,20 +136,19 @@ impl Backend for Cpu {
         Ok(unsafe { std::slice::from_raw_parts(source.as_ptr(), bytes) }.to_vec())
     }
 
-    fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()> {
-        let (source, target) = (view(source)?, view(target)?);
-        if source.dims != target.dims || source.dtype != target.dtype {
-            return Err(Error::shape("copy", format!("{} {:?}", target.dtype, target.dims), source.dims));
-        }
-        // SAFETY: views of tensors lie in their memory; the ops give targets that nobody else uses.
-        unsafe { index::copy(&source, &target) };
+    fn copy(&self, call: Checked<CopyTo<'_>>) -> Result<()> {
+        // SAFETY: the call is checked; views of tensors lie in their memory, and the target meets no other.
+        unsafe { index::copy(&view(call.source)?, &view(call.target)?) };
         Ok(())
     }
 
-    fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
-        program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
+    fn pointwise(&self, call: Checked<Pointwise<'_>>) -> Result<()> {
+        if call.is_empty() {
+            return Ok(());
+        }
+        let Pointwise { program, inputs, scalars, outputs } = *call;
         let (inputs, outputs) = (views(inputs)?, views(outputs)?);
-        // SAFETY: views of tensors lie in their memory; the ops give outputs that nobody else uses.
+        // SAFETY: the call is checked; an output is an input exactly or meets none.
         unsafe {
             let own = programs::kernel(program);
             if !own.is_some_and(|kernel| kernel(isa(), &inputs, scalars, &outputs)) {
@@ -155,102 +158,145 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn reduce(
-        &self,
-        program: &Program,
-        kind: Reduce,
-        inputs: &[&Tensor],
-        scalars: &[f64],
-        outputs: &[&Tensor],
-    ) -> Result<()> {
-        program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
-        // SAFETY: as in `pointwise`.
+    fn reduce(&self, call: Checked<Reduction<'_>>) -> Result<()> {
+        if call.is_empty() {
+            return Ok(());
+        }
+        let Reduction { program, kind, inputs, scalars, outputs } = *call;
+        // SAFETY: the call is checked.
         unsafe { pointwise::reduce(program, kind, &views(inputs)?, scalars, &views(outputs)?, isa()) };
         Ok(())
     }
 
-    fn matmul(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()> {
+    fn matmul(&self, call: Checked<MatMul<'_>>) -> Result<()> {
+        let MatMul { a, b, bias, accumulate, out } = *call;
         let bias = bias.map(view).transpose()?;
-        // SAFETY: as in `pointwise`; the op has checked the shapes.
+        // SAFETY: the call is checked.
         unsafe { gemm::matmul(isa(), &view(a)?, &view(b)?, bias.as_ref(), accumulate, &view(out)?) };
         Ok(())
     }
 
-    fn gather(&self, table: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
-        let (at, rows) = (at.to_vec::<u32>()?, table.dims()[0]);
-        check_index("index_select", &at, rows)?;
-        // SAFETY: the indices are in range; the op gives contiguous views.
+    fn gather(&self, call: Checked<Gather<'_>>) -> Result<()> {
+        let Gather { table, index, out } = *call;
+        let at = index.to_vec::<u32>()?;
+        check_index("index_select", &at, table.dims()[0])?;
+        // SAFETY: the call is checked, and the indices are in range.
         unsafe { index::gather(&view(table)?, &at, &view(out)?) };
         Ok(())
     }
 
-    fn scatter_add(&self, rows: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
-        let at = at.to_vec::<u32>()?;
+    fn scatter_add(&self, call: Checked<ScatterAdd<'_>>) -> Result<()> {
+        let ScatterAdd { rows, index, out } = *call;
+        let at = index.to_vec::<u32>()?;
         check_index("scatter_add", &at, out.dims()[0])?;
-        // SAFETY: the indices are in range; the op gives contiguous views.
+        // SAFETY: the call is checked, and the indices are in range.
         unsafe { index::scatter_add(&view(rows)?, &at, &view(out)?) };
         Ok(())
     }
 
-    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
-        let dense = |t: &Tensor| t.layout().strides.last() == Some(&1);
-        let narrow = inputs.iter().all(|t| matches!(t.dtype(), DType::F32 | DType::BF16 | DType::F16));
-        match (op, inputs) {
-            (Fused::ModulatedNormForward { .. }, _) => narrow && inputs.iter().all(|t| dense(t)),
-            (Fused::NormRopeForward { .. }, [x, _, cos, sin]) => {
-                let table = |t: &Tensor| t.dtype() == DType::F32 && dense(t);
-                narrow && dense(x) && table(cos) && table(sin)
-            }
-            _ => false,
-        }
-    }
-
-    fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
-        if inputs.iter().any(|t| t.dtype() == DType::F64) {
+    fn fused(&self, call: Checked<Fused<'_>>) -> Result<Ran> {
+        if call.reads().chain(call.writes()).any(|t| t.dtype() == DType::F64) {
             return Ok(Ran::Declined);
         }
-        let (x, y) = (views(inputs)?, views(outputs)?);
-        // SAFETY: as in `pointwise`; the op has checked the shapes.
-        unsafe {
-            match (op, &x[..], &y[..]) {
-                (Fused::AttentionForward { scale, .. }, [q, k, v, mask @ ..], [o, lse]) => {
-                    attention::attention_forward(q, k, v, mask.first(), *scale, o, lse);
+        // SAFETY: the call is checked, and no operand is f64.
+        let ran = unsafe {
+            match *call {
+                Fused::AttentionForward(AttentionForward { q, k, v, mask, scale, o, lse }) => {
+                    let ([q, k, v, o, lse], mask) = (each([q, k, v, o, lse])?, some(mask)?);
+                    attention::attention_forward(&q, &k, &v, mask.as_ref(), scale, &o, &lse);
+                    true
                 }
-                (Fused::AttentionBackward { scale, .. }, [q, k, v, o, go, lse, mask @ ..], [dq, dk, dv]) => {
-                    attention::attention_backward(q, k, v, o, go, lse, mask.first(), *scale, dq, dk, dv);
+                Fused::AttentionBackward(AttentionBackward { d_mask: Some(_), .. }) => false,
+                Fused::AttentionBackward(AttentionBackward {
+                    q, k, v, mask, scale, o, lse, grad, dq, dk, dv, ..
+                }) => {
+                    let ([q, k, v, o, grad, lse], mask) = (each([q, k, v, o, grad, lse])?, some(mask)?);
+                    let [dq, dk, dv] = each([dq, dk, dv])?;
+                    attention::attention_backward(&q, &k, &v, &o, &grad, &lse, mask.as_ref(), scale, &dq, &dk, &dv);
+                    true
                 }
-                (Fused::NormForward { centred, weight, bias, eps }, [x, affine @ ..], [y, statistics @ ..]) => {
-                    let bias_at = usize::from(*weight);
-                    let affine = [affine.first().filter(|_| *weight), affine.get(bias_at).filter(|_| *bias)];
-                    let (mean, scale) = (statistics.first().filter(|_| *centred), &statistics[usize::from(*centred)]);
-                    if !norm::norm_forward(x, affine, *eps, y, mean, scale) {
-                        return Ok(Ran::Declined);
+                Fused::NormForward(NormForward { x, weight, bias, eps, y, mean, rstd }) => {
+                    let ([x, y, rstd], [weight, bias]) = (each([x, y, rstd])?, [some(weight)?, some(bias)?]);
+                    let affine = [weight.as_ref(), bias.as_ref()];
+                    norm::norm_forward(&x, affine, eps, &y, some(mean)?.as_ref(), &rstd)
+                }
+                Fused::NormBackward(NormBackward { x, weight, mean, rstd, grad, dx }) => {
+                    let [x, rstd, grad, dx] = each([x, rstd, grad, dx])?;
+                    norm::norm_backward(&x, some(mean)?.as_ref(), &rstd, some(weight)?.as_ref(), &grad, &dx)
+                }
+                Fused::ModulatedNormForward(ModulatedNormForward { x, shift, scale, eps, y, mean, rstd }) => {
+                    let dense = [x, shift, scale, y].into_iter().all(is_dense);
+                    let ([x, shift, scale], [y, mean, rstd]) = (each([x, shift, scale])?, each([y, mean, rstd])?);
+                    if dense {
+                        norm_fused::modulated_forward([&x, &shift, &scale], eps, [&y, &mean, &rstd]);
                     }
+                    dense
                 }
-                (Fused::NormBackward { centred, weight }, [x, grad, scale, rest @ ..], [dx]) => {
-                    let mean = rest.first().filter(|_| *centred);
-                    let weight = rest.get(usize::from(*centred)).filter(|_| *weight);
-                    if !norm::norm_backward(x, mean, scale, weight, grad, dx) {
-                        return Ok(Ran::Declined);
+                Fused::ModulatedNormBackward(ModulatedNormBackward {
+                    x,
+                    scale,
+                    mean,
+                    rstd,
+                    grad,
+                    dx,
+                    d_shift,
+                    d_scale,
+                }) => {
+                    let dense = [x, scale, grad, dx].into_iter().all(is_dense);
+                    let [x, grad, mean, rstd, scale] = each([x, grad, mean, rstd, scale])?;
+                    let [dx, d_shift, d_scale] = each([dx, d_shift, d_scale])?;
+                    if dense {
+                        let inputs = [&x, &grad, &mean, &rstd, &scale];
+                        norm_fused::modulated_backward(inputs, [&dx, &d_shift, &d_scale]);
                     }
+                    dense
                 }
-                (Fused::ModulatedNormForward { eps }, [x, shift, scale], [y, mean, deviation]) => {
-                    norm_fused::modulated_forward([x, shift, scale], *eps, [y, mean, deviation]);
+                Fused::NormRopeForward(NormRopeForward { x, weight, cos, sin, eps, layout, y, rstd }) => {
+                    let dense = [x, cos, sin, y].into_iter().all(is_dense) && are_f32([cos, sin]);
+                    let ([x, weight, cos, sin], [y, rstd]) = (each([x, weight, cos, sin])?, each([y, rstd])?);
+                    if dense {
+                        norm_fused::norm_rope_forward([&x, &weight, &cos, &sin], eps, layout, [&y, &rstd]);
+                    }
+                    dense
                 }
-                (Fused::ModulatedNormBackward, [x, grad, mean, deviation, scale], [dx, d_shift, d_scale]) => {
-                    norm_fused::modulated_backward([x, grad, mean, deviation, scale], [dx, d_shift, d_scale]);
+                Fused::NormRopeBackward(NormRopeBackward { x, weight, cos, sin, layout, rstd, grad, dx, dw }) => {
+                    let dense = [x, cos, sin, grad, dx].into_iter().all(is_dense) && are_f32([cos, sin]);
+                    let [x, grad, rstd, weight, cos, sin] = each([x, grad, rstd, weight, cos, sin])?;
+                    let [dx, dw] = each([dx, dw])?;
+                    if dense {
+                        let inputs = [&x, &grad, &rstd, &weight, &cos, &sin];
+                        norm_fused::norm_rope_backward(inputs, layout, [&dx, &dw]);
+                    }
+                    dense
                 }
-                (Fused::NormRopeForward { eps, layout }, [x, weight, cos, sin], [y, deviation]) => {
-                    norm_fused::norm_rope_forward([x, weight, cos, sin], *eps, *layout, [y, deviation]);
-                }
-                (Fused::NormRopeBackward { layout }, [x, grad, s, weight, cos, sin], [dx, dw]) => {
-                    norm_fused::norm_rope_backward([x, grad, s, weight, cos, sin], *layout, [dx, dw]);
-                }
-                _ => return Ok(Ran::Declined),
+                Fused::Random(_) => false,
             }
-        }
-        Ok(Ran::Done)
+        };
+        Ok(if ran { Ran::Done } else { Ran::Declined })
     }
+}
+
+/// The view of a tensor that may be missing.
+fn some(tensor: Option<&Tensor>) -> Result<Option<View<'_>>> {
+    tensor.map(view).transpose()
+}
+
+/// The views of some tensors.
+fn each<const N: usize>(tensors: [&Tensor; N]) -> Result<[View<'_>; N]> {
+    let mut views = [View { ptr: std::ptr::null_mut(), dtype: DType::F32, dims: &[], strides: &[] }; N];
+    for (to, tensor) in views.iter_mut().zip(tensors) {
+        *to = view(tensor)?;
+    }
+    Ok(views)
+}
+
+/// Whether neighbours of the last axis lie side by side.
+fn is_dense(tensor: &Tensor) -> bool {
+    tensor.layout().strides.last() == Some(&1)
+}
+
+fn are_f32(tables: [&Tensor; 2]) -> bool {
+    tables.iter().all(|t| t.dtype() == DType::F32)
 }
 
 fn check_index(op: &'static str, index: &[u32], rows: usize) -> Result<()> {

@@ -33,11 +33,11 @@ impl Raw for Host {
     const UNIT: usize = ALIGN;
 
     fn alloc(&self, bytes: usize) -> Result<Block> {
-        let failed =
-            || Error::argument("alloc", "memory for a tensor (lower the batch size or the model's size)", bytes);
-        let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| failed())?;
+        let failed = |reason: &str| Error::OutOfMemory { device: "cpu".into(), bytes, reason: reason.into() };
+        let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| failed("more than the address space"))?;
         // SAFETY: the pool asks for no block of size zero.
-        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(failed)?;
+        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) });
+        let ptr = ptr.ok_or_else(|| failed("the system has no such block left"))?;
         Ok(Block { ptr, layout })
     }
 
@@ -79,7 +79,10 @@ mod tests {
     }
 
     #[test]
-    fn too_much_is_an_error() {
-        assert!(pool().alloc(usize::MAX / 2).is_err() && pool().alloc(usize::MAX).is_err());
+    fn too_much_is_an_error_that_says_so() {
+        for bytes in [1 << 60, usize::MAX / 2, usize::MAX] {
+            let error = pool().alloc(bytes).unwrap_err();
+            assert!(matches!(&error, Error::OutOfMemory { device, .. } if device == "cpu"), "{error}");
+        }
     }
 }

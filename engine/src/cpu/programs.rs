@@ -23,3 +23,38 @@ static KERNELS: LazyLock<Vec<(u64, Kernel)>> = LazyLock::new(|| {
 pub(super) fn kernel(program: &Program) -> Option<Kernel> {
     KERNELS.iter().find(|(id, _)| *id == program.id()).map(|(_, kernel)| *kernel)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::pointwise::run_pointwise;
+    use crate::optim::Sgd;
+    use crate::{DType, Device, Result, Tensor};
+
+    #[test]
+    fn a_program_is_recognised_and_written_elsewhere_runs_step_by_step() -> Result<()> {
+        let [plain, rounding] = functions(&AdamW::default());
+        assert!(kernel(&Program::of(&plain)).is_some() && kernel(&Program::of(&rounding)).is_some());
+        assert!(kernel(&Program::of(&functions(&Sgd::default())[0])).is_none());
+        let scalars = [0.5, 0.99, 0.999, 0.01, 0.03, 1e-8, 0.1, 0.001];
+        let run = |in_place: bool, rounded: Option<DType>| -> Result<Vec<Vec<f64>>> {
+            let full = |value| Tensor::full(&[9], value, DType::F32, &Device::cpu());
+            let inputs = [full(1.0)?, full(0.3)?, full(0.1)?, full(0.2)?];
+            let mut outputs: Vec<Tensor> = [0, 2, 3].map(|i| inputs[i].clone()).into();
+            if !in_place {
+                outputs = outputs.iter().map(|_| full(0.0)).collect::<Result<_>>()?;
+            }
+            outputs.extend(rounded.map(|dtype| Tensor::zeros(&[9], dtype, &Device::cpu())).transpose()?);
+            let function = if rounded.is_some() { &rounding } else { &plain };
+            let (inputs, to): (Vec<_>, Vec<_>) = (inputs.iter().collect(), outputs.iter().collect());
+            run_pointwise(function, &inputs, &scalars, &to)?;
+            outputs.iter().map(Tensor::to_vec).collect()
+        };
+        for rounded in [None, Some(DType::F32), Some(DType::BF16), Some(DType::F16)] {
+            for (a, b) in run(true, rounded)?.iter().flatten().zip(run(false, rounded)?.iter().flatten()) {
+                assert!((a - b).abs() < 1e-6, "{rounded:?}: {a} and {b}");
+            }
+        }
+        Ok(())
+    }
+}

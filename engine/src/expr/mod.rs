@@ -239,9 +239,10 @@ impl<'a> Expr<'a> {
         self * self
     }
 
-    /// `max(x, 0)`, with gradient 0 at 0.
+    /// `max(x, 0)`, with gradient 0 at 0; NaN stays NaN.
     pub fn relu(self) -> Self {
-        self.graph.constant(0.0).select_lt(self, self, 0.0)
+        // What is neither above 0 nor below 1 is NaN.
+        self.graph.constant(0.0).select_lt(self, self, self.select_lt(1.0, 0.0, self))
     }
 
     /// `x * sigmoid(x)`.

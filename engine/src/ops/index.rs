@@ -1,5 +1,6 @@
 //! Rows by index.
 
+use crate::backend::call::{self, Call};
 use crate::backend::common_device;
 use crate::gradcheck::{Case, Sample};
 use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
@@ -17,7 +18,7 @@ impl Op for Gather {
         let (table, index) = (inputs[0].contiguous()?, inputs[1].contiguous()?);
         let dims = [&[index.numel()], &table.dims()[1..]].concat();
         let out = Tensor::empty(&dims, table.dtype(), table.device())?;
-        table.device().backend().gather(&table, &index, &out)?;
+        call::Gather { table: &table, index: &index, out: &out }.run()?;
         cx.save("index", &index);
         cx.save_shape("table", &table);
         Ok(vec![out])
@@ -27,7 +28,7 @@ impl Op for Gather {
         let Some(grad) = &grads[0] else { return Ok(()) };
         let (dims, dtype) = saved.shape("table")?;
         let table = Tensor::zeros(dims, dtype, grad.device())?;
-        grad.device().backend().scatter_add(&grad.contiguous()?, saved.get("index")?, &table)?;
+        call::ScatterAdd { rows: &grad.contiguous()?, index: saved.get("index")?, out: &table }.run()?;
         out.set(0, table);
         Ok(())
     }

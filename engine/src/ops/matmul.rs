@@ -1,5 +1,6 @@
 //! Matrix products and the linear layer.
 
+use crate::backend::call::{self, Call};
 use crate::backend::common_device;
 use crate::expr::{Function, Reduce};
 use crate::gradcheck::{Case, Sample};
@@ -18,7 +19,7 @@ pub(crate) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<T
     if out.numel() > 0 {
         let a = a.view(a.layout().expand(&[&batch[..], &[m, k]].concat())?);
         let b = b.view(b.layout().expand(&[&batch[..], &[k, n]].concat())?);
-        a.device().backend().matmul(&a, &b, bias, false, &out)?;
+        call::MatMul { a: &a, b: &b, bias, accumulate: false, out: &out }.run()?;
     }
     Ok(out)
 }

@@ -12,15 +12,15 @@ pub mod reduce;
 pub mod rope;
 pub mod view;
 
-pub use attention::attention;
+pub use attention::{AttentionBackward, AttentionForward, attention};
 pub use conv::{patchify, patchify_conv};
 pub use index::embedding;
 pub use loss::{dropout, mse};
 pub use matmul::linear;
-pub use modulate::{modulate, modulated_layer_norm};
-pub use norm::{layer_norm, rms_norm, softmax};
+pub use modulate::{ModulatedNormBackward, ModulatedNormForward, modulate, modulated_layer_norm};
+pub use norm::{NormBackward, NormForward, layer_norm, rms_norm, softmax};
 pub use pointwise::{pointwise, pointwise_to};
-pub use rope::{RopeLayout, rms_norm_rope, rope};
+pub use rope::{NormRopeBackward, NormRopeForward, RopeLayout, rms_norm_rope, rope};
 
 /// The gradient-check cases of all ops.
 pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {

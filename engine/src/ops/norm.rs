@@ -1,6 +1,7 @@
 //! Softmax, LayerNorm and RMSNorm over the last axis. Statistics are f32 (f64 for f64).
 
-use crate::backend::{Fused, Ran, common_device};
+use crate::backend::call::{has_dims, has_dtype, is_dense, is_float};
+use crate::backend::{FusedCall, Ran, common_device, operands, run_fused};
 use crate::expr::{Function, Reduce};
 use crate::gradcheck::{Case, Sample};
 use crate::ops::pointwise::{map, run_pointwise};
@@ -59,6 +60,178 @@ impl Tensor {
     }
 }
 
+/// LayerNorm where there is a mean to write, else RMSNorm, over the last axis.
+#[derive(Clone, Copy, Debug)]
+pub struct NormForward<'a> {
+    /// `[.., d]`, floats.
+    pub x: &'a Tensor,
+    /// `[d]`, floats.
+    pub weight: Option<&'a Tensor>,
+    /// `[d]`, floats.
+    pub bias: Option<&'a Tensor>,
+    /// Added to the variance, or the mean square.
+    pub eps: f64,
+    /// Like x.
+    pub y: &'a Tensor,
+    /// `[.., 1]`, f32 (f64 for f64), row-major without gaps.
+    pub mean: Option<&'a Tensor>,
+    /// The reciprocal of the standard deviation, or of the root mean square, like the mean.
+    pub rstd: &'a Tensor,
+}
+
+/// The gradient of a norm's input: `rstd (gw - mean(gw) - x̂ mean(gw x̂))`; RMSNorm has no middle term.
+#[derive(Clone, Copy, Debug)]
+pub struct NormBackward<'a> {
+    /// As forward.
+    pub x: &'a Tensor,
+    /// As forward.
+    pub weight: Option<&'a Tensor>,
+    /// What forward gave.
+    pub mean: Option<&'a Tensor>,
+    /// What forward gave.
+    pub rstd: &'a Tensor,
+    /// The gradient of y, like x.
+    pub grad: &'a Tensor,
+    /// The gradient of x, like x.
+    pub dx: &'a Tensor,
+}
+
+/// Whether an operand of `op` has the shape and dtype of x.
+pub(crate) fn is_like(op: &'static str, name: &str, tensor: &Tensor, x: &Tensor) -> Result<()> {
+    has_dims(op, name, tensor, x.dims())?;
+    has_dtype(op, name, tensor, x.dtype())
+}
+
+/// Whether there is a statistic of `op` for each row of x.
+pub(crate) fn is_statistic(op: &'static str, tensor: &Tensor, x: &Tensor) -> Result<()> {
+    has_dims(op, "mean and rstd", tensor, &row_dims(x))?;
+    has_dtype(op, "mean and rstd", tensor, accumulator(x.dtype()))?;
+    is_dense(op, "mean and rstd", tensor)
+}
+
+/// Sizes of a statistic of each row.
+fn row_dims(x: &Tensor) -> Vec<usize> {
+    let mut rows = x.dims().to_vec();
+    rows.last_mut().into_iter().for_each(|d| *d = 1);
+    rows
+}
+
+/// A new statistic of each row, to be written.
+pub(crate) fn statistic(x: &Tensor) -> Result<Tensor> {
+    Tensor::empty(&row_dims(x), accumulator(x.dtype()), x.device())
+}
+
+fn affine_fits(op: &'static str, x: &Tensor, vectors: [Option<&Tensor>; 2]) -> Result<()> {
+    let Some(width) = x.dims().last() else {
+        return Err(Error::shape(op, "one axis or more", x.dims()));
+    };
+    is_float(op, "x", x)?;
+    vectors.into_iter().flatten().try_for_each(|vector| {
+        is_float(op, "weight and bias", vector)?;
+        has_dims(op, "weight and bias", vector, &[*width])
+    })
+}
+
+impl<'a> FusedCall<'a> for NormForward<'a> {
+    const NAME: &'static str = "norm";
+
+    fn inputs(&self) -> [Option<&'a Tensor>; 8] {
+        operands([Some(self.x), self.weight, self.bias])
+    }
+
+    fn outputs(&self) -> [Option<&'a Tensor>; 4] {
+        operands([Some(self.y), self.mean, Some(self.rstd)])
+    }
+
+    fn fits(&self) -> Result<()> {
+        affine_fits(Self::NAME, self.x, [self.weight, self.bias])?;
+        is_like(Self::NAME, "y", self.y, self.x)?;
+        [self.mean, Some(self.rstd)].into_iter().flatten().try_for_each(|t| is_statistic(Self::NAME, t, self.x))
+    }
+}
+
+impl<'a> FusedCall<'a> for NormBackward<'a> {
+    const NAME: &'static str = "norm backward";
+
+    fn inputs(&self) -> [Option<&'a Tensor>; 8] {
+        operands([Some(self.x), self.weight, self.mean, Some(self.rstd), Some(self.grad)])
+    }
+
+    fn outputs(&self) -> [Option<&'a Tensor>; 4] {
+        operands([Some(self.dx)])
+    }
+
+    fn fits(&self) -> Result<()> {
+        affine_fits(Self::NAME, self.x, [self.weight, None])?;
+        is_like(Self::NAME, "grad", self.grad, self.x)?;
+        is_like(Self::NAME, "dx", self.dx, self.x)?;
+        [self.mean, Some(self.rstd)].into_iter().flatten().try_for_each(|t| is_statistic(Self::NAME, t, self.x))
+    }
+}
+
+impl NormForward<'_> {
+    /// Runs a kernel, or the composition.
+    pub(crate) fn run_or_compose(&self) -> Result<()> {
+        if run_fused(*self)? == Ran::Declined { self.compose() } else { Ok(()) }
+    }
+
+    /// The composition: y, mean and reciprocal deviation are written by passes over the whole tensor.
+    fn compose(&self) -> Result<()> {
+        let Self { x, weight, bias, eps, y, mean, rstd } = *self;
+        let axis = x.rank() - 1;
+        let (wide, n) = (rstd.dtype(), x.dims()[axis] as f64);
+        let (zero, one) = constants(wide, x)?;
+        if let Some(mean) = mean {
+            let share = Function::build(|[x]| [x / n]);
+            mean.copy_from(&run_reduce(&share, Reduce::Sum, &[x], x.dims(), &[axis], &[wide])?[0])?;
+        }
+        let mean = mean.unwrap_or(&zero);
+        let deviation = Function::build(|[x, m]| [(x - m).square() / n]);
+        let variance = run_reduce(&deviation, Reduce::Sum, &[x, mean], x.dims(), &[axis], &[wide])?.remove(0);
+        run_pointwise(&Function::build(|[v]| [(v + eps).rsqrt()]), &[&variance], &[], &[rstd])?;
+        let (weight, bias) = (weight.unwrap_or(&one), bias.unwrap_or(&zero));
+        let function = Function::build(|[x, m, s, w, b]| [(x - m) * s * w + b]);
+        run_pointwise(&function, &[x, mean, rstd, weight, bias], &[], &[y])
+    }
+}
+
+impl NormBackward<'_> {
+    /// Runs a kernel, or the composition.
+    pub(crate) fn run_or_compose(&self) -> Result<()> {
+        if run_fused(*self)? == Ran::Declined { self.compose() } else { Ok(()) }
+    }
+
+    fn compose(&self) -> Result<()> {
+        let Self { x, weight, mean, rstd, grad, dx } = *self;
+        let axis = x.rank() - 1;
+        let (wide, n) = (rstd.dtype(), x.dims()[axis] as f64);
+        let (zero, one) = constants(wide, x)?;
+        let centre = if mean.is_some() { 1.0 } else { 0.0 };
+        let (mean, weight) = (mean.unwrap_or(&zero), weight.unwrap_or(&one));
+        let means = Function::build(|[x, m, s, w, g]| [g * w / n, g * w * (x - m) * s / n]);
+        let inputs = [x, mean, rstd, weight, grad];
+        let sums = run_reduce(&means, Reduce::Sum, &inputs, x.dims(), &[axis], &[wide, wide])?;
+        let function = Function::build(|[x, m, s, w, g, a, b]| [s * (g * w - a * centre - (x - m) * s * b)]);
+        run_pointwise(&function, &[x, mean, rstd, weight, grad, &sums[0], &sums[1]], &[], &[dx])
+    }
+
+    /// The gradient of the weight `[d]`, in a dtype.
+    pub(crate) fn of_weight(&self, dtype: DType) -> Result<Tensor> {
+        let Self { x, mean, rstd, grad, .. } = *self;
+        let axis = x.rank() - 1;
+        let lead: Vec<usize> = (0..axis).collect();
+        let zero = constants(rstd.dtype(), x)?.0;
+        let rows = Function::build(|[x, m, s, g]| [g * (x - m) * s]);
+        let inputs = [x, mean.unwrap_or(&zero), rstd, grad];
+        run_reduce(&rows, Reduce::Sum, &inputs, x.dims(), &lead, &[dtype])?[0].reshape(&x.dims()[axis..])
+    }
+}
+
+/// What stands for a missing mean or bias, and for a missing weight.
+fn constants(dtype: DType, like: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((Tensor::zeros(&[], dtype, like.device())?, Tensor::ones(&[], dtype, like.device())?))
+}
+
 /// LayerNorm (`centred`) or RMSNorm, with inputs x, then weight and bias where there are such.
 #[derive(Debug)]
 struct Norm {
@@ -68,63 +241,6 @@ struct Norm {
     bias: bool,
 }
 
-impl Norm {
-    /// Weight and bias among the inputs.
-    fn affine<'a>(&self, inputs: &'a [Tensor]) -> (Option<&'a Tensor>, Option<&'a Tensor>) {
-        let at_bias = 1 + usize::from(self.weight);
-        (inputs.get(1).filter(|_| self.weight), inputs.get(at_bias).filter(|_| self.bias))
-    }
-
-    /// The composition: y, mean and reciprocal deviation are written by passes over the whole tensor.
-    fn compose(&self, inputs: &[Tensor], y: &Tensor, mean: Option<&Tensor>, scale: &Tensor) -> Result<()> {
-        let x = &inputs[0];
-        let axis = x.rank() - 1;
-        let (wide, n, eps) = (scale.dtype(), x.dims()[axis] as f64, self.eps);
-        let (zero, one) = constants(wide, x)?;
-        if let Some(mean) = mean {
-            let share = Function::build(|[x]| [x / n]);
-            mean.copy_from(&run_reduce(&share, Reduce::Sum, &[x], x.dims(), &[axis], &[wide])?[0])?;
-        }
-        let mean = mean.unwrap_or(&zero);
-        let deviation = Function::build(|[x, m]| [(x - m).square() / n]);
-        let variance = run_reduce(&deviation, Reduce::Sum, &[x, mean], x.dims(), &[axis], &[wide])?.remove(0);
-        run_pointwise(&Function::build(|[v]| [(v + eps).rsqrt()]), &[&variance], &[], &[scale])?;
-        let (weight, bias) = self.affine(inputs);
-        let (weight, bias) = (weight.unwrap_or(&one), bias.unwrap_or(&zero));
-        let function = Function::build(|[x, m, s, w, b]| [(x - m) * s * w + b]);
-        run_pointwise(&function, &[x, mean, scale, weight, bias], &[], &[y])
-    }
-
-    /// The composition of the gradient: `dx = s (gw - mean(gw) - x̂ mean(gw x̂))`; RMSNorm has no middle term.
-    fn compose_backward(&self, saved: &Statistics<'_>, grad: &Tensor, dx: &Tensor) -> Result<()> {
-        let Statistics { x, mean, scale, weight } = *saved;
-        let axis = x.rank() - 1;
-        let (wide, n) = (scale.dtype(), x.dims()[axis] as f64);
-        let (zero, one) = constants(wide, x)?;
-        let (mean, weight) = (mean.unwrap_or(&zero), weight.unwrap_or(&one));
-        let means = Function::build(|[x, m, s, w, g]| [g * w / n, g * w * (x - m) * s / n]);
-        let inputs = [x, mean, scale, weight, grad];
-        let sums = run_reduce(&means, Reduce::Sum, &inputs, x.dims(), &[axis], &[wide, wide])?;
-        let centre = if self.centred { 1.0 } else { 0.0 };
-        let function = Function::build(|[x, m, s, w, g, a, b]| [s * (g * w - a * centre - (x - m) * s * b)]);
-        run_pointwise(&function, &[x, mean, scale, weight, grad, &sums[0], &sums[1]], &[], &[dx])
-    }
-}
-
-/// What stands for a missing mean or bias, and for a missing weight.
-fn constants(dtype: DType, like: &Tensor) -> Result<(Tensor, Tensor)> {
-    Ok((Tensor::zeros(&[], dtype, like.device())?, Tensor::ones(&[], dtype, like.device())?))
-}
-
-/// What forward keeps.
-#[derive(Clone, Copy)]
-struct Statistics<'a> {
-    x: &'a Tensor,
-    mean: Option<&'a Tensor>,
-    scale: &'a Tensor,
-    weight: Option<&'a Tensor>,
-}
-
 impl Op for Norm {
     fn name(&self) -> &'static str {
         if self.centred { "layer_norm" } else { "rms_norm" }
@@ -132,47 +248,34 @@ impl Op for Norm {
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let x = &inputs[0];
-        let mut rows = x.dims().to_vec();
-        rows[x.rank() - 1] = 1;
-        let statistic = || Tensor::empty(&rows, accumulator(x.dtype()), x.device());
+        let weight = inputs.get(1).filter(|_| self.weight);
+        let bias = inputs.get(1 + usize::from(self.weight)).filter(|_| self.bias);
         let y = Tensor::empty_like(x, x.dims(), x.dtype())?;
-        let mean = if self.centred { Some(statistic()?) } else { None };
-        let scale = statistic()?;
-        let Self { centred, eps, weight, bias } = *self;
-        let fused = Fused::NormForward { centred, weight, bias, eps };
-        let outputs: Vec<&Tensor> = [Some(&y), mean.as_ref(), Some(&scale)].into_iter().flatten().collect();
-        if x.device().backend().fused(&fused, &inputs.iter().collect::<Vec<_>>(), &outputs)? == Ran::Declined {
-            self.compose(inputs, &y, mean.as_ref(), &scale)?;
-        }
-        let kept = [("x", Some(x)), ("rstd", Some(&scale)), ("mean", mean.as_ref()), ("weight", self.affine(inputs).0)];
+        let mean = if self.centred { Some(statistic(x)?) } else { None };
+        let rstd = statistic(x)?;
+        NormForward { x, weight, bias, eps: self.eps, y: &y, mean: mean.as_ref(), rstd: &rstd }.run_or_compose()?;
+        let kept = [("x", Some(x)), ("rstd", Some(&rstd)), ("mean", mean.as_ref()), ("weight", weight)];
         kept.into_iter().filter_map(|(name, t)| Some((name, t?))).for_each(|(name, t)| cx.save(name, t));
         Ok(vec![y])
     }
 
     fn backward(&self, saved: &Saved, grads: &[Option<Tensor>], out: &mut InputGradients) -> Result<()> {
         let Some(grad) = &grads[0] else { return Ok(()) };
-        let (x, scale) = (saved.get("x")?, saved.get("rstd")?);
+        let (x, rstd) = (saved.get("x")?, saved.get("rstd")?);
         let (mean, weight) = (saved.optional("mean"), saved.optional("weight"));
+        let dx = Tensor::empty_like(x, x.dims(), x.dtype())?;
+        let norm = NormBackward { x, weight, mean, rstd, grad, dx: &dx };
         if out.needs(0) {
-            let dx = Tensor::empty_like(x, x.dims(), x.dtype())?;
-            let fused = Fused::NormBackward { centred: self.centred, weight: self.weight };
-            let inputs: Vec<&Tensor> = [Some(x), Some(grad), Some(scale), mean, weight].into_iter().flatten().collect();
-            if x.device().backend().fused(&fused, &inputs, &[&dx])? == Ran::Declined {
-                self.compose_backward(&Statistics { x, mean, scale, weight }, grad, &dx)?;
-            }
-            out.set(0, dx);
+            norm.run_or_compose()?;
         }
-        let axis = x.rank() - 1;
-        let lead: Vec<usize> = (0..axis).collect();
         if let Some(weight) = weight.filter(|_| out.needs(1)) {
-            let zero = constants(scale.dtype(), x)?.0;
-            let rows = Function::build(|[x, m, s, g]| [g * (x - m) * s]);
-            let inputs = [x, mean.unwrap_or(&zero), scale, grad];
-            let sums = run_reduce(&rows, Reduce::Sum, &inputs, x.dims(), &lead, &[weight.dtype()])?;
-            out.set(1, sums[0].reshape(&x.dims()[axis..])?);
+            out.set(1, norm.of_weight(weight.dtype())?);
         }
+        out.set(0, dx);
         let at_bias = 1 + usize::from(self.weight);
         if self.bias && out.needs(at_bias) {
+            let axis = x.rank() - 1;
+            let lead: Vec<usize> = (0..axis).collect();
             let identity = Function::build(|[g]| [g]);
             let sums = run_reduce(&identity, Reduce::Sum, &[grad], x.dims(), &lead, &[grad.dtype()])?;
             out.set(at_bias, sums[0].reshape(&x.dims()[axis..])?);

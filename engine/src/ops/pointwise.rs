@@ -1,9 +1,11 @@
 //! Pointwise functions: one fused kernel forward, derived kernels backward.
 
+use crate::backend::call::{self, Call};
 use crate::backend::common_device;
 use crate::expr::{Expr, Function, Program, Reduce};
 use crate::gradcheck::{Case, Sample};
 use crate::ops::reduce::run_reduce;
+use crate::ops::view::copied;
 use crate::shape::broadcast;
 use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
 use crate::{DType, Error, Result, Tensor};
@@ -50,24 +52,27 @@ fn promoted(op: &'static str, inputs: &[&Tensor]) -> Result<DType> {
     dtypes.reduce(DType::promote).ok_or_else(|| Error::argument(op, "at least one input", 0))
 }
 
-/// Runs a function on plain tensors into outputs of the broadcast shape.
+/// Runs a function on plain tensors into outputs of the broadcast shape. An input that shares some memory with an output,
+/// without being it exactly, is copied first.
 pub(crate) fn run_pointwise(
     function: &Function,
     inputs: &[&Tensor],
     scalars: &[f64],
     outputs: &[&Tensor],
 ) -> Result<()> {
-    let dims = outputs[0].dims();
     if outputs[0].numel() == 0 {
         return Ok(());
     }
-    let views = expanded(inputs, dims)?;
-    let views: Vec<&Tensor> = views.iter().collect();
-    let device = common_device("pointwise", outputs)?;
-    if !inputs.is_empty() && !common_device("pointwise", inputs)?.same(device) {
-        return Err(Error::argument("pointwise", "inputs and outputs on one device", "two devices"));
-    }
-    device.backend().pointwise(&Program::of(function), &views, scalars, outputs)
+    let views = expanded(inputs, outputs[0].dims())?.into_iter().map(|view| apart(view, outputs));
+    let views = views.collect::<Result<Vec<_>>>()?;
+    let (program, views) = (Program::of(function), views.iter().collect::<Vec<_>>());
+    call::Pointwise { program: &program, inputs: &views, scalars, outputs }.run()
+}
+
+/// An input as it is, or a copy of one that is some but not all of an output.
+fn apart(input: Tensor, outputs: &[&Tensor]) -> Result<Tensor> {
+    let meets = outputs.iter().any(|output| call::overlap(&input, output) && !call::is_same_view(&input, output));
+    if meets { copied(&input) } else { Ok(input) }
 }
 
 /// Runs a function on groups of plain tensors on one device, inputs and outputs of each, all of its outputs' shape after
@@ -78,16 +83,14 @@ pub(crate) fn run_pointwise_each(
     scalars: &[f64],
 ) -> Result<()> {
     let groups: Vec<_> = groups.iter().filter(|(_, outputs)| outputs.iter().all(|o| o.numel() > 0)).collect();
-    let all: Vec<&Tensor> = groups.iter().flat_map(|(inputs, outputs)| inputs.iter().chain(outputs).copied()).collect();
-    if all.is_empty() {
+    if groups.is_empty() {
         return Ok(());
     }
-    let device = common_device("pointwise", &all)?;
     let views = groups.iter().map(|(inputs, outputs)| expanded(inputs, outputs[0].dims()));
     let views = views.collect::<Result<Vec<Vec<Tensor>>>>()?;
     let groups: Vec<_> =
         views.iter().zip(&groups).map(|(v, (_, outputs))| (v.iter().collect(), outputs.clone())).collect();
-    device.backend().pointwise_each(&Program::of(function), &groups, scalars)
+    call::PointwiseEach { program: &Program::of(function), groups: &groups, scalars }.run()
 }
 
 /// Runs a function with one output on plain tensors into a new tensor.

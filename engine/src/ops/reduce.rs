@@ -1,5 +1,6 @@
 //! Reductions, each with a pointwise function as its prologue.
 
+use crate::backend::call::{Call, Reduction};
 use crate::backend::common_device;
 use crate::expr::{Function, Program, Reduce};
 use crate::gradcheck::{Case, Sample};
@@ -27,7 +28,8 @@ pub(crate) fn run_reduce(
     let views = expanded(inputs, dims)?;
     let views: Vec<&Tensor> = views.iter().collect();
     let targets: Vec<&Tensor> = outputs.iter().collect();
-    device.backend().reduce(&Program::of(function), kind, &views, &[], &targets)?;
+    let program = Program::of(function);
+    Reduction { program: &program, kind, inputs: &views, scalars: &[], outputs: &targets }.run()?;
     Ok(outputs)
 }
 

@@ -1,8 +1,9 @@
 //! Views: other sizes, orders and parts of the same storage; joining and padding.
 
+use crate::backend::call::{Call, CopyTo};
 use crate::backend::common_device;
 use crate::gradcheck::{Case, Sample};
-use crate::shape::Layout;
+use crate::shape::{Layout, numel};
 use crate::tape::{Forward, InputGradients, Op, Saved, apply, apply_one};
 use crate::{Error, Result, Tensor};
 
@@ -57,9 +58,9 @@ impl Op for View {
 }
 
 /// A plain row-major copy.
-fn copied(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn copied(x: &Tensor) -> Result<Tensor> {
     let out = Tensor::empty(x.dims(), x.dtype(), x.device())?;
-    x.device().backend().copy(x, &out)?;
+    CopyTo { source: x, target: &out }.run()?;
     Ok(out)
 }
 
@@ -105,7 +106,7 @@ impl Op for Split {
         let mut start = self.start;
         for (grad, &size) in grads.iter().zip(&self.sizes) {
             if let Some(grad) = grad {
-                dx.device().backend().copy(grad, &dx.view(dx.layout().narrow(self.axis, start, size)?))?;
+                CopyTo { source: grad, target: &dx.view(dx.layout().narrow(self.axis, start, size)?) }.run()?;
             }
             start += size;
         }
@@ -140,7 +141,7 @@ impl Op for Cat {
         let mut start = self.before;
         for input in inputs {
             let size = input.dims()[self.axis];
-            out.device().backend().copy(input, &out.view(out.layout().narrow(self.axis, start, size)?))?;
+            CopyTo { source: input, target: &out.view(out.layout().narrow(self.axis, start, size)?) }.run()?;
             start += size;
         }
         Ok(vec![out])
@@ -164,7 +165,7 @@ impl Tensor {
     /// # Errors
     /// When the number of elements differs.
     pub fn reshape(&self, dims: &[usize]) -> Result<Self> {
-        if dims.iter().product::<usize>() != self.numel() {
+        if numel("reshape", dims)? != self.numel() {
             return Err(Error::shape("reshape", format!("{} elements", self.numel()), dims));
         }
         if dims == self.dims() {
@@ -246,7 +247,7 @@ impl Tensor {
     /// # Errors
     /// When the sizes do not add up to the axis.
     pub fn split(&self, sizes: &[usize], axis: usize) -> Result<Vec<Self>> {
-        if sizes.iter().sum::<usize>() != self.dim(axis)? {
+        if sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size)) != Some(self.dim(axis)?) {
             return Err(Error::argument("split", format!("sizes that add up to {}", self.dims()[axis]), sizes));
         }
         apply(Split { axis, start: 0, sizes: sizes.to_vec(), dims: self.dims().to_vec() }, &[self])
@@ -344,9 +345,12 @@ impl Tensor {
     /// Zeros before and after, along `axis`. Copies.
     ///
     /// # Errors
-    /// When the axis does not exist.
+    /// When the axis does not exist or memory runs out.
     pub fn pad(&self, axis: usize, before: usize, after: usize) -> Result<Self> {
         let sizes = vec![self.dim(axis)?];
+        if before.checked_add(after).and_then(|n| n.checked_add(sizes[0])).is_none() {
+            return Err(Error::argument("pad", "a size that fits the address space", (before, after)));
+        }
         apply_one(Cat { axis, before, after, sizes }, &[self])
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::backend::call::{Call, Reduction};
 use crate::backend::common_device;
 use crate::expr::{Function, Program, Reduce};
 use crate::ops::pointwise::map;
@@ -64,7 +65,8 @@ impl SquareSums {
         }
         let axes = gradient.rank();
         let place = self.sums.view(Layout { dims: vec![1; axes], strides: vec![0; axes], offset: place });
-        self.sums.device().backend().reduce(&self.square, Reduce::Sum, &[gradient], &[], &[&place])
+        let (program, inputs, outputs) = (&*self.square, &[gradient][..], &[&place][..]);
+        Reduction { program, kind: Reduce::Sum, inputs, scalars: &[], outputs }.run()
     }
 
     /// The L2 norm of all gradients together, without axes.

@@ -141,7 +141,6 @@ impl LossScale {
     /// When the device fails.
     pub fn update(&mut self, coefficient: &Tensor) -> Result<()> {
         let views = (0..3).map(|i| self.state.narrow(0, i, 1)).collect::<Result<Vec<_>>>()?;
-        self.state.storage().touch();
         let outputs: Vec<&Tensor> = views.iter().collect();
         let inputs: Vec<&Tensor> = outputs.iter().copied().chain([coefficient]).collect();
         run_pointwise(&self.update, &inputs, &[], &outputs)

@@ -1,6 +1,7 @@
 //! Optimisers, the way of gradients to the parameters, and schedules.
 
 mod clip;
+mod config;
 mod loss_scale;
 mod optimizer;
 mod rules;
@@ -8,6 +9,7 @@ mod schedule;
 mod sinks;
 
 pub use clip::{Clipping, SquareSums, clip_grad_norm};
+pub use config::OptimizerConfig;
 pub use loss_scale::{LossScale, LossScaleConfig, LossScaleState};
 pub(crate) use optimizer::functions;
 pub use optimizer::{Optimizer, ParamGroup, Rates};

@@ -52,6 +52,18 @@ impl ParamGroup {
         }
         rest.ends_with(last)
     }
+
+    /// Checks it.
+    ///
+    /// # Errors
+    /// When a factor is negative or not finite.
+    pub fn check(&self) -> Result<()> {
+        let fits = |factor: f64| factor >= 0.0 && factor.is_finite();
+        if fits(self.lr_mult) && fits(self.wd_mult) {
+            return Ok(());
+        }
+        Err(Error::argument("parameter group", "lr_mult and wd_mult of at least 0", self))
+    }
 }
 
 #[derive(Debug)]
@@ -266,7 +278,6 @@ impl Optimizer {
         let outputs = [kept].into_iter().chain(state.slots.iter().cloned());
         let rounding = master.is_some();
         let outputs: Vec<Tensor> = outputs.chain(master.map(|_| value)).collect();
-        outputs.iter().for_each(|t| t.storage().touch());
         Ok(Some(Update { scalars, gradient: gradient.clone(), outputs, rounding }))
     }
 

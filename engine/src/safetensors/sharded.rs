@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{SafeTensors, format_error, save};
-use crate::files::{mistaken_for, write_whole};
+use crate::files::{exists, mistaken_for, write_whole};
 use crate::{DType, Device, Error, Result, Tensor, printable};
 
 /// What programs put before every key of a model: torch.compile, data parallel wrappers, the original files of published
@@ -39,10 +39,6 @@ impl From<SafeTensors> for Shards {
         let at = file.names().into_iter().map(|name| (name, 0)).collect();
         Self { path: file.path().into(), files: vec![file], at, prefix: String::new() }
     }
-}
-
-fn exists(path: &Path) -> Result<bool> {
-    path.try_exists().map_err(|source| Error::Io { path: path.into(), source })
 }
 
 /// Whether a name is that of a file beside the one that has it: no path, neither up nor down.

@@ -127,9 +127,13 @@ fn is_dense(view: &View) -> bool {
 }
 
 /// Outputs o and the log-sum-exp.
-pub(super) fn forward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64) -> Result<Ran> {
-    let ([q, k, v, mask @ ..], [o, lse]) = (inputs, outputs) else { return Ok(Ran::Declined) };
-    let mask = mask.first();
+pub(super) fn forward(
+    at: At<'_>,
+    [q, k, v]: [&View; 3],
+    mask: Option<&View>,
+    scale: f64,
+    [o, lse]: [&View; 2],
+) -> Result<Ran> {
     let Some(kernels) = Kernels::of(&[q, k, v, o], mask).filter(|_| is_dense(lse)) else { return Ok(Ran::Declined) };
     let argument = Attention {
         out: o.address,
@@ -139,16 +143,20 @@ pub(super) fn forward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64)
     };
     let launched = at.gpu.embedded(&kernels.module, "attention_forward").and_then(|kernel| {
         let grid = [q.dims[2].div_ceil(kernels.rows) as u32, (q.dims[0] * q.dims[1]) as u32, 1];
-        // SAFETY: the argument is the kernel's; the op has checked the shapes, and nobody else uses the outputs.
+        // SAFETY: the argument is the kernel's, and the call is checked.
         unsafe { at.gpu.launch(&kernel, Launch { grid, block: THREADS, shared: kernels.shared[0] as u32 }, &argument) }
     });
     launched.map(|()| Ran::Done).map_err(|failure| at.gpu.failed("attention", failure))
 }
 
 /// Outputs dq, dk, dv.
-pub(super) fn backward(at: At<'_>, inputs: &[View], outputs: &[View], scale: f64) -> Result<Ran> {
-    let ([q, k, v, o, grad, lse, mask @ ..], [dq, dk, dv]) = (inputs, outputs) else { return Ok(Ran::Declined) };
-    let mask = mask.first();
+pub(super) fn backward(
+    at: At<'_>,
+    [q, k, v, o, grad, lse]: [&View; 6],
+    mask: Option<&View>,
+    scale: f64,
+    [dq, dk, dv]: [&View; 3],
+) -> Result<Ran> {
     let views = [q, k, v, o, grad, dq, dk, dv];
     let Some(kernels) = Kernels::of(&views, mask).filter(|_| is_dense(lse)) else { return Ok(Ran::Declined) };
     let (heads, queries, keys) = (q.dims[0] * q.dims[1], q.dims[2], k.dims[2]);

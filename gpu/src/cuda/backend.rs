@@ -4,18 +4,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cust::sys;
+use flowtape_engine::backend::call::{
+    Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd,
+};
 use flowtape_engine::backend::{Backend, Buffer, Fused, Pending, Ran};
-use flowtape_engine::expr::{Program, Reduce};
+use flowtape_engine::ops::{
+    AttentionBackward, AttentionForward, ModulatedNormBackward, ModulatedNormForward, NormBackward, NormForward,
+    NormRopeBackward, NormRopeForward,
+};
 use flowtape_engine::pool::{Pool, PoolUsage, Pooled};
+use flowtape_engine::random::RandomFill;
 use flowtape_engine::{Device, Error, Result, Tensor};
 
 use super::gpu::{Gpu, checked};
 use super::memory::{CudaBuffer, CudaRaw, Staging, download};
 use super::norm::{self, After, Operands};
 use super::pointwise::At;
-use super::read::{Reader, SLOT, Slot};
+use super::readback::{Reader, SLOT, Slot};
 use super::view::{View, buffer};
-use super::{attention, each, index, matmul, pointwise, random, reduce};
+use super::{attention, index, matmul, pointwise, pointwise_each, random, reduce};
 
 /// Memory that is kept for reuse beyond what is in use.
 const SPARE: usize = 1 << 30;
@@ -96,6 +103,27 @@ impl Cuda {
         *self.0.fault.block()
     }
 
+    /// The window of a tensor, whose memory must be this device's.
+    fn view(&self, tensor: &Tensor) -> Result<View> {
+        View::of(&self.0.gpu, tensor)
+    }
+
+    fn views<const N: usize>(&self, tensors: [&Tensor; N]) -> Result<[View; N]> {
+        let mut views = [const { View::NONE }; N];
+        for (to, tensor) in views.iter_mut().zip(tensors) {
+            *to = self.view(tensor)?;
+        }
+        Ok(views)
+    }
+
+    fn some(&self, tensor: Option<&Tensor>) -> Result<Option<View>> {
+        tensor.map(|tensor| self.view(tensor)).transpose()
+    }
+
+    fn all(&self, tensors: &[&Tensor]) -> Result<Vec<View>> {
+        tensors.iter().map(|tensor| self.view(tensor)).collect()
+    }
+
     fn clear_fault(&self) -> Result<()> {
         let cleared = self.0.gpu.enter().and_then(|()| {
             // SAFETY: the fault word is memory of this device.
@@ -146,16 +174,6 @@ impl Drop for Reading {
     }
 }
 
-fn check_counts(program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
-    let expected = (program.inputs, program.scalars, program.outputs.len());
-    let got = (inputs.len(), scalars.len(), outputs.len());
-    if expected == got {
-        Ok(())
-    } else {
-        Err(Error::argument("pointwise", format!("{expected:?} inputs, scalars and outputs"), got))
-    }
-}
-
 fn check_size(op: &'static str, buffer: &CudaBuffer, bytes: usize) -> Result<()> {
     if bytes <= buffer.0.bytes() {
         Ok(())
@@ -182,13 +200,13 @@ impl Backend for Cuda {
     }
 
     fn upload(&self, target: &dyn Buffer, bytes: &[u8]) -> Result<()> {
-        let target = buffer(target)?;
+        let target = buffer(&self.0.gpu, target)?;
         check_size("upload", target, bytes.len())?;
         self.0.staging.upload(*target.0.block(), bytes).map_err(|failure| self.0.gpu.failed("upload", failure))
     }
 
     fn download(&self, source: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
-        let source = buffer(source)?;
+        let source = buffer(&self.0.gpu, source)?;
         check_size("download", source, bytes)?;
         self.0.reads.fetch_add(1, Ordering::Relaxed);
         let (mut out, mut fault) = (vec![0; bytes], [0; 4]);
@@ -203,111 +221,115 @@ impl Backend for Cuda {
         if bytes > SLOT {
             return Ok(Box::new(self.download(source, bytes)?));
         }
-        let source = buffer(source)?;
+        let source = buffer(&self.0.gpu, source)?;
         check_size("download", source, bytes)?;
         let slot = self.0.reader.enqueue(*source.0.block(), bytes, self.fault());
         let slot = slot.map_err(|failure| self.0.gpu.failed("download", failure))?;
         Ok(Box::new(Reading { cuda: self.clone(), slot: Some(slot), bytes }))
     }
 
-    fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()> {
-        index::copy(self.at(), &View::of(source)?, &View::of(target)?)
+    fn copy(&self, call: Checked<CopyTo<'_>>) -> Result<()> {
+        let [source, target] = self.views([call.source, call.target])?;
+        index::copy(self.at(), &source, &target)
     }
 
-    fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
-        check_counts(program, inputs, scalars, outputs)?;
-        pointwise::pointwise(self.at(), program, &View::all(inputs)?, scalars, &View::all(outputs)?)
+    fn pointwise(&self, call: Checked<Pointwise<'_>>) -> Result<()> {
+        let (inputs, outputs) = (self.all(call.inputs)?, self.all(call.outputs)?);
+        pointwise::pointwise(self.at(), call.program, &inputs, call.scalars, &outputs)
     }
 
-    fn pointwise_each(
-        &self,
-        program: &Program,
-        groups: &[(Vec<&Tensor>, Vec<&Tensor>)],
-        scalars: &[f64],
-    ) -> Result<()> {
-        let mut views = Vec::with_capacity(groups.len());
-        for (inputs, outputs) in groups {
-            check_counts(program, inputs, scalars, outputs)?;
-            views.push((View::all(inputs)?, View::all(outputs)?));
-        }
-        each::pointwise_each(self.at(), &self.0.staging, program, &views, scalars)
+    fn pointwise_each(&self, call: Checked<PointwiseEach<'_>>) -> Result<()> {
+        let views = call.groups.iter().map(|(inputs, outputs)| Ok((self.all(inputs)?, self.all(outputs)?)));
+        let views = views.collect::<Result<Vec<_>>>()?;
+        pointwise_each::pointwise_each(self.at(), &self.0.staging, call.program, &views, call.scalars)
     }
 
-    fn reduce(
-        &self,
-        program: &Program,
-        kind: Reduce,
-        inputs: &[&Tensor],
-        scalars: &[f64],
-        outputs: &[&Tensor],
-    ) -> Result<()> {
-        check_counts(program, inputs, scalars, outputs)?;
-        reduce::reduce(self.at(), program, kind, &View::all(inputs)?, scalars, &View::all(outputs)?)
+    fn reduce(&self, call: Checked<Reduction<'_>>) -> Result<()> {
+        let (inputs, outputs) = (self.all(call.inputs)?, self.all(call.outputs)?);
+        reduce::reduce(self.at(), call.program, call.kind, &inputs, call.scalars, &outputs)
     }
 
-    fn matmul(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()> {
-        let bias = bias.map(Tensor::contiguous).transpose()?;
-        let bias = bias.as_ref().map(View::of).transpose()?;
-        matmul::matmul(self.at(), &View::of(a)?, &View::of(b)?, bias.as_ref(), accumulate, &View::of(out)?)
+    fn matmul(&self, call: Checked<MatMul<'_>>) -> Result<()> {
+        let [a, b, out] = self.views([call.a, call.b, call.out])?;
+        let bias = call.bias.map(Tensor::contiguous).transpose()?;
+        matmul::matmul(self.at(), &a, &b, self.some(bias.as_ref())?.as_ref(), call.accumulate, &out)
     }
 
-    fn gather(&self, table: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
-        index::gather(self.at(), &View::of(table)?, &View::of(at)?, &View::of(out)?, self.fault())
+    fn gather(&self, call: Checked<Gather<'_>>) -> Result<()> {
+        let [table, index, out] = self.views([call.table, call.index, call.out])?;
+        index::gather(self.at(), &table, &index, &out, self.fault())
     }
 
-    fn scatter_add(&self, rows: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
-        index::scatter_add(self.at(), &View::of(rows)?, &View::of(at)?, &View::of(out)?, self.fault())
+    fn scatter_add(&self, call: Checked<ScatterAdd<'_>>) -> Result<()> {
+        let [rows, index, out] = self.views([call.rows, call.index, call.out])?;
+        index::scatter_add(self.at(), &rows, &index, &out, self.fault())
     }
 
-    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
-        View::all(inputs).is_ok_and(|inputs| norm::fuses(op, &inputs))
-    }
-
-    fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
-        let (x, y) = (View::all(inputs)?, View::all(outputs)?);
-        match (op, &x[..], &y[..]) {
-            (Fused::AttentionForward { scale, .. }, ..) => attention::forward(self.at(), &x, &y, *scale),
-            (Fused::AttentionBackward { scale, .. }, ..) => attention::backward(self.at(), &x, &y, *scale),
-            (Fused::NormForward { centred, weight, bias, eps }, [x, affine @ ..], [y, statistics @ ..]) => {
-                let operands = Operands {
-                    weight: affine.first().filter(|_| *weight),
-                    bias: affine.get(usize::from(*weight)).filter(|_| *bias),
-                    mean: statistics.first().filter(|_| *centred),
-                    ..Operands::new(x, y, &statistics[usize::from(*centred)])
-                };
-                norm::forward(self.at(), After::Affine, &operands, *eps)
+    fn fused(&self, call: Checked<Fused<'_>>) -> Result<Ran> {
+        match *call {
+            Fused::AttentionForward(AttentionForward { q, k, v, mask, scale, o, lse }) => {
+                let [q, k, v, o, lse] = self.views([q, k, v, o, lse])?;
+                attention::forward(self.at(), [&q, &k, &v], self.some(mask)?.as_ref(), scale, [&o, &lse])
             }
-            (Fused::NormBackward { centred, weight }, [x, grad, scale, rest @ ..], [dx]) => {
-                let mean = rest.first().filter(|_| *centred);
-                let weight = rest.get(usize::from(*centred)).filter(|_| *weight);
-                let operands = Operands { grad: Some(grad), weight, mean, ..Operands::new(x, dx, scale) };
+            Fused::AttentionBackward(AttentionBackward { d_mask: Some(_), .. }) => Ok(Ran::Declined),
+            Fused::AttentionBackward(AttentionBackward { q, k, v, mask, scale, o, lse, grad, dq, dk, dv, .. }) => {
+                let inputs = self.views([q, k, v, o, grad, lse])?;
+                let outputs = self.views([dq, dk, dv])?;
+                attention::backward(self.at(), inputs.each_ref(), self.some(mask)?.as_ref(), scale, outputs.each_ref())
+            }
+            Fused::NormForward(NormForward { x, weight, bias, eps, y, mean, rstd }) => {
+                let [x, y, rstd] = self.views([x, y, rstd])?;
+                let (weight, bias, mean) = (self.some(weight)?, self.some(bias)?, self.some(mean)?);
+                let operands = Operands {
+                    weight: weight.as_ref(),
+                    bias: bias.as_ref(),
+                    mean: mean.as_ref(),
+                    ..Operands::new(&x, &y, &rstd)
+                };
+                norm::forward(self.at(), After::Affine, &operands, eps)
+            }
+            Fused::NormBackward(NormBackward { x, weight, mean, rstd, grad, dx }) => {
+                let [x, rstd, grad, dx] = self.views([x, rstd, grad, dx])?;
+                let (weight, mean) = (self.some(weight)?, self.some(mean)?);
+                let operands = Operands {
+                    grad: Some(&grad),
+                    weight: weight.as_ref(),
+                    mean: mean.as_ref(),
+                    ..Operands::new(&x, &dx, &rstd)
+                };
                 norm::backward(self.at(), After::Affine, &operands)
             }
-            (Fused::ModulatedNormForward { eps }, [x, shift, scale], [y, mean, deviation]) => {
-                let (weight, bias, mean) = (Some(scale), Some(shift), Some(mean));
-                let operands = Operands { weight, bias, mean, ..Operands::new(x, y, deviation) };
-                norm::forward(self.at(), After::Modulated, &operands, *eps)
+            Fused::ModulatedNormForward(ModulatedNormForward { x, shift, scale, eps, y, mean, rstd }) => {
+                let [x, shift, scale, y, mean, rstd] = self.views([x, shift, scale, y, mean, rstd])?;
+                let (weight, bias, mean) = (Some(&scale), Some(&shift), Some(&mean));
+                let operands = Operands { weight, bias, mean, ..Operands::new(&x, &y, &rstd) };
+                norm::forward(self.at(), After::Modulated, &operands, eps)
             }
-            (Fused::ModulatedNormBackward, [x, grad, mean, deviation, scale], [dx, d_shift, d_scale]) => {
-                let (weight_grad, bias_grad) = (Some(d_scale), Some(d_shift));
-                let (grad, weight, mean) = (Some(grad), Some(scale), Some(mean));
-                let operands =
-                    Operands { grad, weight, mean, weight_grad, bias_grad, ..Operands::new(x, dx, deviation) };
+            Fused::ModulatedNormBackward(call) => {
+                let ModulatedNormBackward { x, scale, mean, rstd, grad, dx, d_shift, d_scale } = call;
+                let [x, scale, mean, rstd, grad] = self.views([x, scale, mean, rstd, grad])?;
+                let [dx, d_shift, d_scale] = self.views([dx, d_shift, d_scale])?;
+                let (weight_grad, bias_grad) = (Some(&d_scale), Some(&d_shift));
+                let (grad, weight, mean) = (Some(&grad), Some(&scale), Some(&mean));
+                let operands = Operands { grad, weight, mean, weight_grad, bias_grad, ..Operands::new(&x, &dx, &rstd) };
                 norm::backward(self.at(), After::Modulated, &operands)
             }
-            (Fused::NormRopeForward { eps, layout }, [x, weight, cos, sin], [y, deviation]) => {
-                let operands =
-                    Operands { weight: Some(weight), tables: Some([cos, sin]), ..Operands::new(x, y, deviation) };
-                norm::forward(self.at(), After::Rotated(*layout), &operands, *eps)
+            Fused::NormRopeForward(NormRopeForward { x, weight, cos, sin, eps, layout, y, rstd }) => {
+                let [x, weight, cos, sin, y, rstd] = self.views([x, weight, cos, sin, y, rstd])?;
+                let (weight, tables) = (Some(&weight), Some([&cos, &sin]));
+                let operands = Operands { weight, tables, ..Operands::new(&x, &y, &rstd) };
+                norm::forward(self.at(), After::Rotated(layout), &operands, eps)
             }
-            (Fused::NormRopeBackward { layout }, [x, grad, deviation, weight, cos, sin], [dx, dw]) => {
-                let (grad, weight, weight_grad) = (Some(grad), Some(weight), Some(dw));
-                let tables = Some([cos, sin]);
-                let operands = Operands { grad, weight, tables, weight_grad, ..Operands::new(x, dx, deviation) };
-                norm::backward(self.at(), After::Rotated(*layout), &operands)
+            Fused::NormRopeBackward(NormRopeBackward { x, weight, cos, sin, layout, rstd, grad, dx, dw }) => {
+                let [x, weight, cos, sin, rstd, grad] = self.views([x, weight, cos, sin, rstd, grad])?;
+                let [dx, dw] = self.views([dx, dw])?;
+                let (grad, weight, weight_grad) = (Some(&grad), Some(&weight), Some(&dw));
+                let tables = Some([&cos, &sin]);
+                let operands = Operands { grad, weight, tables, weight_grad, ..Operands::new(&x, &dx, &rstd) };
+                norm::backward(self.at(), After::Rotated(layout), &operands)
             }
-            (Fused::Random { distribution, seed, counter }, [], [out]) => {
-                random::fill(self.at(), *distribution, *seed, *counter, out)
+            Fused::Random(RandomFill { distribution, seed, counter, out }) => {
+                random::fill(self.at(), distribution, seed, counter, &self.view(out)?)
             }
             _ => Ok(Ran::Declined),
         }

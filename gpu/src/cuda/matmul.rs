@@ -156,7 +156,7 @@ pub(super) fn matmul(at: At<'_>, a: &View, b: &View, bias: Option<&View>, accumu
     let launched = at.gpu.embedded(&format!("gemm_{}", a.dtype), &name).and_then(|kernel| {
         let tiles = m.div_ceil(tile) * n.div_ceil(tile);
         let launch = Launch { grid: [tiles as u32, products as u32, 1], block, shared };
-        // SAFETY: the argument is the kernel's; the op has checked the shapes, and nobody else uses the result.
+        // SAFETY: the argument is the kernel's, and the call is checked.
         unsafe { at.gpu.launch(&kernel, launch, &gemm) }
     });
     launched.map_err(|failure| at.gpu.failed("matmul", failure))

@@ -1,6 +1,6 @@
 //! LayerNorm and RMSNorm, by themselves and with a modulation or a rotation after them, by `kernels/norm.cu`.
 
-use flowtape_engine::backend::{Fused, Ran};
+use flowtape_engine::backend::Ran;
 use flowtape_engine::ops::RopeLayout;
 use flowtape_engine::space::Space;
 use flowtape_engine::{DType, Result};
@@ -186,30 +186,10 @@ fn argument(after: After, operands: &Operands<'_>) -> Option<Norm> {
 
 fn launch(at: At<'_>, dtype: DType, name: &str, launch: Launch, argument: &Norm) -> Result<()> {
     let launched = at.gpu.embedded(&format!("norm_{dtype}"), name).and_then(|kernel| {
-        // SAFETY: the argument is the kernel's; the op has checked the shapes, and nobody else uses the outputs.
+        // SAFETY: the argument is the kernel's, and the call is checked.
         unsafe { at.gpu.launch(&kernel, launch, argument) }
     });
     launched.map_err(|failure| at.gpu.failed("norm", failure))
-}
-
-/// Whether the kernels take such inputs of a norm with what follows it, and what belongs to them on the way back.
-pub(super) fn fuses(op: &Fused, inputs: &[View]) -> bool {
-    let Some(x) = inputs.first() else { return false };
-    let y = View::dense(0, x.dtype, &x.dims);
-    let deviation = View::dense(0, DType::F32, &[]);
-    let operands = Operands::new(x, &y, &deviation);
-    match (op, inputs) {
-        (Fused::ModulatedNormForward { .. }, [_, shift, scale]) => {
-            let of_x = scale.dims == x.dims || matches!(x.dims[..], [b, _, d] if scale.dims == [b, 1, d]);
-            let operands = Operands { weight: Some(scale), bias: Some(shift), ..operands };
-            of_x && shift.dims == scale.dims && argument(After::Modulated, &operands).is_some()
-        }
-        (Fused::NormRopeForward { layout, .. }, [_, weight, cos, sin]) => {
-            let operands = Operands { weight: Some(weight), tables: Some([cos, sin]), ..operands };
-            argument(After::Rotated(*layout), &operands).is_some()
-        }
-        _ => false,
-    }
 }
 
 /// The norm with what follows it, and the statistics of each row.

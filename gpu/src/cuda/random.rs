@@ -29,7 +29,7 @@ pub(super) fn fill(at: At<'_>, distribution: Distribution, seed: u64, counter: u
     };
     let launched = at.gpu.embedded("random", name).and_then(|kernel| {
         let blocks = out.numel().div_ceil(4).div_ceil(THREADS as usize);
-        // SAFETY: the argument is the kernel's, and the caller gives a view that nobody else uses.
+        // SAFETY: the argument is the kernel's, and the call is checked.
         unsafe { at.gpu.launch(&kernel, Launch::blocks(blocks, THREADS), &argument) }
     });
     launched.map(|()| Ran::Done).map_err(|failure| at.gpu.failed("random", failure))

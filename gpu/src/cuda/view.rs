@@ -1,10 +1,12 @@
 //! Views of tensors as addresses.
 
 use std::any::Any;
+use std::sync::Arc;
 
 use flowtape_engine::backend::Buffer;
 use flowtape_engine::{DType, Error, Result, Tensor};
 
+use super::gpu::Gpu;
 use super::memory::CudaBuffer;
 
 /// A strided window on device memory. Strides count elements; 0 repeats.
@@ -17,25 +19,26 @@ pub(super) struct View {
     pub strides: Vec<usize>,
 }
 
-/// A buffer of this backend.
-pub(super) fn buffer(buffer: &dyn Buffer) -> Result<&CudaBuffer> {
-    (buffer as &dyn Any).downcast_ref().ok_or_else(|| Error::Device {
+/// A buffer of this device.
+pub(super) fn buffer<'a>(gpu: &Arc<Gpu>, buffer: &'a dyn Buffer) -> Result<&'a CudaBuffer> {
+    let own = (buffer as &dyn Any).downcast_ref().filter(|own: &&CudaBuffer| Arc::ptr_eq(&own.0.raw().0, gpu));
+    own.ok_or_else(|| Error::Device {
         op: "cuda",
-        expected: "memory of the CUDA device".into(),
+        expected: format!("memory of {}", gpu.name),
         got: format!("{buffer:?}"),
     })
 }
 
 impl View {
-    pub fn of(tensor: &Tensor) -> Result<Self> {
+    /// A place for a view.
+    pub const NONE: Self = Self { address: 0, dtype: DType::F32, dims: Vec::new(), strides: Vec::new() };
+
+    /// The window of a tensor on this device.
+    pub fn of(gpu: &Arc<Gpu>, tensor: &Tensor) -> Result<Self> {
         let layout = tensor.layout();
-        let base = *buffer(tensor.storage().buffer())?.0.block();
+        let base = *buffer(gpu, tensor.storage().buffer())?.0.block();
         let address = base + (layout.offset * tensor.dtype().size()) as u64;
         Ok(Self { address, dtype: tensor.dtype(), dims: layout.dims.clone(), strides: layout.strides.clone() })
-    }
-
-    pub fn all(tensors: &[&Tensor]) -> Result<Vec<Self>> {
-        tensors.iter().map(|t| Self::of(t)).collect()
     }
 
     /// Row-major without gaps.

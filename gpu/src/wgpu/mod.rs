@@ -29,13 +29,20 @@ mod wgsl;
 
 use std::sync::Arc;
 
+use flowtape_engine::backend::call::{
+    Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd,
+};
 use flowtape_engine::backend::{Backend, Buffer, Fused, Pending, Ran};
-use flowtape_engine::expr::{Program, Reduce};
+use flowtape_engine::ops::{
+    AttentionBackward, AttentionForward, ModulatedNormBackward, ModulatedNormForward, NormBackward, NormForward,
+    NormRopeBackward, NormRopeForward,
+};
 use flowtape_engine::pool::PoolUsage;
+use flowtape_engine::random::RandomFill;
 use flowtape_engine::{DType, Device, Error, Result, Tensor};
 
 pub use self::adapter::reports;
-use self::memory::WgpuBuffer;
+use self::memory::{Block, WgpuBuffer};
 use self::norm::{Norm, Then};
 use self::pointwise::Body;
 pub use self::queue::Counts;
@@ -91,6 +98,20 @@ impl Wgpu {
         self.gpu.pool.raw().limit(bytes);
     }
 
+    /// The block of a tensor's memory, which must be this device's.
+    fn block<'a>(&self, buffer: &'a dyn Buffer) -> Result<&'a Arc<Block>> {
+        block(&self.gpu, buffer)
+    }
+
+    /// The window of a tensor, whose memory must be this device's.
+    fn view(&self, tensor: &Tensor) -> Result<View> {
+        View::of(&self.gpu, tensor)
+    }
+
+    fn views(&self, tensors: &[&Tensor]) -> Result<Vec<View>> {
+        tensors.iter().map(|tensor| self.view(tensor)).collect()
+    }
+
     /// Gives the device up, as if it were lost: everything on it fails from now on.
     pub fn destroy(&self) {
         self.gpu.destroy();
@@ -120,7 +141,7 @@ impl Backend for Wgpu {
     }
 
     fn upload(&self, buffer: &dyn Buffer, bytes: &[u8]) -> Result<()> {
-        let block = block(buffer)?;
+        let block = self.block(buffer)?;
         if bytes.len() as u64 > block.buffer.size() {
             return Err(Error::argument("upload", format!("at most {} bytes", block.buffer.size()), bytes.len()));
         }
@@ -132,99 +153,111 @@ impl Backend for Wgpu {
     }
 
     fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
-        let block = block(buffer)?;
+        let block = self.block(buffer)?;
         if bytes as u64 > block.buffer.size() {
             return Err(Error::argument("download", format!("at most {} bytes", block.buffer.size()), bytes));
         }
         Ok(Box::new(self.gpu.read_later(block, bytes)?))
     }
 
-    fn copy(&self, source: &Tensor, target: &Tensor) -> Result<()> {
-        let (source, target) = (View::of(source)?, View::of(target)?);
-        if source.dims != target.dims || source.dtype != target.dtype {
-            return Err(Error::shape("copy", format!("{} {:?}", target.dtype, target.dims), source.dims));
-        }
+    fn copy(&self, call: Checked<CopyTo<'_>>) -> Result<()> {
+        let (source, target) = (self.view(call.source)?, self.view(call.target)?);
         pointwise::run(&self.gpu, Body::Copy, &[source], &[], &[target])
     }
 
-    fn pointwise(&self, program: &Program, inputs: &[&Tensor], scalars: &[f64], outputs: &[&Tensor]) -> Result<()> {
-        program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
-        let (inputs, outputs) = (View::all(inputs)?, View::all(outputs)?);
-        pointwise::run(&self.gpu, Body::Program(program), &inputs, &narrowed(scalars), &outputs)
+    fn pointwise(&self, call: Checked<Pointwise<'_>>) -> Result<()> {
+        let (inputs, outputs) = (self.views(call.inputs)?, self.views(call.outputs)?);
+        pointwise::run(&self.gpu, Body::Program(call.program), &inputs, &narrowed(call.scalars), &outputs)
     }
 
-    fn pointwise_each(
-        &self,
-        program: &Program,
-        groups: &[(Vec<&Tensor>, Vec<&Tensor>)],
-        scalars: &[f64],
-    ) -> Result<()> {
-        let group = |(inputs, outputs): &(Vec<&Tensor>, Vec<&Tensor>)| {
-            program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
-            Ok((View::all(inputs)?, View::all(outputs)?))
-        };
-        let groups = groups.iter().map(group).collect::<Result<Vec<_>>>()?;
-        pointwise::run_each(&self.gpu, program, &groups, &narrowed(scalars))
+    fn pointwise_each(&self, call: Checked<PointwiseEach<'_>>) -> Result<()> {
+        let groups = call.groups.iter().map(|(inputs, outputs)| Ok((self.views(inputs)?, self.views(outputs)?)));
+        let groups = groups.collect::<Result<Vec<_>>>()?;
+        pointwise::run_each(&self.gpu, call.program, &groups, &narrowed(call.scalars))
     }
 
-    fn reduce(
-        &self,
-        program: &Program,
-        kind: Reduce,
-        inputs: &[&Tensor],
-        scalars: &[f64],
-        outputs: &[&Tensor],
-    ) -> Result<()> {
-        program.check_counts(inputs.len(), scalars.len(), outputs.len())?;
-        let (inputs, outputs) = (View::all(inputs)?, View::all(outputs)?);
-        reduce::run(&self.gpu, program, kind, &inputs, &narrowed(scalars), &outputs)
+    fn reduce(&self, call: Checked<Reduction<'_>>) -> Result<()> {
+        if call.is_empty() {
+            return Ok(());
+        }
+        let (inputs, outputs) = (self.views(call.inputs)?, self.views(call.outputs)?);
+        reduce::run(&self.gpu, call.program, call.kind, &inputs, &narrowed(call.scalars), &outputs)
     }
 
-    fn matmul(&self, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, accumulate: bool, out: &Tensor) -> Result<()> {
-        let bias = bias.map(View::of).transpose()?;
-        matmul::run(&self.gpu, &View::of(a)?, &View::of(b)?, bias.as_ref(), accumulate, &View::of(out)?)
+    fn matmul(&self, call: Checked<MatMul<'_>>) -> Result<()> {
+        let bias = call.bias.map(|bias| self.view(bias)).transpose()?;
+        let (a, b, out) = (self.view(call.a)?, self.view(call.b)?, self.view(call.out)?);
+        matmul::run(&self.gpu, &a, &b, bias.as_ref(), call.accumulate, &out)
     }
 
-    fn gather(&self, table: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
-        index::gather(&self.gpu, &View::of(table)?, &View::of(at)?, &View::of(out)?)
+    fn gather(&self, call: Checked<Gather<'_>>) -> Result<()> {
+        index::gather(&self.gpu, &self.view(call.table)?, &self.view(call.index)?, &self.view(call.out)?)
     }
 
-    fn scatter_add(&self, rows: &Tensor, at: &Tensor, out: &Tensor) -> Result<()> {
-        index::scatter_add(&self.gpu, &View::of(rows)?, &View::of(at)?, &View::of(out)?)
+    fn scatter_add(&self, call: Checked<ScatterAdd<'_>>) -> Result<()> {
+        index::scatter_add(&self.gpu, &self.view(call.rows)?, &self.view(call.index)?, &self.view(call.out)?)
     }
 
-    fn fuses(&self, op: &Fused, inputs: &[&Tensor]) -> bool {
-        let narrow = |t: &Tensor| matches!(t.dtype(), DType::F32 | DType::BF16 | DType::F16);
-        // What exceeds a binding is done in parts, of which a row is the least.
-        let dense = |t: &Tensor| t.layout().strides.last() == Some(&1);
-        let row = |t: &Tensor| t.dims().last().is_some_and(|width| self.gpu.bounds.binding.holds(4 * width));
-        matches!(op, Fused::ModulatedNormForward { .. } | Fused::NormRopeForward { .. })
-            && inputs.iter().all(|t| narrow(t) && dense(t) && row(t))
-    }
-
-    fn fused(&self, op: &Fused, inputs: &[&Tensor], outputs: &[&Tensor]) -> Result<Ran> {
-        if inputs.iter().chain(outputs).any(|t| t.dtype() == DType::F64) {
+    fn fused(&self, call: Checked<Fused<'_>>) -> Result<Ran> {
+        if call.reads().chain(call.writes()).any(|t| t.dtype() == DType::F64) {
             return Ok(Ran::Declined);
         }
-        let (x, y) = (View::all(inputs)?, View::all(outputs)?);
         let gpu = &self.gpu;
-        let done = match (op, &y[..]) {
-            (Fused::AttentionForward { scale, .. }, [o, lse]) => attention::forward(gpu, *scale, &x, o, lse)?,
-            (Fused::AttentionBackward { scale, .. }, [_, _, _]) => attention::backward(gpu, *scale, &x, &y)?,
-            (Fused::NormForward { centred, weight, bias, eps }, _) => {
-                let then = Then::Affine { weight: *weight, bias: *bias };
-                norm::forward(gpu, Norm { centred: *centred, then }, *eps, &x, &y)?
+        // What exceeds a binding is done in parts, of which a row is the least.
+        let rows = |tensors: &[&Tensor]| {
+            let row = |t: &&Tensor| t.dims().last().is_some_and(|width| gpu.bounds.binding.holds(4 * width));
+            tensors.iter().all(|t| t.layout().strides.last() == Some(&1) && row(t))
+        };
+        let present =
+            |tensors: &[Option<&Tensor>]| tensors.iter().flatten().map(|t| self.view(t)).collect::<Result<Vec<_>>>();
+        let done = match *call {
+            Fused::AttentionForward(AttentionForward { q, k, v, mask, scale, o, lse }) => {
+                let inputs = present(&[Some(q), Some(k), Some(v), mask])?;
+                attention::forward(gpu, scale, &inputs, &self.view(o)?, &self.view(lse)?)?
             }
-            (Fused::NormBackward { centred, weight }, [dx]) => {
-                let then = Then::Affine { weight: *weight, bias: false };
-                norm::backward(gpu, Norm { centred: *centred, then }, &x, dx)?
+            Fused::AttentionBackward(AttentionBackward { d_mask: Some(_), .. }) => false,
+            Fused::AttentionBackward(AttentionBackward { q, k, v, mask, scale, o, lse, grad, dq, dk, dv, .. }) => {
+                let mut inputs = self.views(&[q, k, v, o, grad, lse])?;
+                inputs.extend(mask.map(|mask| self.view(mask)).transpose()?);
+                attention::backward(gpu, scale, &inputs, &self.views(&[dq, dk, dv])?)?
             }
-            (Fused::ModulatedNormForward { eps }, _) => norm::forward(gpu, Norm::MODULATED, *eps, &x, &y)?,
-            (Fused::ModulatedNormBackward, _) => norm::modulated_backward(gpu, &x, &y)?,
-            (Fused::NormRopeForward { eps, layout }, _) => norm::forward(gpu, Norm::rotated(*layout), *eps, &x, &y)?,
-            (Fused::NormRopeBackward { layout }, _) => norm::rotated_backward(gpu, *layout, &x, &y)?,
-            (Fused::Random { distribution, seed, counter }, [out]) => {
-                random::fill(gpu, *distribution, *seed, *counter, out)?;
+            Fused::NormForward(NormForward { x, weight, bias, eps, y, mean, rstd }) => {
+                let then = Then::Affine { weight: weight.is_some(), bias: bias.is_some() };
+                let (inputs, outputs) = (present(&[Some(x), weight, bias])?, present(&[Some(y), mean, Some(rstd)])?);
+                norm::forward(gpu, Norm { centred: mean.is_some(), then }, eps, &inputs, &outputs)?
+            }
+            Fused::NormBackward(NormBackward { x, weight, mean, rstd, grad, dx }) => {
+                let then = Then::Affine { weight: weight.is_some(), bias: false };
+                let inputs = present(&[Some(x), Some(grad), Some(rstd), mean, weight])?;
+                norm::backward(gpu, Norm { centred: mean.is_some(), then }, &inputs, &self.view(dx)?)?
+            }
+            Fused::ModulatedNormForward(ModulatedNormForward { x, shift, scale, eps, y, mean, rstd }) => {
+                rows(&[x, shift, scale]) && {
+                    let (inputs, outputs) = (self.views(&[x, shift, scale])?, self.views(&[y, mean, rstd])?);
+                    norm::forward(gpu, Norm::MODULATED, eps, &inputs, &outputs)?
+                }
+            }
+            Fused::ModulatedNormBackward(call) => {
+                let ModulatedNormBackward { x, scale, mean, rstd, grad, dx, d_shift, d_scale } = call;
+                rows(&[x, scale, grad]) && {
+                    let inputs = self.views(&[x, grad, mean, rstd, scale])?;
+                    norm::modulated_backward(gpu, &inputs, &self.views(&[dx, d_shift, d_scale])?)?
+                }
+            }
+            Fused::NormRopeForward(NormRopeForward { x, weight, cos, sin, eps, layout, y, rstd }) => {
+                rows(&[x, weight, cos, sin]) && {
+                    let inputs = self.views(&[x, weight, cos, sin])?;
+                    norm::forward(gpu, Norm::rotated(layout), eps, &inputs, &self.views(&[y, rstd])?)?
+                }
+            }
+            Fused::NormRopeBackward(NormRopeBackward { x, weight, cos, sin, layout, rstd, grad, dx, dw }) => {
+                rows(&[x, weight, cos, sin, grad]) && {
+                    let inputs = self.views(&[x, grad, rstd, weight, cos, sin])?;
+                    norm::rotated_backward(gpu, layout, &inputs, &self.views(&[dx, dw])?)?
+                }
+            }
+            Fused::Random(RandomFill { distribution, seed, counter, out }) => {
+                random::fill(gpu, distribution, seed, counter, &self.view(out)?)?;
                 true
             }
             _ => false,

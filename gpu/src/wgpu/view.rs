@@ -9,6 +9,7 @@ use flowtape_engine::shape::Layout;
 use flowtape_engine::{DType, Error, Result, Tensor};
 
 use super::memory::{Block, WgpuBuffer};
+use super::queue::Gpu;
 
 /// A strided window on a block. Strides and offset count elements; stride 0 repeats.
 #[derive(Clone, Debug)]
@@ -20,27 +21,26 @@ pub(super) struct View {
     pub(super) offset: usize,
 }
 
-pub(super) fn block(buffer: &dyn Buffer) -> Result<&Arc<Block>> {
-    match (buffer as &dyn Any).downcast_ref::<WgpuBuffer>() {
+/// The block of a buffer of this device.
+pub(super) fn block<'a>(gpu: &Gpu, buffer: &'a dyn Buffer) -> Result<&'a Arc<Block>> {
+    let own = (buffer as &dyn Any).downcast_ref::<WgpuBuffer>().filter(|b| std::ptr::eq(b.0.raw(), gpu.pool.raw()));
+    match own {
         Some(buffer) => Ok(buffer.0.block()),
         None => {
-            Err(Error::Device { op: "wgpu", expected: "memory of a wgpu device".into(), got: format!("{buffer:?}") })
+            Err(Error::Device { op: "wgpu", expected: format!("memory of {}", gpu.name), got: format!("{buffer:?}") })
         }
     }
 }
 
 impl View {
-    pub(super) fn of(tensor: &Tensor) -> Result<Self> {
+    /// The window of a tensor on this device.
+    pub(super) fn of(gpu: &Gpu, tensor: &Tensor) -> Result<Self> {
         if tensor.dtype() == DType::F64 {
             return Err(Error::DType { op: "wgpu", expected: "f32, bf16, f16 or u32".into(), got: "f64".into() });
         }
         let Layout { dims, strides, offset } = tensor.layout().clone();
-        let block = block(tensor.storage().buffer())?.clone();
+        let block = block(gpu, tensor.storage().buffer())?.clone();
         Ok(Self { block, dtype: tensor.dtype(), dims, strides, offset })
-    }
-
-    pub(super) fn all(tensors: &[&Tensor]) -> Result<Vec<Self>> {
-        tensors.iter().map(|t| Self::of(t)).collect()
     }
 
     /// A row-major view of all of a block.

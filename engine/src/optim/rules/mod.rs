@@ -5,8 +5,9 @@ mod sgd;
 
 use std::fmt::Debug;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 pub use self::adamw::AdamW;
 pub use self::sgd::Sgd;
@@ -75,21 +76,26 @@ pub struct RuleEntry {
     /// The name in recipes.
     pub name: &'static str,
     read: fn(Value) -> Result<Box<dyn Rule>, String>,
+    /// A configuration with all defaults.
+    resolve: fn(Value) -> Result<Value, String>,
 }
 
 /// All rules.
 pub const RULES: &[RuleEntry] = &[RuleEntry::of::<AdamW>("adamw"), RuleEntry::of::<Sgd>("sgd")];
 
 impl RuleEntry {
-    const fn of<R: Rule + DeserializeOwned + 'static>(name: &'static str) -> Self {
+    const fn of<R: Rule + Serialize + DeserializeOwned + 'static>(name: &'static str) -> Self {
         Self {
             name,
-            read: |config| {
-                let rule: R = serde_json::from_value(config).map_err(|e| e.to_string())?;
-                rule.check().map_err(|e| e.to_string())?;
-                Ok(Box::new(rule))
-            },
+            read: |config| Ok(Box::new(read::<R>(config)?)),
+            resolve: |config| serde_json::to_value(read::<R>(config)?).map_err(|e| e.to_string()),
         }
+    }
+
+    fn found(name: &str) -> Result<&'static Self> {
+        let known = || RULES.iter().map(|r| r.name).collect::<Vec<_>>().join(" or ");
+        let found = RULES.iter().find(|r| r.name == name);
+        found.ok_or_else(|| Error::argument("optimizer", known(), name))
     }
 
     /// The rule of that name with a configuration, an object whose keys are the rule's fields: what it leaves out has its
@@ -98,13 +104,35 @@ impl RuleEntry {
     /// # Errors
     /// When there is no such rule, a key is unknown, or a value is outside its range.
     pub fn rule(name: &str, config: Value) -> Result<Box<dyn Rule>> {
-        let known = || RULES.iter().map(|r| r.name).collect::<Vec<_>>().join(" or ");
-        let found = RULES.iter().find(|r| r.name == name);
-        let entry = found.ok_or_else(|| Error::argument("optimizer", known(), name))?;
-        (entry.read)(config).map_err(|what| Error::Argument {
-            op: "optimizer",
-            expected: format!("a configuration of {name}"),
-            got: what,
-        })
+        (Self::found(name)?.read)(config).map_err(|what| unfit(name, what))
     }
+
+    /// Such a configuration with all defaults.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn resolved(name: &str, config: Value) -> Result<Map<String, Value>> {
+        match (Self::found(name)?.resolve)(config).map_err(|what| unfit(name, what))? {
+            Value::Object(map) => Ok(map),
+            other => Err(unfit(name, other.to_string())),
+        }
+    }
+
+    /// The keys of its configuration, with their defaults.
+    pub fn keys(&self) -> Vec<(String, Value)> {
+        match (self.resolve)(Value::Object(Map::new())) {
+            Ok(Value::Object(map)) => map.into_iter().collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn read<R: Rule + DeserializeOwned>(config: Value) -> Result<R, String> {
+    let rule: R = serde_json::from_value(config).map_err(|e| e.to_string())?;
+    rule.check().map_err(|e| e.to_string())?;
+    Ok(rule)
+}
+
+fn unfit(name: &str, what: String) -> Error {
+    Error::Argument { op: "optimizer", expected: format!("a configuration of {name}"), got: what }
 }

@@ -6,13 +6,13 @@ use std::path::Path;
 use flowtape_engine::Device;
 use flowtape_engine::files::write_whole;
 use flowtape_engine::meta::Meta;
+use flowtape_trainer::recipe::Dtype;
 use plotters::prelude::{
     ChartBuilder, Circle, Color, IntoDrawingArea, IntoLogRange, LineSeries, RGBColor, SVGBackend, WHITE,
 };
 use serde::Serialize;
 
 use super::{Options, Work, step};
-use crate::recipe::Dtype;
 use crate::{Error, Result};
 
 /// One size of one sweep, and what a step of it takes.

@@ -1,17 +1,15 @@
-//! One training step: forward, backward, AdamW.
+//! One training step of the product: a batch, forward, backward, AdamW.
 
-use std::cell::Cell;
 use std::time::Instant;
 
-use flowtape_engine::optim::{AdamW, Optimizer, OptimizerStep, Rates, StepConfig, StepSink};
 use flowtape_engine::profile::{Entry, Profile};
-use flowtape_engine::{Device, GradientSink, Tape, Tensor, VarId, cpu};
-use flowtape_models::Transformer;
+use flowtape_engine::{Device, cpu};
+use flowtape_trainer::recipe::Dtype;
+use flowtape_trainer::{StepTimes, Trainer};
 use serde::Serialize;
 
-use super::{Batch, Work};
-use crate::Result;
-use crate::recipe::Dtype;
+use super::Work;
+use crate::{Error, Result};
 
 /// How a step is measured.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +51,7 @@ pub struct Measurement {
     pub s_min: f64,
     /// The slowest.
     pub s_max: f64,
-    /// Seconds of the forward pass, the median. On a device that runs behind the host this and the next are what it took to
+    /// Seconds of the forward pass and of the batch before it, the median. On a device that runs behind the host this and the next are what it took to
     /// hand the work over, and waiting for it counts as the optimiser's.
     pub s_fwd: f64,
     /// Seconds of the backward pass without the updates on its way, the median.
@@ -100,33 +98,6 @@ fn rounded(value: f64, digits: i32) -> f64 {
     (value * unit).round() / unit
 }
 
-/// Takes the time that updates take on the way of the backward pass and behind it.
-struct Timed<'a, S> {
-    sink: S,
-    seconds: &'a Cell<f64>,
-}
-
-impl<S> Timed<'_, S> {
-    fn time<R>(&mut self, work: impl FnOnce(&mut S) -> R) -> R {
-        let started = Instant::now();
-        let result = work(&mut self.sink);
-        self.seconds.set(self.seconds.get() + started.elapsed().as_secs_f64());
-        result
-    }
-}
-
-impl<S: GradientSink> GradientSink for Timed<'_, S> {
-    fn gradient(&mut self, var: VarId, gradient: Tensor) -> flowtape_engine::Result<()> {
-        self.time(|sink| sink.gradient(var, gradient))
-    }
-}
-
-impl<S: StepSink> StepSink for Timed<'_, S> {
-    fn end(&mut self) -> flowtape_engine::Result<Option<Tensor>> {
-        self.time(StepSink::end)
-    }
-}
-
 /// Trains for some steps and measures each.
 ///
 /// # Errors
@@ -134,13 +105,11 @@ impl<S: StepSink> StepSink for Timed<'_, S> {
 pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measurement> {
     let profile = Profile::default();
     let device = if options.profile { profile.device(device) } else { device.clone() };
-    let model = work.model(&options.dtype.params(0, &device))?;
-    let params = model.params();
-    let mut batch = Batch::new(work, options.dtype.into(), &device)?;
-    let mut optimizer = Optimizer::new(AdamW::default());
-    let rates = Rates { lr: 1e-4, weight_decay: 0.01 };
-    // A limit that is never reached keeps all gradients until the backward pass is through.
-    let config = StepConfig { micro_batches: 1, max_norm: (!options.at_once).then_some(f64::INFINITY) };
+    if options.steps == 0 {
+        return Err(Error::Run { path: "--steps".into(), what: "expected at least 1, got 0".into() });
+    }
+    let recipe = work.recipe(options.dtype, options.at_once)?;
+    let mut trainer = Trainer::with_data(&device, &recipe, work.data()?)?;
     let before = process::memory();
     let (mut forward, mut backward, mut update, mut total) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut losses, mut first_step_s, mut misses) = (Vec::new(), 0.0, 0);
@@ -152,25 +121,18 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
             profile.take();
         }
         let start = Instant::now();
-        let tape = Tape::new();
-        let loss = batch.loss(&model, &tape)?;
-        let t1 = start.elapsed().as_secs_f64();
-        let updates = Cell::new(0.0);
-        OptimizerStep::new(config, rates, &mut optimizer, params, None)?
-            .behind(|sink| Timed { sink, seconds: &updates })
-            .backward(&tape, &loss, &[])?;
-        let (t2, updates) = (start.elapsed().as_secs_f64(), updates.get());
-        // Waits for all of the step.
-        losses.push(loss.item()?);
-        let t3 = start.elapsed().as_secs_f64();
+        let record = trainer.step()?;
+        let seconds = start.elapsed().as_secs_f64();
+        let StepTimes { data, forward: there, backward: back, .. } = record.times;
+        losses.push(record.loss);
         if index == 0 {
-            first_step_s = t3;
+            first_step_s = seconds;
         }
         if index >= options.warmup {
-            forward.push(t1);
-            backward.push(t2 - t1 - updates);
-            update.push(t3 - t2 + updates);
-            total.push(t3);
+            forward.push(data + there);
+            backward.push(back);
+            update.push(seconds - data - there - back);
+            total.push(seconds);
         }
     }
     let memory = device.backend().memory();
@@ -194,7 +156,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         batch: work.batch,
         dtype: options.dtype,
         threads: rayon::current_num_threads(),
-        params: params.numel(),
+        params: trainer.model().params().numel(),
         gflop: rounded(gflop, 2),
         s_step: rounded(s_step, 5),
         s_min: rounded(low, 5),

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
+use flowtape_engine::backend::call::{Call, CopyTo};
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::optim::{AdamW, Optimizer, Rates};
@@ -365,7 +366,7 @@ impl Bench<'_> {
             let numel = bytes / 2 / self.size();
             let (from, to) = self.pair(numel)?;
             self.tell(("copy", numel.to_string()), Work::Bytes(bytes), report, |clock| {
-                clock.measure(|| Ok(self.options.device.backend().copy(&from, &to)?))
+                clock.measure(|| Ok(CopyTo { source: &from, target: &to }.run()?))
             })?;
         }
         Ok(())
@@ -383,7 +384,7 @@ impl Bench<'_> {
             return Ok(*rate);
         }
         let (from, to) = self.pair((bytes / 2 / self.size()).max(1))?;
-        let times = self.clock.measure(|| Ok(self.options.device.backend().copy(&from, &to)?))?;
+        let times = self.clock.measure(|| Ok(CopyTo { source: &from, target: &to }.run()?))?;
         let rate = bytes as f64 / times.best;
         self.copies.borrow_mut().insert(bytes, rate);
         Ok(rate)

@@ -1,10 +1,14 @@
 //! The work that is measured: the training steps of `docs/BENCHMARKS.md`, on FLUX's model.
 
-use flowtape_engine::nn::ParamBuilder;
-use flowtape_engine::{DType, Device, Philox, Tape, Tensor, ops};
-use flowtape_flowmatch::{FlowModel, ModelInputs};
-use flowtape_models::flux::{FluxConfig, FluxTransformer2DModel};
-use serde_json::json;
+use std::sync::Arc;
+
+use flowtape_data::{Media, MemorySource, Sample, Text, TextEmbeddings};
+use flowtape_engine::{Device, Philox, Tensor};
+use flowtape_trainer::Recipe;
+use flowtape_trainer::builtin::WordTable;
+use flowtape_trainer::data::Data;
+use flowtape_trainer::recipe::Dtype;
+use serde_json::{Value, json};
 
 use crate::Result;
 
@@ -114,12 +118,10 @@ impl Work {
         3.0 * (2 * linear + attention) as f64
     }
 
-    /// The model, its parameters made by `params`.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn model(&self, params: &ParamBuilder) -> Result<FluxTransformer2DModel> {
-        let config = FluxConfig::from_json(&json!({
+    /// The model, as `config.json` holds it.
+    pub fn config(&self) -> Value {
+        json!({
+            "_class_name": "FluxTransformer2DModel",
             "in_channels": self.channels,
             "num_layers": self.double,
             "num_single_layers": self.single,
@@ -129,77 +131,64 @@ impl Work {
             "pooled_projection_dim": self.pooled,
             "guidance_embeds": false,
             "axes_dims_rope": self.axes,
-        }))?;
-        Ok(FluxTransformer2DModel::new(config, params)?)
-    }
-}
-
-/// A batch, and what is drawn for each step.
-#[derive(Debug)]
-pub struct Batch {
-    work: Work,
-    dtype: DType,
-    random: Philox,
-    /// Packed latents `[B, L, channels]`, f32.
-    x1: Tensor,
-    text: Tensor,
-    pooled: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-}
-
-impl Batch {
-    /// Random latents and text.
-    ///
-    /// # Errors
-    /// When memory runs out.
-    pub fn new(work: &Work, dtype: DType, device: &Device) -> Result<Self> {
-        let mut random = Philox::new(1);
-        let (height, width) = work.image;
-        let mut normal = |dims: &[usize]| random.normal(dims, device);
-        let x1 = normal(&[work.batch, work.image_tokens(), work.channels])?;
-        let text = normal(&[work.batch, work.text, work.joint])?.to_dtype(dtype)?;
-        let pooled = normal(&[work.batch, work.pooled])?.to_dtype(dtype)?;
-        let ids = (0..height * width).flat_map(|i| [0.0, (i / width) as f32, (i % width) as f32]).collect();
-        Ok(Self {
-            x1,
-            text,
-            pooled,
-            image_ids: Tensor::from_vec(ids, &[height * width, 3], device)?,
-            text_ids: Tensor::zeros(&[work.text, 3], DType::F32, device)?,
-            work: work.clone(),
-            dtype,
-            random,
         })
     }
 
-    /// The loss of one step: noise, times, `x_t`, the model and the mean squared error.
+    /// A recipe that trains it, on data of [`Work::data`]. Parameters are updated as soon as their gradients are final, or
+    /// after the backward pass.
     ///
     /// # Errors
-    /// When the model fails.
-    pub fn loss(&mut self, model: &dyn FlowModel, tape: &Tape) -> Result<Tensor> {
-        let device = self.x1.device().clone();
-        let x0 = self.random.normal(self.x1.dims(), &device)?;
-        let t = self.random.uniform(&[self.work.batch], &device)?;
-        let spread = t.reshape(&[self.work.batch, 1, 1])?;
-        let x_t = ops::pointwise([&self.x1, &x0, &spread], |[x1, x0, t]| (1.0 - t) * x1 + t * x0)?;
-        let mut inputs = ModelInputs::new()
-            .with("hidden_states", x_t.to_dtype(self.dtype)?)
-            .with("encoder_hidden_states", self.text.clone())
-            .with("pooled_projections", self.pooled.clone())
-            .with("timestep", t.to_dtype(self.dtype)?)
-            .with("img_ids", self.image_ids.clone())
-            .with("txt_ids", self.text_ids.clone());
-        inputs.attach(tape);
-        let v = model.forward(&inputs)?.sample;
-        Ok(ops::pointwise::pointwise_to(DType::F32, [&v, &self.x1, &x0], |[v, x1, x0]| (v - (x0 - x1)).square())?
-            .mean_all()?)
+    /// When the sizes do not fit.
+    pub fn recipe(&self, dtype: Dtype, at_once: bool) -> Result<Recipe> {
+        // A limit that is never reached keeps all gradients until the backward pass is through.
+        let clip = if at_once { Value::Null } else { json!({ "max_norm": 1e30 }) };
+        Recipe::from_json(json!({
+            "name": "bench",
+            "dtype": dtype,
+            "data": { "source": "digits", "text_dim": self.joint, "shuffle": false },
+            "model": self.config(),
+            "flow_matching": {
+                "adapter_type": "flux",
+                "adapter_kwargs": { "use_guidance_embeds": false },
+                "timestep_sampling": "uniform",
+                "flow_shift": 1.0,
+                "cfg_dropout_prob": 0.0,
+                "use_loss_weighting": false,
+            },
+            "optimizer": { "lr": 1e-4, "weight_decay": 0.01 },
+            "clip_grad_norm": clip,
+            "step_scheduler": { "local_batch_size": self.batch, "max_steps": 1_000_000 },
+        }))
+    }
+
+    /// A batch of random latents and embeddings, the same in every step.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn data(&self) -> Result<Data> {
+        let mut random = Philox::new(1);
+        let (height, width) = self.image;
+        let mut normal = |dims: &[usize]| -> Result<Tensor> {
+            let mut values = vec![0.0; dims.iter().product()];
+            random.fill_normal(&mut values);
+            Ok(Tensor::from_vec(values, dims, &Device::cpu())?)
+        };
+        let mut sample = || -> Result<Sample> {
+            let latents = normal(&[self.channels / 4, 2 * height, 2 * width])?;
+            let text = TextEmbeddings::default()
+                .with("text_embeddings", normal(&[self.text, self.joint])?)
+                .with("pooled_prompt_embeds", normal(&[self.pooled])?);
+            Ok(Sample::new(Media::Latents(latents), Text::Embeddings(text)))
+        };
+        let samples = (0..self.batch).map(|_| sample()).collect::<Result<_>>()?;
+        Ok(Data::of_pixels(Arc::new(MemorySource::new(samples)?), WordTable::new(&[], self.joint)))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use flowtape_models::Transformer;
+    use flowtape_engine::meta::Meta;
+    use flowtape_trainer::Trainer;
 
     use super::*;
 
@@ -211,9 +200,10 @@ mod tests {
             assert!((counted - gflop).abs() < 0.005, "{name}: {counted}");
         }
         for (name, parameters) in [("s", 13_906_496), ("digits", 1_790_596)] {
-            let params = ParamBuilder::new(0, DType::F32, &Device::cpu());
-            let model = Work::named(name).unwrap().model(&params).unwrap();
-            assert_eq!(model.params().numel(), parameters, "{name}");
+            let work = Work::named(name).unwrap();
+            let recipe = work.recipe(Dtype::F32, true).unwrap();
+            let trainer = Trainer::with_data(&Meta::default().device(), &recipe, work.data().unwrap()).unwrap();
+            assert_eq!(trainer.model().params().numel(), parameters, "{name}");
         }
     }
 }
