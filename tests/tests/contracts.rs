@@ -649,7 +649,8 @@ fn norm(seed: u64, device: &Device) {
     for row in values.chunks(width) {
         let m = if mean.is_some() { row.iter().sum::<f64>() / n } else { 0.0 };
         let s = 1.0 / (row.iter().map(|x| (x - m) * (x - m)).sum::<f64>() / n + 0.1).sqrt();
-        (means.push(m), rstds.push(s));
+        means.push(m);
+        rstds.push(s);
         normed.extend(row.iter().enumerate().map(|(i, x)| {
             let factor = scale.as_ref().filter(|_| legal).map_or(1.0, |w| w[i]);
             (x - m) * s * factor + shift.as_ref().filter(|_| legal).map_or(0.0, |b| b[i])
