@@ -138,7 +138,11 @@ fn an_interrupted_run_goes_on_to_the_same_bits() {
         let path = parts.join("metrics.jsonl");
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, &text[..text.len() - 20]).unwrap();
-        stdout(&flowtape(&["train", "--resume", parts.to_str().unwrap()]));
+        let resumed = flowtape(&["train", "--resume", parts.to_str().unwrap()]);
+        stdout(&resumed);
+        // Warnings are shown without being asked for: the checkpoint is of a run of four steps.
+        let warned = String::from_utf8_lossy(&resumed.stderr).into_owned();
+        assert!(warned.contains("the recipe was changed since the checkpoint of step 4"), "{warned}");
         assert!(weights(&whole) == weights(&parts), "the resumed run has other weights ({dtype})");
         let losses = metrics(&parts, "loss");
         assert_eq!((losses.len(), losses), (6, metrics(&whole, "loss")));
@@ -260,7 +264,7 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
         (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, "),
         (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),
         (text.replace("adapter_type: flux", "adapter_type: flex"), "simple, flux"),
-        (text.replace("text_dim: 32", "text_dim: 16"), "[.., in]"),
+        (text.replace("text_dim: 32", "text_dim: 16"), "data.text_dim (16) must equal model.joint_attention_dim (32)"),
         ("name: [".into(), "recipe.yaml"),
     ];
     for (text, part) in cases {
@@ -301,8 +305,12 @@ fn inspect_counts_presets_configurations_folders_files_and_runs() {
 
     assert!(failure(&flowtape(&["inspect", "flux.1"])).contains("flux.1-dev"));
     let broken = scratch.path().join("config.json");
-    std::fs::write(&broken, r#"{"_class_name": "FluxTransformer2DModel", "num_layer": 3}"#).unwrap();
+    std::fs::write(&broken, r#"{"_class_name": "FluxTransformer2DModel", "num_layers": "three"}"#).unwrap();
     assert!(failure(&flowtape(&["inspect", broken.to_str().unwrap()])).contains("num_layers"));
+    std::fs::write(&broken, r#"{"_class_name": "FluxTransformer2DModel", "num_layer": 3}"#).unwrap();
+    let unknown = flowtape(&["inspect", broken.to_str().unwrap()]);
+    stdout(&unknown);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("`num_layer` is unknown"), "{unknown:?}");
 }
 
 /// The binary with its output going to files, or to pipes whose reader is gone.
@@ -480,6 +488,10 @@ fn a_step_is_measured_with_the_fields_of_its_peer() {
     let out = stdout(&flowtape(&["bench", "step", "--config", "digits", "--steps", "1", "--warmup", "0", "--profile"]));
     assert!(out.contains("matmul NT 1152x128x512 f32") && out.contains("attention 64x4x18x32 f32"), "{out}");
     assert!(failure(&flowtape(&["bench", "step", "--config", "xxl"])).contains("digits"));
+    for (nothing, part) in [("--steps", "at least 1"), ("--batch", "local_batch_size")] {
+        let refused = failure(&flowtape(&["bench", "step", "--config", "digits", nothing, "0"]));
+        assert!(refused.contains(part), "{refused}");
+    }
     let out = stdout(&flowtape(&["bench", "ops", "--only", "modulate", "--seconds", "0.001", "--json"]));
     let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert!(lines.len() == 8 && lines.iter().all(|l| l["fraction"].as_f64().is_some_and(|f| f > 0.0)), "{out}");

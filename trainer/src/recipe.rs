@@ -309,6 +309,7 @@ impl Recipe {
                 serde_yaml_ng::from_value(value).map_err(|e| format!("--set: {}", with_suggestion(&e.to_string())))?;
         }
         recipe.check()?;
+        recipe.check_data()?;
         Ok(recipe)
     }
 
@@ -343,19 +344,19 @@ impl Recipe {
                 "sampling.image_to_video: expected a source of videos and an adapter that takes a first frame ({able}), got {adapter}"
             ));
         }
-        self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))?;
-        let contradictions = self.contradictions(kind);
-        if contradictions.is_empty() { Ok(()) } else { Err(contradictions.join("; ")) }
+        self.flow_matching.validate().map_err(|e| format!("flow_matching.{e}"))
     }
 
-    /// What of the model, its adapter and the data contradicts each other.
-    fn contradictions(&self, kind: &ModelKind) -> Vec<String> {
+    /// Whether model and adapter fit the recipe's own data.
+    fn check_data(&self) -> Result<(), String> {
+        let kind = ModelKind::of_adapter(&self.flow_matching.adapter_type).map_err(|e| e.to_string())?;
         let DataConfig { video, text_dim, .. } = &self.data;
         let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);
         let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
             .map(|tensor| (tensor, "data.text_dim", *text_dim));
         let sample = SampleSizes { source: "data.source", latents: &latents, widths: &widths };
-        kind.contradictions(&self.model, &self.flow_matching.adapter_kwargs, &sample)
+        let contradictions = kind.contradictions(&self.model, &self.flow_matching.adapter_kwargs, &sample);
+        if contradictions.is_empty() { Ok(()) } else { Err(contradictions.join("; ")) }
     }
 
     /// Samples of an optimiser step.

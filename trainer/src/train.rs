@@ -66,7 +66,7 @@ pub fn train_on(
     awake(device, || {
         let trainer = Trainer::on(device, recipe)?;
         let folder = RunFolder::create(recipe)?;
-        Session::new(trainer, folder, hooks, stop)?.run()
+        with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }
 
@@ -87,11 +87,22 @@ pub fn resume(path: &Path, device: Option<&str>, hooks: Vec<Box<dyn Hook + '_>>,
     awake(&device, || {
         let mut trainer = Trainer::on(&device, &recipe)?;
         trainer.load(&checkpoint)?;
-        Session::new(trainer, folder, hooks, stop)?.run()
+        with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }
 
-/// A run under way: what hooks see of it.
+/// A run with what all have and its recipe asks for; `hooks` come in between, so that they hear of a step before what takes
+/// long.
+fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Result<Session<'h>> {
+    let recipe = run.trainer().recipe().clone();
+    let run = run.with(Box::new(Metrics::default()));
+    let run = hooks.into_iter().fold(run, Session::with).with(Box::new(LossCurve::default()));
+    let run = run.with(Box::new(Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)));
+    let run = run.with(Box::new(builtin::preview(&recipe)?));
+    Ok(builtin::report(&recipe)?.into_iter().fold(run, Session::with))
+}
+
+/// A run under way: what hooks see of it. A program may start one with hooks of its own choice.
 pub struct Session<'h> {
     trainer: Trainer,
     folder: RunFolder,
@@ -105,22 +116,18 @@ pub struct Session<'h> {
 }
 
 impl<'h> Session<'h> {
-    /// A run with the hooks that all have and those of its recipe; `hooks` come in between, so that they hear of a step before
-    /// what takes long.
-    fn new(trainer: Trainer, folder: RunFolder, hooks: Vec<Box<dyn Hook + 'h>>, stop: &'h AtomicBool) -> Result<Self> {
-        let recipe = trainer.recipe();
-        let mut all: Vec<Box<dyn Hook + 'h>> = vec![Box::new(Metrics::default())];
-        all.extend(hooks);
-        all.push(Box::new(LossCurve::default()));
-        all.push(Box::new(Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)));
-        all.push(Box::new(builtin::preview(recipe)?));
-        if let Some(report) = builtin::report(recipe)? {
-            all.push(report);
-        }
-        let hooks = all.into_iter().map(Some).collect();
+    /// A run that nothing listens to yet. A trainer that was loaded goes on.
+    pub fn new(trainer: Trainer, folder: RunFolder, stop: &'h AtomicBool) -> Self {
         // Where a run goes on, it is from a checkpoint.
         let saved = trainer.state().progress.step;
-        Ok(Self { trainer, folder, stop, hooks, saved, figures: Map::new() })
+        Self { trainer, folder, stop, hooks: Vec::new(), saved, figures: Map::new() }
+    }
+
+    /// With one more hook; they are told of an event in the order in which they came.
+    #[must_use]
+    pub fn with(mut self, hook: Box<dyn Hook + 'h>) -> Self {
+        self.hooks.push(Some(hook));
+        self
     }
 
     /// What does the steps.
@@ -160,7 +167,10 @@ impl<'h> Session<'h> {
     }
 
     /// Steps until all are done or it is asked to stop.
-    fn run(mut self) -> Result<Summary> {
+    ///
+    /// # Errors
+    /// When a step or a hook fails.
+    pub fn run(mut self) -> Result<Summary> {
         let started = Instant::now();
         let steps = self.trainer.recipe().step_scheduler.max_steps;
         let progress = &self.trainer.state().progress;

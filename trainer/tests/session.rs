@@ -13,7 +13,8 @@ use flowtape_data::{
 use flowtape_engine::{Device, Philox, Tensor};
 use flowtape_trainer::builtin::WordTable;
 use flowtape_trainer::data::Data;
-use flowtape_trainer::hooks::{Cause, Event, Hook, on_step};
+use flowtape_trainer::hooks::{Cause, Checkpoint, Event, Hook, on_step};
+use flowtape_trainer::run::RunFolder;
 use flowtape_trainer::train::{Session, resume, train};
 use flowtape_trainer::{Error, Recipe, Result, Trainer};
 
@@ -188,6 +189,26 @@ fn a_program_trains_on_samples_of_its_own() {
     assert_eq!((cursor.epoch, cursor.batch), (2, 1));
     let mut few = own(&recipe, MemorySource::new((0..3).map(sample).collect()).unwrap());
     assert!(few.step().unwrap_err().to_string().contains("drop_last"));
+}
+
+#[test]
+fn a_program_keeps_a_run_of_its_own_samples_with_hooks_of_its_choice() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = small(&folder.path().join("run"), &[]);
+    let run = |trainer: Trainer, run: RunFolder| {
+        let session = Session::new(trainer, run, &NEVER).with(Box::new(Checkpoint::new(2)));
+        session.run().unwrap()
+    };
+    let pixels = Tensor::zeros(&[1, 4, 4], flowtape_engine::DType::F32, &Device::cpu()).unwrap();
+    let source = MemorySource::new(vec![Sample::new(Media::Pixels(pixels), Text::Caption("a one".into()))]).unwrap();
+    let summary = run(own(&recipe, source.clone()), RunFolder::create(&recipe).unwrap());
+    assert_eq!((summary.steps, summary.interrupted), (5, false));
+    // It goes on where it is loaded.
+    let (again, mut longer) = RunFolder::open(&summary.run_dir).unwrap();
+    longer.step_scheduler.max_steps = 7;
+    let mut trainer = own(&longer, source);
+    trainer.load(&again.checkpoint().unwrap()).unwrap();
+    assert_eq!((trainer.state().progress.step, run(trainer, again).steps), (5, 7));
 }
 
 /// Samples of which one is broken.

@@ -10,7 +10,7 @@ use super::gemm::scratch::Scratch;
 use super::isa::Isa;
 use super::lanes::{LANES, fold};
 use super::math::Real;
-use super::steps::{Kernel, arity, kernel};
+use super::opcode_loops::{Kernel, arity, kernel};
 use crate::DType;
 use crate::expr::{Program, Reduce};
 

@@ -12,10 +12,10 @@ mod limits;
 mod math;
 mod norm;
 mod norm_fused;
+mod opcode_loops;
 mod pointwise;
 mod pool;
 mod programs;
-mod steps;
 mod team;
 
 use std::any::Any;

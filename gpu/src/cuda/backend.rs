@@ -20,9 +20,9 @@ use super::gpu::{Gpu, checked};
 use super::memory::{CudaBuffer, CudaRaw, Staging, download};
 use super::norm::{self, After, Operands};
 use super::pointwise::At;
-use super::read::{Reader, SLOT, Slot};
+use super::readback::{Reader, SLOT, Slot};
 use super::view::{View, buffer};
-use super::{attention, each, index, matmul, pointwise, random, reduce};
+use super::{attention, index, matmul, pointwise, pointwise_each, random, reduce};
 
 /// Memory that is kept for reuse beyond what is in use.
 const SPARE: usize = 1 << 30;
@@ -241,7 +241,7 @@ impl Backend for Cuda {
     fn pointwise_each(&self, call: Checked<PointwiseEach<'_>>) -> Result<()> {
         let views = call.groups.iter().map(|(inputs, outputs)| Ok((self.all(inputs)?, self.all(outputs)?)));
         let views = views.collect::<Result<Vec<_>>>()?;
-        each::pointwise_each(self.at(), &self.0.staging, call.program, &views, call.scalars)
+        pointwise_each::pointwise_each(self.at(), &self.0.staging, call.program, &views, call.scalars)
     }
 
     fn reduce(&self, call: Checked<Reduction<'_>>) -> Result<()> {

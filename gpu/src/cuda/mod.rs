@@ -3,16 +3,15 @@
 //! | file | what it does |
 //! |---|---|
 //! | `gpu.rs` | a device: context, stream, failures in words |
-//! | `memory.rs`, `read.rs` | the pool's raw memory, uploads and reads through pinned memory |
+//! | `memory.rs`, `readback.rs` | the pool's raw memory, uploads and reads through pinned memory |
 //! | `launch.rs` | modules, kernels, launches |
 //! | `ptx.rs` | prints programs as PTX |
-//! | `pointwise.rs`, `each.rs`, `reduce.rs` | kernels printed from programs |
+//! | `pointwise.rs`, `pointwise_each.rs`, `reduce.rs` | kernels printed from programs |
 //! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX (`packed.rs`) |
 //! | `backend.rs` | the engine's `Backend` |
 
 mod attention;
 mod backend;
-mod each;
 mod gpu;
 mod index;
 mod launch;
@@ -21,9 +20,10 @@ mod memory;
 mod norm;
 mod packed;
 mod pointwise;
+mod pointwise_each;
 mod ptx;
 mod random;
-mod read;
+mod readback;
 mod reduce;
 mod view;
 

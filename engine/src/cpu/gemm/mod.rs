@@ -1,12 +1,12 @@
 //! Matrix products. Tiles of the output are spread over the threads; each packs what it reads and runs the kernels.
 //!
 //! The cut along k depends on k alone, and every element is one chain of multiply-adds per cut: neither the number of
-//! threads nor the shape of the tiles changes a bit. Products of few rows go another way, by their sizes alone ([`few`]).
+//! threads nor the shape of the tiles changes a bit. Products of few rows go another way, by their sizes alone ([`streamed`]).
 
-mod few;
 mod kernel;
 mod pack;
 pub(super) mod scratch;
+mod streamed;
 
 use self::kernel::{Kernels, Tile, kernels};
 pub(super) use self::pack::{Narrow, with_narrow};
@@ -153,7 +153,7 @@ pub(super) unsafe fn matmul(
         return if parallel { spread(tasks, run) } else { (0..tasks).for_each(run) };
     }
     // SAFETY: the caller's promise.
-    if batch.len() == 1 && unsafe { few::few(isa, &at(0), m, n) } {
+    if batch.len() == 1 && unsafe { streamed::product(isa, &at(0), m, n) } {
         return;
     }
     let set = Packer::new(isa, a.dtype, b.dtype).set;

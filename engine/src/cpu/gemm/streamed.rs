@@ -50,7 +50,7 @@ impl Kind {
 ///
 /// # Safety
 /// As for [`super::matmul`]; no dtype is f64.
-pub(super) unsafe fn few(isa: Isa, p: &Product, m: usize, n: usize) -> bool {
+pub(super) unsafe fn product(isa: Isa, p: &Product, m: usize, n: usize) -> bool {
     let Some(kind) = Kind::of(p, m, n) else { return false };
     // SAFETY: the caller's promise.
     let (a, bias) = unsafe { (widened(isa, p.a, m, p.k), p.bias.map(|bias| widened(isa, bias, 1, n))) };
@@ -106,7 +106,7 @@ pub(super) unsafe fn few(isa: Isa, p: &Product, m: usize, n: usize) -> bool {
 
 /// `c (+)= a b + bias`, `[m, n]`, on this thread; A and the bias are dense f32.
 ///
-/// Safety: as for [`few`].
+/// Safety: as for [`product`].
 unsafe fn stream(isa: Isa, kind: Kind, p: &Product, m: usize, n: usize) {
     // Rows that are summed side by side: each row of B is read once for all of them.
     let group = m.min(FEW);
