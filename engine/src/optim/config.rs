@@ -75,7 +75,8 @@ impl Serialize for OptimizerConfig {
 
 impl<'de> Deserialize<'de> for OptimizerConfig {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_map(Section)
+        // Of any form, since YAML takes nothing for an empty map.
+        from.deserialize_any(Section)
     }
 }
 
