@@ -38,7 +38,7 @@ impl Stop {
     pub fn listen() -> io::Result<Self> {
         let [asked, at_once] = [false, true].map(|value| Arc::new(AtomicBool::new(value)));
         let number = Arc::new(AtomicUsize::new(0));
-        for signal in SIGNALS {
+        for signal in SIGNALS.into_iter().filter(|signal| !is_left_alone(*signal)) {
             // They run in this order.
             flag::register_conditional_shutdown(signal, EXIT + signal, at_once.clone())?;
             flag::register(signal, at_once.clone())?;
@@ -73,4 +73,19 @@ impl Stop {
         let signal = self.signal.load(Ordering::Relaxed);
         u8::try_from(EXIT as usize + signal).map_or(ExitCode::FAILURE, ExitCode::from)
     }
+}
+
+/// Whether a signal was made to do nothing before this program began: `nohup` does that with SIGHUP, so that a run outlives its
+/// terminal.
+#[cfg(target_os = "linux")]
+fn is_left_alone(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    signal == signal_hook::consts::SIGHUP && ignored >> (signal - 1) & 1 == 1
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_left_alone(_: i32) -> bool {
+    false
 }

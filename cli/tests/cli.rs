@@ -349,9 +349,14 @@ fn the_binary_says_its_name_and_version() {
 /// A run that ends by a signal alone.
 #[cfg(unix)]
 fn endless(run: &Path, more: &str) -> std::process::Child {
+    endless_by(Command::new(env!("CARGO_BIN_EXE_flowtape")), run, more)
+}
+
+/// The same by a command that starts the binary.
+#[cfg(unix)]
+fn endless_by(mut command: Command, run: &Path, more: &str) -> std::process::Child {
     let run_dir = format!("run_dir={}", run.display());
     let long = ["step_scheduler.max_steps=1000000", "sampling.every_steps=0", more, &run_dir];
-    let mut command = Command::new(env!("CARGO_BIN_EXE_flowtape"));
     command.args(["train", RECIPE]).args(SMALL.iter().chain(&long).flat_map(|s| ["--set", s]));
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
@@ -380,6 +385,31 @@ fn a_signal_ends_a_run_with_a_checkpoint_and_an_exit_code_of_its_own() {
         let state: Value = serde_json::from_slice(&std::fs::read(run.join("checkpoint/state.json")).unwrap()).unwrap();
         assert_eq!(state["step"].as_u64(), Some(metrics(&run, "step").len() as u64));
     }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_behind_nohup_outlives_its_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let mut nohup = Command::new("nohup");
+    nohup.arg(env!("CARGO_BIN_EXE_flowtape"));
+    let child = endless_by(nohup, &run, "seed=1");
+    let saved = || {
+        let text = std::fs::read(run.join("checkpoint/state.json")).ok()?;
+        serde_json::from_slice::<Value>(&text).ok()?["step"].as_u64()
+    };
+    let wait_for = |step: u64| {
+        while saved().is_none_or(|s| s < step) {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    };
+    wait_for(2);
+    send("-HUP", &child);
+    let later = saved().unwrap_or(2) + 20;
+    wait_for(later);
+    send("-TERM", &child);
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(143));
 }
 
 #[cfg(unix)]

@@ -211,4 +211,22 @@ mod tests {
         assert!(profile.take().is_empty());
         Ok(())
     }
+
+    /// What a device does together is measured together, as it runs without a profile.
+    #[test]
+    fn groups_stay_together() -> Result<()> {
+        let profile = Profile::default();
+        let device = profile.device(&Device::cpu());
+        let x = [3, 5].map(|n| Tensor::ones(&[n], DType::F32, &device));
+        let [a, b] = [x[0].as_ref().unwrap(), x[1].as_ref().unwrap()];
+        profile.take();
+        let double = crate::expr::Function::build(|[x]| [x * 2.0]);
+        crate::ops::pointwise::run_pointwise_each(&double, &[(vec![a], vec![a]), (vec![b], vec![b])], &[])?;
+        assert_eq!((a.to_vec::<f32>()?, b.to_vec::<f32>()?), (vec![2.0; 3], vec![2.0; 5]));
+        let all = profile.take();
+        let calls: Vec<&str> =
+            all.iter().map(|(name, _)| &name[..]).filter(|name| name.starts_with("pointwise")).collect();
+        assert_eq!(calls, ["pointwise 1 ops on 2 groups, f32"]);
+        Ok(())
+    }
 }

@@ -14,6 +14,9 @@
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
+//!
+//! A program that trains on NVIDIA GPUs depends on `flowtape-gpu` with the feature `cuda` beside this crate; the driver is
+//! looked for when it runs.
 
 pub mod builtin;
 pub mod data;

@@ -379,6 +379,9 @@ impl Recipe {
 /// Sets one key of a tree; sections on the way are made where they are missing.
 fn set(root: &mut Value, setting: &str) -> Result<(), String> {
     let (path, value) = setting.split_once('=').ok_or("expected key=value, such as optimizer.lr=1e-4")?;
+    if value.trim().is_empty() {
+        return Err("expected a value after =; null takes an optional section away".into());
+    }
     let value: Value = serde_yaml_ng::from_str(value).map_err(|e| e.to_string())?;
     let mut at = root;
     for key in path.split('.') {
@@ -449,7 +452,7 @@ mod tests {
             ("optimizer.lr=-1", "optimizer.lr"),
             ("optimizer.momentum=0.9", "unknown field `momentum`"),
             ("optimizer.name=adam", "adamw or sgd"),
-            ("optimizer=", "the section of an optimiser"),
+            ("optimizer=", "expected a value"),
             ("step_scheduler.local_batch_size=0", "local_batch_size"),
             ("step_scheduler.global_batch_size=100", "multiple"),
             ("flow_matching.flow_shift=0", "flow_matching.flow_shift"),
