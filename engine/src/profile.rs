@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd};
+use crate::backend::call::{
+    Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload,
+};
 use crate::backend::{Backend, Buffer, Decorator, Fused, Pending, Ran};
 use crate::{DType, Device, Result, Tensor};
 
@@ -120,8 +122,8 @@ impl Decorator for Measured {
         self.run(|| "alloc".into(), 0.0, 0, |b| b.alloc(bytes))
     }
 
-    fn upload(&self, buffer: &dyn Buffer, data: &[u8]) -> Result<()> {
-        self.run(|| "upload".into(), 0.0, data.len(), |b| b.upload(buffer, data))
+    fn upload(&self, call: Checked<Upload<'_>>) -> Result<()> {
+        self.run(|| "upload".into(), 0.0, call.bytes.len(), |b| b.upload(call))
     }
 
     fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {

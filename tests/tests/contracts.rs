@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use flowtape_engine::backend::call::{
-    Call, CopyTo, Gather, Group, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd,
+    Call, CopyTo, Gather, Group, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload,
 };
 use flowtape_engine::backend::{Ran, run_fused};
 use flowtape_engine::cpu::Cpu;
@@ -20,7 +20,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 /// Elements of a memory: a few views of small sizes, which often meet.
-const LEN: usize = 700;
+const LEN: usize = 2048;
 
 /// Numbers in one allocation, and a twin that says where each of them lies.
 struct Memory {
@@ -871,24 +871,27 @@ fn bytes(seed: u64, device: &Device) {
     let (mut draw, backend) = (Draw::new(seed), device.backend());
     let size = draw.size(1, 3000);
     let data: Vec<u8> = (0..size).map(|_| draw.size(0, 255) as u8).collect();
-    let buffer = backend.alloc(size).unwrap();
-    backend.upload(&*buffer, &data).unwrap();
+    let (size, data) = (4 * size, data.repeat(4));
+    // What the host keeps of small tensors must not outlive a write.
+    let target = Tensor::from_bytes(&vec![0; size], &[size / 4], DType::U32, device).unwrap();
+    Upload { bytes: &data, target: &target }.run().unwrap();
+    assert_eq!(target.to_bytes().unwrap(), data);
+    let buffer = target.storage().buffer();
     let part = draw.size(0, size);
-    assert_eq!(backend.download(&*buffer, part).unwrap(), data[..part]);
-    assert_eq!(backend.read_later(&*buffer, size).unwrap().wait().unwrap(), data);
+    assert_eq!(backend.download(buffer, part).unwrap(), data[..part]);
+    assert_eq!(backend.read_later(buffer, size).unwrap().wait().unwrap(), data);
     // Memory comes in classes of sizes.
     let beyond = 2 * size + 4096;
-    assert!(backend.upload(&*buffer, &vec![1; beyond]).is_err());
-    assert!(backend.download(&*buffer, beyond).is_err() && backend.read_later(&*buffer, beyond).is_err());
+    let wrong = [vec![1; beyond], vec![1; size - 1]];
+    assert!(wrong.iter().all(|bytes| Upload { bytes, target: &target }.run().is_err()));
+    let part = target.narrow(0, 0, size / 4 - 1).unwrap();
+    assert!(Upload { bytes: &data[..size - 4], target: &part }.run().is_err());
+    assert!(backend.download(buffer, beyond).is_err() && backend.read_later(buffer, beyond).is_err());
     let meta = Meta::default().device();
     let foreign = meta.backend().alloc(size).unwrap();
-    let errors = [
-        backend.upload(&*foreign, &data).unwrap_err(),
-        backend.download(&*foreign, size).unwrap_err(),
-        backend.read_later(&*foreign, size).unwrap_err(),
-    ];
+    let errors = [backend.download(&*foreign, size).unwrap_err(), backend.read_later(&*foreign, size).unwrap_err()];
     assert!(errors.iter().all(|e| matches!(e, Error::Device { .. })), "{errors:?}");
-    assert_eq!(backend.download(&*buffer, size).unwrap(), data);
+    assert_eq!(target.to_bytes().unwrap(), data);
 }
 
 /// A method with operands of a seed on a device; whether they kept the contract.
