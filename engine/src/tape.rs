@@ -573,12 +573,12 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
 /// The tape on which an op on these inputs is recorded: theirs, or a floating one where all of them are parameters or made
 /// of parameters alone.
 fn common_tape(op: &'static str, inputs: &[&Tensor]) -> Result<Option<Tape>> {
-    let carried = |t: &&Tensor| t.tape().cloned().filter(|tape| !tape.is_floating());
+    let carried = |t: &&Tensor| t.tape().is_some_and(|tape| !tape.is_floating());
     // A constant that a block brings from outside may carry the tape around it: nothing is recorded for it there.
-    let found = inputs.iter().filter_map(carried).max_by_key(|tape| tape.0.serial);
-    if let Some(tape) = &found {
-        let elsewhere = |t: &&Tensor| carried(t).is_some_and(|other| !Arc::ptr_eq(&other.0, &tape.0));
-        if inputs.iter().any(|t| t.requires_grad() && elsewhere(t)) {
+    let found = inputs.iter().filter(|t| carried(t)).filter_map(|t| t.tape()).max_by_key(|tape| tape.0.serial);
+    if let Some(tape) = found {
+        let elsewhere = |t: &&Tensor| t.tape().is_some_and(|other| !Arc::ptr_eq(&other.0, &tape.0));
+        if inputs.iter().any(|t| t.requires_grad() && carried(t) && elsewhere(t)) {
             return Err(Error::argument(op, "inputs on one tape", "inputs on two"));
         }
     }
@@ -587,14 +587,14 @@ fn common_tape(op: &'static str, inputs: &[&Tensor]) -> Result<Option<Tape>> {
         Some(_) if inputs.iter().any(|t| t.is_unrecorded()) => Err(Error::Unrecorded { op }),
         Some(tape) => {
             floating.for_each(|other| tape.take_over(other));
-            Ok(Some(tape))
+            Ok(Some(tape.clone()))
         }
         None if inputs.is_empty() || !inputs.iter().all(|t| t.requires_grad()) => Ok(None),
         None => {
             let new = || Tape(Arc::new(Shared { floating: true, ..Shared::default() }));
             let tape = floating.next().cloned().unwrap_or_else(new);
             floating.for_each(|other| tape.take_over(other));
-            Ok(Some(tape))
+            Ok(Some(tape.clone()))
         }
     }
 }
