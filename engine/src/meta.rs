@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::backend::call::{Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd};
+use crate::backend::call::{Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd, Upload};
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::cpu::ALIGN;
 use crate::pool::{PoolUsage, class};
@@ -74,7 +74,7 @@ impl Backend for Meta {
         Ok(Box::new(MetaBuffer { size, counts: self.0.clone() }))
     }
 
-    fn upload(&self, _: &dyn Buffer, _: &[u8]) -> Result<()> {
+    fn upload(&self, _: Checked<Upload<'_>>) -> Result<()> {
         Ok(())
     }
 

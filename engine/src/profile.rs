@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd};
+use crate::backend::call::{
+    Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload,
+};
 use crate::backend::{Backend, Buffer, Decorator, Fused, Pending, Ran};
 use crate::{DType, Device, Result, Tensor};
 
@@ -120,8 +122,8 @@ impl Decorator for Measured {
         self.run(|| "alloc".into(), 0.0, 0, |b| b.alloc(bytes))
     }
 
-    fn upload(&self, buffer: &dyn Buffer, data: &[u8]) -> Result<()> {
-        self.run(|| "upload".into(), 0.0, data.len(), |b| b.upload(buffer, data))
+    fn upload(&self, call: Checked<Upload<'_>>) -> Result<()> {
+        self.run(|| "upload".into(), 0.0, call.bytes.len(), |b| b.upload(call))
     }
 
     fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
@@ -209,6 +211,24 @@ mod tests {
         let (_, product) = all.iter().find(|(name, _)| name == "matmul NT 3x4x5 f32").unwrap();
         assert_eq!((product.calls, product.flops, product.bytes), (1, 120.0, 188.0));
         assert!(profile.take().is_empty());
+        Ok(())
+    }
+
+    /// What a device does together is measured together, as it runs without a profile.
+    #[test]
+    fn groups_stay_together() -> Result<()> {
+        let profile = Profile::default();
+        let device = profile.device(&Device::cpu());
+        let x = [3, 5].map(|n| Tensor::ones(&[n], DType::F32, &device));
+        let [a, b] = [x[0].as_ref().unwrap(), x[1].as_ref().unwrap()];
+        profile.take();
+        let double = crate::expr::Function::build(|[x]| [x * 2.0]);
+        crate::ops::pointwise::run_pointwise_each(&double, &[(vec![a], vec![a]), (vec![b], vec![b])], &[])?;
+        assert_eq!((a.to_vec::<f32>()?, b.to_vec::<f32>()?), (vec![2.0; 3], vec![2.0; 5]));
+        let all = profile.take();
+        let calls: Vec<&str> =
+            all.iter().map(|(name, _)| &name[..]).filter(|name| name.starts_with("pointwise")).collect();
+        assert_eq!(calls, ["pointwise 1 ops on 2 groups, f32"]);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use crate::backend::call::{has_dtype, is_dense};
+use crate::backend::call::{Call, Upload, has_dtype, is_dense};
 use crate::backend::{Distribution, FusedCall, Ran, operands, run_fused};
 use crate::{DType, Device, Element, Result, Tensor};
 
@@ -187,7 +187,7 @@ impl Philox {
         } else {
             let mut values = vec![T::default(); out.numel()];
             fill(self, &mut values);
-            device.backend().upload(out.storage().buffer(), bytemuck::cast_slice(&values))?;
+            Upload { bytes: bytemuck::cast_slice(&values), target: &out }.run()?;
         }
         Ok(out)
     }

@@ -254,11 +254,20 @@ struct Inner {
     heard: Option<BTreeSet<VarId>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    /// Rises from tape to tape: that of a block which runs again is newer than the one around it.
+    serial: u64,
     /// Whether it began with parameters alone.
     floating: bool,
     recording: Mutex<Inner>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { serial: NEXT.fetch_add(1, Ordering::Relaxed), floating: false, recording: Mutex::default() }
+    }
 }
 
 /// A recording. Cheap to clone: all clones are the same tape.
@@ -330,7 +339,7 @@ impl Tape {
     /// A tape that records nothing but which variables operations meet.
     pub(crate) fn listener() -> Self {
         let heard = Inner { heard: Some(BTreeSet::new()), ..Inner::default() };
-        Self(Arc::new(Shared { floating: false, recording: Mutex::new(heard) }))
+        Self(Arc::new(Shared { recording: Mutex::new(heard), ..Shared::default() }))
     }
 
     /// What a listener heard.
@@ -564,13 +573,13 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
 /// The tape on which an op on these inputs is recorded: theirs, or a floating one where all of them are parameters or made
 /// of parameters alone.
 fn common_tape(op: &'static str, inputs: &[&Tensor]) -> Result<Option<Tape>> {
-    let mut found: Option<&Tape> = None;
-    for tape in inputs.iter().filter_map(|t| t.tape()).filter(|tape| !tape.is_floating()) {
-        match found {
-            Some(other) if !Arc::ptr_eq(&other.0, &tape.0) => {
-                return Err(Error::argument(op, "inputs on one tape", "inputs on two"));
-            }
-            _ => found = Some(tape),
+    let carried = |t: &&Tensor| t.tape().cloned().filter(|tape| !tape.is_floating());
+    // A constant that a block brings from outside may carry the tape around it: nothing is recorded for it there.
+    let found = inputs.iter().filter_map(carried).max_by_key(|tape| tape.0.serial);
+    if let Some(tape) = &found {
+        let elsewhere = |t: &&Tensor| carried(t).is_some_and(|other| !Arc::ptr_eq(&other.0, &tape.0));
+        if inputs.iter().any(|t| t.requires_grad() && elsewhere(t)) {
+            return Err(Error::argument(op, "inputs on one tape", "inputs on two"));
         }
     }
     let mut floating = inputs.iter().filter_map(|t| t.tape()).filter(|tape| tape.is_floating());
@@ -578,11 +587,11 @@ fn common_tape(op: &'static str, inputs: &[&Tensor]) -> Result<Option<Tape>> {
         Some(_) if inputs.iter().any(|t| t.is_unrecorded()) => Err(Error::Unrecorded { op }),
         Some(tape) => {
             floating.for_each(|other| tape.take_over(other));
-            Ok(Some(tape.clone()))
+            Ok(Some(tape))
         }
         None if inputs.is_empty() || !inputs.iter().all(|t| t.requires_grad()) => Ok(None),
         None => {
-            let new = || Tape(Arc::new(Shared { floating: true, recording: Mutex::default() }));
+            let new = || Tape(Arc::new(Shared { floating: true, ..Shared::default() }));
             let tape = floating.next().cloned().unwrap_or_else(new);
             floating.for_each(|other| tape.take_over(other));
             Ok(Some(tape))

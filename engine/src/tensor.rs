@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::backend::call::{Call, Upload};
 use crate::backend::{Device, Pending, Storage};
 use crate::expr::Function;
 use crate::nn::Param;
@@ -118,7 +119,7 @@ impl Tensor {
     /// A tensor of bytes whose count is right.
     fn written(bytes: &[u8], dims: &[usize], dtype: DType, device: &Device) -> Result<Self> {
         let out = Self::empty(dims, dtype, device)?;
-        device.backend().upload(out.storage.buffer(), bytes)?;
+        Upload { bytes, target: &out }.run()?;
         Ok(out)
     }
 

@@ -147,6 +147,29 @@ fn checkpointing_gives_the_same_bits() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_checkpointed_block_may_read_constants_of_the_tape_around_it() -> Result<()> {
+    let mut draw = Draw::new(5);
+    let (x, mask) = (draw.standard(&[3, 4])?, draw.standard(&[3, 4])?);
+    let root = ParamBuilder::new(3, DType::F64, &Device::cpu());
+    let layer = Linear::new(&root, 4, 4, true)?;
+    let run = |checkpointed: bool| -> Result<Vec<Vec<f64>>> {
+        let tape = Tape::new();
+        // Both carry the tape and are no variables.
+        let (x, mask, layer) = (tape.attach(&x), tape.attach(&mask), layer.clone());
+        let block = move |xs: &[Tensor]| Ok(vec![layer.forward(&mask.mul(&xs[0])?)?.mul(&mask)?]);
+        let y = if checkpointed { flowtape_engine::checkpoint(&[&x], block)? } else { block(&[x])? };
+        let gradients = tape.backward(&y[0].square()?.sum_all()?)?;
+        root.params().iter().map(|p| gradients.of(p).unwrap().to_vec()).collect()
+    };
+    assert_eq!(run(true)?, run(false)?);
+    // What is differentiated outside must come in as an input.
+    let tape = Tape::new();
+    let (x, outside) = (tape.attach(&x), tape.leaf(&mask));
+    assert!(flowtape_engine::checkpoint(&[&x], move |xs| Ok(vec![xs[0].mul(&outside)?])).is_err());
+    Ok(())
+}
+
 /// Notes which gradients come, in which order, against what is left of the tape.
 #[derive(Default)]
 struct Order(Vec<VarId>);

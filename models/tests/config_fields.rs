@@ -142,7 +142,7 @@ fn changes(value: &Value) -> Vec<Value> {
             vec![json!(n + 1), json!(n + 2), json!(2 * n), json!(n / 2)]
         }
         Value::Number(n) => vec![json!(1e3 * n.as_f64().unwrap()), json!(1.5 * n.as_f64().unwrap())],
-        Value::String(_) => ["gelu", "interleaved", "other"].map(Value::from).to_vec(),
+        Value::String(_) => vec![json!("gelu"), json!("interleaved"), json!("other"), Value::Null],
         Value::Array(items) => {
             let reversed = Value::from(items.iter().rev().cloned().collect::<Vec<_>>());
             let one = |i: usize| {

@@ -4,20 +4,23 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use flowtape_engine::backend::call::{
-    Call, CopyTo, Gather, Group, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd,
+    Call, CopyTo, Gather, Group, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload,
 };
 use flowtape_engine::backend::{Ran, run_fused};
 use flowtape_engine::cpu::Cpu;
 use flowtape_engine::expr::{Function, Program, Reduce};
 use flowtape_engine::gradcheck::Draw;
-use flowtape_engine::ops::{AttentionForward, NormForward};
+use flowtape_engine::meta::Meta;
+use flowtape_engine::ops::{
+    AttentionBackward, AttentionForward, ModulatedNormBackward, NormBackward, NormForward, NormRopeBackward, RopeLayout,
+};
 use flowtape_engine::{DType, Device, Error, Gradients, Tape, Tensor, ops};
 use flowtape_tests::devices::{gpus, is_slow};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
 /// Elements of a memory: a few views of small sizes, which often meet.
-const LEN: usize = 700;
+const LEN: usize = 2048;
 
 /// Numbers in one allocation, and a twin that says where each of them lies.
 struct Memory {
@@ -233,7 +236,7 @@ fn check(
     legal: bool,
     before: Vec<Vec<f64>>,
     after: impl FnOnce(&mut Vec<Vec<f64>>),
-) {
+) -> bool {
     let mut expected = before;
     match (answer, legal) {
         (Ok(()), true) => after(&mut expected),
@@ -247,6 +250,7 @@ fn check(
             panic!("{what}: memory {memory} ({dtype}) at {place}: {} instead of {}", got[place], expected[place]);
         }
     }
+    legal
 }
 
 /// A program and the same on numbers.
@@ -263,7 +267,7 @@ fn programs() -> Vec<Known> {
     ]
 }
 
-fn copy(seed: u64, device: &Device) {
+fn copy(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let (dtype, rank) = (world.float(), world.draw.size(0, 4));
     let memories = [world.memory(dtype), world.memory(dtype)];
@@ -282,22 +286,22 @@ fn copy(seed: u64, device: &Device) {
     check(&world, "copy", answer, legal, before, |all| {
         let values = world.read(all, &source);
         world.write(all, &target, values);
-    });
+    })
 }
 
 /// The tensors' own method: whatever its source shares with it, the target holds what the source held.
-fn copy_from(seed: u64, device: &Device) {
+fn copy_from(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let (dtype, rank) = (world.float(), world.draw.size(0, 4));
     let memory = world.memory(dtype);
     let dims = world.dims(rank);
-    let (source, target) = (world.view(memory, &dims, ANY), world.view(memory, &dims, OUTPUT));
+    let (source, target) = (world.view(memory, &dims, ANY), world.view(memory, &dims, ANY));
     let legal = !target.repeats();
     let before = world.values();
     check(&world, "copy_from", target.tensor.copy_from(&source.tensor), legal, before, |all| {
         let values = world.read(all, &source);
         world.write(all, &target, values);
-    });
+    })
 }
 
 /// Inputs and outputs for a program, and whether they keep the contract among themselves.
@@ -336,7 +340,7 @@ fn apply(world: &World<'_>, known: &Known, inputs: &[View], outputs: &[View], al
     }
 }
 
-fn pointwise(seed: u64, device: &Device) {
+fn pointwise(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let all = programs();
     let known = &all[world.draw.size(0, all.len() - 1)];
@@ -352,10 +356,10 @@ fn pointwise(seed: u64, device: &Device) {
     let (program, before) = (Program::of(&known.0), world.values());
     let answer =
         Pointwise { program: &program, inputs: &tensors(&inputs), scalars: &[], outputs: &tensors(&outputs) }.run();
-    check(&world, "pointwise", answer, legal, before, |all| apply(&world, known, &inputs, &outputs, all));
+    check(&world, "pointwise", answer, legal, before, |all| apply(&world, known, &inputs, &outputs, all))
 }
 
-fn pointwise_each(seed: u64, device: &Device) {
+fn pointwise_each(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let all = programs();
     let known = &all[world.draw.size(0, all.len() - 1)];
@@ -382,10 +386,10 @@ fn pointwise_each(seed: u64, device: &Device) {
     let answer = PointwiseEach { program: &program, groups: &calls, scalars: &[] }.run();
     check(&world, "pointwise_each", answer, legal, before, |all| {
         groups.iter().for_each(|(inputs, outputs, _)| apply(&world, known, inputs, outputs, all));
-    });
+    })
 }
 
-fn reduce(seed: u64, device: &Device) {
+fn reduce(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let all = programs();
     let known = &all[world.draw.size(0, all.len() - 1)];
@@ -440,10 +444,10 @@ fn reduce(seed: u64, device: &Device) {
             }
             world.write(all, output, sums);
         }
-    });
+    })
 }
 
-fn matmul(seed: u64, device: &Device) {
+fn matmul(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let dtype = world.float();
     let rank = world.draw.size(0, 2);
@@ -496,11 +500,11 @@ fn matmul(seed: u64, device: &Device) {
             *c = sum + bias.as_ref().map_or(0.0, |b| b[j]) + if accumulate { *c } else { 0.0 };
         }
         world.write(all, &out, c);
-    });
+    })
 }
 
 /// Rows by index, and back.
-fn rows(seed: u64, device: &Device) {
+fn rows(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let (dtype, rank) = (world.float(), world.draw.size(0, 2));
     let (table, taken, index) = (world.memory(dtype), world.memory(dtype), world.memory_of(DType::U32, |_| 0.0));
@@ -557,7 +561,7 @@ fn rows(seed: u64, device: &Device) {
             }
         }
         world.write(all, &whole, sums);
-    });
+    })
 }
 
 /// A fused call writes its outputs and nothing else; what it writes is near the reference.
@@ -568,7 +572,7 @@ fn near(
     legal: bool,
     before: &[Vec<f64>],
     outputs: &[(&View, Vec<f64>)],
-) {
+) -> bool {
     let after = world.values();
     let written = |memory: usize, place: usize| {
         outputs.iter().find_map(|(v, values)| {
@@ -595,13 +599,14 @@ fn near(
             }
         }
     }
+    legal
 }
 
 fn number(draw: &mut Draw) -> f64 {
     draw.number(-2.0, 2.0)
 }
 
-fn norm(seed: u64, device: &Device) {
+fn norm(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let dtype = world.float();
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
@@ -658,10 +663,10 @@ fn norm(seed: u64, device: &Device) {
     }
     let mut outputs = vec![(&y, normed), (&rstd, rstds)];
     outputs.extend(mean.as_ref().map(|v| (v, means)));
-    near(&world, "norm", answer, legal, &before, &outputs);
+    near(&world, "norm", answer, legal, &before, &outputs)
 }
 
-fn attention(seed: u64, device: &Device) {
+fn attention(seed: u64, device: &Device) -> bool {
     let mut world = World::new(seed, device);
     let dtype = world.float();
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
@@ -718,20 +723,206 @@ fn attention(seed: u64, device: &Device) {
             results.extend((0..dv).map(|c| (0..lk).map(|j| terms[j] / sum * v[(head * lk + j) * dv + c]).sum::<f64>()));
         }
     }
-    near(&world, "attention", answer, legal, &before, &[(&o, results), (&lse, sums)]);
+    near(&world, "attention", answer, legal, &before, &[(&o, results), (&lse, sums)])
 }
 
-/// A method with operands of a seed on a device.
-type Drive = fn(u64, &Device);
+/// The gradients of attention and norms: what keeps the contract is done or declined and writes its outputs alone. Their
+/// values are the gradient checks' business.
+fn fused_backward(seed: u64, device: &Device) -> bool {
+    let mut world = World::new(seed, device);
+    let dtype = world.float();
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let mut size = |low, high| world.draw.size(low, high);
+    let ([b, l, h, d], lk) = ([size(1, 2), size(1, 4), size(1, 2), 2 * size(1, 3)], size(1, 3));
+    let memories = [0; 8].map(|_| world.memory_of(dtype, number));
+    let wides = [0; 4].map(|_| world.memory_of(wide, number));
+    // One operand in three calls has other dims; one output in some lies where an input does.
+    let wrong = world.draw.size(0, 40);
+    let mut made = 0;
+    let mut view = |world: &mut World<'_>, memory: usize, dims: &[usize], odds: Odds| {
+        made += 1;
+        let dims = if made == wrong { [dims, &[2]].concat() } else { dims.to_vec() };
+        world.view(memory, &dims, odds)
+    };
+    let shared = if world.percent(10) { memories[0] } else { memories[5] };
+    match world.draw.size(0, 3) {
+        0 => {
+            let x = view(&mut world, memories[0], &[b, l, d], ANY);
+            let weight = view(&mut world, memories[1], &[d], ANY);
+            let rstd = view(&mut world, wides[0], &[b, l, 1], PLAIN);
+            let grad = view(&mut world, memories[2], &[b, l, d], ANY);
+            let dx = view(&mut world, shared, &[b, l, d], OUTPUT);
+            let legal = !(1..=5).contains(&wrong) && rstd.is_dense();
+            let call = NormBackward {
+                x: &x.tensor,
+                weight: Some(&weight.tensor),
+                mean: None,
+                rstd: &rstd.tensor,
+                grad: &grad.tensor,
+                dx: &dx.tensor,
+            };
+            kept_to_itself(&world, "norm backward", || run_fused(call), legal, &[&x, &weight, &rstd, &grad], &[&dx])
+        }
+        1 => {
+            let vectors = if world.percent(50) { [b, 1, d] } else { [b, l, d] };
+            let x = view(&mut world, memories[0], &[b, l, d], ANY);
+            let scale = view(&mut world, memories[1], &vectors, ANY);
+            let [mean, rstd] = [wides[0], wides[1]].map(|m| view(&mut world, m, &[b, l, 1], PLAIN));
+            let grad = view(&mut world, memories[2], &[b, l, d], ANY);
+            let dx = view(&mut world, shared, &[b, l, d], OUTPUT);
+            let [d_shift, d_scale] = [memories[6], memories[7]].map(|m| view(&mut world, m, &vectors, OUTPUT));
+            let legal = !(1..=8).contains(&wrong) && mean.is_dense() && rstd.is_dense();
+            let call = ModulatedNormBackward {
+                x: &x.tensor,
+                scale: &scale.tensor,
+                mean: &mean.tensor,
+                rstd: &rstd.tensor,
+                grad: &grad.tensor,
+                dx: &dx.tensor,
+                d_shift: &d_shift.tensor,
+                d_scale: &d_scale.tensor,
+            };
+            let (reads, writes) = ([&x, &scale, &mean, &rstd, &grad], [&dx, &d_shift, &d_scale]);
+            kept_to_itself(&world, "modulated norm backward", || run_fused(call), legal, &reads, &writes)
+        }
+        2 => {
+            let x = view(&mut world, memories[0], &[b, l, h, d], ANY);
+            let weight = view(&mut world, memories[1], &[d], ANY);
+            let [cos, sin] = [wides[0], wides[1]].map(|m| view(&mut world, m, &[l, d], ANY));
+            let rstd = view(&mut world, wides[2], &[b, l, h, 1], PLAIN);
+            let grad = view(&mut world, memories[2], &[b, l, h, d], ANY);
+            let dx = view(&mut world, shared, &[b, l, h, d], OUTPUT);
+            let dw = view(&mut world, memories[6], &[d], OUTPUT);
+            let legal = !(1..=8).contains(&wrong) && rstd.is_dense();
+            let call = NormRopeBackward {
+                x: &x.tensor,
+                weight: &weight.tensor,
+                cos: &cos.tensor,
+                sin: &sin.tensor,
+                layout: if seed.is_multiple_of(2) { RopeLayout::Split } else { RopeLayout::Interleaved },
+                rstd: &rstd.tensor,
+                grad: &grad.tensor,
+                dx: &dx.tensor,
+                dw: &dw.tensor,
+            };
+            let reads = [&x, &weight, &cos, &sin, &rstd, &grad];
+            kept_to_itself(&world, "norm and rope backward", || run_fused(call), legal, &reads, &[&dx, &dw])
+        }
+        _ => {
+            let q = view(&mut world, memories[0], &[b, h, l, d], ANY);
+            let [k, v] = [memories[1], memories[2]].map(|m| view(&mut world, m, &[b, h, lk, d], ANY));
+            let [o, grad] = [memories[3], memories[4]].map(|m| view(&mut world, m, &[b, h, l, d], ANY));
+            let lse = view(&mut world, wides[0], &[b, h, l], PLAIN);
+            let mask = view(&mut world, wides[1], &[b, h, l, lk], ANY);
+            let dq = view(&mut world, shared, &[b, h, l, d], OUTPUT);
+            let [dk, dv] = [memories[6], memories[7]].map(|m| view(&mut world, m, &[b, h, lk, d], OUTPUT));
+            let of_mask = [1, h, if world.percent(50) { 1 } else { l }, lk];
+            let d_mask = view(&mut world, wides[2], &of_mask, OUTPUT);
+            let wanted = world.percent(50);
+            let legal = !(1..=10 + usize::from(wanted)).contains(&wrong) && lse.is_dense();
+            let call = AttentionBackward {
+                q: &q.tensor,
+                k: &k.tensor,
+                v: &v.tensor,
+                mask: Some(&mask.tensor),
+                scale: 0.5,
+                o: &o.tensor,
+                lse: &lse.tensor,
+                grad: &grad.tensor,
+                dq: &dq.tensor,
+                dk: &dk.tensor,
+                dv: &dv.tensor,
+                d_mask: wanted.then_some(&d_mask.tensor),
+            };
+            let writes: Vec<&View> = [&dq, &dk, &dv].into_iter().chain(wanted.then_some(&d_mask)).collect();
+            let reads = [&q, &k, &v, &o, &grad, &lse, &mask];
+            kept_to_itself(&world, "attention backward", || run_fused(call), legal, &reads, &writes)
+        }
+    }
+}
 
-const METHODS: [Drive; 9] = [copy, copy_from, pointwise, pointwise_each, reduce, matmul, rows, norm, attention];
+/// A call that has the right shapes or not: it is done or declined, or an error, and writes its outputs at most.
+fn kept_to_itself(
+    world: &World<'_>,
+    what: &str,
+    call: impl FnOnce() -> Result<Ran, Error>,
+    fits: bool,
+    reads: &[&View],
+    writes: &[&View],
+) -> bool {
+    let legal = fits && apart(reads, writes, false) && world.on_one_device(reads.iter().chain(writes).copied());
+    let before = world.values();
+    let answer = call();
+    assert_eq!(answer.is_ok(), legal, "{what}: {answer:?}");
+    for (memory, (after, before)) in world.values().iter().zip(&before).enumerate() {
+        for place in 0..LEN {
+            let own = legal && writes.iter().any(|v| v.memory == memory && v.places.contains(&place));
+            assert!(own || after[place].to_bits() == before[place].to_bits(), "{what}: beside its outputs");
+            // Large probabilities may exceed f16.
+            let finite = after[place].is_finite() || world.memories[memory].flat.dtype() == DType::F16;
+            assert!(!own || !matches!(answer, Ok(Ran::Done)) || finite, "{what}: {}", after[place]);
+        }
+    }
+    legal
+}
+
+/// Bytes to memory and back, too many of them, and those of another device.
+fn bytes(seed: u64, device: &Device) {
+    let (mut draw, backend) = (Draw::new(seed), device.backend());
+    let size = draw.size(1, 3000);
+    let data: Vec<u8> = (0..size).map(|_| draw.size(0, 255) as u8).collect();
+    let (size, data) = (4 * size, data.repeat(4));
+    // What the host keeps of small tensors must not outlive a write.
+    let target = Tensor::from_bytes(&vec![0; size], &[size / 4], DType::U32, device).unwrap();
+    Upload { bytes: &data, target: &target }.run().unwrap();
+    assert_eq!(target.to_bytes().unwrap(), data);
+    let buffer = target.storage().buffer();
+    let part = draw.size(0, size);
+    assert_eq!(backend.download(buffer, part).unwrap(), data[..part]);
+    assert_eq!(backend.read_later(buffer, size).unwrap().wait().unwrap(), data);
+    // Memory comes in classes of sizes.
+    let beyond = 2 * size + 4096;
+    let wrong = [vec![1; beyond], vec![1; size - 1]];
+    assert!(wrong.iter().all(|bytes| Upload { bytes, target: &target }.run().is_err()));
+    let part = target.narrow(0, 0, size / 4 - 1).unwrap();
+    assert!(Upload { bytes: &data[..size - 4], target: &part }.run().is_err());
+    assert!(backend.download(buffer, beyond).is_err() && backend.read_later(buffer, beyond).is_err());
+    let meta = Meta::default().device();
+    let foreign = meta.backend().alloc(size).unwrap();
+    let errors = [backend.download(&*foreign, size).unwrap_err(), backend.read_later(&*foreign, size).unwrap_err()];
+    assert!(errors.iter().all(|e| matches!(e, Error::Device { .. })), "{errors:?}");
+    assert_eq!(target.to_bytes().unwrap(), data);
+}
+
+/// A method with operands of a seed on a device; whether they kept the contract.
+type Drive = fn(u64, &Device) -> bool;
+
+const METHODS: [(&str, Drive); 10] = [
+    ("copy", copy),
+    ("copy_from", copy_from),
+    ("pointwise", pointwise),
+    ("pointwise_each", pointwise_each),
+    ("reduce", reduce),
+    ("matmul", matmul),
+    ("rows", rows),
+    ("norm", norm),
+    ("attention", attention),
+    ("fused backward", fused_backward),
+];
+
+fn drive(seed: u64, device: &Device) {
+    bytes(seed, device);
+    METHODS.iter().for_each(|(_, method)| {
+        method(seed, device);
+    });
+}
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, max_shrink_iters: 0, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn the_cpu_keeps_its_contracts(seed in any::<u64>()) {
-        METHODS.iter().for_each(|drive| drive(seed, &Device::cpu()));
+        drive(seed, &Device::cpu());
     }
 }
 
@@ -739,8 +930,16 @@ proptest! {
 #[test]
 fn gpus_keep_their_contracts() {
     for device in gpus() {
-        let seeds = if is_slow(device) { 15 } else { 60 };
-        (0..seeds).for_each(|seed| METHODS.iter().for_each(|drive| drive(seed, device)));
+        (0..if is_slow(device) { 15 } else { 60 }).for_each(|seed| drive(seed, device));
+    }
+}
+
+/// A good part of the calls keeps the contract, and a good part does not.
+#[test]
+fn both_kinds_of_calls_are_driven() {
+    for (name, method) in METHODS {
+        let legal = (0..200).filter(|&seed| method(seed, &Device::cpu())).count();
+        assert!((40..=190).contains(&legal), "{name}: {legal} of 200 calls are legal");
     }
 }
 

@@ -202,6 +202,45 @@ impl<'a> Call<'a> for CopyTo<'a> {
     }
 }
 
+/// Bytes of the host, little-endian and row-major, to a tensor that is all of its memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Upload<'a> {
+    /// What is written.
+    pub bytes: &'a [u8],
+    /// Where to: dense, from the start of its memory to its end.
+    pub target: &'a Tensor,
+}
+
+impl<'a> Call<'a> for Upload<'a> {
+    type Answer = ();
+
+    fn name(&self) -> &'static str {
+        "upload"
+    }
+
+    fn reads(&self) -> impl Iterator<Item = &'a Tensor> + Clone {
+        std::iter::empty()
+    }
+
+    fn writes(&self) -> impl Iterator<Item = &'a Tensor> + Clone {
+        [self.target].into_iter()
+    }
+
+    fn fits(&self) -> Result<()> {
+        let Self { bytes, target } = *self;
+        let size = target.storage().bytes();
+        if target.layout().offset != 0 || !target.layout().is_contiguous() || size != bytes.len() {
+            let expected = format!("{} bytes for the whole memory of a dense tensor of {size} bytes", bytes.len());
+            return Err(Error::argument("upload", expected, target));
+        }
+        Ok(())
+    }
+
+    fn send(call: Checked<Self>, backend: &dyn Backend) -> Result<()> {
+        backend.upload(call)
+    }
+}
+
 /// `outputs = program(inputs)`, element by element; all views have one shape, of any dtypes. An output may be exactly an
 /// input.
 #[derive(Clone, Copy, Debug)]

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use super::call::{Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd};
+use super::call::{Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload};
 use super::{Backend, Buffer, Fused, Pending, Ran};
 use crate::Result;
 use crate::pool::PoolUsage;
@@ -43,7 +43,7 @@ decorator! {
     ///
     /// # Errors
     /// Those of the backend.
-    fn upload(&self, buffer: &dyn Buffer, bytes: &[u8]) -> Result<()>;
+    fn upload(&self, call: Checked<Upload<'_>>) -> Result<()>;
     ///
     /// # Errors
     /// Those of the backend.

@@ -15,7 +15,7 @@ use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use self::call::{Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd};
+use self::call::{Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload};
 pub use self::decorator::Decorator;
 pub(crate) use self::fused::operands;
 pub use self::fused::{Fused, FusedCall, run_fused};
@@ -48,8 +48,8 @@ pub trait Backend: Debug + Send + Sync {
     }
     /// Uninitialised memory of at least `bytes` bytes.
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
-    /// Writes `bytes` to the start of `buffer`.
-    fn upload(&self, buffer: &dyn Buffer, bytes: &[u8]) -> Result<()>;
+    /// Writes bytes of the host.
+    fn upload(&self, call: Checked<Upload<'_>>) -> Result<()>;
     /// Reads the first `bytes` bytes of `buffer`; waits for all work before.
     fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>>;
     /// Reads what [`Backend::download`] would read now, but waits for it only when it is asked for.
@@ -149,8 +149,9 @@ pub struct Storage {
     /// As many as were asked for.
     bytes: usize,
     version: AtomicU64,
-    /// What the host wrote, where it is small and the memory is elsewhere: reading it back waits for nothing.
-    host: OnceLock<Vec<u8>>,
+    /// What the host wrote, where it is small and the memory is elsewhere, and the version since then: reading it back waits
+    /// for nothing.
+    host: OnceLock<(Vec<u8>, u64)>,
 }
 
 /// Bytes up to which the host keeps what it wrote.
@@ -166,13 +167,13 @@ impl Storage {
     /// Keeps what the host wrote to all of it.
     pub(crate) fn keep(&self, bytes: &[u8]) {
         if bytes.len() <= KEPT && !self.device.backend().is_host() {
-            let _ = self.host.set(bytes.to_vec());
+            let _ = self.host.set((bytes.to_vec(), self.version()));
         }
     }
 
     /// What the host wrote, if nothing was written since.
     pub(crate) fn kept(&self) -> Option<&[u8]> {
-        self.host.get().filter(|_| self.version() == 0).map(Vec::as_slice)
+        self.host.get().filter(|(_, version)| self.version() == *version).map(|(bytes, _)| bytes.as_slice())
     }
 
     /// Where it lies.

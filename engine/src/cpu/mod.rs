@@ -25,7 +25,7 @@ pub use self::limits::peak_flops;
 pub(crate) use self::pool::ALIGN;
 use self::pool::{CpuBuffer, Host};
 pub use self::team::{awake, cores, usable_threads};
-use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd};
+use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd, Upload};
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::ops::{
     AttentionBackward, AttentionForward, ModulatedNormBackward, ModulatedNormForward, NormBackward, NormForward,
@@ -117,12 +117,13 @@ impl Backend for Cpu {
         Ok(Box::new(self.pool.alloc(bytes)?))
     }
 
-    fn upload(&self, target: &dyn Buffer, bytes: &[u8]) -> Result<()> {
-        let target = buffer(target)?;
+    fn upload(&self, call: Checked<Upload<'_>>) -> Result<()> {
+        let Upload { bytes, target } = *call;
+        let target = buffer(target.storage().buffer())?;
         if bytes.len() > target.bytes() {
             return Err(Error::argument("upload", format!("at most {} bytes", target.bytes()), bytes.len()));
         }
-        // SAFETY: the buffer holds that many bytes; it is new, so nobody else reads it yet.
+        // SAFETY: the buffer holds that many bytes, and what the host gives lies elsewhere.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target.as_ptr(), bytes.len()) };
         Ok(())
     }

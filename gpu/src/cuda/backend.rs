@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cust::sys;
 use flowtape_engine::backend::call::{
-    Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd,
+    Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload,
 };
 use flowtape_engine::backend::{Backend, Buffer, Fused, Pending, Ran};
 use flowtape_engine::ops::{
@@ -199,8 +199,9 @@ impl Backend for Cuda {
         Ok(Box::new(CudaBuffer(self.0.pool.alloc(bytes)?)))
     }
 
-    fn upload(&self, target: &dyn Buffer, bytes: &[u8]) -> Result<()> {
-        let target = buffer(&self.0.gpu, target)?;
+    fn upload(&self, call: Checked<Upload<'_>>) -> Result<()> {
+        let Upload { bytes, target } = *call;
+        let target = buffer(&self.0.gpu, target.storage().buffer())?;
         check_size("upload", target, bytes.len())?;
         self.0.staging.upload(*target.0.block(), bytes).map_err(|failure| self.0.gpu.failed("upload", failure))
     }

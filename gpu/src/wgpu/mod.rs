@@ -30,7 +30,7 @@ mod wgsl;
 use std::sync::Arc;
 
 use flowtape_engine::backend::call::{
-    Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd,
+    Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload,
 };
 use flowtape_engine::backend::{Backend, Buffer, Fused, Pending, Ran};
 use flowtape_engine::ops::{
@@ -140,8 +140,9 @@ impl Backend for Wgpu {
         Ok(Box::new(WgpuBuffer(self.gpu.alloc(bytes)?)))
     }
 
-    fn upload(&self, buffer: &dyn Buffer, bytes: &[u8]) -> Result<()> {
-        let block = self.block(buffer)?;
+    fn upload(&self, call: Checked<Upload<'_>>) -> Result<()> {
+        let Upload { bytes, target } = *call;
+        let block = self.block(target.storage().buffer())?;
         if bytes.len() as u64 > block.buffer.size() {
             return Err(Error::argument("upload", format!("at most {} bytes", block.buffer.size()), bytes.len()));
         }

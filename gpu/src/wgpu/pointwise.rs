@@ -121,8 +121,9 @@ impl<'a> Part<'a> {
         let rank = space.dims.len();
         let in_pairs = |(v, strides): (&&View, &Vec<usize>)| {
             let outer = &strides[..rank.saturating_sub(1)];
-            !v.is_half()
-                || (strides.last() == Some(&1) && v.offset.is_multiple_of(2) && outer.iter().all(|s| s % 2 == 0))
+            let fills_words = !v.is_half() || (v.offset.is_multiple_of(2) && outer.iter().all(|s| s % 2 == 0));
+            // A pair is written side by side, in every dtype.
+            strides.last() == Some(&1) && fills_words
         };
         let outs = &views[first..];
         let paired = outs.iter().any(|v| v.is_half())

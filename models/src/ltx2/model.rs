@@ -133,8 +133,7 @@ impl Ends {
             None => Tensor::zeros(&[1, 1, 1, self.config.dim()], dtype, x.device())?.on_tape_of(&x),
         };
         let bias = |mask: &Tensor| {
-            // A constant: blocks that are replayed take it along, whatever tape they are on.
-            let mask = mask.detach().to_dtype(DType::F32)?.unsqueeze(1)?.unsqueeze(1)?;
+            let mask = mask.to_dtype(DType::F32)?.unsqueeze(1)?.unsqueeze(1)?;
             pointwise([&mask], |[keep]| (1.0 - keep) * MASKED)
         };
         let mask = inputs.optional(&name("encoder_attention_mask")).map(bias).transpose()?;
