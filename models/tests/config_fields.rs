@@ -5,7 +5,7 @@
 use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::{DType, Device, Philox, Tensor};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingConfig, PhiloxDraws, Result, StepOptions};
-use flowtape_models::{ModelKind, create_model, create_pipeline};
+use flowtape_models::{MODELS, ModelKind, create_model, create_pipeline};
 use serde_json::{Value, json};
 
 /// Fields that diffusers takes and has no use for in training.
@@ -159,6 +159,9 @@ fn changes(value: &Value) -> Vec<Value> {
 #[test]
 fn every_field_of_every_configuration_has_its_effect() {
     let mut silent = Vec::new();
+    let tried: Vec<&str> =
+        subjects().iter().map(|(adapter, ..)| ModelKind::of_adapter(adapter).unwrap().class).collect();
+    assert!(MODELS.iter().all(|kind| tried.contains(&kind.class)), "{tried:?}");
     for (adapter, config, latents) in subjects() {
         let kind = ModelKind::of_adapter(adapter).unwrap();
         let mut config = config;

@@ -13,6 +13,6 @@ pub use config::OptimizerConfig;
 pub use loss_scale::{LossScale, LossScaleConfig, LossScaleState};
 pub(crate) use optimizer::functions;
 pub use optimizer::{Optimizer, ParamGroup, Rates};
-pub use rules::{AdamW, Operands, RULES, Rule, RuleEntry, Sgd};
+pub use rules::*;
 pub use schedule::{DecayStyle, LrScheduler, LrSchedulerConfig, WdIncrStyle, WsdDecayStyle};
 pub use sinks::{Accumulate, Clip, OptimizerStep, Step, StepConfig, StepSink};

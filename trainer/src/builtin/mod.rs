@@ -23,7 +23,7 @@ pub fn data(config: &DataConfig) -> Result<Data> {
         (SourceName::MovingDigits, Some(size)) => {
             Data::of_pixels(Arc::new(moving_digits::MovingDigits::new(size)?), text)
         }
-        _ => Data::of_pixels(Arc::new(digits::Digits::load()?), text),
+        (SourceName::Digits | SourceName::MovingDigits, _) => Data::of_pixels(Arc::new(digits::Digits::load()?), text),
     })
 }
 

@@ -1,6 +1,7 @@
 //! Update rules, a file each.
 
 mod adamw;
+mod lion;
 mod sgd;
 
 use std::fmt::Debug;
@@ -10,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 pub use self::adamw::AdamW;
+pub use self::lion::Lion;
 pub use self::sgd::Sgd;
 use super::Rates;
 use crate::expr::Expr;
@@ -81,7 +83,8 @@ pub struct RuleEntry {
 }
 
 /// All rules.
-pub const RULES: &[RuleEntry] = &[RuleEntry::of::<AdamW>("adamw"), RuleEntry::of::<Sgd>("sgd")];
+pub const RULES: &[RuleEntry] =
+    &[RuleEntry::of::<AdamW>("adamw"), RuleEntry::of::<Sgd>("sgd"), RuleEntry::of::<Lion>("lion")];
 
 impl RuleEntry {
     const fn of<R: Rule + Serialize + DeserializeOwned + 'static>(name: &'static str) -> Self {
