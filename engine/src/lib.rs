@@ -28,6 +28,7 @@ pub mod pool;
 pub mod profile;
 pub mod random;
 pub mod safetensors;
+mod saved;
 pub mod shape;
 pub mod space;
 pub mod tape;
