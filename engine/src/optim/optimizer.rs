@@ -74,11 +74,11 @@ struct State {
     slots: Vec<Tensor>,
 }
 
-/// An optimiser. It updates the wider copies of the parameters where there are such ([`ParamBuilder::with_masters`]), and
+/// An optimiser. It updates the wider copies of the parameters where there are such ([`Placement::with_master`]), and
 /// rounds the parameters from them; what it remembers has the dtype of what is updated. Each parameter is one pass over
 /// memory. Gradients may have any float dtype: the result is that of the gradient widened first.
 ///
-/// [`ParamBuilder::with_masters`]: crate::nn::ParamBuilder::with_masters
+/// [`Placement::with_master`]: crate::nn::Placement::with_master
 #[derive(Debug)]
 pub struct Optimizer {
     rule: Box<dyn Rule>,
