@@ -1,6 +1,8 @@
 //! Sizes that no memory has, on every way in: an error that names them, before anything is allocated.
 #![allow(clippy::unwrap_used, clippy::panic)] // tests may panic
 
+use std::sync::{Mutex, PoisonError};
+
 use flowtape_engine::meta::Meta;
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::{DType, Device, Error, Philox, Result, Tensor};
@@ -14,6 +16,9 @@ const ABSURD: [&[usize]; 5] = [
     &[(1 << 63) + 1, 2],
 ];
 
+/// The CPU's memory is counted for the whole process: the tests take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
 fn is_said<T: std::fmt::Debug>(what: &str, dims: &[usize], result: Result<T>) {
     let error = result.unwrap_err();
     let named = dims.iter().any(|d| error.to_string().contains(&d.to_string()));
@@ -22,6 +27,7 @@ fn is_said<T: std::fmt::Debug>(what: &str, dims: &[usize], result: Result<T>) {
 
 #[test]
 fn absurd_sizes_are_errors_before_any_allocation() -> Result<()> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let meta = Meta::default();
     for device in [Device::cpu(), meta.device()] {
         let one = Tensor::ones(&[1], DType::F32, &device)?;
@@ -53,6 +59,7 @@ fn absurd_sizes_are_errors_before_any_allocation() -> Result<()> {
 
 #[test]
 fn memory_that_the_system_has_not_is_told_with_the_tensors_name() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let sizes = [1 << 30, 1 << 28];
     let text = |error: Error| {
         assert!(matches!(&error, Error::OutOfMemory { device, .. } if device == "cpu"), "{error}");
