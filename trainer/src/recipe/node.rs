@@ -46,11 +46,6 @@ impl Node {
         Self { place: place.clone(), content: Content::Scalar { text: text.into(), plain: true } }
     }
 
-    /// An empty section.
-    pub fn section(place: &Place) -> Self {
-        Self { place: place.clone(), content: Content::Section(Vec::new()) }
-    }
-
     /// What a program gave instead of a file.
     pub fn from_json(value: Value) -> Self {
         let content = match value {
@@ -107,15 +102,6 @@ impl Node {
                 (None, Some((outer, _))) => path = outer,
                 (None, None) => return Place::Nowhere,
             }
-        }
-    }
-
-    /// Takes an entry out.
-    pub fn take(&mut self, path: &str) -> Option<Entry> {
-        let Content::Section(entries) = &mut self.content else { return None };
-        match path.split_once('.') {
-            Some((first, rest)) => entries.iter_mut().find(|entry| entry.key == first)?.value.take(rest),
-            None => entries.iter().position(|entry| entry.key == path).map(|i| entries.remove(i)),
         }
     }
 
