@@ -276,8 +276,16 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
     }
     assert!(failure(&flowtape(&["train", "no/such.yaml"])).contains("no/such.yaml"));
     assert!(failure(&flowtape(&["train", RECIPE, "--set", "optimizer.lr"])).contains("key=value"));
+    let nemo = failure(&flowtape(&["train", RECIPE, "--optimizer.lr=fast", "--seed.x", "1"]));
+    assert!(nemo.contains("--set optimizer.lr=fast: optimizer.lr: ") && nemo.contains("--set seed.x=1: "), "{nemo}");
     assert!(failure(&flowtape(&["train", "--resume", "no/such"])).contains("not a run folder"));
     assert!(failure(&flowtape(&["trian"])).contains("train"));
+}
+
+#[test]
+fn the_schema_of_recipes_is_printed() {
+    let schema: Value = serde_json::from_str(&stdout(&flowtape(&["schema"]))).unwrap();
+    assert!(schema["properties"]["step_scheduler"]["properties"]["max_steps"]["description"].is_string());
 }
 
 #[test]
