@@ -1,6 +1,7 @@
 //! The `flowtape` binary.
 
 mod bench;
+mod check;
 mod progress;
 mod sample;
 mod settings;
@@ -35,6 +36,8 @@ enum Command {
     Train(train::Train),
     /// Generate images with a trained run.
     Sample(sample::Sample),
+    /// Say what a recipe would take, and whether it can be had, before anything is made.
+    Check(check::CheckArgs),
     /// Print the JSON Schema of recipes, for editors.
     Schema,
     /// List what there is to compute on, and why something can't be used.
@@ -70,6 +73,7 @@ fn run() -> Result<ExitCode> {
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => sample::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Schema => {
             say!("{:#}", flowtape_trainer::recipe::schema());
             delivered()
