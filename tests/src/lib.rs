@@ -9,6 +9,7 @@ mod pipeline_math;
 pub mod sampling;
 pub mod step;
 pub mod suite;
+mod vae;
 
 use std::path::PathBuf;
 

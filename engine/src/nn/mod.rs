@@ -1,6 +1,7 @@
 //! Layers and their parameters, named as PyTorch and diffusers name them.
 
 mod blocks;
+mod conv;
 mod embedding;
 mod layers;
 mod param;
@@ -8,6 +9,7 @@ mod params;
 mod plan;
 
 pub use blocks::Blocks;
+pub use conv::{Conv, GroupNorm};
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};
 pub use layers::{Activation, FeedForward, LayerNorm, Linear, RmsNorm};
 pub use param::{Param, Role};
