@@ -1,5 +1,6 @@
 //! Layers and their parameters, named as PyTorch and diffusers name them.
 
+mod adapter;
 mod blocks;
 mod conv;
 mod embedding;
@@ -8,6 +9,10 @@ mod param;
 mod params;
 mod plan;
 
+pub use adapter::{
+    AdapterKind, AdapterPlan, AdapterSpec, Dropout, DropoutMasks, DropoutPosition, LoraInit, ModulePattern,
+    ModuleSelection,
+};
 pub use blocks::Blocks;
 pub use conv::{Conv, GroupNorm};
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};

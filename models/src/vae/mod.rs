@@ -159,7 +159,7 @@ pub fn load(folder: &Path, dtype: Option<DType>, device: &Device) -> Result<Box<
         _ => None,
     });
     let dtype = dtype.or(stored).unwrap_or(DType::F32);
-    let params = ParamBuilder::with_plan(0, Placement::frozen(dtype), device).with_file(weights.clone());
+    let params = ParamBuilder::with_plan(0, Placement::frozen(dtype), device).reading(weights.clone());
     let model = (AutoencoderKind::of_class(class)?.new)(&config, &params)?;
     model
         .params()
