@@ -4,6 +4,7 @@ mod adapters;
 pub mod devices;
 mod golden;
 pub mod lora;
+mod media;
 mod ops;
 mod optim;
 mod pipeline_math;

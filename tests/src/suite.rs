@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, lora, ops, optim, pipeline_math, sampling, step, vae};
+use crate::{Outcome, adapters, lora, media, ops, optim, pipeline_math, sampling, step, vae};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -13,6 +13,7 @@ type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
 const SUBJECTS: &[(&str, Check)] = &[
     ("*_step", step::check),
     ("lora_flux", lora::check),
+    ("image_preprocess", media::check),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
     ("pipeline_math/adapter_inputs", adapters::prepared),
