@@ -85,7 +85,7 @@ impl Config for AutoencoderKLHunyuanVideo15Config {
             return Err(Error::config("spatial_compression_ratio", expected, format!("{space}, {time} in time")));
         }
         let last = self.block_out_channels[stages - 1];
-        if last % (2 * self.latent_channels) != 0 {
+        if !last.is_multiple_of(2 * self.latent_channels) {
             let expected = format!("a divisor of {}, half of the last block_out_channels", last / 2);
             return Err(Error::config("latent_channels", expected, self.latent_channels));
         }

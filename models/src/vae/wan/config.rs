@@ -104,7 +104,7 @@ impl Config for AutoencoderKLWanConfig {
             return Err(Error::config("temperal_downsample", expected, format!("{:?}", self.temperal_downsample)));
         }
         let side = self.patch() * self.patch();
-        if self.in_channels % side != 0 || self.out_channels % side != 0 {
+        if [self.in_channels, self.out_channels].iter().any(|channels| !channels.is_multiple_of(side)) {
             let got = (self.in_channels, self.out_channels);
             return Err(Error::config("in_channels", format!("multiples of {side}, a patch"), format!("{got:?}")));
         }
