@@ -6,6 +6,7 @@ mod sample;
 mod signals;
 mod terminal;
 mod train;
+mod weights;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,12 @@ enum Command {
     Train(train::Train),
     /// Generate images with a trained run.
     Sample(sample::Sample),
+    /// Fold adapters (LoRA and its kin, in any known form) into a checkpoint.
+    Merge(weights::Merge),
+    /// Write a checkpoint in another dtype, or in files of another size.
+    Convert(weights::Convert),
+    /// Make a LoRA of what tells two checkpoints of one model apart.
+    Extract(weights::Extract),
     /// List what there is to compute on, and why something can't be used.
     Devices,
     /// Show a model's architecture and counts without its weights in memory.
@@ -67,6 +74,9 @@ fn run() -> Result<ExitCode> {
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => sample::run(&args),
+        Command::Merge(args) => weights::merge(&args),
+        Command::Convert(args) => weights::convert(&args),
+        Command::Extract(args) => weights::extract(&args),
         Command::Devices => list_devices(),
         Command::Inspect(args) => run_inspect(&args),
         Command::Bench(args) => bench::run(&args),

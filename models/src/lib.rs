@@ -10,6 +10,7 @@
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
+//! | [`peft`] | adapters outside a model: LoRA's weights by layer, and their files |
 //! | [`presets`], [`summary`] | configurations of published checkpoints; what a model is made of |
 //! | [`requirements`] | what a model asks of a batch, and what contradicts it |
 //! | [`registry`] | [`MODELS`]: every model by name, [`create_adapter`], [`create_model`], [`create_pipeline`] |
@@ -21,6 +22,7 @@ pub mod flux;
 pub mod flux2;
 pub mod hunyuan_video;
 pub mod ltx2;
+pub mod peft;
 pub mod presets;
 pub mod qwen_image;
 pub mod registry;

@@ -11,6 +11,8 @@
 //! | [`observe`] | hooks that only watch: metrics, the loss curve |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
+//! | [`start`], [`peft`] | what a model starts from; adapters beside frozen layers |
+//! | [`weights`] | checkpoints and adapters merged, converted, extracted |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
@@ -25,14 +27,17 @@ pub mod generate;
 pub mod hooks;
 pub mod inspect;
 pub mod observe;
+pub mod peft;
 pub mod picture;
 pub mod recipe;
 pub mod run;
+pub mod start;
 pub mod state;
 mod timing;
 pub mod train;
 pub mod trained;
 pub mod trainer;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;

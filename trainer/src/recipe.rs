@@ -15,6 +15,8 @@ use serde_yaml_ng::{Mapping, Value};
 use crate::builtin::digits::SIDE;
 use crate::builtin::moving_digits::VideoSize;
 use crate::error::io;
+use crate::peft::PeftConfig;
+use crate::start::{PRETRAINED, Start};
 use crate::{Error, Result};
 
 /// Everything that a run is made of. The run folder keeps it resolved: all defaults written out.
@@ -38,11 +40,14 @@ pub struct Recipe {
     pub device: String,
     /// What is trained on.
     pub data: DataConfig,
-    /// The object of diffusers' `config.json`; its `_class_name` says which model.
+    /// The object of diffusers' `config.json`, whose `_class_name` says which model, or the checkpoint to start from.
     pub model: serde_json::Value,
-    /// How the model starts.
+    /// How a new model starts.
     #[serde(default)]
     pub init: Init,
+    /// What is trained instead of the model's own weights, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peft: Option<PeftConfig>,
     /// The pipeline.
     #[serde(default)]
     pub flow_matching: FlowMatchingConfig,
@@ -93,12 +98,17 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// What weights are trained and saved in.
+    pub fn kept(self) -> DType {
+        match self {
+            Self::Bf16 => DType::BF16,
+            Self::F32 | Self::Mixed | Self::MixedF16 => DType::F32,
+        }
+    }
+
     /// A maker of a model's parameters.
     pub fn params(self, seed: u64, device: &Device) -> ParamBuilder {
-        let placement = Placement::trained(self.into());
-        let wide = matches!(self, Self::Mixed | Self::MixedF16);
-        let placement = if wide { placement.with_master(DType::F32) } else { placement };
-        ParamBuilder::with_plan(seed, placement, device)
+        ParamBuilder::with_plan(seed, Placement::trained(self.into()).with_master(self.kept()), device)
     }
 
     /// What a loss is multiplied with, where gradients would be too small for the dtype.
@@ -130,6 +140,9 @@ impl From<Dtype> for DType {
 pub struct DataConfig {
     /// Which.
     pub source: SourceName,
+    /// The classes of digits that it shows; all if it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classes: Option<Vec<u8>>,
     /// Width of the embeddings of caption tokens and of the pooled caption.
     pub text_dim: usize,
     /// Sizes of the videos, for a source of videos.
@@ -172,6 +185,7 @@ impl DataConfig {
     pub fn digits(text_dim: usize) -> Self {
         Self {
             source: SourceName::Digits,
+            classes: None,
             text_dim,
             video: None,
             caption_dropout_prob: 0.0,
@@ -194,6 +208,12 @@ impl DataConfig {
                 return Err("data.video: digits are images; did you mean moving_digits?".into());
             }
             (SourceName::Digits, None) => {}
+        }
+        if self.source == SourceName::MovingDigits && self.classes.is_some() {
+            return Err("data.classes: only still digits are chosen by class".into());
+        }
+        if let Some(classes) = self.classes.as_ref().filter(|c| c.is_empty() || c.iter().any(|class| *class > 9)) {
+            return Err(format!("data.classes: expected some of 0 to 9, got {classes:?}"));
         }
         if !(0.0..=1.0).contains(&self.caption_dropout_prob) {
             let got = self.caption_dropout_prob;
@@ -335,6 +355,7 @@ impl Recipe {
             return Err(format!("{key}: expected a positive number, got {value}"));
         }
         self.loss_scale.check().map_err(|e| e.to_string())?;
+        self.peft.as_ref().map_or(Ok(()), PeftConfig::check).map_err(|e| format!("peft.{e}"))?;
         self.data.check()?;
         let adapter = &self.flow_matching.adapter_type;
         let kind = ModelKind::of_adapter(adapter).map_err(|e| format!("flow_matching.{e}"))?;
@@ -355,7 +376,11 @@ impl Recipe {
         let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
             .map(|tensor| (tensor, "data.text_dim", *text_dim));
         let sample = SampleSizes { source: "data.source", latents: &latents, widths: &widths };
-        let contradictions = kind.contradictions(&self.model, &self.flow_matching.adapter_kwargs, &sample);
+        if self.peft.is_some() && self.model[PRETRAINED].is_null() {
+            return Err(format!("peft: trains beside a model that is there: name one in model.{PRETRAINED}"));
+        }
+        let model = Start::of(&self.model).map_err(|e| format!("model.{PRETRAINED}: {e}"))?.config;
+        let contradictions = kind.contradictions(&model, &self.flow_matching.adapter_kwargs, &sample);
         if contradictions.is_empty() { Ok(()) } else { Err(contradictions.join("; ")) }
     }
 

@@ -10,7 +10,7 @@ mod plan;
 
 pub use adapter::{
     AdapterKind, AdapterPlan, AdapterSpec, Dropout, DropoutMasks, DropoutPosition, LoraInit, ModulePattern,
-    ModuleSelection,
+    ModuleSelection, Parts,
 };
 pub use blocks::Blocks;
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};
