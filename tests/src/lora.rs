@@ -83,13 +83,13 @@ fn initial(dir: &Path, base: &Path, spec: &AdapterSpec, patched: &[String], out:
     }
     out.push(exact("initial shapes", shapes, ""));
     out.push(exact("initial lora_B", zero, ""));
-    for (init, name) in [(LoraInit::Xavier, "xavier"), (LoraInit::Kaiming, "kaiming")] {
+    for (init, name) in [(LoraInit::Xavier, "xavier"), (LoraInit::Uniform, "uniform")] {
         let model = adapted(base, patched, &AdapterSpec { init, ..spec.clone() })?;
         let (mut squares, mut count) = (0.0, 0);
         for a in model.params().adapters().iter().filter(|p| p.path().contains("lora_A")) {
             let std = match init {
                 LoraInit::Xavier => (2.0 / (a.dim(0)? + a.dim(1)?) as f64).sqrt(),
-                LoraInit::Kaiming => 1.0 / (3.0 * a.dim(1)? as f64).sqrt(),
+                LoraInit::Uniform => 1.0 / (3.0 * a.dim(1)? as f64).sqrt(),
             };
             squares += a.value()?.to_vec::<f64>()?.iter().map(|v| (v / std).powi(2)).sum::<f64>();
             count += a.numel();

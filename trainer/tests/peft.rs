@@ -79,21 +79,24 @@ fn what_does_not_fit_is_said_before_anything_runs() {
     for (peft, part) in [
         ("peft={dim: 0}", "peft.dim"),
         ("peft={alpha: .inf}", "peft.alpha"),
+        ("peft={alpha: 0}", "peft.alpha"),
         ("peft={dropout: 1}", "peft.dropout"),
         ("peft={lora_dtype: int4}", "peft.lora_dtype"),
+        ("peft={lora_A_init: zero}", "xavier, uniform"),
+        ("peft={save_formats: [kohya]}", "peft, diffusers, comfyui"),
         ("peft={algorithm: loha, use_dora: true}", "peft.use_dora"),
         ("peft={factor: 2}", "peft.factor"),
         ("peft={target_modules: ['*'], match_all_linear: true}", "peft.modules"),
         ("peft={target_modules: ['[']}", "pattern"),
-        ("peft={ranks: 3}", "unknown field"),
+        ("peft={ranks: 3}", "peft.ranks: unknown key"),
     ] {
         let error = Recipe::load(path, &[model.clone(), peft.into()]).unwrap_err().to_string();
         assert!(error.contains(part), "{peft}: {error}");
     }
     let error = Recipe::load(path, &["peft={}".into()]).unwrap_err().to_string();
     assert!(error.contains("model.pretrained_model_name_or_path"), "{error}");
-    let missing = "model={pretrained_model_name_or_path: nowhere}";
-    let error = Recipe::load(path, &[missing.into()]).unwrap_err().to_string();
+    let missing = Recipe::load(path, &["model={pretrained_model_name_or_path: nowhere}".into()]).unwrap();
+    let error = Trainer::new(&missing).err().unwrap().to_string();
     assert!(error.contains("nowhere") && error.contains("config.json"), "{error}");
     let recipe = Recipe::load(path, &[model, "peft={target_modules: [to_q]}".into()]).unwrap();
     let error = Trainer::new(&recipe).err().unwrap().to_string();

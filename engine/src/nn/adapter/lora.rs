@@ -12,7 +12,7 @@ const B: &str = "lora_B.weight";
 pub(super) fn make(spec: &AdapterSpec, params: &ParamBuilder, [outputs, inputs]: [usize; 2]) -> Result<Vec<Param>> {
     let init = match spec.init {
         LoraInit::Xavier => Init::Normal { std: (2.0 / (inputs + spec.dim) as f64).sqrt() },
-        LoraInit::Kaiming => Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() },
+        LoraInit::Uniform => Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() },
     };
     Ok(vec![params.get(A, &[spec.dim, inputs], init)?, params.get(B, &[outputs, spec.dim], Init::Zeros)?])
 }

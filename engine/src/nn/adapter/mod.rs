@@ -38,14 +38,14 @@ pub enum AdapterKind {
 
 /// How `A` starts; `B` starts at zero, so that a new adapter changes nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum LoraInit {
     /// Normal of variance `2 / (in + dim)`: PyTorch's `xavier_normal_`.
     #[default]
     Xavier,
-    /// Uniform in `+-1 / sqrt(in)`: PyTorch's `kaiming_uniform_` with `a = sqrt(5)`, as peft starts it.
-    #[serde(alias = "uniform")]
-    Kaiming,
+    /// Uniform in `+-1 / sqrt(in)`: PyTorch's `kaiming_uniform_` with `a = sqrt(5)`, as peft starts it; NeMo calls it so.
+    Uniform,
 }
 
 /// An adapter of one linear layer.
