@@ -75,14 +75,12 @@ fn low_rank(matrix: &Tensor, rank: usize) -> Result<(Tensor, Tensor, f64)> {
     let mut order: Vec<usize> = (0..looked_at).collect();
     order.sort_by(|i, j| values[*j].total_cmp(&values[*i]));
     order.truncate(rank);
-    // Each factor has the root of the singular values.
-    let column = |root: f64| {
-        let scaled = order.iter().map(move |i| (*i, values[*i].max(f64::MIN_POSITIVE).powf(0.25 * root)));
-        scaled.collect::<Vec<_>>()
-    };
-    let of = |scales: Vec<(usize, f64)>| -> Result<Tensor> {
+    // Each factor has the root of the singular values; those that are rounding alone stay small.
+    let floor = values.iter().fold(f64::MIN_POSITIVE, |most, v| most.max(1e-16 * v));
+    let chosen = |power: f64| -> Result<Tensor> {
         let mut chosen = vec![0f32; looked_at * rank];
-        for (to, (from, scale)) in scales.into_iter().enumerate() {
+        for (to, from) in order.iter().enumerate() {
+            let scale = values[*from].max(floor).powf(power);
             for row in 0..looked_at {
                 chosen[row * rank + to] = (vectors[row * looked_at + from] * scale) as f32;
             }
@@ -90,8 +88,8 @@ fn low_rank(matrix: &Tensor, rank: usize) -> Result<(Tensor, Tensor, f64)> {
         Ok(Tensor::from_vec(chosen, &[looked_at, rank], &Device::cpu())?)
     };
     let held = order.iter().map(|i| values[*i].max(0.0)).sum();
-    let b = basis.matmul(&of(column(1.0))?)?;
-    let a = of(column(-1.0))?.t()?.matmul(&small)?;
+    let b = basis.matmul(&chosen(0.25)?)?;
+    let a = chosen(-0.25)?.t()?.matmul(&small)?;
     Ok((a, b, held))
 }
 
@@ -137,7 +135,7 @@ fn eigen(matrix: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
             let t = theta.signum() / (theta.abs() + theta.hypot(1.0));
             let cos = 1.0 / t.hypot(1.0);
             let sin = t * cos;
-            let mut rotate = |m: &mut [f64], i: usize, j: usize| {
+            let rotate = |m: &mut [f64], i: usize, j: usize| {
                 let (x, y) = (m[i], m[j]);
                 (m[i], m[j]) = (cos * x - sin * y, sin * x + cos * y);
             };
