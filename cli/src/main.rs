@@ -3,6 +3,7 @@
 mod bench;
 mod progress;
 mod sample;
+mod settings;
 mod signals;
 mod terminal;
 mod train;
@@ -41,6 +42,8 @@ enum Command {
     Convert(weights::Convert),
     /// Make a LoRA of what tells two checkpoints of one model apart.
     Extract(weights::Extract),
+    /// Print the JSON Schema of recipes, for editors.
+    Schema,
     /// List what there is to compute on, and why something can't be used.
     Devices,
     /// Show a model's architecture and counts without its weights in memory.
@@ -68,7 +71,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     log();
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(settings::spelled_out(std::env::args_os()));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads(cli.threads)).build()?;
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
@@ -77,6 +80,10 @@ fn run() -> Result<ExitCode> {
         Command::Merge(args) => weights::merge(&args),
         Command::Convert(args) => weights::convert(&args),
         Command::Extract(args) => weights::extract(&args),
+        Command::Schema => {
+            say!("{:#}", flowtape_trainer::recipe::schema());
+            delivered()
+        }
         Command::Devices => list_devices(),
         Command::Inspect(args) => run_inspect(&args),
         Command::Bench(args) => bench::run(&args),

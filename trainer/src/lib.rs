@@ -14,6 +14,7 @@
 //! | [`start`], [`peft`] | what a model starts from; adapters beside frozen layers |
 //! | [`weights`] | checkpoints and adapters merged, converted, extracted |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
+//! | [`start`] | what a model starts from: a checkpoint wherever it lies, or a configuration |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 //!

@@ -13,8 +13,7 @@ use flowtape_engine::optim::{
 };
 use flowtape_engine::{DType, Device, Later, Philox, Tape};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::peft;
-use flowtape_models::{Transformer, checkpoint, create_pipeline};
+use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 use serde::{Deserialize, Serialize};
 
 use crate::builtin;
@@ -135,14 +134,16 @@ impl Trainer {
         Self::with_data(device, recipe, builtin::data(&recipe.data)?)
     }
 
-    /// The same with data of one's own instead of the recipe's `data.source`.
+    /// The same with data of one's own instead of the recipe's `data`.
     ///
     /// # Errors
     /// When a section does not fit.
     pub fn with_data(device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
+        let mut recipe = recipe.clone();
         let start = Start::of(&recipe.model)?;
+        recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
         let masks = DropoutMasks::default();
-        let adapters = adapters(recipe, &start, &masks)?;
+        let adapters = adapters(&recipe, &start, &masks)?;
         let params = match &recipe.peft {
             Some(_) => {
                 let plan = PeftConfig::plan(recipe.dtype, adapters.clone());
@@ -162,7 +163,7 @@ impl Trainer {
         let steps = recipe.step_scheduler.max_steps;
         let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
         Ok(Self {
-            pipeline: create_pipeline(recipe.flow_matching.clone())?,
+            pipeline: create_pipeline(start.flow_matching(&recipe.flow_matching))?,
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             collator: data.collator(&recipe.data, recipe.seed),
             state: TrainState {
@@ -176,7 +177,7 @@ impl Trainer {
                     data: data.source.fingerprint(),
                 },
             },
-            recipe: recipe.clone(),
+            recipe,
             start,
             model,
             adapters,

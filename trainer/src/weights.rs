@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::nn::{ParamBuilder, Placement};
+use flowtape_engine::safetensors::{SafeTensors, Shards};
 use flowtape_engine::{DType, Device};
 use flowtape_models::checkpoint::{self, open_weights};
 use flowtape_models::peft::{self, Extracted, load_any, save_as};
@@ -38,9 +39,9 @@ fn refused<T>(path: &Path, what: impl Into<String>) -> Result<T> {
 /// another.
 fn open(named: &Path, dtype: Option<DType>) -> Result<Box<dyn Transformer>> {
     let start = Start::of(&json!({ PRETRAINED: named }))?;
-    let Some(folder) = &start.weights else { return refused(named, "no weights") };
+    let Some(path) = &start.weights else { return refused(named, "no weights") };
     let stored = || -> Result<DType> {
-        let weights = open_weights(folder)?;
+        let weights = if path.is_dir() { open_weights(path)? } else { Shards::from(SafeTensors::open(path)?) };
         let first = weights.names().next().and_then(|name| weights.dtype_name(name)).unwrap_or_default();
         Ok(match &*first {
             "BF16" => DType::BF16,

@@ -10,8 +10,8 @@ use crate::builtin::moving_digits::VideoSize;
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Which.
-    pub source: SourceName,
+    /// A set that comes with the trainer.
+    pub builtin: SourceName,
     /// The classes of digits that it shows; all if it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 10), inner(range(max = 9)))]
@@ -60,7 +60,7 @@ impl DataConfig {
     /// Still digits, with embeddings of `text_dim`.
     pub fn digits(text_dim: usize) -> Self {
         Self {
-            source: SourceName::Digits,
+            builtin: SourceName::Digits,
             classes: None,
             text_dim,
             video: None,
@@ -73,7 +73,7 @@ impl DataConfig {
 
     /// What does not fit together.
     pub(super) fn problems(&self) -> Vec<String> {
-        match (self.source, &self.video) {
+        match (self.builtin, &self.video) {
             (SourceName::MovingDigits, None) => {
                 vec!["data.video: moving_digits needs frames, height and width".into()]
             }
