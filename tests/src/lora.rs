@@ -5,7 +5,7 @@ use std::path::Path;
 
 use flowtape_engine::nn::{
     AdapterKind, AdapterPlan, AdapterSpec, Linear, LoraInit, ModulePattern, ModuleSelection, ParamBuilder, Params,
-    Placement,
+    Parts, Placement,
 };
 use flowtape_engine::{DType, Device, Gradients, Tape, Tensor};
 use flowtape_models::peft::{self, AdapterWeights};
@@ -123,7 +123,6 @@ fn trained(
     for (name, value) in Golden::tensors(dir, "adapter_model")?.under(PEFT)? {
         adapters.get(&name).ok_or_else(|| format!("no parameter {name}"))?.copy_from(&value)?;
     }
-    files(dir, &adapters, spec, patched, out)?;
     let (step, gradients) = recorded(base, &*model)?;
     let ours = [
         ("noisy_latents", &step.noisy_latents),
@@ -137,6 +136,7 @@ fn trained(
     let (merged, worst) = merge(dir, base, patched, spec, &adapters)?;
     let (dense, _) = recorded(base, &*merged)?;
     push("model_pred_merged".into(), dense.model_pred(), "model_pred_merged")?;
+    files(dir, &adapters, spec, patched, out)?;
     out.push(Outcome::measured("merged weights", worst, number(case, "merged_vs_adapter_relative_deviation")?, ""));
     out.push(exact("trainable parameters", adapters.numel() as f64 == number(case, "trainable_parameters")?, ""));
     let noisy = gradients.of(&step.noisy_latents).ok_or("no gradient of the noisy latents")?;

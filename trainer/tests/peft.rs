@@ -20,7 +20,7 @@ fn adapted(base: &Path, run: &Path, more: &[&str]) -> Recipe {
     let model = format!("model={{pretrained_model_name_or_path: {}}}", base.display());
     let peft =
         "peft={dim: 2, alpha: 4, dropout: 0.2, target_modules: ['*attn.to_q', '*.ff.net.2'], _target_: PeftConfig}";
-    let settings = ["report.samples_per_class=1", &model, peft, "step_scheduler.global_batch_size=8"];
+    let settings = ["dtype=f32", "report.samples_per_class=1", &model, peft, "step_scheduler.global_batch_size=8"];
     // The model's own settings stand before the section that replaces them.
     small(run, &[&settings[..], more].concat())
 }
@@ -95,9 +95,6 @@ fn what_does_not_fit_is_said_before_anything_runs() {
     }
     let error = Recipe::load(path, &["peft={}".into()]).unwrap_err().to_string();
     assert!(error.contains("model.pretrained_model_name_or_path"), "{error}");
-    let missing = Recipe::load(path, &["model={pretrained_model_name_or_path: nowhere}".into()]).unwrap();
-    let error = Trainer::new(&missing).err().unwrap().to_string();
-    assert!(error.contains("nowhere") && error.contains("config.json"), "{error}");
     let recipe = Recipe::load(path, &[model, "peft={target_modules: [to_q]}".into()]).unwrap();
     let error = Trainer::new(&recipe).err().unwrap().to_string();
     assert!(error.contains("`*to_q`"), "{error}");
@@ -128,14 +125,15 @@ fn adapters_are_merged_extracted_and_gone_on_from() {
     let files =
         [file("adapter_model.safetensors"), file("pytorch_lora_weights.safetensors"), file("comfyui_lora.safetensors")];
     for path in files {
-        assert!(apart(&sample(&at("base"), &[(path.clone(), 1.0)]), &want) < 1e-3 * moved, "{}", path.display());
+        let off = apart(&sample(&at("base"), &[(path.clone(), 1.0)]), &want);
+        assert!(off < 1e-3 * moved, "{}: {off} of {moved}", path.display());
         let halves = [(path.clone(), 0.5), (path, 0.5)];
         assert!(apart(&sample(&at("base"), &halves), &want) < 1e-3 * moved);
     }
     // A merged checkpoint is one to start from.
     merge(&at("base"), &[(at("lora").join("checkpoint"), 1.0)], &at("merged"), &Written::default(), false).unwrap();
     let merged = format!("model={{pretrained_model_name_or_path: {}}}", at("merged").display());
-    let trainer = Trainer::new(&small(&at("x"), &[&merged])).unwrap();
+    let trainer = Trainer::new(&small(&at("x"), &["dtype=f32", &merged])).unwrap();
     let prompts = ["a handwritten seven"; 3];
     let request = flowtape_trainer::generate::Request { prompts: &prompts, first_frames: None, seed: 1 };
     let samples = trainer.generate(&request, &NEVER).unwrap().unwrap();

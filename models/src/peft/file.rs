@@ -135,9 +135,12 @@ fn check(written: &AdapterWeights, read: &AdapterWeights, params: &Params, path:
         let size = sizes.get(module).ok_or_else(|| wrong(format!("{module} is no linear layer of the model")))?;
         let (want, got) = (own.change(*size)?.to_vec::<f64>()?, read.0[module].change(*size)?.to_vec::<f64>()?);
         let most = want.iter().fold(0.0, |most: f64, v| most.max(v.abs()));
-        let off = want.iter().zip(&got).fold(0.0, |off: f64, (a, b)| off.max((a - b).abs()));
-        // Written so that a NaN is no agreement.
-        if !(off <= ROUNDING * most) {
+        let off = want
+            .iter()
+            .zip(&got)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, |off: f64, d| if d > off || d.is_nan() { d } else { off });
+        if off.is_nan() || off > ROUNDING * most {
             return Err(
                 wrong(format!("{module}: the change that was read differs from what was written by {off:e}")).into()
             );
