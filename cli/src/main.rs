@@ -1,6 +1,7 @@
 //! The `flowtape` binary.
 
 mod bench;
+mod check;
 mod progress;
 mod sample;
 mod settings;
@@ -42,6 +43,8 @@ enum Command {
     Convert(weights::Convert),
     /// Make a LoRA of what tells two checkpoints of one model apart.
     Extract(weights::Extract),
+    /// Say what a recipe would take, and whether it can be had, before anything is made.
+    Check(check::CheckArgs),
     /// Print the JSON Schema of recipes, for editors.
     Schema,
     /// List what there is to compute on, and why something can't be used.
@@ -80,6 +83,7 @@ fn run() -> Result<ExitCode> {
         Command::Merge(args) => weights::merge(&args),
         Command::Convert(args) => weights::convert(&args),
         Command::Extract(args) => weights::extract(&args),
+        Command::Check(args) => check::run(&args),
         Command::Schema => {
             say!("{:#}", flowtape_trainer::recipe::schema());
             delivered()
