@@ -198,7 +198,7 @@ pub fn config(weights: &Shards) -> Option<Value> {
 /// When the device fails.
 pub fn tensors(model: &dyn Transformer) -> Result<Vec<(String, Tensor)>> {
     let class = model.config()["_class_name"].as_str().unwrap_or_default().to_owned();
-    let params = model.params();
+    let params = &model.params().base();
     let kept = |name: &str| params.get(name).map(|param| param.kept()).transpose();
     let Some(layout) = LAYOUTS.iter().find(|layout| layout.class == class) else {
         return params.iter().map(|param| Ok((param.path().to_owned(), param.kept()?))).collect();
