@@ -61,9 +61,9 @@ pub struct SampleSizes<'a> {
 }
 
 impl ModelKind {
-    /// What contradicts each other in a recipe's `model` and `flow_matching.adapter_kwargs` and the samples: a sentence each,
-    /// with the recipe's keys. Where a section does not fit by itself, that alone is told.
-    pub fn contradictions(&self, config: &Value, kwargs: &Map<String, Value>, sample: &SampleSizes<'_>) -> Vec<String> {
+    /// What is wrong with a recipe's `model` and `flow_matching.adapter_kwargs` by themselves: a sentence each, with the recipe's
+    /// keys.
+    pub fn own_problems(&self, config: &Value, kwargs: &Map<String, Value>) -> Vec<String> {
         let class = config["_class_name"].as_str().unwrap_or("nothing");
         if class != self.class {
             return vec![format!(
@@ -81,9 +81,15 @@ impl ModelKind {
         if !wrong.is_empty() {
             return wrong;
         }
+        (self.requirements)(config, kwargs).err().map_or(Vec::new(), |error| problems("model.", error))
+    }
+
+    /// What contradicts each other in a recipe's `model` and `flow_matching.adapter_kwargs` and the samples. Where a section does
+    /// not fit by itself, that alone is told.
+    pub fn contradictions(&self, config: &Value, kwargs: &Map<String, Value>, sample: &SampleSizes<'_>) -> Vec<String> {
         let requirements = match (self.requirements)(config, kwargs) {
-            Ok(requirements) => requirements,
-            Err(error) => return problems("model.", error),
+            Ok(requirements) if config["_class_name"] == self.class => requirements,
+            _ => return self.own_problems(config, kwargs),
         };
         let videos = sample.latents.len() == 4;
         if videos != (self.capabilities.data == DataType::Video) {

@@ -1,17 +1,22 @@
 //! Recipes as people write them: the cases from the field, and those that come with the project.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use flowtape_data::{Media, MemorySource, Sample, Text, TextEmbeddings};
 use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::safetensors::save;
-use flowtape_engine::{DType, Device};
+use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::FlowMatchingConfig;
-use flowtape_models::{Transformer, checkpoint, original};
+use flowtape_models::{Condition, MODELS, ModelKind, Transformer, checkpoint, original};
 use flowtape_trainer::Recipe;
+use flowtape_trainer::builtin::WordTable;
+use flowtape_trainer::data::Data;
+use flowtape_trainer::plan::StepPlan;
 use flowtape_trainer::recipe::Dtype;
 use flowtape_trainer::start::Start;
 use flowtape_trainer::train::train;
@@ -62,28 +67,57 @@ fn cases_from_the_field_train_or_are_refused_as_they_should() {
     }
 }
 
+/// A small sample of what a recipe's model takes.
+fn sample_of(recipe: &Recipe) -> Sample {
+    let kind = ModelKind::of_adapter(&recipe.flow_matching.adapter_type).unwrap();
+    let config = Start::of(&recipe.model).unwrap().config;
+    let asked = (kind.requirements)(&config, &recipe.flow_matching.adapter_kwargs).unwrap();
+    let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::cpu()).unwrap();
+    let ones = |dims: &[usize]| Tensor::ones(dims, DType::F32, &Device::cpu()).unwrap();
+    let sides = asked.patch.iter().map(|patch| 4 * patch);
+    let dims: Vec<usize> = [asked.channels.size].into_iter().chain(sides).collect();
+    let mut text = TextEmbeddings::default();
+    for (name, width) in &asked.widths {
+        let one = [width.size];
+        let tokens = [6, width.size];
+        text = text.with(name, zeros(if *name == "pooled_prompt_embeds" { &one } else { &tokens }));
+    }
+    let mut sample = Sample::new(Media::Latents(zeros(&dims)), Text::Embeddings(text));
+    for mask in ["text_mask", "text_mask_2", "text_attention_mask"] {
+        sample.tensors.insert(mask.into(), ones(&[6]));
+    }
+    if kind.takes(Condition::Audio) {
+        sample.tensors.insert("audio_latents".into(), zeros(&[8, 4, 16]));
+    }
+    sample
+}
+
 #[test]
-fn recipes_of_the_project_are_taken() {
+fn recipes_of_the_project_are_taken_and_those_of_nemos_schema_plan_a_step() {
     let recipes = files("recipes");
-    assert!(recipes.len() >= 3);
-    let folder = tempfile::tempdir().unwrap();
+    let mut modes = BTreeSet::new();
     for path in recipes {
+        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
         let text = std::fs::read_to_string(&path).unwrap();
-        let mut settings = Vec::new();
-        // What starts from another recipe's run needs one.
-        if let Some((_, rest)) = text.split_once("pretrained_model_name_or_path: runs/") {
-            let name = rest.lines().next().unwrap().trim();
-            let run = folder.path().join(name);
-            let short =
-                ["step_scheduler.max_steps=1", "step_scheduler.local_batch_size=1", "sampling.num_inference_steps=1"];
-            let short = short.map(str::to_owned).into_iter();
-            let short =
-                short.chain(["report=null".to_owned(), format!("run_dir={}", run.display())]).collect::<Vec<_>>();
-            let base = Recipe::load(&path.with_file_name(format!("{name}.yaml")), &short).unwrap();
-            train(&base, Vec::new(), &AtomicBool::new(false)).unwrap();
-            settings.push(format!("model.pretrained_model_name_or_path={}", run.display()));
+        if !text.contains("PATH_TO_YOUR_DATA") {
+            Recipe::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
+            continue;
         }
-        Recipe::load(&path, &settings).unwrap_or_else(|error| panic!("{error}"));
+        // The published weights are not here: their configuration is known, and so is a sample.
+        let recipe = Recipe::load(&path, &["model.mode=pretrain".to_owned()]).unwrap_or_else(|error| panic!("{error}"));
+        let source = MemorySource::new(vec![sample_of(&recipe)]).unwrap();
+        let data = Data::of_pixels(Arc::new(source), WordTable::new(&[], 1));
+        let plan = StepPlan::of(&recipe, data).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(plan.weights > 1 << 30 && plan.flops > 0.0, "{name}: {plan:?}");
+        // Adapters alone are trained, and remembered.
+        let lora = name.ends_with("_lora");
+        assert_eq!(plan.optimizer < plan.weights / 10, lora, "{name}: {plan:?}");
+        modes.insert((recipe.flow_matching.adapter_type, name.rsplit('_').next().unwrap_or_default().to_owned()));
+    }
+    for kind in MODELS.iter().filter(|kind| kind.adapter != "qwen_image_edit") {
+        for mode in ["finetune", "lora", "pretrain"] {
+            assert!(modes.contains(&(kind.adapter.to_owned(), mode.to_owned())), "{} {mode}", kind.adapter);
+        }
     }
 }
 
