@@ -128,6 +128,14 @@ pub(crate) fn check_layers<const N: usize>(least: usize, layers: [(&'static str,
     }
 }
 
+/// Checks that a width is shared out among heads without rest.
+pub(crate) fn check_heads((width_key, width): (&str, usize), (key, heads): (&'static str, usize)) -> Result<()> {
+    match width.checked_rem(heads) {
+        Some(0) => Ok(()),
+        _ => Err(Error::config(key, format!("a divisor of {width_key}, {width}"), heads)),
+    }
+}
+
 /// Checks that the axes of a rotary embedding, `N` of them, are even and fill a head.
 pub(crate) fn check_rope_axes<const N: usize>(key: &'static str, axes: &[usize], head_dim: usize) -> Result<()> {
     let sum = axes.iter().fold(0, |sum: usize, axis| sum.saturating_add(*axis));
@@ -142,7 +150,11 @@ pub(crate) fn parse_kwargs<T: DeserializeOwned>(kwargs: &Map<String, Value>) -> 
     parse("adapter_kwargs", Value::Object(kwargs.clone()))
 }
 
-fn parse<T: DeserializeOwned>(section: &'static str, value: Value) -> Result<T> {
+/// Reads a section whose own type says which keys it takes.
+///
+/// # Errors
+/// When a key or a value does not fit.
+pub(crate) fn parse<T: DeserializeOwned>(section: &'static str, value: Value) -> Result<T> {
     serde_path_to_error::deserialize(value).map_err(|e| Error::Config {
         key: section,
         expected: "known keys and values that fit".into(),

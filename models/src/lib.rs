@@ -9,6 +9,8 @@
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
+//! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |
+//! | [`text`] | text encoders and tokenizers |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`presets`], [`summary`] | configurations of published checkpoints; what a model is made of |
 //! | [`requirements`] | what a model asks of a batch, and what contradicts it |
@@ -21,6 +23,7 @@ pub mod flux;
 pub mod flux2;
 pub mod hunyuan_video;
 pub mod ltx2;
+pub mod pipeline;
 pub mod presets;
 pub mod qwen_image;
 pub mod registry;
@@ -28,6 +31,7 @@ pub mod requirements;
 pub mod summary;
 #[cfg(test)]
 mod testing;
+pub mod text;
 pub mod wan;
 
 use flowtape_engine::nn::{Param, Params};

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, ops, optim, pipeline_math, sampling, step};
+use crate::{Outcome, adapters, data, ops, optim, pipeline_math, sampling, step, text};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -12,6 +12,8 @@ type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
 /// Which parts of the goldens (a folder's name, or folder and file) are compared with what. A `*` stands for any text.
 const SUBJECTS: &[(&str, Check)] = &[
     ("*_step", step::check),
+    ("data/*_batches", data::cache),
+    ("data/bucketing", data::bucketing),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
     ("pipeline_math/adapter_inputs", adapters::prepared),
@@ -22,6 +24,11 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipeline_math/time_shift", pipeline_math::time_shifts),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
+    ("text_byt5", text::states),
+    ("text_clip", text::states),
+    ("text_t5", text::states),
+    ("text_umt5", text::states),
+    ("tokenizers", text::tokenizers),
 ];
 
 /// The outcomes of all that lies in a folder of goldens, in the order of its names.

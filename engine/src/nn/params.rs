@@ -166,7 +166,13 @@ impl ParamBuilder {
     /// A builder whose parameters are a file's tensors of their names, converted to `dtype` one by one. What does not fit
     /// gets no memory: check [`Params::check_keys`] before use.
     pub fn from_file(file: Arc<Shards>, dtype: DType, device: &Device) -> Self {
-        Self { file: Some(file), ..Self::new(0, dtype, device) }
+        Self::new(0, dtype, device).with_file(file)
+    }
+
+    /// The same builder, whose parameters are a file's as [`Self::from_file`] says.
+    #[must_use]
+    pub fn with_file(self, file: Arc<Shards>) -> Self {
+        Self { file: Some(file), ..self }
     }
 
     /// The same builder, where what DiT starts at zero ([`Param::zero_init`]) starts at zero.

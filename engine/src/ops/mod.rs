@@ -8,6 +8,7 @@ pub mod matmul;
 pub mod modulate;
 pub mod norm;
 pub mod pointwise;
+pub mod position;
 pub mod reduce;
 pub mod rope;
 pub mod view;
@@ -20,6 +21,7 @@ pub use matmul::linear;
 pub use modulate::{ModulatedNormBackward, ModulatedNormForward, modulate, modulated_layer_norm};
 pub use norm::{NormBackward, NormForward, layer_norm, rms_norm, softmax};
 pub use pointwise::{pointwise, pointwise_to};
+pub use position::relative_position_bias;
 pub use rope::{NormRopeBackward, NormRopeForward, RopeLayout, rms_norm_rope, rope};
 
 /// The gradient-check cases of all ops.
@@ -33,6 +35,7 @@ pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
         modulate::CASES,
         norm::CASES,
         pointwise::CASES,
+        position::CASES,
         reduce::CASES,
         rope::CASES,
         view::CASES,
