@@ -23,6 +23,18 @@ impl Fingerprint {
     }
 }
 
+impl Fingerprint {
+    /// Its 64 bits.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// From its 64 bits.
+    pub fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+}
+
 impl fmt::Display for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`bucket`] | [`Buckets`]: resolutions that samples are brought to, and how |
 //! | [`source`] | [`Source`]: samples by number; [`MemorySource`], [`NemoCache`] |
+//! | [`cache`] | samples that were encoded once: [`CacheWriter`], [`CacheSource`] |
 //! | [`torch`] | files that `torch.save` wrote, read without running anything |
 //! | [`sampler`] | [`Sampler`]: which samples a batch holds, a function of the [`Cursor`] alone; [`EpochSampler`] |
 //! | [`bucket_sampler`] | [`BucketSampler`]: batches of one resolution |
@@ -16,6 +17,7 @@
 
 pub mod bucket;
 pub mod bucket_sampler;
+pub mod cache;
 pub mod collate;
 pub mod encode;
 mod error;
@@ -27,6 +29,7 @@ pub mod torch;
 
 pub use bucket::{Buckets, Crop, Resolution};
 pub use bucket_sampler::{Bucket, BucketOptions, BucketSampler};
+pub use cache::{CacheHeader, CacheSource, CacheWriter};
 pub use collate::Collator;
 pub use encode::{LatentCodec, PixelCodec, TextEmbeddings, TextEncoder};
 pub use error::{Error, Result};

@@ -4,6 +4,7 @@ mod adapters;
 mod data;
 pub mod devices;
 mod golden;
+pub mod lora;
 mod ops;
 mod optim;
 mod pipeline_math;

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, data, ops, optim, pipeline_math, sampling, step, text};
+use crate::{Outcome, adapters, data, lora, ops, optim, pipeline_math, sampling, step, text};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -14,6 +14,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("*_step", step::check),
     ("data/*_batches", data::cache),
     ("data/bucketing", data::bucketing),
+    ("lora_flux", lora::check),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
     ("pipeline_math/adapter_inputs", adapters::prepared),

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{Table, TextModel, TextModelOutput, activation, causal_mask};
 use crate::Result;
 use crate::blocks::{QkNorm, QkvConfig, QkvHeads, attend, key_mask};
-use crate::config::{check_heads, check_layers, check_sizes, parse};
+use crate::config::{check_heads, check_layers, check_sizes, object, parse};
 
 /// The keys of `config.json` that matter, with transformers' defaults (CLIP B/32).
 #[derive(Clone, PartialEq, Debug, Deserialize)]
@@ -57,7 +57,7 @@ impl CLIPTextConfig {
     /// # Errors
     /// When a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = parse("text encoder", value.clone())?;
+        let config: Self = parse("text encoder", "CLIPTextModel", object(value)?)?;
         check_sizes([
             ("vocab_size", config.vocab_size),
             ("hidden_size", config.hidden_size),

@@ -121,7 +121,7 @@ pub fn load(folder: &Path, dtype: Option<DType>, device: &Device) -> Result<Box<
     let kind = TextModelKind::of_class(class).map_err(|e| wrong(e.to_string()))?;
     let weights = Arc::new(Shards::open(folder, WEIGHTS)?.without_prefix(kind.prefix));
     let placement = Placement::frozen(dtype.unwrap_or_else(|| compute_dtype(&weights)));
-    let params = ParamBuilder::with_plan(0, placement, device).with_file(weights.clone());
+    let params = ParamBuilder::with_plan(0, placement, device).reading(weights.clone());
     let model = (kind.new)(&config, &params).map_err(|e| wrong(e.to_string()))?;
     model
         .params()

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{Table, TextModel, TextModelOutput};
 use crate::blocks::{QkNorm, QkvConfig, QkvHeads, key_mask};
-use crate::config::{check_layers, check_sizes, parse, product};
+use crate::config::{check_layers, check_sizes, object, parse, product};
 use crate::{Error, Result};
 
 /// The keys of `config.json` that matter, with transformers' defaults.
@@ -61,7 +61,7 @@ impl T5Config {
     /// # Errors
     /// When a value does not fit.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let config: Self = parse("text encoder", value.clone())?;
+        let config: Self = parse("text encoder", "T5EncoderModel", object(value)?)?;
         check_sizes([
             ("vocab_size", config.vocab_size),
             ("d_model", config.d_model),
