@@ -3,6 +3,7 @@
 mod bench;
 mod progress;
 mod sample;
+mod settings;
 mod signals;
 mod terminal;
 mod train;
@@ -34,6 +35,8 @@ enum Command {
     Train(train::Train),
     /// Generate images with a trained run.
     Sample(sample::Sample),
+    /// Print the JSON Schema of recipes, for editors.
+    Schema,
     /// List what there is to compute on, and why something can't be used.
     Devices,
     /// Show a model's architecture and counts without its weights in memory.
@@ -61,12 +64,16 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     log();
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(settings::spelled_out(std::env::args_os()));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads(cli.threads)).build()?;
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => sample::run(&args),
+        Command::Schema => {
+            say!("{:#}", flowtape_trainer::recipe::schema());
+            delivered()
+        }
         Command::Devices => list_devices(),
         Command::Inspect(args) => run_inspect(&args),
         Command::Bench(args) => bench::run(&args),

@@ -259,7 +259,7 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
     let text = std::fs::read_to_string(RECIPE).unwrap();
     let cases = [
         (text.replace("  max_steps:", "  max_step:"), "did you mean `max_steps`"),
-        (text.replace("lr: 1.0e-3", "lr: fast"), "recipe.yaml:33:7: optimizer.lr: expected a number"),
+        (text.replace("lr: 1.0e-3", "lr: fast"), ":32:7: optimizer.lr: expected a number above 0"),
         (text.replace("num_layers: 2", "num_layers: two"), "num_layers"),
         (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, "),
         (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),
@@ -276,8 +276,16 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
     }
     assert!(failure(&flowtape(&["train", "no/such.yaml"])).contains("no/such.yaml"));
     assert!(failure(&flowtape(&["train", RECIPE, "--set", "optimizer.lr"])).contains("key=value"));
+    let nemo = failure(&flowtape(&["train", RECIPE, "--optimizer.lr=fast", "--seed.x", "1"]));
+    assert!(nemo.contains("--set optimizer.lr=fast: optimizer.lr: ") && nemo.contains("--set seed.x=1: "), "{nemo}");
     assert!(failure(&flowtape(&["train", "--resume", "no/such"])).contains("not a run folder"));
     assert!(failure(&flowtape(&["trian"])).contains("train"));
+}
+
+#[test]
+fn the_schema_of_recipes_is_printed() {
+    let schema: Value = serde_json::from_str(&stdout(&flowtape(&["schema"]))).unwrap();
+    assert!(schema["properties"]["step_scheduler"]["properties"]["max_steps"]["description"].is_string());
 }
 
 #[test]

@@ -12,6 +12,7 @@
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
+//! | [`start`] | what a model starts from: a checkpoint wherever it lies, or a configuration |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 //!
@@ -28,6 +29,7 @@ pub mod observe;
 pub mod picture;
 pub mod recipe;
 pub mod run;
+pub mod start;
 pub mod state;
 mod timing;
 pub mod train;

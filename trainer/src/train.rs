@@ -65,7 +65,7 @@ pub fn train_on(
 ) -> Result<Summary> {
     awake(device, || {
         let trainer = Trainer::on(device, recipe)?;
-        let folder = RunFolder::create(recipe)?;
+        let folder = RunFolder::create(trainer.recipe())?;
         with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }

@@ -10,13 +10,14 @@ use flowtape_engine::optim::{
 };
 use flowtape_engine::{Device, Later, Philox, Tape};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, create_model, create_pipeline};
+use flowtape_models::{Transformer, create_pipeline};
 use serde::{Deserialize, Serialize};
 
 use crate::builtin;
 use crate::data::Data;
 use crate::generate::{Generator, Request, Samples};
 use crate::recipe::Init;
+use crate::start::Start;
 use crate::state::{TrainProgress, TrainState};
 use crate::timing::{StepTimes, Timed};
 use crate::{Error, Recipe, Result};
@@ -124,13 +125,16 @@ impl Trainer {
         Self::with_data(device, recipe, builtin::data(&recipe.data)?)
     }
 
-    /// The same with data of one's own instead of the recipe's `data.source`.
+    /// The same with data of one's own instead of the recipe's `data`.
     ///
     /// # Errors
     /// When a section does not fit.
     pub fn with_data(device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
+        let mut recipe = recipe.clone();
+        let start = Start::of(&recipe.model)?;
+        recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
         let params = recipe.dtype.params(recipe.seed, device).with_adaln_zero(recipe.init == Init::AdalnZero);
-        let mut model = create_model(&recipe.model, &params)?;
+        let mut model = start.model(params)?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         let optimizer = &recipe.optimizer;
         let constant = LrSchedulerConfig {
@@ -141,7 +145,7 @@ impl Trainer {
         let steps = recipe.step_scheduler.max_steps;
         let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
         Ok(Self {
-            pipeline: create_pipeline(recipe.flow_matching.clone())?,
+            pipeline: create_pipeline(start.flow_matching(&recipe.flow_matching))?,
             schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
             collator: data.collator(&recipe.data, recipe.seed),
             state: TrainState {
@@ -155,7 +159,7 @@ impl Trainer {
                     data: data.source.fingerprint(),
                 },
             },
-            recipe: recipe.clone(),
+            recipe,
             model,
             data,
             loader: None,
