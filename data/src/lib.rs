@@ -9,6 +9,7 @@
 //! | [`sampler`] | [`Sampler`]: which samples a batch holds, a function of the [`Cursor`] alone; [`EpochSampler`] |
 //! | [`bucket_sampler`] | [`BucketSampler`]: batches of one resolution |
 //! | [`loader`] | [`Loader`]: reads ahead on threads and hands batches over in the sampler's order |
+//! | [`media`] | pictures and captions as they lie in folders; sizes as NeMo's |
 //! | [`encode`] | [`LatentCodec`] and [`TextEncoder`]: what turns pixels and captions into what a model is trained on |
 //! | [`collate`] | [`Collator`]: samples to a [`flowtape_flowmatch::Batch`] |
 //!
@@ -23,6 +24,7 @@ pub mod encode;
 mod error;
 mod fingerprint;
 pub mod loader;
+pub mod media;
 pub mod sampler;
 pub mod source;
 pub mod torch;

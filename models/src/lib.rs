@@ -11,6 +11,7 @@
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |
 //! | [`text`] | text encoders and tokenizers |
+//! | [`vae`] | autoencoders between pixels and latents: [`vae::Autoencoder`], [`vae::AUTOENCODERS`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`presets`], [`summary`] | configurations of published checkpoints; what a model is made of |
 //! | [`requirements`] | what a model asks of a batch, and what contradicts it |
@@ -32,6 +33,7 @@ pub mod summary;
 #[cfg(test)]
 mod testing;
 pub mod text;
+pub mod vae;
 pub mod wan;
 
 use flowtape_engine::nn::{Param, Params};

@@ -12,6 +12,7 @@ pub mod sampling;
 pub mod step;
 pub mod suite;
 mod text;
+mod vae;
 
 use std::path::PathBuf;
 

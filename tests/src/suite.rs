@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, data, lora, ops, optim, pipeline_math, sampling, step, text};
+use crate::{Outcome, adapters, data, lora, ops, optim, pipeline_math, sampling, step, text, vae};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -30,6 +30,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("text_t5", text::states),
     ("text_umt5", text::states),
     ("tokenizers", text::tokenizers),
+    ("vae_*", vae::check),
 ];
 
 /// The outcomes of all that lies in a folder of goldens, in the order of its names.
@@ -132,7 +133,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, "{}").unwrap();
         };
-        for file in ["README.md", "vae_new/case.json", "vae_new/outputs.safetensors", "data/batches.json"] {
+        for file in ["README.md", "new/case.json", "new/outputs.safetensors", "data/batches.json"] {
             write(file);
         }
         for file in ["data/batches.safetensors", "ops/new.json", "ops/lonely.safetensors", "stray.bin", "sampling/x/y"]
@@ -144,7 +145,7 @@ mod tests {
         let of = |kind: fn(&Outcome) -> bool| -> Vec<&str> {
             outcomes.iter().filter(|o| kind(o)).map(|o| &*o.case).collect()
         };
-        assert_eq!(of(Outcome::is_not_built), ["data/batches", "vae_new"]);
+        assert_eq!(of(Outcome::is_not_built), ["data/batches", "new"]);
         assert_eq!(of(Outcome::failed), ["new_step/aborted", "ops", "sampling", "stray.bin"]);
         assert_eq!(outcomes.len(), 6);
         std::fs::remove_file(root.path().join("ops/lonely.safetensors")).unwrap();

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod conv;
+pub mod group_norm;
 pub mod index;
 pub mod loss;
 pub mod matmul;
@@ -10,11 +11,13 @@ pub mod norm;
 pub mod pointwise;
 pub mod position;
 pub mod reduce;
+pub mod resample;
 pub mod rope;
 pub mod view;
 
 pub use attention::{AttentionBackward, AttentionForward, attention};
-pub use conv::{patchify, patchify_conv};
+pub use conv::{ConvAxis, ConvForward, Padding, conv, patchify, patchify_conv};
+pub use group_norm::{group_norm, group_norm_silu};
 pub use index::embedding;
 pub use loss::{dropout, mse};
 pub use matmul::linear;
@@ -22,6 +25,7 @@ pub use modulate::{ModulatedNormBackward, ModulatedNormForward, modulate, modula
 pub use norm::{NormBackward, NormForward, layer_norm, rms_norm, softmax};
 pub use pointwise::{pointwise, pointwise_to};
 pub use position::relative_position_bias;
+pub use resample::{repeat_nearest, resize_linear};
 pub use rope::{NormRopeBackward, NormRopeForward, RopeLayout, rms_norm_rope, rope};
 
 /// The gradient-check cases of all ops.
@@ -29,6 +33,7 @@ pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
     let files = [
         attention::CASES,
         conv::CASES,
+        group_norm::CASES,
         index::CASES,
         loss::CASES,
         matmul::CASES,
@@ -37,6 +42,7 @@ pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
         pointwise::CASES,
         position::CASES,
         reduce::CASES,
+        resample::CASES,
         rope::CASES,
         view::CASES,
     ];

@@ -1,0 +1,21 @@
+//! Pictures as people have them, and what is written beside them.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `picture` | [`Picture`] and how files are read: formats, orientation, alpha, depth |
+//! | `resample` | resizing, bit for bit as Pillow's |
+//! | `crop` | a picture at a bucket's size, as NeMo makes it |
+//! | `captions` | captions beside pictures, and in a folder's metadata |
+//! | `folder` | a folder of pictures as a list |
+
+mod captions;
+mod crop;
+mod folder;
+mod picture;
+mod resample;
+
+pub use captions::MissingCaptions;
+pub use crop::{Cropped, resize_and_crop};
+pub use folder::{FolderOptions, PictureItem, list_pictures};
+pub use picture::{Picture, ReadOptions, is_picture, read_picture};
+pub use resample::{Filter, resize};
