@@ -153,25 +153,25 @@ impl Recipe {
     /// When a key is unknown or a value does not fit.
     pub fn from_json(object: serde_json::Value) -> Result<Self> {
         let refused = |problems| Error::Recipe { path: "recipe".into(), problems };
-        Self::of(Node::from_json(object), false).map(|(recipe, _)| recipe).map_err(refused)
+        Self::of(Node::from_json(object), false, Vec::new()).map(|(recipe, _)| recipe).map_err(refused)
     }
 
     /// From a file's text, and the keys in it that have no effect; `name` is the file's.
     fn parse(text: &str, settings: &[String], name: &str) -> Result<(Self, Vec<&'static str>), Vec<Problem>> {
         let mut root = yaml::parse(text)?;
         let wrong: Vec<Problem> = settings.iter().filter_map(|setting| root.set(setting).err()).collect();
-        if !wrong.is_empty() {
-            return Err(wrong);
-        }
         if !root.entries().is_empty() && root.entry("name").is_none() && root.entry("wandb.name").is_none() {
             let _ = root.put("name", Node::plain(&Place::Nowhere, name));
         }
-        Self::of(root, true)
+        Self::of(root, true, wrong)
     }
 
-    /// `own_data` if it trains on what the recipe names, so that the two are compared.
-    fn of(mut root: Node, own_data: bool) -> Result<(Self, Vec<&'static str>), Vec<Problem>> {
-        let mut problems = Vec::new();
+    /// `own_data` if it trains on what the recipe names, so that the two are compared; `problems` if there are some already.
+    fn of(
+        mut root: Node,
+        own_data: bool,
+        mut problems: Vec<Problem>,
+    ) -> Result<(Self, Vec<&'static str>), Vec<Problem>> {
         let without_effect = nemo::translate(&mut root, &mut problems);
         let value = read::read(&root, schema(), &mut problems);
         let recipe: Self = match serde_path_to_error::deserialize(value) {
