@@ -1,6 +1,7 @@
 //! The `flowtape` binary.
 
 mod bench;
+mod preprocess;
 mod progress;
 mod sample;
 mod settings;
@@ -33,6 +34,8 @@ struct Cli {
 enum Command {
     /// Train a recipe, or go on with an interrupted run.
     Train(train::Train),
+    /// Encode pictures and captions once, for training.
+    Preprocess(preprocess::Preprocess),
     /// Generate images with a trained run.
     Sample(sample::Sample),
     /// Print the JSON Schema of recipes, for editors.
@@ -69,6 +72,7 @@ fn run() -> Result<ExitCode> {
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
+        Command::Preprocess(args) => preprocess::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Schema => {
             say!("{:#}", flowtape_trainer::recipe::schema());

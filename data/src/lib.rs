@@ -11,6 +11,7 @@
 //! | [`loader`] | [`Loader`]: reads ahead on threads and hands batches over in the sampler's order |
 //! | [`media`] | pictures and captions as they lie in folders; sizes as NeMo's |
 //! | [`encode`] | [`LatentCodec`] and [`TextEncoder`]: what turns pixels and captions into what a model is trained on |
+//! | [`preprocess`] | [`preprocess::Preprocess`]: a folder of pictures to a cache |
 //! | [`collate`] | [`Collator`]: samples to a [`flowtape_flowmatch::Batch`] |
 //!
 //! A sampler plans, a loader reads, a collator encodes. All random numbers follow from a seed and a sample's place in the
@@ -25,6 +26,7 @@ mod error;
 mod fingerprint;
 pub mod loader;
 pub mod media;
+pub mod preprocess;
 pub mod sampler;
 pub mod source;
 pub mod torch;
@@ -33,7 +35,7 @@ pub use bucket::{Buckets, Crop, Resolution};
 pub use bucket_sampler::{Bucket, BucketOptions, BucketSampler};
 pub use cache::{CacheHeader, CacheSource, CacheWriter};
 pub use collate::Collator;
-pub use encode::{LatentCodec, PixelCodec, TextEmbeddings, TextEncoder};
+pub use encode::{LatentCodec, PipelineText, PixelCodec, TextEmbeddings, TextEncoder, VaeCodec};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use loader::{Loaded, Loader, LoaderOptions};

@@ -35,7 +35,8 @@ impl Trained {
         let dtype: DType = recipe.dtype.into();
         let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &device)?;
         let pipeline = create_pipeline(recipe.flow_matching)?;
-        Ok(Self { model, pipeline, data: builtin::data(&recipe.data)?, sampling: recipe.sampling, device })
+        let data = builtin::data(&recipe.data, &device)?;
+        Ok(Self { model, pipeline, data, sampling: recipe.sampling, device })
     }
 
     /// Sizes of a sample: `[C, H, W]` or `[C, F, H, W]`.

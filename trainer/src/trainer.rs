@@ -122,7 +122,7 @@ impl Trainer {
     /// # Errors
     /// When a section does not fit.
     pub fn on(device: &Device, recipe: &Recipe) -> Result<Self> {
-        Self::with_data(device, recipe, builtin::data(&recipe.data)?)
+        Self::with_data(device, recipe, builtin::data(&recipe.data, device)?)
     }
 
     /// The same with data of one's own instead of the recipe's `data`.
@@ -190,6 +190,14 @@ impl Trainer {
         self.model.params().load(&flowtape_models::checkpoint::open_weights(checkpoint)?)?;
         self.loader = None;
         self.state.load(self.model.params(), checkpoint)
+    }
+
+    /// Sizes of a sample in pixels: `[C, H, W]` or `[C, F, H, W]`.
+    ///
+    /// # Errors
+    /// When the data has none.
+    pub fn sample_dims(&self) -> Result<Vec<usize>> {
+        self.data.sample_dims()
     }
 
     /// One optimiser step. Its data and its random numbers follow from the seed and from where the run stands.

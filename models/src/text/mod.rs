@@ -4,9 +4,11 @@
 //! |---|---|
 //! | [`tokenizer`] | [`Tokenizer`]: texts to tokens, from the files of a `tokenizer` folder |
 //! | [`clip`] | [`CLIPTextModel`] |
+//! | [`decoder`] | [`DecoderModel`]: the text models of Qwen2.5-VL, Qwen3, Mistral 3 and Gemma 3 |
 //! | [`t5`] | [`T5EncoderModel`]: T5 v1.1, byT5 and UMT5 |
 
 pub mod clip;
+pub mod decoder;
 pub mod t5;
 pub mod tokenizer;
 
@@ -22,6 +24,7 @@ use crate::checkpoint::CONFIG;
 use crate::{Error, Result};
 
 pub use clip::{CLIPTextConfig, CLIPTextModel};
+pub use decoder::{DecoderConfig, DecoderModel, Family, stack_layers};
 pub use t5::{T5Config, T5EncoderModel};
 pub use tokenizer::{Padding, Tokenizer, Tokens};
 
@@ -69,6 +72,18 @@ pub struct TextModelKind {
     pub new: fn(&Value, &ParamBuilder) -> Result<Box<dyn TextModel>>,
 }
 
+/// The models of [`decoder`].
+const QWEN25_VL: Family =
+    Family { class: "Qwen2_5_VLForConditionalGeneration", qkv_bias: true, qk_norm: false, gemma: false };
+const QWEN3: Family = Family { class: "Qwen3ForCausalLM", qkv_bias: false, qk_norm: true, gemma: false };
+const MISTRAL3: Family =
+    Family { class: "Mistral3ForConditionalGeneration", qkv_bias: false, qk_norm: false, gemma: false };
+const GEMMA3: Family = Family { class: "Gemma3ForConditionalGeneration", qkv_bias: false, qk_norm: true, gemma: true };
+
+fn decoder(config: &Value, family: Family, params: &ParamBuilder) -> Result<Box<dyn TextModel>> {
+    Ok(Box::new(DecoderModel::new(DecoderConfig::from_json(config, family.class)?, family, params)?))
+}
+
 /// All text encoders.
 pub const TEXT_MODELS: &[TextModelKind] = &[
     TextModelKind {
@@ -86,6 +101,19 @@ pub const TEXT_MODELS: &[TextModelKind] = &[
         prefix: "",
         new: |config, params| Ok(Box::new(T5EncoderModel::new(T5Config::from_json(config)?, true, params)?)),
     },
+    TextModelKind {
+        class: QWEN25_VL.class,
+        prefix: "",
+        new: |config, params| decoder(config, QWEN25_VL, params),
+    },
+    TextModelKind {
+        class: "Qwen2_5_VLTextModel",
+        prefix: "",
+        new: |config, params| decoder(config, QWEN25_VL, params),
+    },
+    TextModelKind { class: QWEN3.class, prefix: "", new: |config, params| decoder(config, QWEN3, params) },
+    TextModelKind { class: MISTRAL3.class, prefix: "", new: |config, params| decoder(config, MISTRAL3, params) },
+    TextModelKind { class: GEMMA3.class, prefix: "", new: |config, params| decoder(config, GEMMA3, params) },
 ];
 
 impl TextModelKind {

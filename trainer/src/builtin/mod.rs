@@ -2,9 +2,12 @@
 
 pub mod digits;
 pub mod moving_digits;
+pub mod pictures;
 mod word_table;
 
 use std::sync::Arc;
+
+use flowtape_engine::Device;
 
 use crate::data::Data;
 use crate::hooks::{Hook, Preview};
@@ -13,17 +16,20 @@ use crate::{Recipe, Result};
 
 pub use word_table::WordTable;
 
-/// The data of a recipe.
+/// The data of a recipe. What encodes it runs on the device.
 ///
 /// # Errors
-/// When the embedded samples are damaged.
-pub fn data(config: &DataConfig) -> Result<Data> {
+/// When the embedded samples are damaged, or a folder's can't be encoded.
+pub fn data(config: &DataConfig, device: &Device) -> Result<Data> {
+    if let Some(folder) = &config.folder {
+        return folder.data(config.num_workers, device);
+    }
     let text = WordTable::new(&digits::CAPTIONS, config.text_dim);
     Ok(match (config.builtin, config.video) {
-        (SourceName::MovingDigits, Some(size)) => {
+        (Some(SourceName::MovingDigits), Some(size)) => {
             Data::of_pixels(Arc::new(moving_digits::MovingDigits::new(size)?), text)
         }
-        (SourceName::Digits | SourceName::MovingDigits, _) => Data::of_pixels(Arc::new(digits::Digits::load()?), text),
+        _ => Data::of_pixels(Arc::new(digits::Digits::load()?), text),
     })
 }
 
@@ -32,7 +38,10 @@ pub fn data(config: &DataConfig) -> Result<Data> {
 /// # Errors
 /// When the embedded samples are damaged.
 pub fn preview(recipe: &Recipe) -> Result<Preview> {
-    Ok(digits::preview(recipe)?)
+    match &recipe.data.folder {
+        Some(folder) => folder.preview(recipe),
+        None => Ok(digits::preview(recipe)?),
+    }
 }
 
 /// What judges the samples of a finished run, where the recipe asks for it.
@@ -41,5 +50,8 @@ pub fn preview(recipe: &Recipe) -> Result<Preview> {
 /// When the embedded samples are damaged.
 pub fn report(recipe: &Recipe) -> Result<Option<Box<dyn Hook>>> {
     let Some(config) = &recipe.report else { return Ok(None) };
-    Ok(Some(Box::new(digits::DigitsReport::new(recipe, config)?)))
+    Ok(Some(match &recipe.data.folder {
+        Some(folder) => Box::new(pictures::PictureReport::new(folder, config)),
+        None => Box::new(digits::DigitsReport::new(recipe, config)?),
+    }))
 }

@@ -5,19 +5,25 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::builtin::moving_digits::VideoSize;
+use crate::builtin::pictures::FolderConfig;
 
 /// A source of training data.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// A set that comes with the trainer.
-    pub builtin: SourceName,
-    /// Width of the embeddings of caption tokens and of the pooled caption.
+    /// A set that comes with the trainer; or else `folder`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub builtin: Option<SourceName>,
+    /// Width of the embeddings of caption tokens and of the pooled caption, for the built-in digits.
+    #[serde(default, skip_serializing_if = "is_zero")]
     #[schemars(range(min = 1, max = 1_048_576))]
     pub text_dim: usize,
     /// Sizes of the videos, for a source of videos.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub video: Option<VideoSize>,
+    /// Pictures with captions in a folder, encoded by a diffusers pipeline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub folder: Option<FolderConfig>,
     /// Share of the samples whose caption is dropped, for guidance: the adapters of video models drop none themselves.
     #[serde(default)]
     #[schemars(range(min = 0, max = 1))]
@@ -32,6 +38,10 @@ pub struct DataConfig {
     #[serde(default = "num_workers")]
     #[schemars(range(max = 1024))]
     pub num_workers: usize,
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 fn yes() -> bool {
@@ -56,9 +66,10 @@ impl DataConfig {
     /// Still digits, with embeddings of `text_dim`.
     pub fn digits(text_dim: usize) -> Self {
         Self {
-            builtin: SourceName::Digits,
+            builtin: Some(SourceName::Digits),
             text_dim,
             video: None,
+            folder: None,
             caption_dropout_prob: 0.0,
             shuffle: true,
             drop_last: false,
@@ -68,7 +79,19 @@ impl DataConfig {
 
     /// What does not fit together.
     pub(super) fn problems(&self) -> Vec<String> {
-        match (self.builtin, &self.video) {
+        let Some(builtin) = self.builtin else {
+            return match self.folder {
+                Some(_) => Vec::new(),
+                None => vec!["data: expected builtin (digits or moving_digits) or folder, got neither".into()],
+            };
+        };
+        if self.folder.is_some() {
+            return vec!["data.folder: expected either it or data.builtin, got both".into()];
+        }
+        if self.text_dim == 0 {
+            return vec!["data.text_dim: expected the width of the captions' embeddings".into()];
+        }
+        match (builtin, &self.video) {
             (SourceName::MovingDigits, None) => {
                 vec!["data.video: moving_digits needs frames, height and width".into()]
             }
