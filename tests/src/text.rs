@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use flowtape_engine::{DType, Device, Tensor};
-use flowtape_models::text::{Padding, TextModelOutput, Tokenizer, load};
+use flowtape_models::pipeline::PipelineFolder;
+use flowtape_models::text::{Padding, TextModelOutput, Tokenizer, load, stack_layers};
 use serde_json::Value;
 
 use crate::Outcome;
@@ -41,6 +42,41 @@ pub(crate) fn states(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
             _ => return Err(format!("unknown run of {name}").into()),
         };
         out.push(compare(&name, state(of, what)?, &want)?);
+    }
+    Ok(())
+}
+
+/// The states of a text model with padding on either side, and what pipelines take of them.
+pub(crate) fn decoder_states(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
+    let model = load(dir, None, &Device::cpu())?;
+    let class = text(&case, "class")?;
+    for side in ["right/", "left/", ""].into_iter().filter(|side| inputs.has(&format!("{side}input_ids"))) {
+        let ids = inputs.tensor(&format!("{side}input_ids"))?.to_dtype(DType::U32)?;
+        let mask = inputs.tensor(&format!("{side}attention_mask"))?;
+        let run = model.forward(&ids, Some(&mask))?;
+        for (name, want) in outputs.under(side)?.into_iter().filter(|(name, _)| !side.is_empty() || !name.contains('/')) {
+            let title = format!("{side}{name}");
+            let got = match &*name {
+                "prompt_embeds" => {
+                    let layers: Vec<usize> =
+                        case["layers"].as_array().into_iter().flatten().filter_map(|l| Some(l.as_u64()? as usize)).collect();
+                    Some(stack_layers(&run, &layers)?)
+                }
+                // LTX-2's: the channel slow, the layer fast.
+                "packed" => {
+                    let states: Vec<&Tensor> = run.hidden_states.iter().collect();
+                    Some(Tensor::stack(&states, 3)?.flatten(2, 3)?)
+                }
+                _ => state(&run, &name)?,
+            };
+            out.push(compare(&title, got, &want)?);
+        }
+    }
+    // What is made of the states by pipelines that are not built yet is said.
+    for name in outputs.under("")?.into_keys().filter(|name| ["qwen_image", "hunyuan15", "nemo", "left_"].iter().any(|p| name.starts_with(p))) {
+        out.push(Outcome::skipped(name, format!("a pipeline's of {class}")));
     }
     Ok(())
 }
@@ -85,6 +121,31 @@ fn derived(
         ("T5EncoderModel", "glyph_mask") => Some(inputs.tensor("attention_mask")?.narrow(0, 0, 1)?),
         _ => None,
     })
+}
+
+/// What a FLUX pipeline makes of prompts, as diffusers and NeMo have it.
+pub(crate) fn flux_prompts(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let outputs = Golden::tensors(dir, "outputs")?;
+    let encoder = PipelineFolder::open(&dir.join("pipeline"))?.prompts(&Device::cpu())?;
+    let encoded = [("", "prompt"), ("negative_", "negative_prompt")];
+    for (prefix, key) in encoded {
+        let tensors = encoder.encode(&[text(&case, key)?])?;
+        let names = [
+            ("prompt_embeds", "text_embeddings"),
+            ("pooled_prompt_embeds", "pooled_prompt_embeds"),
+            ("nemo/prompt_embeds", "text_embeddings"),
+            ("nemo/pooled_prompt_embeds", "pooled_prompt_embeds"),
+            ("nemo/clip_hidden", "clip_hidden"),
+        ];
+        for (golden, ours) in names {
+            let name = format!("{prefix}{golden}");
+            if outputs.has(&name) {
+                out.push(compare(&name, tensors.get(ours).cloned(), &outputs.tensor(&name)?)?);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Difficult strings, token by token.
