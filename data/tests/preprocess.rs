@@ -1,5 +1,5 @@
 //! A folder of the project's own pictures through its pipeline, into a cache.
-#![allow(clippy::unwrap_used)] // a test
+#![allow(clippy::unwrap_used, clippy::panic)] // a test
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
