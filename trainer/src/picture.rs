@@ -210,7 +210,7 @@ mod tests {
             assert_eq!((row[GAP + 1], row[GAP + 3 * ZOOM + GAP + 1]), expected);
         }
         let still = folder.path().join("grey.png");
-        let canvas = Canvas { grey: vec![0, 255, 51, 0, 0, 0], width: 3, height: 2 };
+        let canvas = Canvas { bytes: vec![0, 255, 51, 0, 0, 0], channels: 1, width: 3, height: 2 };
         save_png(&still, &[canvas])?;
         assert_eq!(load_grey(&still, (2, 3))?[..3], [-1.0, 1.0, -0.6]);
         let error = load_grey(&still, (3, 3)).unwrap_err().to_string();
