@@ -1,6 +1,7 @@
 //! The `flowtape` binary.
 
 mod bench;
+mod import;
 mod preprocess;
 mod progress;
 mod sample;
@@ -34,6 +35,8 @@ struct Cli {
 enum Command {
     /// Train a recipe, or go on with an interrupted run.
     Train(train::Train),
+    /// Take over samples that NeMo's preprocessing encoded.
+    Import(import::Import),
     /// Encode pictures and captions once, for training.
     Preprocess(preprocess::Preprocess),
     /// Generate images with a trained run.
@@ -72,6 +75,7 @@ fn run() -> Result<ExitCode> {
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
+        Command::Import(args) => import::run(&args),
         Command::Preprocess(args) => preprocess::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Schema => {

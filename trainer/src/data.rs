@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use flowtape_data::{
     BucketOptions, BucketSampler, Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, PixelCodec, Rank,
-    Sampler, Source, TextEncoder,
+    Resolution, Sampler, Source, TextEncoder,
 };
 use flowtape_engine::Philox;
 
@@ -45,14 +45,16 @@ impl Data {
         let seed = data_seed(seed);
         let order = config.shuffle.then_some(seed);
         let buckets = BucketSampler::buckets_of(&*self.source)?;
-        let sampler: Arc<dyn Sampler> = if buckets.len() > 1 {
+        let [width, height] = config.base_resolution;
+        let base_resolution = config.dynamic_batch_size.then_some(Resolution { width, height });
+        let sampler: Arc<dyn Sampler> = if buckets.len() > 1 || base_resolution.is_some() {
             let options =
-                BucketOptions { batch_size: size, base_resolution: None, seed: order, drop_last: config.drop_last };
+                BucketOptions { batch_size: size, base_resolution, seed: order, drop_last: config.drop_last };
             Arc::new(BucketSampler::new(buckets, options))
         } else {
             Arc::new(EpochSampler::new(self.source.len(), size, order, config.drop_last))
         };
-        let options = LoaderOptions { num_workers: config.num_workers, ..LoaderOptions::default() };
+        let options = LoaderOptions { num_workers: config.num_workers, skip_bad: config.skip_bad, ..LoaderOptions::default() };
         Ok(Loader::new(self.source.clone(), sampler, Rank::ALONE, seed, at, options)?)
     }
 

@@ -26,12 +26,15 @@ struct Item {
     crop_resolution: Option<[usize; 2]>,
     num_frames: Option<usize>,
     video_path: Option<String>,
+    #[serde(default)]
+    prompt: String,
 }
 
 /// The samples of a cache folder. `.pt` and `.meta` files are read by a reader that runs nothing.
 #[derive(Clone, Debug)]
 pub struct NemoCache {
     samples: Vec<(PathBuf, SampleHeader)>,
+    captions: Vec<String>,
     fingerprint: Fingerprint,
 }
 
@@ -43,7 +46,7 @@ impl NemoCache {
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("metadata.json");
         let metadata: Metadata = read(&path)?.0;
-        let (mut samples, mut fingerprint) = (Vec::new(), Fingerprint::of(b"nemo"));
+        let (mut samples, mut captions, mut fingerprint) = (Vec::new(), Vec::new(), Fingerprint::of(b"nemo"));
         for shard in &metadata.shards {
             if Path::new(shard).file_name() != Some(shard.as_ref()) {
                 return Err(open(&path, format!("expected names of files beside it, got {shard:?}")));
@@ -58,12 +61,18 @@ impl NemoCache {
                 let frames = item.num_frames.filter(|_| item.video_path.is_some());
                 let dims = [3].into_iter().chain(frames).chain([height, width]).collect();
                 samples.push((inside(folder, &shard, &item.cache_file)?, SampleHeader { dims }));
+                captions.push(item.prompt);
             }
         }
         if samples.is_empty() {
             return Err(open(&path, "it lists no sample: run NeMo's preprocessing again".into()));
         }
-        Ok(Self { samples, fingerprint })
+        Ok(Self { samples, captions, fingerprint })
+    }
+
+    /// The caption of a sample; empty where there is none.
+    pub fn caption(&self, index: usize) -> &str {
+        self.captions.get(index).map_or("", String::as_str)
     }
 }
 

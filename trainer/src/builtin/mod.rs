@@ -24,6 +24,9 @@ pub fn data(config: &DataConfig, device: &Device) -> Result<Data> {
     if let Some(folder) = &config.folder {
         return folder.data(config.num_workers, device);
     }
+    if let Some(cache) = &config.cache_dir {
+        return pictures::cached(cache, config.pipeline.as_deref(), device);
+    }
     let text = WordTable::new(&digits::CAPTIONS, config.text_dim);
     Ok(match (config.builtin, config.video) {
         (Some(SourceName::MovingDigits), Some(size)) => {
@@ -38,9 +41,10 @@ pub fn data(config: &DataConfig, device: &Device) -> Result<Data> {
 /// # Errors
 /// When the embedded samples are damaged.
 pub fn preview(recipe: &Recipe) -> Result<Preview> {
-    match &recipe.data.folder {
-        Some(folder) => folder.preview(recipe),
-        None => Ok(digits::preview(recipe)?),
+    match (&recipe.data.folder, &recipe.data.builtin) {
+        (Some(folder), _) => folder.preview(recipe),
+        (None, Some(_)) => Ok(digits::preview(recipe)?),
+        (None, None) => Ok(pictures::preview_of(recipe, recipe.sampling.prompts.clone())),
     }
 }
 
@@ -50,8 +54,10 @@ pub fn preview(recipe: &Recipe) -> Result<Preview> {
 /// When the embedded samples are damaged.
 pub fn report(recipe: &Recipe) -> Result<Option<Box<dyn Hook>>> {
     let Some(config) = &recipe.report else { return Ok(None) };
-    Ok(Some(match &recipe.data.folder {
-        Some(folder) => Box::new(pictures::PictureReport::new(folder, config)),
-        None => Box::new(digits::DigitsReport::new(recipe, config)?),
-    }))
+    Ok(match (&recipe.data.folder, &recipe.data.builtin) {
+        (Some(folder), _) => Some(Box::new(pictures::PictureReport::new(folder, config))),
+        (None, Some(_)) => Some(Box::new(digits::DigitsReport::new(recipe, config)?)),
+        // Of a cache the pictures are not at hand.
+        (None, None) => None,
+    })
 }

@@ -78,8 +78,8 @@ impl Recipe {
     fn model_problems(&self) -> Vec<String> {
         let Ok(kind) = ModelKind::of_adapter(&self.flow_matching.adapter_type) else { return Vec::new() };
         let DataConfig { video, text_dim, .. } = &self.data;
-        // A folder's sizes are its pipeline's.
-        if self.data.folder.is_some() {
+        // Sizes of encoded samples are known when they are there.
+        if self.data.builtin.is_none() {
             return Vec::new();
         }
         let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);

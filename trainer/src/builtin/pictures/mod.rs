@@ -2,14 +2,17 @@
 
 mod report;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use flowtape_data::media::{FolderOptions, PictureItem, ReadOptions, list_pictures};
 use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress};
-use flowtape_data::{Buckets, CacheSource, PipelineText, VaeCodec};
+use flowtape_data::{
+    Buckets, CacheSource, NemoCache, PipelineText, PixelCodec, Source, TextEmbeddings, TextEncoder, VaeCodec,
+};
 use flowtape_engine::Device;
+use flowtape_engine::files::exists;
 use flowtape_models::pipeline::PipelineFolder;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -126,7 +129,35 @@ impl FolderConfig {
             let every = items.len().div_ceil(SHOWN).max(1);
             prompts = items.iter().step_by(every).map(|item| item.caption.clone()).collect();
         }
-        let every = recipe.sampling.every_steps;
-        Ok(Preview { every, prompts, columns: COLUMNS, first_frames: None, seed: GRID_SEED })
+        Ok(preview_of(recipe, prompts))
+    }
+}
+
+/// Grids of these prompts.
+pub(super) fn preview_of(recipe: &Recipe, prompts: Vec<String>) -> Preview {
+    let every = recipe.sampling.every_steps;
+    Preview { every, prompts, columns: COLUMNS, first_frames: None, seed: GRID_SEED }
+}
+
+/// Samples that were encoded before, by `flowtape preprocess` or by NeMo. Grids need the pipeline that they were made with.
+pub(super) fn cached(cache: &Path, pipeline: Option<&Path>, device: &Device) -> Result<Data> {
+    let source: Arc<dyn Source> = if exists(&cache.join("metadata.json"))? {
+        Arc::new(NemoCache::open(cache)?)
+    } else {
+        Arc::new(CacheSource::open(cache)?)
+    };
+    let Some(pipeline) = pipeline else { return Ok(Data { source, codec: Arc::new(PixelCodec), text: Arc::new(NoText) }) };
+    let pipeline = PipelineFolder::open(pipeline)?;
+    let codec = Arc::new(VaeCodec::load(&pipeline, device)?);
+    Ok(Data { source, codec, text: Arc::new(PipelineText::new(pipeline)) })
+}
+
+/// Stands where there is no text encoder.
+struct NoText;
+
+impl TextEncoder for NoText {
+    fn encode(&self, captions: &[Option<&str>], _: &Device) -> flowtape_data::Result<TextEmbeddings> {
+        let what = "a cache has no text encoder: name the pipeline that it was made with in data.pipeline".into();
+        Err(flowtape_data::Error::Caption { caption: captions.iter().flatten().next().unwrap_or(&"").to_string(), what })
     }
 }
