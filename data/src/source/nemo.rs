@@ -170,3 +170,32 @@ impl Source for NemoCache {
         self.fingerprint
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_outside_the_folder_are_refused_and_moved_folders_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let open = |file: &str| {
+            write("metadata.json", "{\"shards\": [\"shard.json\"]}");
+            write("shard.json", &format!("[{{\"cache_file\": {file:?}, \"bucket_resolution\": [64, 32]}}]"));
+            NemoCache::open(folder.path())
+        };
+        assert_eq!(open("64x32/a.pt").unwrap().header(0).unwrap().dims, [3, 32, 64]);
+        for outside in ["../a.pt", "64x32/../../a.pt", "/etc/passwd", "/elsewhere/64x32/a.pt"] {
+            let error = open(outside).unwrap_err().to_string();
+            assert!(error.contains("outside") && error.contains("shard.json"), "{error}");
+        }
+        std::fs::create_dir(folder.path().join("64x32")).unwrap();
+        write("64x32/a.pt", "no archive");
+        let moved = open("/elsewhere/64x32/a.pt").unwrap();
+        let error = moved.read(0, &mut Philox::new(0)).unwrap_err().to_string();
+        assert!(error.contains("64x32/a.pt") && error.contains("torch.save"), "{error}");
+        write("metadata.json", "{\"shards\": [\"../shard.json\"]}");
+        assert!(NemoCache::open(folder.path()).unwrap_err().to_string().contains("beside it"));
+        assert!(NemoCache::open(&folder.path().join("none")).unwrap_err().to_string().contains("metadata.json"));
+    }
+}
