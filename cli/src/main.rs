@@ -1,6 +1,7 @@
 //! The `flowtape` binary.
 
 mod bench;
+mod check;
 mod import;
 mod preprocess;
 mod progress;
@@ -41,6 +42,8 @@ enum Command {
     Preprocess(preprocess::Preprocess),
     /// Generate images with a trained run.
     Sample(sample::Sample),
+    /// Say what a recipe would take, and whether it can be had, before anything is made.
+    Check(check::CheckArgs),
     /// Print the JSON Schema of recipes, for editors.
     Schema,
     /// List what there is to compute on, and why something can't be used.
@@ -78,6 +81,7 @@ fn run() -> Result<ExitCode> {
         Command::Import(args) => import::run(&args),
         Command::Preprocess(args) => preprocess::run(&args),
         Command::Sample(args) => sample::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Schema => {
             say!("{:#}", flowtape_trainer::recipe::schema());
             delivered()

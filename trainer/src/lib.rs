@@ -11,6 +11,7 @@
 //! | [`observe`] | hooks that only watch: metrics, the loss curve |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
+//! | [`check`], [`plan`] | what a recipe would take, before anything is made: memory by phase, FLOPs, disk space |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
 //! | [`start`] | what a model starts from: a checkpoint wherever it lies, or a configuration |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
@@ -20,6 +21,7 @@
 //! looked for when it runs.
 
 pub mod builtin;
+pub mod check;
 pub mod data;
 mod error;
 pub mod generate;
@@ -27,6 +29,7 @@ pub mod hooks;
 pub mod inspect;
 pub mod observe;
 pub mod picture;
+pub mod plan;
 pub mod recipe;
 pub mod run;
 pub mod start;

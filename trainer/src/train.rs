@@ -10,6 +10,7 @@ use flowtape_engine::cpu::awake;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::check::{Check, Depth};
 use crate::error::io;
 use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook};
 use crate::observe::{LossCurve, Metrics};
@@ -63,6 +64,7 @@ pub fn train_on(
     hooks: Vec<Box<dyn Hook + '_>>,
     stop: &AtomicBool,
 ) -> Result<Summary> {
+    Check::of(recipe, device, Depth::Handful)?.require()?;
     awake(device, || {
         let trainer = Trainer::on(device, recipe)?;
         let folder = RunFolder::create(trainer.recipe())?;

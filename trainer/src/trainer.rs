@@ -66,7 +66,8 @@ pub(crate) struct Enqueued {
     lr: f64,
     samples: usize,
     started: Instant,
-    times: StepTimes,
+    /// Where the time of handing it over went.
+    pub times: StepTimes,
 }
 
 impl Enqueued {
@@ -255,6 +256,7 @@ impl Trainer {
             losses.push(share.read_later()?);
             let without = self.model.parameters_without_gradient(&output.inputs);
             let with_loss = Instant::now();
+            times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
             norm = sinks.backward(&tape, &share, &without)?;
             times.data += (with_data - begun).as_secs_f64();
             times.forward += (with_loss - with_data).as_secs_f64();

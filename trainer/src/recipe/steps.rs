@@ -59,13 +59,17 @@ impl StepScheduler {
         self.global_batch_size.unwrap_or(self.local_batch_size)
     }
 
+    /// Batches of a step, one after the other.
+    pub fn micro_batches(&self) -> usize {
+        (self.global_batch_size() / self.local_batch_size.max(1)).max(1)
+    }
+
     /// The same with `max_steps` as a number of samples decides it, where `num_epochs` is given. An epoch ends with what is left of
     /// its samples, or goes on into the next one's.
     #[must_use]
     pub fn resolved(&self, samples: usize, drop_last: bool) -> Self {
         let Some(epochs) = self.num_epochs else { return self.clone() };
-        let (local, parts) =
-            (self.local_batch_size.max(1), (self.global_batch_size() / self.local_batch_size.max(1)).max(1));
+        let (local, parts) = (self.local_batch_size.max(1), self.micro_batches());
         let batches = if drop_last {
             epochs.saturating_mul((samples / local) as u64)
         } else {
