@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -61,7 +62,7 @@ pub fn run(args: &Preprocess) -> Result<ExitCode> {
     let done = prepare(&config, args.workers, &args.device, &stop)?;
     say!("{}", args.out.display());
     say!("{} samples, {} of them encoded now", done.keys.len(), done.encoded);
-    Ok(if stop.asked().load(std::sync::atomic::Ordering::Relaxed) { stop.exit_code() } else { ExitCode::SUCCESS })
+    Ok(if stop.asked().load(Ordering::Relaxed) { stop.exit_code() } else { ExitCode::SUCCESS })
 }
 
 /// Encodes what a cache lacks, with a progress bar where there is something to do.

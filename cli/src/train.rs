@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -49,6 +50,10 @@ pub fn run(args: &Train) -> Result<ExitCode> {
             recipe.device = args.device.clone().unwrap_or(recipe.device);
             if let Some(folder) = &recipe.data.folder {
                 prepare(folder, recipe.data.num_workers, &recipe.device, &stop)?;
+                if stop.asked().load(Ordering::Relaxed) {
+                    say!("stopped while encoding; what is done is kept, and the same command goes on");
+                    return Ok(stop.exit_code());
+                }
             }
             (train(&recipe, vec![Box::new(&mut progress)], stop.asked())?, recipe.report)
         }
