@@ -5,6 +5,7 @@ mod data;
 pub mod devices;
 mod golden;
 pub mod lora;
+mod media;
 mod ops;
 mod optim;
 mod pipeline_math;

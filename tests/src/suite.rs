@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, data, lora, ops, optim, pipeline_math, sampling, step, text, vae};
+use crate::{Outcome, adapters, data, lora, media, ops, optim, pipeline_math, sampling, step, text, vae};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -15,6 +15,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("data/*_batches", data::cache),
     ("data/bucketing", data::bucketing),
     ("lora_flux", lora::check),
+    ("image_preprocess", media::check),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
     ("pipeline_math/adapter_inputs", adapters::prepared),

@@ -91,8 +91,8 @@ impl Captions {
                     }
                 }
                 "meta.json" => {
-                    let value: Value = serde_json::from_str(&read_text(&path)?)
-                        .map_err(|error| wrong(&path, error.to_string()))?;
+                    let value: Value =
+                        serde_json::from_str(&read_text(&path)?).map_err(|error| wrong(&path, error.to_string()))?;
                     let items = ["items", "data"].iter().find_map(|key| value.get(key)).unwrap_or(&value);
                     let items = items.as_array().ok_or_else(|| wrong(&path, "expected a list of objects"))?;
                     for (i, object) in items.iter().filter_map(Value::as_object).enumerate() {
@@ -104,8 +104,8 @@ impl Captions {
                     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
                     for (i, line) in lines {
                         let place = format!("line {}", i + 1);
-                        let object = serde_json::from_str(line)
-                            .map_err(|error| wrong(&path, format!("{place}: {error}")))?;
+                        let object =
+                            serde_json::from_str(line).map_err(|error| wrong(&path, format!("{place}: {error}")))?;
                         add(self, &path, &place, &object)?;
                     }
                 }

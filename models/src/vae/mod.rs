@@ -3,14 +3,24 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `blocks` | the encoder and decoder of pictures |
+//! | `video` | what the autoencoders of clips share |
 //! | `tiling` | pictures in tiles that are blended |
 //! | `autoencoder_kl` | [`AutoencoderKL`]: FLUX.1, Z-Image |
+//! | `autoencoder_kl_flux2` | [`AutoencoderKLFlux2`]: FLUX.2 |
+//! | `hunyuan_video` | [`AutoencoderKLHunyuanVideo15`]: HunyuanVideo 1.5 |
+//! | `ltx2_video` | [`AutoencoderKLLTX2Video`]: the pictures of LTX-2 |
+//! | `wan` | [`AutoencoderKLWan`]: Wan 2.1 and 2.2, Qwen-Image |
 //!
 //! They are frozen when they are loaded: what they make is on no tape.
 
 mod autoencoder_kl;
+mod autoencoder_kl_flux2;
 mod blocks;
+mod hunyuan_video;
+mod ltx2_video;
 mod tiling;
+mod video;
+mod wan;
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -22,7 +32,11 @@ use flowtape_engine::{DType, Device, Tensor};
 use serde_json::Value;
 
 pub use self::autoencoder_kl::{AutoencoderKL, AutoencoderKLConfig};
+pub use self::autoencoder_kl_flux2::{AutoencoderKLFlux2, AutoencoderKLFlux2Config};
+pub use self::hunyuan_video::{AutoencoderKLHunyuanVideo15, AutoencoderKLHunyuanVideo15Config};
+pub use self::ltx2_video::{AutoencoderKLLTX2Video, AutoencoderKLLTX2VideoConfig, Flags, PaddingMode, Scaling};
 pub use self::tiling::Tiling;
+pub use self::wan::{AutoencoderKLQwenImageConfig, AutoencoderKLWan, AutoencoderKLWanConfig};
 use crate::checkpoint::{CONFIG, open_weights, read_config};
 use crate::config::{Config, read};
 use crate::registry::ConfigReader;
@@ -125,11 +139,38 @@ pub struct AutoencoderKind {
 }
 
 /// All autoencoders.
-pub const AUTOENCODERS: &[AutoencoderKind] = &[AutoencoderKind {
-    class: AutoencoderKLConfig::CLASS,
-    config: ConfigReader::of::<AutoencoderKLConfig>(),
-    new: |config, params| Ok(Box::new(AutoencoderKL::new(read(config)?, params)?)),
-}];
+pub const AUTOENCODERS: &[AutoencoderKind] = &[
+    AutoencoderKind {
+        class: AutoencoderKLConfig::CLASS,
+        config: ConfigReader::of::<AutoencoderKLConfig>(),
+        new: |config, params| Ok(Box::new(AutoencoderKL::new(read(config)?, params)?)),
+    },
+    AutoencoderKind {
+        class: AutoencoderKLFlux2Config::CLASS,
+        config: ConfigReader::of::<AutoencoderKLFlux2Config>(),
+        new: |config, params| Ok(Box::new(AutoencoderKLFlux2::new(read(config)?, params)?)),
+    },
+    AutoencoderKind {
+        class: AutoencoderKLHunyuanVideo15Config::CLASS,
+        config: ConfigReader::of::<AutoencoderKLHunyuanVideo15Config>(),
+        new: |config, params| Ok(Box::new(AutoencoderKLHunyuanVideo15::new(read(config)?, params)?)),
+    },
+    AutoencoderKind {
+        class: AutoencoderKLLTX2VideoConfig::CLASS,
+        config: ConfigReader::of::<AutoencoderKLLTX2VideoConfig>(),
+        new: |config, params| Ok(Box::new(AutoencoderKLLTX2Video::new(read(config)?, params)?)),
+    },
+    AutoencoderKind {
+        class: AutoencoderKLQwenImageConfig::CLASS,
+        config: ConfigReader::of::<AutoencoderKLQwenImageConfig>(),
+        new: |config, params| Ok(Box::new(AutoencoderKLWan::of_qwen_image(&read(config)?, params)?)),
+    },
+    AutoencoderKind {
+        class: AutoencoderKLWanConfig::CLASS,
+        config: ConfigReader::of::<AutoencoderKLWanConfig>(),
+        new: |config, params| Ok(Box::new(AutoencoderKLWan::new(read(config)?, params)?)),
+    },
+];
 
 impl AutoencoderKind {
     /// The autoencoder of one of diffusers' classes.

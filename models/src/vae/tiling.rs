@@ -153,6 +153,13 @@ pub(super) fn run(x: &Tensor, tiles: &[Tiles; 2], make: impl Fn(&Tensor) -> Resu
     Ok(Tensor::cat(&rows.iter().collect::<Vec<_>>(), down)?)
 }
 
+/// `[.., H, W]` without what exceeds these sides.
+pub(super) fn cut(x: &Tensor, sides: [usize; 2]) -> Result<Tensor> {
+    let [down, right] = [x.rank() - 2, x.rank() - 1];
+    let [height, width] = [sides[0].min(x.dims()[down]), sides[1].min(x.dims()[right])];
+    Ok(x.narrow(down, 0, height)?.narrow(right, 0, width)?)
+}
+
 /// `b`, its first `extent` places along an axis mixed with the last ones of `a`: the first is all of `a`.
 pub(super) fn blended(a: &Tensor, b: &Tensor, axis: usize, extent: usize) -> Result<Tensor> {
     let extent = extent.min(a.dims()[axis]).min(b.dims()[axis]);
