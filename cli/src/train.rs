@@ -95,7 +95,9 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     if let Some(n) = figures::<Nearest>(s.figures.get("nearest")) {
         let (own, group) = (100.0 * n.own, 100.0 * n.group);
         let (own_chance, group_chance) = (100.0 * n.own_shuffled, 100.0 * n.group_shuffled);
-        say!("nearest picture own {own:.1} % (captions shuffled {own_chance:.1} %), of the group {group:.1} % ({group_chance:.1} %)");
+        say!(
+            "nearest picture own {own:.1} % (captions shuffled {own_chance:.1} %), of the group {group:.1} % ({group_chance:.1} %)"
+        );
     }
     if let Some(i2v) = figures::<ImageToVideo>(s.figures.get("image_to_video")) {
         let (quality, first) = (i2v.quality, i2v.first_frame);

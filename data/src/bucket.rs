@@ -114,8 +114,7 @@ pub struct Crop {
 impl Crop {
     /// NeMo's centre crop of an image to a bucket.
     pub fn center(image: Resolution, bucket: Resolution) -> Self {
-        let (wide, high) =
-            (bucket.width as f64 / image.width as f64, bucket.height as f64 / image.height as f64);
+        let (wide, high) = (bucket.width as f64 / image.width as f64, bucket.height as f64 / image.height as f64);
         let scale = wide.max(high);
         let side = |side: usize| (side as f64 * scale) as usize;
         let resized = Resolution { width: side(image.width), height: side(image.height) };

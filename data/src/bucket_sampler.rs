@@ -37,6 +37,9 @@ impl BucketOptions {
     }
 }
 
+/// Of an epoch and a bucket: its samples.
+type Order = (u64, usize, Arc<[usize]>);
+
 /// Each epoch goes through the buckets one by one. Ranks take turns in a bucket's samples; where they do not share out, some are
 /// taken again, so that all ranks have as many batches.
 #[derive(Debug)]
@@ -45,7 +48,7 @@ pub struct BucketSampler {
     buckets: Vec<Bucket>,
     options: BucketOptions,
     /// The newest orders of a bucket that were asked for, by epoch and bucket.
-    orders: Mutex<Vec<(u64, usize, Arc<[usize]>)>>,
+    orders: Mutex<Vec<Order>>,
 }
 
 impl BucketSampler {

@@ -129,20 +129,21 @@ impl Preprocess {
             // Loaded when the first picture needs them.
             let mut encoders: Option<Encoders> = None;
             let mut waiting: BTreeMap<Resolution, Vec<(usize, Tensor)>> = BTreeMap::new();
-            let mut encode = |group: Vec<(usize, Tensor)>, size: Resolution, keys: &[Option<Fingerprint>]| -> Result<usize> {
-                if encoders.is_none() {
-                    encoders = Some(Encoders::load(&self.pipeline, device)?);
-                }
-                let Some(encoders) = &encoders else { return Ok(0) };
-                let captions: Vec<&str> = group.iter().map(|(index, _)| &*items[*index].caption).collect();
-                let pixels: Vec<&Tensor> = group.iter().map(|(_, pixels)| pixels).collect();
-                let samples = encoders.encode(&Tensor::stack(&pixels, 0)?.to_device(device)?, &captions)?;
-                for ((index, _), sample) in group.iter().zip(samples) {
-                    let (item, Some(key)) = (&items[*index], keys[*index]) else { continue };
-                    writer.add(key, &item.name, &item.caption, &[size.height, size.width], sample)?;
-                }
-                Ok(group.len())
-            };
+            let mut encode =
+                |group: Vec<(usize, Tensor)>, size: Resolution, keys: &[Option<Fingerprint>]| -> Result<usize> {
+                    if encoders.is_none() {
+                        encoders = Some(Encoders::load(&self.pipeline, device)?);
+                    }
+                    let Some(encoders) = &encoders else { return Ok(0) };
+                    let captions: Vec<&str> = group.iter().map(|(index, _)| &*items[*index].caption).collect();
+                    let pixels: Vec<&Tensor> = group.iter().map(|(_, pixels)| pixels).collect();
+                    let samples = encoders.encode(&Tensor::stack(&pixels, 0)?.to_device(device)?, &captions)?;
+                    for ((index, _), sample) in group.iter().zip(samples) {
+                        let (item, Some(key)) = (&items[*index], keys[*index]) else { continue };
+                        writer.add(key, &item.name, &item.caption, &[size.height, size.width], sample)?;
+                    }
+                    Ok(group.len())
+                };
             for (index, prepared) in received {
                 let prepared = match prepared {
                     Ok(prepared) => prepared,
@@ -194,7 +195,8 @@ impl Preprocess {
 
     /// Reads a picture and brings it to its bucket, unless it is known.
     fn prepare(&self, item: &PictureItem, buckets: &Buckets, known: impl Fn(Fingerprint) -> bool) -> Result<Prepared> {
-        let unreadable = |e: std::io::Error| Error::Sample { sample: item.path.display().to_string(), source: e.into() };
+        let unreadable =
+            |e: std::io::Error| Error::Sample { sample: item.path.display().to_string(), source: e.into() };
         let bytes = std::fs::read(&item.path).map_err(unreadable)?;
         let key = Fingerprint::of(&bytes).and(&[0]).and(item.caption.as_bytes());
         if known(key) {

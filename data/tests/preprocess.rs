@@ -47,7 +47,10 @@ fn what_is_cached_is_skipped_and_what_changed_is_encoded() {
     let sample = source.read(0, &mut Philox::new(0)).unwrap();
     let (Media::Latents(latents), Text::Embeddings(text)) = (&sample.media, &sample.text) else { panic!("encoded") };
     assert_eq!(latents.dims(), [16, 8, 8]);
-    assert_eq!((text.tensors["text_embeddings"].dims(), text.tensors["pooled_prompt_embeds"].dims()), (&[32, 128][..], &[96][..]));
+    assert_eq!(
+        (text.tensors["text_embeddings"].dims(), text.tensors["pooled_prompt_embeds"].dims()),
+        (&[32, 128][..], &[96][..])
+    );
     // What the autoencoder makes of the latents is near the picture: 26 dB over all of them, says their description.
     let pipeline = PipelineFolder::open(&emoji().join("pipeline")).unwrap();
     let decoded = VaeCodec::load(&pipeline, &Device::cpu()).unwrap().decode(&latents.unsqueeze(0).unwrap()).unwrap();

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use flowtape_data::bucket::dynamic_batch_size;
 use flowtape_data::{
-    BatchPlan, Bucket, BucketOptions, BucketSampler, Buckets, Collator, Crop, Cursor, Loaded, NemoCache, Pick, PixelCodec,
-    Rank, Resolution, Sampler, Source, TextEmbeddings, TextEncoder,
+    BatchPlan, Bucket, BucketOptions, BucketSampler, Buckets, Collator, Crop, Cursor, Loaded, NemoCache, Pick,
+    PixelCodec, Rank, Resolution, Sampler, Source, TextEmbeddings, TextEncoder,
 };
 use flowtape_engine::{DType, Device, Philox};
 use serde_json::Value;
@@ -37,7 +37,11 @@ pub(crate) fn bucketing(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<(
         let pixels = args["max_pixels"].as_u64().map_or(Buckets::MAX_PIXELS, |n| n as usize);
         let buckets = Buckets::new(size(&args["quantization"]), pixels)?;
         let wanted = case["buckets"].as_array().into_iter().flatten().map(|b| resolution(&b["resolution"]));
-        out.push(exact(format!("buckets {i}"), buckets.resolutions == wanted.collect::<Any<Vec<_>>>()?, args.to_string()));
+        out.push(exact(
+            format!("buckets {i}"),
+            buckets.resolutions == wanted.collect::<Any<Vec<_>>>()?,
+            args.to_string(),
+        ));
         let assigned = case["assignment"].as_array().into_iter().flatten();
         let holds = assigned.map(|a| Ok(buckets.of(resolution(&a["image"])?) == size(&a["bucket_id"])));
         let holds = holds.collect::<Any<Vec<bool>>>()?;
@@ -51,7 +55,8 @@ pub(crate) fn bucketing(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<(
     out.push(exact("dynamic batch size", batches.iter().all(|h| *h), format!("{} cases", batches.len())));
     let crops = golden.list("resize_and_crop_center")?.iter().map(|case| {
         let crop = Crop::center(resolution(&case["image"])?, resolution(&case["target"])?);
-        let wanted: Vec<Option<i64>> = case["crop_offset_xy"].as_array().into_iter().flatten().map(Value::as_i64).collect();
+        let wanted: Vec<Option<i64>> =
+            case["crop_offset_xy"].as_array().into_iter().flatten().map(Value::as_i64).collect();
         Ok(crop.offset.map(Some)[..] == wanted[..])
     });
     let crops = crops.collect::<Any<Vec<bool>>>()?;
@@ -144,15 +149,11 @@ pub(crate) fn cache(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     let source = NemoCache::open(&dir.join(name.trim_end_matches("_batches")))?;
     let sampler = BucketSampler::new(BucketSampler::buckets_of(&source)?, BucketOptions::of_size(1));
     let groups: Vec<Value> = golden.list("bucket_order")?.to_vec();
-    let wanted: Vec<Vec<usize>> = groups.iter().filter_map(Value::as_str).map(|g| numbers(&golden.json["bucket_groups"][g])).collect();
+    let wanted: Vec<Vec<usize>> =
+        groups.iter().filter_map(Value::as_str).map(|g| numbers(&golden.json["bucket_groups"][g])).collect();
     let got: Vec<Vec<usize>> = sampler.buckets().iter().map(|bucket| bucket.indices.clone()).collect();
     out.push(exact("buckets", got == wanted, format!("{got:?}")));
-    let collator = Collator {
-        codec: Arc::new(PixelCodec),
-        text: Arc::new(NoText),
-        caption_dropout_prob: 0.0,
-        seed: 0,
-    };
+    let collator = Collator { codec: Arc::new(PixelCodec), text: Arc::new(NoText), caption_dropout_prob: 0.0, seed: 0 };
     for (i, case) in golden.list("batches")?.iter().enumerate() {
         let picks: Vec<Pick> =
             numbers(&case["indices"]).into_iter().map(|index| Pick { index, place: index as u64 }).collect();

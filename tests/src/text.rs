@@ -56,12 +56,17 @@ pub(crate) fn decoder_states(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> 
         let ids = inputs.tensor(&format!("{side}input_ids"))?.to_dtype(DType::U32)?;
         let mask = inputs.tensor(&format!("{side}attention_mask"))?;
         let run = model.forward(&ids, Some(&mask))?;
-        for (name, want) in outputs.under(side)?.into_iter().filter(|(name, _)| !side.is_empty() || !name.contains('/')) {
+        for (name, want) in outputs.under(side)?.into_iter().filter(|(name, _)| !side.is_empty() || !name.contains('/'))
+        {
             let title = format!("{side}{name}");
             let got = match &*name {
                 "prompt_embeds" => {
-                    let layers: Vec<usize> =
-                        case["layers"].as_array().into_iter().flatten().filter_map(|l| Some(l.as_u64()? as usize)).collect();
+                    let layers: Vec<usize> = case["layers"]
+                        .as_array()
+                        .into_iter()
+                        .flatten()
+                        .filter_map(|l| Some(l.as_u64()? as usize))
+                        .collect();
                     Some(stack_layers(&run, &layers)?)
                 }
                 // LTX-2's: the channel slow, the layer fast.
@@ -75,7 +80,11 @@ pub(crate) fn decoder_states(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> 
         }
     }
     // What is made of the states by pipelines that are not built yet is said.
-    for name in outputs.under("")?.into_keys().filter(|name| ["qwen_image", "hunyuan15", "nemo", "left_"].iter().any(|p| name.starts_with(p))) {
+    for name in outputs
+        .under("")?
+        .into_keys()
+        .filter(|name| ["qwen_image", "hunyuan15", "nemo", "left_"].iter().any(|p| name.starts_with(p)))
+    {
         out.push(Outcome::skipped(name, format!("a pipeline's of {class}")));
     }
     Ok(())
@@ -101,12 +110,7 @@ fn state(of: &TextModelOutput, what: &str) -> Any<Option<Tensor>> {
 }
 
 /// What pipelines and NeMo make of the states.
-fn derived(
-    class: &str,
-    what: &str,
-    [plain, masked]: [&TextModelOutput; 2],
-    inputs: &Golden,
-) -> Any<Option<Tensor>> {
+fn derived(class: &str, what: &str, [plain, masked]: [&TextModelOutput; 2], inputs: &Golden) -> Any<Option<Tensor>> {
     Ok(match (class, what) {
         (_, "clip_hidden") => plain.hidden_states.iter().nth_back(1).cloned(),
         (_, "pooled_prompt_embeds") => plain.pooler_output.clone(),
@@ -155,7 +159,8 @@ pub(crate) fn tokenizers(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()>
         let folder = dir.join(name);
         encodings(name, &folder, &folder, out)?;
         // What else a tokenizer can be read from gives the same.
-        if folder.join("tokenizer.json").exists() && ["spiece.model", "vocab.json"].iter().any(|f| folder.join(f).exists())
+        if folder.join("tokenizer.json").exists()
+            && ["spiece.model", "vocab.json"].iter().any(|f| folder.join(f).exists())
         {
             let older = tempfile::tempdir()?;
             for entry in std::fs::read_dir(&folder)? {

@@ -48,13 +48,13 @@ impl Data {
         let [width, height] = config.base_resolution;
         let base_resolution = config.dynamic_batch_size.then_some(Resolution { width, height });
         let sampler: Arc<dyn Sampler> = if buckets.len() > 1 || base_resolution.is_some() {
-            let options =
-                BucketOptions { batch_size: size, base_resolution, seed: order, drop_last: config.drop_last };
+            let options = BucketOptions { batch_size: size, base_resolution, seed: order, drop_last: config.drop_last };
             Arc::new(BucketSampler::new(buckets, options))
         } else {
             Arc::new(EpochSampler::new(self.source.len(), size, order, config.drop_last))
         };
-        let options = LoaderOptions { num_workers: config.num_workers, skip_bad: config.skip_bad, ..LoaderOptions::default() };
+        let options =
+            LoaderOptions { num_workers: config.num_workers, skip_bad: config.skip_bad, ..LoaderOptions::default() };
         Ok(Loader::new(self.source.clone(), sampler, Rank::ALONE, seed, at, options)?)
     }
 

@@ -63,7 +63,8 @@ impl CacheHeader {
         let text = std::fs::read(&path).map_err(|source| EngineError::Io { path: path.clone(), source })?;
         let Version { version } = serde_json::from_slice(&text).map_err(|e| open(&path, e))?;
         if version != VERSION {
-            let what = format!("a cache of version {version}; this program reads version {VERSION}: encode the data again");
+            let what =
+                format!("a cache of version {version}; this program reads version {VERSION}: encode the data again");
             return Err(open(&path, what));
         }
         serde_json::from_slice(&text).map(Some).map_err(|e| open(&path, e))

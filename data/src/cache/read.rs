@@ -45,7 +45,8 @@ impl CacheSource {
         match keys.len() - records.len() {
             0 => Ok(Self { records, ..self }),
             lacking => {
-                let what = format!("{lacking} of {} samples are not in it: run `flowtape preprocess` again", keys.len());
+                let what =
+                    format!("{lacking} of {} samples are not in it: run `flowtape preprocess` again", keys.len());
                 Err(open(&self.folder, what))
             }
         }
@@ -119,7 +120,8 @@ impl Source for CacheSource {
     }
 
     fn name(&self, index: usize) -> String {
-        let place = self.record(index).map(|r| format!("row {} of {}", r.row, shard_path(&self.folder, r.shard).display()));
+        let place =
+            self.record(index).map(|r| format!("row {} of {}", r.row, shard_path(&self.folder, r.shard).display()));
         let place = place.unwrap_or_else(|_| format!("sample {index}"));
         self.string(1, index).map_or(place.clone(), |name| format!("{name} ({place})"))
     }

@@ -76,14 +76,7 @@ impl CacheWriter {
     ///
     /// # Errors
     /// When it is not encoded, or a shard can't be written.
-    pub fn add(
-        &mut self,
-        key: Fingerprint,
-        name: &str,
-        caption: &str,
-        pixels: &[usize],
-        sample: Sample,
-    ) -> Result<()> {
+    pub fn add(&mut self, key: Fingerprint, name: &str, caption: &str, pixels: &[usize], sample: Sample) -> Result<()> {
         let (Media::Latents(latents), Text::Embeddings(text)) = (sample.media, sample.text) else {
             return Err(Error::batch(name, "latents and embeddings", "pixels or a caption"));
         };

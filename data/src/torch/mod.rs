@@ -109,11 +109,20 @@ impl<'a> Archive<'a> {
 /// A tensor of its storage's bytes.
 fn tensor(spec: &TensorSpec, storage: &[u8]) -> Result<Tensor, String> {
     let width = spec.storage.kind.width();
-    let wrong = || format!("{:?} with strides {:?} from {} leave the {} elements", spec.dims, spec.strides, spec.offset, storage.len() / width);
+    let wrong = || {
+        format!(
+            "{:?} with strides {:?} from {} leave the {} elements",
+            spec.dims,
+            spec.strides,
+            spec.offset,
+            storage.len() / width
+        )
+    };
     let count = spec.dims.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim)).ok_or_else(wrong)?;
-    let reach = spec.dims.iter().zip(&spec.strides).try_fold(spec.offset, |reach, (dim, stride)| {
-        reach.checked_add(dim.saturating_sub(1).checked_mul(*stride)?)
-    });
+    let reach =
+        spec.dims.iter().zip(&spec.strides).try_fold(spec.offset, |reach, (dim, stride)| {
+            reach.checked_add(dim.saturating_sub(1).checked_mul(*stride)?)
+        });
     // A view that repeats elements could be of any size.
     if count > 0 && (reach.is_none_or(|last| last >= storage.len() / width) || count > storage.len() / width) {
         return Err(wrong());

@@ -161,7 +161,7 @@ impl Machine {
                 b']' => self.list(Vec::new(), Value::List),
                 b')' => self.list(Vec::new(), Value::Tuple),
                 b't' => {
-                    let items = self.to_mark()?;
+                    let items = self.since_mark()?;
                     self.list(items, Value::Tuple)
                 }
                 0x85..=0x87 => {
@@ -170,7 +170,7 @@ impl Machine {
                     self.list(items, Value::Tuple)
                 }
                 b'a' | b'e' => {
-                    let items = if code == b'a' { vec![self.pop()?] } else { self.to_mark()? };
+                    let items = if code == b'a' { vec![self.pop()?] } else { self.since_mark()? };
                     let Some(Value::List(list)) = self.stack.last() else { return Err(CUT.into()) };
                     self.lists[*list].extend(items);
                     continue;
@@ -180,7 +180,7 @@ impl Machine {
                         let value = self.pop()?;
                         vec![self.pop()?, value]
                     } else {
-                        self.to_mark()?
+                        self.since_mark()?
                     };
                     let Some(Value::Dict(dict)) = self.stack.last() else { return Err(CUT.into()) };
                     let (pairs, rest) = items.as_chunks();
@@ -239,7 +239,7 @@ impl Machine {
         self.stack.pop().ok_or_else(|| CUT.into())
     }
 
-    fn to_mark(&mut self) -> Result<Vec<Value>, String> {
+    fn since_mark(&mut self) -> Result<Vec<Value>, String> {
         let mark = self.stack.iter().rposition(|value| matches!(value, Value::Mark)).ok_or(CUT)?;
         let items = self.stack.split_off(mark + 1);
         self.stack.pop();
@@ -284,7 +284,8 @@ impl Machine {
         if &*function != "torch._utils._rebuild_tensor_v2" {
             return Err(refused(&function));
         }
-        let [Value::Storage(storage), Value::Number(offset), Value::Tuple(dims), Value::Tuple(strides), ..] = &arguments[..]
+        let [Value::Storage(storage), Value::Number(offset), Value::Tuple(dims), Value::Tuple(strides), ..] =
+            &arguments[..]
         else {
             return Err(CUT.into());
         };

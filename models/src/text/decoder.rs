@@ -108,7 +108,7 @@ impl DecoderConfig {
             let expected = format!("a divisor of num_attention_heads, {}", config.num_attention_heads);
             return Err(Error::config("num_key_value_heads", expected, config.num_key_value_heads));
         }
-        if config.head_dim() % 2 != 0 {
+        if !config.head_dim().is_multiple_of(2) {
             return Err(Error::config("head_dim", "an even number", config.head_dim()));
         }
         Ok(config)
@@ -199,7 +199,8 @@ impl Layer {
         let (attention, mlp) = (params.sub("self_attn"), params.sub("mlp"));
         let norm = |name: &str| Norm::new(&params.sub(name), width, family, eps);
         let head_norm = |name: &str| Norm::new(&attention.sub(name), head, family, eps);
-        let project = |name: &str, heads: usize| Linear::new(&attention.sub(name), width, heads * head, family.qkv_bias);
+        let project =
+            |name: &str, heads: usize| Linear::new(&attention.sub(name), width, heads * head, family.qkv_bias);
         let dense = |name: &str, from: usize, to: usize| Linear::new(&mlp.sub(name), from, to, false);
         let feed_forward_norm = if family.gemma { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
         Ok(Self {
@@ -306,7 +307,8 @@ impl DecoderModel {
     /// reference has them.
     fn tables(&self, rope: Rope, length: usize, device: &Device) -> EngineResult<RopeTables> {
         let dim = self.config.head_dim();
-        let frequency = |i: usize| 1.0 / (rope.rope_theta as f32).powf((2 * i) as f32 / dim as f32) / rope.factor as f32;
+        let frequency =
+            |i: usize| 1.0 / (rope.rope_theta as f32).powf((2 * i) as f32 / dim as f32) / rope.factor as f32;
         let frequencies: Vec<f32> = (0..dim / 2).map(frequency).collect();
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for position in 0..length {
@@ -348,7 +350,8 @@ impl TextModel for DecoderModel {
             Some(window) => full.add(&window_mask(length, window, device)?)?,
             None => full.clone(),
         };
-        let [full_rope, sliding_rope] = [self.tables(self.ropes[0], length, device)?, self.tables(self.ropes[1], length, device)?];
+        let [full_rope, sliding_rope] =
+            [self.tables(self.ropes[0], length, device)?, self.tables(self.ropes[1], length, device)?];
         let mut x = embedding(&self.embed_tokens.value()?, input_ids)?;
         if self.family.gemma {
             // The root in the dtype of the weights.

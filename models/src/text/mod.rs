@@ -101,11 +101,7 @@ pub const TEXT_MODELS: &[TextModelKind] = &[
         prefix: "",
         new: |config, params| Ok(Box::new(T5EncoderModel::new(T5Config::from_json(config)?, true, params)?)),
     },
-    TextModelKind {
-        class: QWEN25_VL.class,
-        prefix: "",
-        new: |config, params| decoder(config, QWEN25_VL, params),
-    },
+    TextModelKind { class: QWEN25_VL.class, prefix: "", new: |config, params| decoder(config, QWEN25_VL, params) },
     TextModelKind {
         class: "Qwen2_5_VLTextModel",
         prefix: "",

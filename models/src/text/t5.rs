@@ -153,7 +153,12 @@ impl T5EncoderModel {
         let encoder = root.sub("encoder");
         let block = |i| Block::new(&encoder.sub("block").sub(i), &config, bias_per_layer || i == 0);
         Ok(Self {
-            shared: Table::with_init(&root.sub("shared"), config.vocab_size, config.d_model, Init::Normal { std: 1.0 })?,
+            shared: Table::with_init(
+                &root.sub("shared"),
+                config.vocab_size,
+                config.d_model,
+                Init::Normal { std: 1.0 },
+            )?,
             blocks: nn::Blocks::new(config.num_layers, block)?,
             final_layer_norm: RmsNorm::new(
                 &encoder.sub("final_layer_norm"),

@@ -24,7 +24,13 @@ pub struct SamplingConfig {
 
 impl Default for SamplingConfig {
     fn default() -> Self {
-        Self { every_steps: 0, num_inference_steps: 20, guidance_scale: 2.0, prompts: Vec::new(), image_to_video: false }
+        Self {
+            every_steps: 0,
+            num_inference_steps: 20,
+            guidance_scale: 2.0,
+            prompts: Vec::new(),
+            image_to_video: false,
+        }
     }
 }
 

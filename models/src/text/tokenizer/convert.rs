@@ -7,12 +7,12 @@ use serde_json::{Map, Value, json};
 use super::{AddedToken, Config};
 
 /// The words of CLIP: special tokens, endings, letters, single digits, other signs.
-const CLIP_WORDS: &str =
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+const CLIP_WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 /// What CLIP's pieces end with that end a word.
 const WORD_END: &str = "</w>";
 /// The words of Qwen 2 and 3.
-const QWEN_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN_WORDS: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Written for a space in sentencepiece's vocabularies.
 const SPACE: &str = "\u{2581}";
 
@@ -105,7 +105,9 @@ pub(super) fn pairs(vocab: Map<String, Value>, merges: &str, config: &Config) ->
 pub(super) fn sentencepiece(file: &[u8], config: &Config) -> Result<Value, String> {
     if !config.is("T5Tokenizer") {
         let class = &config.tokenizer_class;
-        return Err(format!("tokenizer_class {class:?} with spiece.model alone: expected T5Tokenizer, or a tokenizer.json"));
+        return Err(format!(
+            "tokenizer_class {class:?} with spiece.model alone: expected T5Tokenizer, or a tokenizer.json"
+        ));
     }
     let mut vocab: Vec<(String, f64)> = Vec::new();
     let mut charsmap: &[u8] = &[];
@@ -155,10 +157,7 @@ pub(super) fn sentencepiece(file: &[u8], config: &Config) -> Result<Value, Strin
     };
     let template = |ids: &[&str]| -> Vec<Value> {
         let sequence = |id: &&str| {
-            [
-                json!({"Sequence": {"id": id, "type_id": 0}}),
-                json!({"SpecialToken": {"id": end, "type_id": 0}}),
-            ]
+            [json!({"Sequence": {"id": id, "type_id": 0}}), json!({"SpecialToken": {"id": end, "type_id": 0}})]
         };
         ids.iter().flat_map(sequence).collect()
     };

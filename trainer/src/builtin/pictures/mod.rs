@@ -146,7 +146,9 @@ pub(super) fn cached(cache: &Path, pipeline: Option<&Path>, device: &Device) -> 
     } else {
         Arc::new(CacheSource::open(cache)?)
     };
-    let Some(pipeline) = pipeline else { return Ok(Data { source, codec: Arc::new(PixelCodec), text: Arc::new(NoText) }) };
+    let Some(pipeline) = pipeline else {
+        return Ok(Data { source, codec: Arc::new(PixelCodec), text: Arc::new(NoText) });
+    };
     let pipeline = PipelineFolder::open(pipeline)?;
     let codec = Arc::new(VaeCodec::load(&pipeline, device)?);
     Ok(Data { source, codec, text: Arc::new(PipelineText::new(pipeline)) })
@@ -158,6 +160,9 @@ struct NoText;
 impl TextEncoder for NoText {
     fn encode(&self, captions: &[Option<&str>], _: &Device) -> flowtape_data::Result<TextEmbeddings> {
         let what = "a cache has no text encoder: name the pipeline that it was made with in data.pipeline".into();
-        Err(flowtape_data::Error::Caption { caption: captions.iter().flatten().next().unwrap_or(&"").to_string(), what })
+        Err(flowtape_data::Error::Caption {
+            caption: captions.iter().flatten().next().unwrap_or(&"").to_string(),
+            what,
+        })
     }
 }

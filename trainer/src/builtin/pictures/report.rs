@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::FolderConfig;
+use crate::Result;
 use crate::generate::Request;
 use crate::hooks::{Cause, Event, Hook};
 use crate::recipe::ReportConfig;
 use crate::train::Session;
-use crate::Result;
 
 /// The seed of the report's samples: another than that of grids.
 const REPORT_SEED: u64 = 2;
@@ -109,9 +109,8 @@ impl Groups {
 
 /// The picture with the least squared distance.
 fn nearest(sample: &[f32], real: &[Vec<f32>]) -> usize {
-    let distance = |other: &Vec<f32>| -> f32 {
-        sample.iter().zip(other).map(|(a, b)| (a.clamp(-1.0, 1.0) - b).powi(2)).sum()
-    };
+    let distance =
+        |other: &Vec<f32>| -> f32 { sample.iter().zip(other).map(|(a, b)| (a.clamp(-1.0, 1.0) - b).powi(2)).sum() };
     let distances: Vec<f32> = real.iter().map(distance).collect();
     (0..distances.len()).min_by(|a, b| distances[*a].total_cmp(&distances[*b])).unwrap_or(0)
 }
