@@ -117,7 +117,7 @@ pub fn data_type(latents: &[usize]) -> Result<DataType> {
 }
 
 /// Texts `[T, ..]`, padded with zeros to the longest.
-fn padded(tensors: Vec<Tensor>) -> Result<Vec<Tensor>> {
+pub(crate) fn padded(tensors: Vec<Tensor>) -> Result<Vec<Tensor>> {
     let length = |tensor: &Tensor| tensor.dims().first().copied().unwrap_or(1);
     let longest = tensors.iter().map(length).max().unwrap_or(0);
     let pad = |tensor: Tensor| match longest - length(&tensor) {

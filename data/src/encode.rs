@@ -8,6 +8,7 @@ use flowtape_flowmatch::Batch;
 use flowtape_models::pipeline::PipelineFolder;
 use flowtape_models::vae::{self, Autoencoder};
 
+use crate::collate::padded;
 use crate::Result;
 
 /// Pixels to latents and back: an autoencoder, or nothing at all.
@@ -144,12 +145,10 @@ impl TextEncoder for PipelineText {
         if !missing.is_empty() {
             let encoder = self.pipeline.prompts(device)?;
             for prompts in missing.chunks(AT_ONCE) {
-                let tensors = encoder.encode(prompts)?;
-                for (row, prompt) in prompts.iter().enumerate() {
+                for (prompt, tensors) in prompts.iter().zip(encoder.encode(prompts, None)?) {
                     let mut one = TextEmbeddings::default();
-                    for (name, tensor) in &tensors {
-                        let tensor = tensor.narrow(0, row, 1)?.squeeze(0)?.to_device(&Device::cpu())?.contiguous()?;
-                        one = one.with(name, tensor);
+                    for (name, tensor) in tensors {
+                        one = one.with(name, tensor.to_device(&Device::cpu())?.contiguous()?);
                     }
                     known.insert((*prompt).to_owned(), one);
                 }
@@ -167,6 +166,7 @@ impl TextEncoder for PipelineText {
                 })
             };
             let rows = captions.iter().zip(wanted.clone()).map(row).collect::<Result<Vec<Tensor>>>()?;
+            let rows = padded(rows)?;
             let rows: Vec<&Tensor> = rows.iter().collect();
             all = all.with(&name, Tensor::stack(&rows, 0)?.to_device(device)?);
         }

@@ -221,19 +221,19 @@ impl Encoders {
     /// A sample for each picture of pixels `[B, 3, H, W]` and its caption, on the host.
     fn encode(&self, pixels: &Tensor, captions: &[&str]) -> Result<Vec<Sample>> {
         let latents = self.codec.encode(pixels)?;
-        let text = self.prompts.encode(captions)?;
+        let texts = self.prompts.encode(captions, None)?;
         let host = Device::cpu();
-        let row = |tensor: &Tensor, row: usize| -> Result<Tensor> {
-            Ok(tensor.narrow(0, row, 1)?.squeeze(0)?.to_device(&host)?.contiguous()?)
-        };
-        (0..captions.len())
-            .map(|i| {
+        texts
+            .iter()
+            .enumerate()
+            .map(|(i, text)| {
                 let mut embeddings = TextEmbeddings::default();
-                for (name, tensor) in &text {
+                for (name, tensor) in text {
                     // As NeMo stores them: half the room, and a transformer computes in no more.
-                    embeddings = embeddings.with(name, row(tensor, i)?.to_dtype(DType::BF16)?);
+                    embeddings = embeddings.with(name, tensor.to_device(&host)?.to_dtype(DType::BF16)?.contiguous()?);
                 }
-                Ok(Sample::new(Media::Latents(row(&latents, i)?), Text::Embeddings(embeddings)))
+                let latents = latents.narrow(0, i, 1)?.squeeze(0)?.to_device(&host)?.contiguous()?;
+                Ok(Sample::new(Media::Latents(latents), Text::Embeddings(embeddings)))
             })
             .collect()
     }

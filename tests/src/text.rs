@@ -127,14 +127,16 @@ fn derived(class: &str, what: &str, [plain, masked]: [&TextModelOutput; 2], inpu
     })
 }
 
-/// What a FLUX pipeline makes of prompts, as diffusers and NeMo have it.
-pub(crate) fn flux_prompts(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+/// What a pipeline makes of prompts, as diffusers and NeMo have it.
+pub(crate) fn pipeline_prompts(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     let case = Golden::open(dir, name)?.json;
     let outputs = Golden::tensors(dir, "outputs")?;
     let encoder = PipelineFolder::open(&dir.join("pipeline"))?.prompts(&Device::cpu())?;
-    let encoded = [("", "prompt"), ("negative_", "negative_prompt")];
-    for (prefix, key) in encoded {
-        let tensors = encoder.encode(&[text(&case, key)?])?;
+    let mut runs = case["runs"].as_object().ok_or("no runs")?.values();
+    let length = runs.find_map(|run| run["max_sequence_length"].as_u64()).map(|length| length as usize);
+    for (prefix, key) in [("", "prompt"), ("negative_", "negative_prompt")] {
+        let Some(prompt) = case[key].as_str() else { continue };
+        let tensors = encoder.encode(&[prompt], length)?;
         let names = [
             ("prompt_embeds", "text_embeddings"),
             ("pooled_prompt_embeds", "pooled_prompt_embeds"),
@@ -145,7 +147,8 @@ pub(crate) fn flux_prompts(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> An
         for (golden, ours) in names {
             let name = format!("{prefix}{golden}");
             if outputs.has(&name) {
-                out.push(compare(&name, tensors.get(ours).cloned(), &outputs.tensor(&name)?)?);
+                let got = tensors[0].get(ours).map(|tensor| tensor.unsqueeze(0)).transpose()?;
+                out.push(compare(&name, got, &outputs.tensor(&name)?)?);
             }
         }
     }

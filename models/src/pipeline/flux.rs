@@ -13,7 +13,7 @@ const MAX_SEQUENCE_LENGTH: usize = 512;
 
 /// CLIP, whose end token stands for the whole text, and T5. Neither is told where a text is padded.
 ///
-/// Gives `text_embeddings` `[B, T, D]` (T5), `pooled_prompt_embeds` `[B, P]` and `clip_hidden` `[B, 77, P]` (CLIP: the state
+/// Gives `text_embeddings` `[T, D]` (T5), `pooled_prompt_embeds` `[P]` and `clip_hidden` `[77, P]` (CLIP: the state
 /// before the last), as NeMo stores them.
 pub struct FluxPrompts {
     clip: Part,
@@ -36,12 +36,12 @@ impl Part {
         Ok(Self { tokenizer, model, length, device: device.clone() })
     }
 
-    fn run(&self, prompts: &[&str]) -> Result<TextModelOutput> {
+    fn run(&self, prompts: &[&str], length: usize) -> Result<TextModelOutput> {
         let mut ids = Vec::new();
         for prompt in prompts {
-            ids.extend(self.tokenizer.encode_padded(prompt, self.length, self.tokenizer.padding_side())?.ids);
+            ids.extend(self.tokenizer.encode_padded(prompt, length, self.tokenizer.padding_side())?.ids);
         }
-        self.model.forward(&Tensor::from_vec(ids, &[prompts.len(), self.length], &self.device)?, None)
+        self.model.forward(&Tensor::from_vec(ids, &[prompts.len(), length], &self.device)?, None)
     }
 }
 
@@ -59,15 +59,26 @@ impl FluxPrompts {
 }
 
 impl PromptEncoder for FluxPrompts {
-    fn encode(&self, prompts: &[&str]) -> Result<BTreeMap<&'static str, Tensor>> {
-        let clip = self.clip.run(prompts)?;
+    fn encode(
+        &self,
+        prompts: &[&str],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Vec<BTreeMap<&'static str, Tensor>>> {
+        if prompts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let clip = self.clip.run(prompts, self.clip.length)?;
         let pooled = clip.pooler_output;
         let pooled = pooled.ok_or_else(|| Error::config("text_encoder", "a model that pools, such as CLIP", "none"))?;
         let mut all = BTreeMap::from([
             ("pooled_prompt_embeds", pooled),
-            ("text_embeddings", self.t5.run(prompts)?.last_hidden_state),
+            ("text_embeddings", self.t5.run(prompts, max_sequence_length.unwrap_or(self.t5.length))?.last_hidden_state),
         ]);
         all.extend(clip.hidden_states.into_iter().nth_back(1).map(|states| ("clip_hidden", states)));
-        Ok(all)
+        let row = |row: usize| {
+            let one = |(name, tensor): (&&'static str, &Tensor)| Ok((*name, tensor.narrow(0, row, 1)?.squeeze(0)?));
+            all.iter().map(one).collect::<Result<BTreeMap<_, _>>>()
+        };
+        (0..prompts.len()).map(row).collect()
     }
 }

@@ -1,6 +1,7 @@
 //! diffusers' pipelines: a folder with `model_index.json` and a part in each of its folders, loaded as a whole or by part.
 
 mod flux;
+mod language;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use crate::text::{TextModel, Tokenizer, load};
 use crate::{Error, Result};
 
 pub use flux::FluxPrompts;
+pub use language::{FLUX2, FLUX2_KLEIN, LanguagePrompts, QWEN_IMAGE, States, Template};
 
 /// The file that lists a pipeline's parts.
 pub const MODEL_INDEX: &str = "model_index.json";
@@ -26,13 +28,18 @@ pub struct PipelineFolder {
     parts: BTreeMap<String, String>,
 }
 
-/// Captions to what a pipeline's transformer is told: tensors by the names that adapters read, with the samples as first axis.
+/// Prompts to what a pipeline's transformer is told: tensors by the names that adapters read, for each prompt without an axis of
+/// samples, since texts may differ in length.
 pub trait PromptEncoder: Send + Sync {
-    /// Embeddings of prompts.
+    /// Embeddings of each prompt. Texts are cut or padded to `max_sequence_length` tokens, or to the pipeline's own length.
     ///
     /// # Errors
-    /// When there is no prompt, or a model fails.
-    fn encode(&self, prompts: &[&str]) -> Result<BTreeMap<&'static str, Tensor>>;
+    /// When a model fails.
+    fn encode(
+        &self,
+        prompts: &[&str],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Vec<BTreeMap<&'static str, Tensor>>>;
 }
 
 /// Makes the encoder of prompts from a pipeline's folder, on a device.
@@ -50,11 +57,30 @@ pub struct PipelineKind {
 }
 
 /// All pipelines.
-pub const PIPELINES: &[PipelineKind] = &[PipelineKind {
-    class: "FluxPipeline",
-    prompt_parts: &["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"],
-    prompts: |folder, device| Ok(Box::new(FluxPrompts::load(folder, device)?)),
-}];
+pub const PIPELINES: &[PipelineKind] = &[
+    PipelineKind {
+        class: "FluxPipeline",
+        prompt_parts: &["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"],
+        prompts: |folder, device| Ok(Box::new(FluxPrompts::load(folder, device)?)),
+    },
+    PipelineKind {
+        class: "Flux2Pipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, FLUX2, device)?)),
+    },
+    PipelineKind {
+        class: "Flux2KleinPipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, FLUX2_KLEIN, device)?)),
+    },
+    PipelineKind {
+        class: "QwenImagePipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, QWEN_IMAGE, device)?)),
+    },
+];
+
+const ONE_MODEL: &[&str] = &["tokenizer", "text_encoder"];
 
 impl PipelineFolder {
     /// Reads which parts a folder has.

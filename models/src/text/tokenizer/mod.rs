@@ -215,6 +215,15 @@ impl Tokenizer {
             Kind::Pieces(tokenizer) => self.cut(tokenizer, text, length)?.get_ids().to_vec(),
             Kind::Bytes(bytes) => bytes.encode_cut(text, length),
         };
+        self.pad(ids, length, side)
+    }
+
+    /// `length` tokens: those of a text, cut short or padded.
+    ///
+    /// # Errors
+    /// When there are fewer, and no token for padding.
+    pub fn pad(&self, mut ids: Vec<u32>, length: usize, side: Padding) -> Result<Tokens> {
+        ids.truncate(length);
         let missing = length.saturating_sub(ids.len());
         let pad = match self.pad {
             Some(pad) => pad,
