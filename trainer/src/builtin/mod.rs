@@ -32,7 +32,11 @@ pub fn data(config: &DataConfig, device: &Device) -> Result<Data> {
         (Some(SourceName::MovingDigits), Some(size)) => {
             Data::of_pixels(Arc::new(moving_digits::MovingDigits::new(size)?), text)
         }
-        _ => Data::of_pixels(Arc::new(digits::Digits::load()?), text),
+        _ => {
+            let all = digits::Digits::load()?;
+            let chosen = config.classes.as_ref().map_or(all.clone(), |classes| all.of_classes(classes));
+            Data::of_pixels(Arc::new(chosen), text)
+        }
     })
 }
 

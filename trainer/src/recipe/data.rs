@@ -16,6 +16,10 @@ pub struct DataConfig {
     /// A set that comes with the trainer; or else `folder` or `cache_dir`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub builtin: Option<SourceName>,
+    /// The classes of digits that it shows; all if it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 10), inner(range(max = 9)))]
+    pub classes: Option<Vec<u8>>,
     /// Width of the embeddings of caption tokens and of the pooled caption, for the built-in digits.
     #[serde(default, skip_serializing_if = "is_zero")]
     #[schemars(range(min = 1, max = 1_048_576))]
@@ -89,6 +93,7 @@ impl DataConfig {
     pub fn digits(text_dim: usize) -> Self {
         Self {
             builtin: Some(SourceName::Digits),
+            classes: None,
             text_dim,
             video: None,
             folder: None,
@@ -118,6 +123,9 @@ impl DataConfig {
         match (builtin, &self.video) {
             (SourceName::MovingDigits, None) => {
                 vec!["data.video: moving_digits needs frames, height and width".into()]
+            }
+            (SourceName::MovingDigits, Some(_)) if self.classes.is_some() => {
+                vec!["data.classes: only still digits are chosen by class".into()]
             }
             (SourceName::MovingDigits, Some(video)) => {
                 video.problems().into_iter().map(|p| format!("data.video.{p}")).collect()
