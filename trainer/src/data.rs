@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use flowtape_data::{
-    Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, PixelCodec, Rank, Source, TextEncoder,
+    BucketOptions, BucketSampler, Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, PixelCodec, Rank,
+    Resolution, Sampler, Source, TextEncoder,
 };
 use flowtape_engine::Philox;
 
@@ -38,13 +39,23 @@ impl Data {
         Ok(self.source.header(0)?.dims)
     }
 
-    /// What reads batches of `size` samples for a run with this seed, from a cursor on.
+    /// What reads batches of `size` samples for a run with this seed, from a cursor on. Where samples are of several sizes, a
+    /// batch is of one.
     pub(crate) fn loader(&self, config: &DataConfig, size: usize, seed: u64, at: Cursor) -> Result<Loader> {
         let seed = data_seed(seed);
         let order = config.shuffle.then_some(seed);
-        let sampler = EpochSampler::new(self.source.len(), size, order, config.drop_last);
-        let options = LoaderOptions { num_workers: config.num_workers, ..LoaderOptions::default() };
-        Ok(Loader::new(self.source.clone(), Arc::new(sampler), Rank::ALONE, seed, at, options)?)
+        let buckets = BucketSampler::buckets_of(&*self.source)?;
+        let [width, height] = config.base_resolution;
+        let base_resolution = config.dynamic_batch_size.then_some(Resolution { width, height });
+        let sampler: Arc<dyn Sampler> = if buckets.len() > 1 || base_resolution.is_some() {
+            let options = BucketOptions { batch_size: size, base_resolution, seed: order, drop_last: config.drop_last };
+            Arc::new(BucketSampler::new(buckets, options))
+        } else {
+            Arc::new(EpochSampler::new(self.source.len(), size, order, config.drop_last))
+        };
+        let options =
+            LoaderOptions { num_workers: config.num_workers, skip_bad: config.skip_bad, ..LoaderOptions::default() };
+        Ok(Loader::new(self.source.clone(), sampler, Rank::ALONE, seed, at, options)?)
     }
 
     /// What makes batches of a run with this seed.

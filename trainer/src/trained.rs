@@ -37,7 +37,8 @@ impl Trained {
         let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
         let model = trained_model(&recipe, &run.checkpoint()?, &device)?;
         let pipeline = create_pipeline(recipe.flow_matching)?;
-        Ok(Self { model, pipeline, data: builtin::data(&recipe.data)?, sampling: recipe.sampling, device })
+        let data = builtin::data(&recipe.data, &device)?;
+        Ok(Self { model, pipeline, data, sampling: recipe.sampling, device })
     }
 
     /// Folds adapters into the model, each with its factor: keys that are of no use are an error unless they are allowed.

@@ -84,18 +84,22 @@ impl Recipe {
         problems
     }
 
-    /// Whether model and adapter fit the recipe's own data. A checkpoint that is not there is told of when it is opened.
+    /// Whether model and adapter fit each other and the recipe's own data.
     fn model_problems(&self) -> Vec<String> {
         let Ok(kind) = ModelKind::of_adapter(&self.flow_matching.adapter_type) else { return Vec::new() };
         let DataConfig { video, text_dim, .. } = &self.data;
-        let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);
-        let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
-            .map(|tensor| (tensor, "data.text_dim", *text_dim));
-        let sample = SampleSizes { source: "data.builtin", latents: &latents, widths: &widths };
         let start = match Start::of(&self.model) {
             Ok(start) => start,
             Err(error) => return vec![format!("model.{PRETRAINED}: {error}")],
         };
+        // Sizes of encoded samples are known when they are there.
+        if self.data.builtin.is_none() {
+            return kind.own_problems(&start.config, &self.flow_matching.adapter_kwargs);
+        }
+        let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);
+        let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
+            .map(|tensor| (tensor, "data.text_dim", *text_dim));
+        let sample = SampleSizes { source: "data.builtin", latents: &latents, widths: &widths };
         kind.contradictions(&start.config, &self.flow_matching.adapter_kwargs, &sample)
     }
 }
