@@ -8,8 +8,8 @@ use flowtape_flowmatch::Batch;
 use flowtape_models::pipeline::PipelineFolder;
 use flowtape_models::vae::{self, Autoencoder};
 
-use crate::collate::padded;
 use crate::Result;
+use crate::collate::padded;
 
 /// Pixels to latents and back: an autoencoder, or nothing at all.
 pub trait LatentCodec: Send + Sync {

@@ -98,7 +98,8 @@ impl LanguagePrompts {
                 Ok(last.narrow(1, start.min(count), count.saturating_sub(start))?.squeeze(0)?)
             }
             States::Layers(layers) => {
-                let tokens = self.tokenizer.pad(self.tokenizer.encode(&text, false)?, length, self.tokenizer.padding_side())?;
+                let tokens =
+                    self.tokenizer.pad(self.tokenizer.encode(&text, false)?, length, self.tokenizer.padding_side())?;
                 let output = self.model.forward(&row(tokens.ids)?, Some(&row(tokens.mask)?))?;
                 Ok(stack_layers(&output, &layers)?.squeeze(0)?)
             }
