@@ -2,11 +2,13 @@
 
 mod bench;
 mod progress;
+mod recipes;
 mod sample;
 mod signals;
 mod terminal;
 mod train;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -32,6 +34,8 @@ struct Cli {
 enum Command {
     /// Train a recipe, or go on with an interrupted run.
     Train(train::Train),
+    /// List the recipes that come with this binary, or print one.
+    Recipes(recipes::Recipes),
     /// Generate images with a trained run.
     Sample(sample::Sample),
     /// List what there is to compute on, and why something can't be used.
@@ -46,7 +50,7 @@ enum Command {
 #[derive(Args)]
 struct Inspect {
     /// A preset such as flux.1-dev, a config.json, a diffusers folder, a safetensors file, or a run folder.
-    target: String,
+    target: PathBuf,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -66,6 +70,7 @@ fn run() -> Result<ExitCode> {
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
+        Command::Recipes(args) => recipes::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Devices => list_devices(),
         Command::Inspect(args) => run_inspect(&args),

@@ -11,14 +11,18 @@
 //! | [`observe`] | hooks that only watch: metrics, the loss curve |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
-//! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
+//! | [`run`] | the run folder: one process's at a time, all files whole or absent |
+//! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
+//! | [`changes`] | what is other when a run goes on |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 //!
-//! A program that trains on NVIDIA GPUs depends on `flowtape-gpu` with the feature `cuda` beside this crate; the driver is
-//! looked for when it runs.
+//! A program that trains on NVIDIA GPUs depends on `flowtape-gpu` with the feature `cuda` beside this crate, and puts
+//! `find_cuda_helper = { path = ".../gpu/find_cuda_helper" }` under its `[patch.crates-io]`; the driver is looked for when it runs.
 
 pub mod builtin;
+pub mod changes;
+pub mod checkpoints;
 pub mod data;
 mod error;
 pub mod generate;

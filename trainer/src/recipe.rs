@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use flowtape_data::{Fingerprint, LoaderOptions};
+use flowtape_data::LoaderOptions;
 use flowtape_engine::nn::{ParamBuilder, Placement};
-use flowtape_engine::optim::{LossScale, LossScaleConfig, LrSchedulerConfig, OptimizerConfig};
+use flowtape_engine::optim::{DecayStyle, LossScale, LossScaleConfig, LrScheduler, LrSchedulerConfig, OptimizerConfig};
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
 use flowtape_models::requirements::SampleSizes;
@@ -284,7 +284,15 @@ impl Recipe {
     /// not fit, or an override is malformed.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(io(path))?;
-        Self::parse(&text, overrides).map_err(|what| Error::Recipe { path: path.into(), what })
+        Self::from_yaml(path, &text, overrides)
+    }
+
+    /// The same from the text of a file; errors name it `path`.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn from_yaml(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
+        Self::parse(text, overrides).map_err(|what| Error::Recipe { path: path.into(), what })
     }
 
     /// From the object that a file would hold, for programs with data of their own.
@@ -327,13 +335,12 @@ impl Recipe {
         let positive = [
             ("optimizer.lr", self.optimizer.lr),
             ("clip_grad_norm.max_norm", self.clip_grad_norm.as_ref().map_or(1.0, |c| c.max_norm)),
-            ("sampling.guidance_scale", self.sampling.guidance_scale),
-            ("sampling.num_inference_steps", self.sampling.num_inference_steps as f64),
             ("data.text_dim", self.data.text_dim as f64),
         ];
         if let Some((key, value)) = positive.into_iter().find(|(_, v)| !(*v > 0.0 && v.is_finite())) {
             return Err(format!("{key}: expected a positive number, got {value}"));
         }
+        self.sampling.check().map_err(|e| format!("sampling.{e}"))?;
         self.loss_scale.check().map_err(|e| e.to_string())?;
         self.data.check()?;
         let adapter = &self.flow_matching.adapter_type;
@@ -364,15 +371,44 @@ impl Recipe {
         self.step_scheduler.global_batch_size.unwrap_or(self.step_scheduler.local_batch_size)
     }
 
-    /// Of everything that says what is trained: not of where it runs, nor of where it is kept.
-    pub fn fingerprint(&self) -> Fingerprint {
-        let what = Self { run_dir: None, device: String::new(), ..self.clone() };
-        Fingerprint::of(what.to_yaml().as_bytes())
+    /// Batches of a step, one after the other.
+    pub fn micro_batches(&self) -> usize {
+        self.global_batch_size() / self.step_scheduler.local_batch_size.max(1)
+    }
+
+    /// Learning rate and weight decay by step.
+    ///
+    /// # Errors
+    /// When the section does not fit.
+    pub fn schedule(&self) -> flowtape_engine::Result<LrScheduler> {
+        let constant = LrSchedulerConfig {
+            lr_decay_style: DecayStyle::Constant,
+            lr_warmup_steps: Some(0),
+            ..LrSchedulerConfig::default()
+        };
+        let OptimizerConfig { lr, weight_decay, .. } = self.optimizer;
+        let config = self.lr_scheduler.as_ref().unwrap_or(&constant);
+        LrScheduler::new(config, lr, weight_decay, self.step_scheduler.max_steps)
+    }
+
+    /// With what a recipe may leave open as it is used: a run that is made longer later keeps its schedule.
+    fn resolved(&self) -> Self {
+        let mut out = self.clone();
+        out.step_scheduler.global_batch_size = Some(self.global_batch_size());
+        if let (Some(config), Ok(schedule)) = (&mut out.lr_scheduler, self.schedule()) {
+            *config = schedule.config();
+        }
+        out
     }
 
     /// The resolved recipe as YAML.
     pub fn to_yaml(&self) -> String {
-        serde_yaml_ng::to_string(self).unwrap_or_default()
+        serde_yaml_ng::to_string(&self.resolved()).unwrap_or_default()
+    }
+
+    /// The resolved recipe as an object.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::to_value(self.resolved()).unwrap_or_default()
     }
 }
 
@@ -431,14 +467,21 @@ mod tests {
             text.contains("name: sgd") && text.contains("momentum: 0.9") && text.contains("nesterov: false"),
             "{text}"
         );
-        assert_eq!(Recipe::parse(&text, &[]).unwrap(), recipe);
+        assert_eq!(Recipe::parse(&text, &[]).unwrap().optimizer, recipe.optimizer);
         assert_eq!(recipe.optimizer.groups.len(), 1);
     }
 
     #[test]
-    fn the_resolved_recipe_is_the_same_recipe() {
-        let recipe = Recipe::parse(DIGITS, &[]).unwrap();
-        assert_eq!(Recipe::parse(&recipe.to_yaml(), &[]).unwrap(), recipe);
+    fn the_resolved_recipe_is_the_same_recipe_with_the_values_that_are_used() {
+        let recipe = Recipe::parse(DIGITS, &["data.shuffle=false".into()]).unwrap();
+        let text = recipe.to_yaml();
+        for value in ["lr_warmup_steps: 100", "lr_decay_steps: 1000", "min_lr: 0.00001", "global_batch_size: 64"] {
+            assert!(text.contains(value), "{value} in {text}");
+        }
+        // Made longer, it keeps its schedule.
+        let longer = Recipe::parse(&text, &["step_scheduler.max_steps=5000".into()]).unwrap();
+        assert_eq!(longer.schedule().unwrap(), recipe.schedule().unwrap());
+        assert_eq!(Recipe::parse(&text, &[]).unwrap().to_yaml(), text);
     }
 
     #[test]
@@ -453,6 +496,8 @@ mod tests {
             ("optimizer.momentum=0.9", "unknown field `momentum`"),
             ("optimizer.name=adam", "adamw or sgd"),
             ("optimizer=", "expected a value"),
+            ("sampling.guidance_scale=.nan", "sampling.guidance_scale: expected a number above 0"),
+            ("sampling.num_inference_steps=1000000000000", "sampling.num_inference_steps: expected a whole number"),
             ("step_scheduler.local_batch_size=0", "local_batch_size"),
             ("step_scheduler.global_batch_size=100", "multiple"),
             ("flow_matching.flow_shift=0", "flow_matching.flow_shift"),

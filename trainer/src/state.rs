@@ -7,9 +7,11 @@ use flowtape_engine::nn::Params;
 use flowtape_engine::optim::{LossScale, LossScaleState, Optimizer};
 use flowtape_engine::safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use crate::changes::{Change, listed};
 use crate::error::io;
-use crate::{Error, Result};
+use crate::{Error, Recipe, Result};
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
@@ -35,73 +37,64 @@ pub struct TrainProgress {
     pub cursor: Cursor,
     /// Seconds of training so far.
     pub train_seconds: f64,
-    /// Of the recipe, but for where it runs and where it is kept.
-    pub recipe: Fingerprint,
     /// Of the samples.
     pub data: Fingerprint,
 }
 
 /// What is stored as JSON.
 #[derive(Serialize, Deserialize)]
-struct Stored {
+pub(crate) struct Stored {
     #[serde(flatten)]
-    progress: TrainProgress,
+    pub progress: TrainProgress,
+    /// The resolved recipe.
+    recipe: Value,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     loss_scale: Option<LossScaleState>,
 }
 
 impl Stored {
-    fn read(folder: &Path) -> Result<Self> {
+    /// Reads it from the folder of a checkpoint.
+    pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(STATE);
         let text = std::fs::read(&path).map_err(io(&path))?;
         serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })
     }
+
+    /// What is other now, of all that decides about the training.
+    pub fn changes(&self, recipe: &Recipe, data: Fingerprint) -> Vec<Change> {
+        Change::of_run((&self.recipe, self.progress.data), (recipe, data))
+    }
 }
 
 impl TrainState {
-    /// Writes it into the folder of a checkpoint.
+    /// Writes it into the folder of a checkpoint, and the recipe.
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn save(&self, params: &Params, folder: &Path) -> Result<()> {
+    pub fn save(&self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
         self.optimizer.save(params, folder.join(OPTIMIZER))?;
         let scale = self.loss_scale.as_ref().map(|scale| LossScaleState::read(scale.read_later()?)).transpose()?;
-        let stored = serde_json::json!(Stored { progress: self.progress, loss_scale: scale });
+        let stored = Stored { progress: self.progress, recipe: recipe.to_json(), loss_scale: scale };
         let path = folder.join(STATE);
-        std::fs::write(&path, format!("{stored}\n")).map_err(io(&path))
+        std::fs::write(&path, format!("{:#}\n", serde_json::json!(stored))).map_err(io(&path))
     }
 
-    /// Reads it from the folder of a checkpoint. Another recipe or other data are a warning: the run goes on with them.
+    /// Reads it from the folder of a checkpoint. What is other since then is a warning: the run goes on with it.
     ///
     /// # Errors
     /// When a file can't be read or does not fit the parameters.
-    pub fn load(&mut self, params: &Params, folder: &Path) -> Result<()> {
+    pub fn load(&mut self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
         self.optimizer.load(params, &SafeTensors::open(folder.join(OPTIMIZER))?)?;
-        let Stored { progress: found, loss_scale } = Stored::read(folder)?;
-        if let (Some(scale), Some(state)) = (&mut self.loss_scale, loss_scale) {
+        let stored = Stored::read(folder)?;
+        if let (Some(scale), Some(state)) = (&mut self.loss_scale, stored.loss_scale) {
             scale.load(state)?;
         }
-        let TrainProgress { recipe, data, .. } = self.progress;
-        if found.recipe != recipe {
-            tracing::warn!("the recipe was changed since the checkpoint of step {}", found.step);
+        let data = self.progress.data;
+        let changes = stored.changes(recipe, data);
+        if !changes.is_empty() {
+            tracing::warn!("since the checkpoint of step {}: {}", stored.progress.step, listed(&changes));
         }
-        if found.data != data {
-            tracing::warn!(
-                "the data was changed since the checkpoint of step {}: samples come in another order",
-                found.step
-            );
-        }
-        self.progress = TrainProgress { recipe, data, ..found };
+        self.progress = TrainProgress { data, ..stored.progress };
         Ok(())
-    }
-}
-
-impl TrainProgress {
-    /// Reads it from the folder of a checkpoint.
-    ///
-    /// # Errors
-    /// When it can't be read.
-    pub fn read(folder: &Path) -> Result<Self> {
-        Ok(Stored::read(folder)?.progress)
     }
 }

@@ -7,16 +7,16 @@ use std::time::Instant;
 
 use flowtape_engine::Device;
 use flowtape_engine::cpu::awake;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use crate::error::io;
+use crate::changes::listed;
 use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook};
 use crate::observe::{LossCurve, Metrics};
-use crate::run::RunFolder;
-use crate::state::TrainProgress;
+use crate::run::{RunFolder, quoted};
+use crate::state::Stored;
 use crate::trainer::{Enqueued, StepRecord, Trainer};
-use crate::{Recipe, Result, builtin};
+use crate::{Error, Recipe, Result, builtin};
 
 /// Steps over which losses are averaged for people.
 pub const WINDOW: usize = 100;
@@ -24,7 +24,8 @@ pub const WINDOW: usize = 100;
 /// What a run came to.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Summary {
-    /// The run folder.
+    /// The run folder; what of its name is no text is replaced where it is written.
+    #[serde(serialize_with = "as_text")]
     pub run_dir: PathBuf,
     /// Optimiser steps done.
     pub steps: u64,
@@ -42,6 +43,10 @@ pub struct Summary {
     /// What hooks found out, by name.
     #[serde(flatten)]
     pub figures: Map<String, Value>,
+}
+
+fn as_text<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&path.to_string_lossy())
 }
 
 /// Trains a recipe from its beginning. `hooks` are told of everything; `stop` ends the run after the current step, with a
@@ -63,30 +68,72 @@ pub fn train_on(
     hooks: Vec<Box<dyn Hook + '_>>,
     stop: &AtomicBool,
 ) -> Result<Summary> {
+    if let Some(path) = &recipe.run_dir {
+        RunFolder::check_free(path)?;
+    }
+    let data = builtin::data(&recipe.data)?;
+    Trainer::rehearse(recipe, data.clone())?;
     awake(device, || {
-        let trainer = Trainer::on(device, recipe)?;
+        let trainer = Trainer::with_data(device, recipe, data)?;
         let folder = RunFolder::create(recipe)?;
         with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }
 
-/// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit,
-/// unless another `device` than the recipe's is named. Of a run that is done already this is what it came to.
+/// What a run goes on with.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Resume<'a> {
+    /// Another device than the recipe's.
+    pub device: Option<&'a str>,
+    /// Overrides `a.b=value` of the run's recipe, such as `step_scheduler.max_steps=2000`. The run keeps them.
+    pub set: &'a [String],
+    /// Whether what changes the training may be other than it was when the checkpoint was written; else that is an error.
+    pub accept_changes: bool,
+}
+
+/// Goes on with an interrupted run from its last whole checkpoint: the result is that of an uninterrupted run, bit for bit,
+/// unless it is asked for something else. Of a run that is done already this is what it came to.
 ///
 /// # Errors
-/// When the device is not there, the folder has no checkpoint, or a step or a hook fails.
-pub fn resume(path: &Path, device: Option<&str>, hooks: Vec<Box<dyn Hook + '_>>, stop: &AtomicBool) -> Result<Summary> {
-    let (folder, mut recipe) = RunFolder::open(path)?;
-    let checkpoint = folder.checkpoint()?;
-    let step = TrainProgress::read(&checkpoint)?.step;
-    if let Some(summary) = folder.report()?.filter(|s| s.steps == step && step >= recipe.step_scheduler.max_steps) {
+/// When the device is not there, the folder has no checkpoint or is another process's, something was changed and that is not
+/// accepted, or a step or a hook fails.
+pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, stop: &AtomicBool) -> Result<Summary> {
+    let (mut folder, mut recipe) = RunFolder::open_with(path, with.set)?;
+    let steps = recipe.step_scheduler.max_steps;
+    let refuse = |what: String| Err(Error::Run { path: path.into(), what });
+    if !folder.checkpoints().any()? {
+        let (run, file) = (quoted(path), quoted(&path.join("recipe.yaml")));
+        let again = format!("`flowtape train {file} --set run_dir={run}`");
+        return refuse(format!("there is no checkpoint to go on with yet: begin again with {again}"));
+    }
+    let step = Stored::read(&folder.checkpoints().newest()?).map_or(0, |stored| stored.progress.step);
+    if let Some(summary) = folder.report()?.filter(|s| s.steps == step && step == steps) {
         return Ok(summary);
     }
-    recipe.device = device.map_or(recipe.device, str::to_owned);
+    folder.lock()?;
+    let checkpoint = folder.checkpoints().newest_whole()?;
+    let stored = Stored::read(&checkpoint)?;
+    if stored.progress.step > steps {
+        let done = stored.progress.step;
+        return refuse(format!(
+            "{done} steps are done already: step_scheduler.max_steps must be at least that, got {steps}"
+        ));
+    }
+    recipe.device = with.device.map_or(recipe.device, str::to_owned);
+    let data = builtin::data(&recipe.data)?;
+    let changes = stored.changes(&recipe, data.source.fingerprint());
+    if !changes.is_empty() && !with.accept_changes {
+        let (step, changes) = (stored.progress.step, listed(&changes));
+        return refuse(format!(
+            "since the checkpoint of step {step}: {changes}; to go on with that add --accept-changes"
+        ));
+    }
     let device = flowtape_gpu::device(&recipe.device)?;
+    Trainer::rehearse(&recipe, data.clone())?;
     awake(&device, || {
-        let mut trainer = Trainer::on(&device, &recipe)?;
+        let mut trainer = Trainer::with_data(&device, &recipe, data)?;
         trainer.load(&checkpoint)?;
+        folder.write_recipe(&recipe)?;
         with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }
@@ -169,9 +216,10 @@ impl<'h> Session<'h> {
     /// Steps until all are done or it is asked to stop.
     ///
     /// # Errors
-    /// When a step or a hook fails.
+    /// When a step or a hook fails, or another process trains in the folder.
     pub fn run(mut self) -> Result<Summary> {
         let started = Instant::now();
+        self.folder.lock()?;
         let steps = self.trainer.recipe().step_scheduler.max_steps;
         let progress = &self.trainer.state().progress;
         let (from, seconds_before) = (progress.step, progress.train_seconds);
@@ -216,8 +264,7 @@ impl<'h> Session<'h> {
             figures: self.figures,
         };
         if !summary.interrupted {
-            let path = self.folder.report_path();
-            std::fs::write(&path, format!("{:#}\n", serde_json::json!(summary))).map_err(io(&path))?;
+            self.folder.write_report(&summary)?;
         }
         Ok(summary)
     }

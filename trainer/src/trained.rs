@@ -9,7 +9,7 @@ use flowtape_flowmatch::FlowMatchingPipeline;
 use flowtape_models::{Condition, ModelKind, Transformer, create_pipeline};
 
 use crate::data::Data;
-use crate::generate::{Generator, Request, Samples};
+use crate::generate::{Generator, Request, Samples, check_count};
 use crate::recipe::SamplingConfig;
 use crate::run::RunFolder;
 use crate::{Error, Result, builtin};
@@ -33,7 +33,7 @@ impl Trained {
         let (run, recipe) = RunFolder::open(path)?;
         let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
         let dtype: DType = recipe.dtype.into();
-        let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &device)?;
+        let model = flowtape_models::checkpoint::load(&run.checkpoints().newest_whole()?, dtype, &device)?;
         let pipeline = create_pipeline(recipe.flow_matching)?;
         Ok(Self { model, pipeline, data: builtin::data(&recipe.data)?, sampling: recipe.sampling, device })
     }
@@ -49,16 +49,16 @@ impl Trained {
     /// `n` samples of a prompt; videos may go on from a given first frame.
     ///
     /// # Errors
-    /// When the prompt is not taken, `n` is 0, or the model takes no first frame.
+    /// When the prompt is not taken, `n` or a number of `sampling` is outside its range, or the model takes no first frame.
     pub fn sample(&self, prompt: &str, n: usize, seed: u64, first_frame: Option<&[f32]>) -> Result<Samples> {
-        let refused = |path: &str, what: &str| Err(Error::Run { path: path.into(), what: what.into() });
-        if n == 0 {
-            return refused("--n", "expected at least 1, got 0");
-        }
+        let refused = |path: &str, what: String| Error::Run { path: path.into(), what };
+        check_count(n, &self.sample_dims()?).map_err(|what| refused("samples", what))?;
+        self.sampling.check().map_err(|what| refused("sampling", what))?;
         let kind = ModelKind::of_adapter(self.pipeline.adapter().name())?;
         if first_frame.is_some() && (self.sample_dims()?.len() < 4 || !kind.takes(Condition::FirstFrame)) {
             let able = Condition::FirstFrame.adapters().join(", ");
-            return refused("--first-frame", &format!("only videos of these adapters go on from a frame: {able}"));
+            let what = format!("only videos of these adapters go on from a frame: {able}");
+            return Err(refused("--first-frame", what));
         }
         let first_frames = first_frame.map(|frame| frame.repeat(n));
         let prompts = vec![prompt; n];

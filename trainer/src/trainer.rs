@@ -5,12 +5,11 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use flowtape_data::{Collator, Loader};
-use flowtape_engine::optim::{
-    Clipping, LossScale, LossScaleState, LrScheduler, LrSchedulerConfig, OptimizerStep, Rates, StepConfig,
-};
+use flowtape_engine::meta::Meta;
+use flowtape_engine::optim::{Clipping, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, StepConfig};
 use flowtape_engine::{Device, Later, Philox, Tape};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, create_model, create_pipeline};
+use flowtape_models::{Transformer, checkpoint, create_model, create_pipeline};
 use serde::{Deserialize, Serialize};
 
 use crate::builtin;
@@ -133,16 +132,13 @@ impl Trainer {
         let mut model = create_model(&recipe.model, &params)?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         let optimizer = &recipe.optimizer;
-        let constant = LrSchedulerConfig {
-            lr_decay_style: flowtape_engine::optim::DecayStyle::Constant,
-            lr_warmup_steps: Some(0),
-            ..LrSchedulerConfig::default()
-        };
-        let steps = recipe.step_scheduler.max_steps;
-        let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
+        let schedule = recipe.schedule()?;
+        if let Some(max) = recipe.lr_scheduler.and_then(|s| s.max_lr).filter(|max| *max != optimizer.lr) {
+            tracing::warn!("lr_scheduler.max_lr ({max}) is what counts, not optimizer.lr ({})", optimizer.lr);
+        }
         Ok(Self {
             pipeline: create_pipeline(recipe.flow_matching.clone())?,
-            schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
+            schedule,
             collator: data.collator(&recipe.data, recipe.seed),
             state: TrainState {
                 optimizer: optimizer.build()?,
@@ -151,7 +147,6 @@ impl Trainer {
                     step: 0,
                     cursor: Default::default(),
                     train_seconds: 0.0,
-                    recipe: recipe.fingerprint(),
                     data: data.source.fingerprint(),
                 },
             },
@@ -185,7 +180,29 @@ impl Trainer {
     pub fn load(&mut self, checkpoint: &std::path::Path) -> Result<()> {
         self.model.params().load(&flowtape_models::checkpoint::open_weights(checkpoint)?)?;
         self.loader = None;
-        self.state.load(self.model.params(), checkpoint)
+        self.state.load(self.model.params(), &self.recipe, checkpoint)
+    }
+
+    /// Writes a checkpoint into a folder: the weights as diffusers opens them, and what goes on from step to step.
+    ///
+    /// # Errors
+    /// When a file can't be written.
+    pub fn save(&self, folder: &std::path::Path) -> Result<()> {
+        checkpoint::save(self.model(), folder, checkpoint::MAX_SHARD_SIZE)?;
+        self.state.save(self.model.params(), &self.recipe, folder)
+    }
+
+    /// A first step on the device that has shapes and no data: what does not fit is found in no time, before anything is made.
+    ///
+    /// # Errors
+    /// What that step would come to.
+    pub fn rehearse(recipe: &Recipe, data: Data) -> Result<()> {
+        let mut recipe = recipe.clone();
+        // A second micro-batch shows all that a thousand would.
+        let (local, parts) = (recipe.step_scheduler.local_batch_size, recipe.micro_batches());
+        recipe.step_scheduler.global_batch_size = Some(local * parts.min(2));
+        // Numbers of that device mean nothing: none is read.
+        Self::with_data(&Meta::default().device(), &recipe, data)?.enqueue().map(|_| ())
     }
 
     /// One optimiser step. Its data and its random numbers follow from the seed and from where the run stands.
@@ -208,7 +225,7 @@ impl Trainer {
     pub(crate) fn enqueue(&mut self) -> Result<Enqueued> {
         let started = Instant::now();
         let (global, local) = (self.recipe.global_batch_size(), self.recipe.step_scheduler.local_batch_size);
-        let parts = global / local;
+        let parts = self.recipe.micro_batches();
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };

@@ -15,7 +15,7 @@ use flowtape_trainer::builtin::WordTable;
 use flowtape_trainer::data::Data;
 use flowtape_trainer::hooks::{Cause, Checkpoint, Event, Hook, on_step};
 use flowtape_trainer::run::RunFolder;
-use flowtape_trainer::train::{Session, resume, train};
+use flowtape_trainer::train::{Resume, Session, resume, train};
 use flowtape_trainer::{Error, Recipe, Result, Trainer};
 
 use crate::common::small;
@@ -39,7 +39,7 @@ fn listening(heard: &mut Vec<String>) -> Vec<Box<dyn Hook + '_>> {
 }
 
 fn bytes(run: &Path, file: &str) -> Vec<u8> {
-    std::fs::read(run.join("checkpoint").join(file)).unwrap()
+    std::fs::read(run.join("checkpoints/LATEST").join(file)).unwrap()
 }
 
 fn assert_same_run(a: &Path, b: &Path) {
@@ -88,7 +88,7 @@ fn a_stopped_run_goes_on_to_the_same_bits_whenever_it_was_stopped() {
         // No grid is sampled any more, also if it was due.
         assert!(!run.join("samples/step_000003.png").exists() && !run.join("report.json").exists());
         let mut heard = Vec::new();
-        let summary = resume(&run, None, listening(&mut heard), &NEVER).unwrap();
+        let summary = resume(&run, &Resume::default(), listening(&mut heard), &NEVER).unwrap();
         assert_eq!((summary.steps, summary.interrupted), (5, false));
         assert_eq!(heard[0], format!("begin {stop_at} of 5 after {stop_at}"));
         assert_same_run(&whole, &run);
@@ -109,9 +109,9 @@ fn a_run_that_is_stopped_while_it_samples_is_saved_and_samples_again_later() {
     let recipe = small(&run, &["report.samples_per_class=1"]);
     let summary = train(&recipe, vec![Box::new(stopping)], &stop).unwrap();
     assert!(summary.interrupted && summary.steps == 5 && summary.figures.is_empty(), "{summary:?}");
-    assert!(run.join("checkpoint/state.json").exists() && !run.join("report.json").exists());
+    assert!(run.join("checkpoints/LATEST/state.json").exists() && !run.join("report.json").exists());
     let mut heard = Vec::new();
-    let summary = resume(&run, None, listening(&mut heard), &NEVER).unwrap();
+    let summary = resume(&run, &Resume::default(), listening(&mut heard), &NEVER).unwrap();
     assert!(summary.figures["accuracy"].is_number(), "{summary:?}");
     assert_eq!(heard[1..], [format!("{:?}", Cause::Finished), "step_000005.png at 5".into()]);
 }
@@ -148,7 +148,7 @@ fn by_products_that_are_lost_or_damaged_stop_nothing() {
         train(&small(&run, &[]), vec![stopping], &stop).unwrap();
         let _ = std::fs::remove_file(run.join("loss.svg"));
         damage(&run);
-        resume(&run, None, Vec::new(), &NEVER).unwrap();
+        resume(&run, &Resume::default(), Vec::new(), &NEVER).unwrap();
         assert_same_run(&whole, &run);
         let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
         assert_eq!(metrics.lines().count(), lines, "{metrics}");
@@ -207,7 +207,7 @@ fn a_program_keeps_a_run_of_its_own_samples_with_hooks_of_its_choice() {
     let (again, mut longer) = RunFolder::open(&summary.run_dir).unwrap();
     longer.step_scheduler.max_steps = 7;
     let mut trainer = own(&longer, source);
-    trainer.load(&again.checkpoint().unwrap()).unwrap();
+    trainer.load(&again.checkpoints().newest_whole().unwrap()).unwrap();
     assert_eq!((trainer.state().progress.step, run(trainer, again).steps), (5, 7));
 }
 
