@@ -111,6 +111,14 @@ pub enum Error {
         /// The operation that saved it.
         op: &'static str,
     },
+    /// A pattern of modules that matches nothing, or less than it seems to mean.
+    #[error("{key}: expected patterns of linear layers, got {got}")]
+    Modules {
+        /// The recipe's key.
+        key: &'static str,
+        /// The pattern, what it matches, and what is near.
+        got: String,
+    },
     /// A checkpoint whose keys do not fit the model.
     #[error(
         "{path}: keys do not fit the model ({}, {}, {}){}",

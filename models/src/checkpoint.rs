@@ -81,25 +81,32 @@ pub fn open_weights(folder: &Path) -> Result<Shards> {
 /// # Errors
 /// When a file can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
 pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Transformer>> {
+    load_with(folder, ParamBuilder::new(0, dtype, device))
+}
+
+/// The same with parameters as a builder's plan wants them held. What adapters it adds are new.
+///
+/// # Errors
+/// When a file can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
+pub fn load_with(folder: &Path, params: ParamBuilder) -> Result<Box<dyn Transformer>> {
     let weights = Arc::new(open_weights(folder)?);
-    let params = ParamBuilder::from_file(weights.clone(), dtype, device);
-    let model = create_model(&load_config(&folder.join(CONFIG))?, &params)?;
-    model.params().check_keys(&weights, |name| model.is_ignored_key(name)).map_err(|error| {
+    let model = create_model(&load_config(&folder.join(CONFIG))?, &params.reading(weights.clone()))?;
+    model.params().base().check_keys(&weights, |name| model.is_ignored_key(name)).map_err(|error| {
         let class = model.config()["_class_name"].as_str().unwrap_or("model").to_owned();
         Error::Model { model: class, source: Box::new(error) }
     })?;
     Ok(model)
 }
 
-/// Writes a model so that diffusers' `from_pretrained` opens it, in files of at most about `max_shard_size` bytes. The
-/// weights come first and each file appears whole: a folder with a configuration is complete.
+/// Writes a model, without adapters, so that diffusers' `from_pretrained` opens it, in files of at most about `max_shard_size`
+/// bytes. The weights come first and each file appears whole: a folder with a configuration is complete.
 ///
 /// # Errors
 /// When the folder can't be written.
 pub fn save(model: &dyn Transformer, folder: &Path, max_shard_size: usize) -> Result<()> {
     let io = |source| EngineError::Io { path: folder.into(), source };
     std::fs::create_dir_all(folder).map_err(io)?;
-    model.params().save(folder, WEIGHTS, max_shard_size)?;
+    model.params().base().save(folder, WEIGHTS, max_shard_size)?;
     let text = format!("{:#}\n", model.config());
     write_whole(&folder.join(CONFIG), |partial| Ok(std::fs::write(partial, text).map_err(io)?))
 }

@@ -3,6 +3,7 @@
 mod adapters;
 pub mod devices;
 mod golden;
+pub mod lora;
 mod ops;
 mod optim;
 mod pipeline_math;

@@ -138,6 +138,17 @@ fn step(folder: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
     Run::new(&case, &*half, &files, BTreeMap::new())?.compare_half(&case, &*half, &files, out)
 }
 
+/// The recorded step of a folder with any model that takes its batch: what it came to, and its gradients.
+///
+/// # Errors
+/// When a file can't be read or the step fails.
+pub fn recorded(folder: &Path, model: &dyn Transformer) -> Any<(StepOutput, Gradients)> {
+    let case: Value = serde_json::from_slice(&std::fs::read(folder.join("case.json"))?)?;
+    let device = model.params().iter().next().map_or_else(Device::cpu, |parameter| parameter.device().clone());
+    let Run { step, gradients, .. } = Run::new(&case, model, &Files::open(folder, &device)?, BTreeMap::new())?;
+    Ok((step, gradients))
+}
+
 /// What bf16's deviation may be of f32's. `f32_vs_f64_max_relative_deviation` is what roundings of 2^-24 come to in the
 /// reference; at bf16's 2^-9 the same roundings come to 2^15 times as much. Weights and inputs, which f32 holds exactly, are
 /// rounded as well: about as many roundings again.

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, ops, optim, pipeline_math, sampling, step};
+use crate::{Outcome, adapters, lora, ops, optim, pipeline_math, sampling, step};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -12,6 +12,7 @@ type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
 /// Which parts of the goldens (a folder's name, or folder and file) are compared with what. A `*` stands for any text.
 const SUBJECTS: &[(&str, Check)] = &[
     ("*_step", step::check),
+    ("lora_flux", lora::check),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
     ("pipeline_math/adapter_inputs", adapters::prepared),

@@ -1,5 +1,6 @@
 //! The layers of transformers.
 
+use super::adapter::Adapter;
 use super::{Init, Param, ParamBuilder};
 use crate::expr::Expr;
 use crate::ops::{self, RopeLayout, pointwise};
@@ -10,11 +11,13 @@ fn value(param: Option<&Param>) -> Result<Option<Tensor>> {
     param.map(Param::value).transpose()
 }
 
-/// `x W^T + b` over the last axis; parameters `weight` `[out, in]` and maybe `bias` `[out]`.
+/// `x W^T + b` over the last axis; parameters `weight` `[out, in]` and maybe `bias` `[out]`, and those of an adapter where the
+/// plan wants one.
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,
+    adapter: Option<Adapter>,
 }
 
 impl Linear {
@@ -41,7 +44,8 @@ impl Linear {
     ) -> Result<Self> {
         let weight = params.get("weight", &[outputs, inputs], weight_init)?;
         let bias = if bias { Some(params.get("bias", &[outputs], bias_init)?) } else { None };
-        Ok(Self { weight, bias })
+        let adapter = params.linear().map(|spec| Adapter::new(&spec, params, &weight)).transpose()?;
+        Ok(Self { weight, bias, adapter })
     }
 
     /// x `[.., in]` to `[.., out]`.
@@ -49,7 +53,11 @@ impl Linear {
     /// # Errors
     /// When shape or dtype do not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight.value()?, value(self.bias.as_ref())?.as_ref())
+        let (weight, bias) = (self.weight.value()?, value(self.bias.as_ref())?);
+        match &self.adapter {
+            Some(adapter) => adapter.forward(x, &weight, bias.as_ref()),
+            None => ops::linear(x, &weight, bias.as_ref()),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Layers and their parameters, named as PyTorch and diffusers name them.
 
+mod adapter;
 mod blocks;
 mod embedding;
 mod layers;
@@ -7,6 +8,10 @@ mod param;
 mod params;
 mod plan;
 
+pub use adapter::{
+    AdapterKind, AdapterPlan, AdapterSpec, Dropout, DropoutMasks, DropoutPosition, LoraInit, ModulePattern,
+    ModuleSelection,
+};
 pub use blocks::Blocks;
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};
 pub use layers::{Activation, FeedForward, LayerNorm, Linear, RmsNorm};

@@ -18,6 +18,14 @@ pub enum Role {
 #[derive(Clone, Debug)]
 pub struct Param(Arc<Inner>);
 
+/// What is said of a parameter when it is made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MadeAs {
+    pub role: Role,
+    pub zero_init: bool,
+    pub adapter: bool,
+}
+
 #[derive(Debug)]
 struct Inner {
     var: VarId,
@@ -26,6 +34,7 @@ struct Inner {
     dtype: DType,
     role: Role,
     zero_init: bool,
+    adapter: bool,
     device: Device,
     state: Mutex<State>,
 }
@@ -42,7 +51,8 @@ struct State {
 
 impl Param {
     /// A parameter from its value, and from the wider copy where it has one.
-    pub(super) fn new(path: String, role: Role, zero_init: bool, value: Tensor, master: Option<Tensor>) -> Self {
+    pub(super) fn new(path: String, made_as: MadeAs, value: Tensor, master: Option<Tensor>) -> Self {
+        let MadeAs { role, zero_init, adapter } = made_as;
         Self(Arc::new(Inner {
             var: VarId::fresh(),
             path,
@@ -50,6 +60,7 @@ impl Param {
             dtype: value.dtype(),
             role,
             zero_init,
+            adapter,
             device: value.device().clone(),
             state: Mutex::new(State { value: Some(value), master, version: 0 }),
         }))
@@ -102,6 +113,11 @@ impl Param {
     /// projection. A new model adds nothing to its residual stream then, and predicts zero.
     pub fn zero_init(&self) -> bool {
         self.0.zero_init
+    }
+
+    /// Whether it is part of an adapter, and none of the model's own.
+    pub fn is_adapter(&self) -> bool {
+        self.0.adapter
     }
 
     /// The variable of its gradient; nothing where it is frozen.

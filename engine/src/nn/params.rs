@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Param, ParamPlan, Placement};
+use super::param::MadeAs;
+use super::{AdapterSpec, Param, ParamPlan, Placement};
 use crate::safetensors::{Shards, save_sharded};
 use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
 
@@ -32,6 +33,7 @@ pub enum Init {
 pub struct Params {
     all: Vec<Param>,
     places: HashMap<String, usize>,
+    linears: Vec<String>,
 }
 
 impl Params {
@@ -43,6 +45,29 @@ impl Params {
     /// The parameter of that path.
     pub fn get(&self, path: &str) -> Option<&Param> {
         self.places.get(path).map(|&i| &self.all[i])
+    }
+
+    /// The paths of the linear layers, in the order in which they were made: what adapters can stand beside.
+    pub fn linears(&self) -> &[String] {
+        &self.linears
+    }
+
+    /// The model's own parameters: what a checkpoint of it holds.
+    #[must_use]
+    pub fn base(&self) -> Self {
+        self.only(|param| !param.is_adapter())
+    }
+
+    /// The parameters of adapters.
+    #[must_use]
+    pub fn adapters(&self) -> Self {
+        self.only(Param::is_adapter)
+    }
+
+    fn only(&self, holds: impl Fn(&Param) -> bool) -> Self {
+        let mut some = Self { linears: self.linears.clone(), ..Self::default() };
+        self.iter().filter(|param| holds(param)).for_each(|param| some.push(param.clone()));
+        some
     }
 
     fn push(&mut self, param: Param) {
@@ -140,6 +165,8 @@ pub struct ParamBuilder {
     /// Whether what is made here is marked as what DiT starts at zero, and whether that is done.
     zero_init: bool,
     adaln_zero: bool,
+    /// Whether what is made here is part of an adapter.
+    adapter: bool,
     made: Arc<Mutex<Params>>,
 }
 
@@ -159,14 +186,16 @@ impl ParamBuilder {
             file: None,
             zero_init: false,
             adaln_zero: false,
+            adapter: false,
             made: Arc::default(),
         }
     }
 
-    /// A builder whose parameters are a file's tensors of their names, converted to `dtype` one by one. What does not fit
-    /// gets no memory: check [`Params::check_keys`] before use.
-    pub fn from_file(file: Arc<Shards>, dtype: DType, device: &Device) -> Self {
-        Self { file: Some(file), ..Self::new(0, dtype, device) }
+    /// The same builder, where the model's own parameters are a file's tensors of their names instead of starting values. What
+    /// does not fit gets no memory: check [`Params::check_keys`] before use.
+    #[must_use]
+    pub fn reading(self, file: Arc<Shards>) -> Self {
+        Self { file: Some(file), ..self }
     }
 
     /// The same builder, where what DiT starts at zero ([`Param::zero_init`]) starts at zero.
@@ -179,6 +208,22 @@ impl ParamBuilder {
     #[must_use]
     pub fn zero_init(&self) -> Self {
         Self { zero_init: true, ..self.clone() }
+    }
+
+    /// Notes a linear layer of the builder's path; the adapter that the plan wants beside it.
+    pub(super) fn linear(&self) -> Option<AdapterSpec> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).linears.push(self.path.clone());
+        self.plan.adapter(&self.path)
+    }
+
+    /// A builder of what an adapter adds: held as its specification says, and never found in the model's file.
+    pub(super) fn adapter(&self, placement: Placement) -> Self {
+        Self { plan: Arc::new(placement), file: None, zero_init: false, adapter: true, ..self.clone() }
+    }
+
+    /// A number for what is drawn under a name of this path.
+    pub(super) fn stream(&self, name: &str) -> u64 {
+        stream(&self.sub(name).path)
     }
 
     /// A builder one step down the path.
@@ -225,17 +270,15 @@ impl ParamBuilder {
             }
             other => other,
         })?;
-        let param = Param::new(path, role, self.zero_init, value, master.map(|_| wide));
+        let made_as = MadeAs { role, zero_init: self.zero_init, adapter: self.adapter };
+        let param = Param::new(path, made_as, value, master.map(|_| wide));
         made.push(param.clone());
         Ok(param)
     }
 
     /// Starting values of a parameter.
     fn start(&self, path: &str, dims: &[usize], init: Init, dtype: DType) -> Result<Tensor> {
-        // FNV-1a: any fixed hash would do.
-        let stream =
-            path.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        let mut random = self.random.fork(stream);
+        let mut random = self.random.fork(stream(path));
         match init {
             Init::Zeros => Tensor::zeros(dims, dtype, &self.device),
             Init::Ones => Tensor::ones(dims, dtype, &self.device),
@@ -251,6 +294,11 @@ impl ParamBuilder {
     pub fn params(&self) -> Params {
         self.made.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// A path as a number: FNV-1a, though any fixed hash would do.
+fn stream(path: &str) -> u64 {
+    path.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use super::Role;
+use super::{AdapterSpec, Role};
 use crate::DType;
 
 /// How a parameter is held.
@@ -39,6 +39,12 @@ impl Placement {
 pub trait ParamPlan: Send + Sync {
     /// The placement of a parameter.
     fn place(&self, path: &str, dims: &[usize]) -> Placement;
+
+    /// The adapter beside the linear layer of that path, if it has one.
+    fn adapter(&self, module: &str) -> Option<AdapterSpec> {
+        let _ = module;
+        None
+    }
 }
 
 /// All alike.
