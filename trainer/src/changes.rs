@@ -40,7 +40,7 @@ impl Change {
         changes.retain(|change| {
             let within =
                 |free: &&str| change.key.strip_prefix(free).is_some_and(|r| r.is_empty() || r.starts_with('.'));
-            !FREE.iter().any(|free| within(&free))
+            !FREE.iter().any(within)
         });
         changes
     }

@@ -257,12 +257,15 @@ impl Manifest {
         for (name, expected) in files {
             let path = folder.join(&name);
             // Sizes first: what was cut short is found without reading it.
-            match path.metadata() {
+            let bytes = match path.metadata() {
                 Err(e) if e.kind() == ErrorKind::NotFound => return wrong(&name, "missing"),
-                found if found.as_ref().is_ok_and(|f| f.len() != expected.bytes) => {
-                    return wrong(&name, &format!("it is not {} bytes long, as it was saved", expected.bytes));
-                }
-                found => drop(found.map_err(io(&path))?),
+                found => found.map_err(io(&path))?.len(),
+            };
+            if bytes != expected.bytes {
+                return wrong(
+                    &name,
+                    &format!("it is {bytes} bytes long instead of the {} it was saved with", expected.bytes),
+                );
             }
             if Content::of(&path)? != expected {
                 return wrong(&name, "altered since it was saved, by its SHA-256");
@@ -310,7 +313,7 @@ mod tests {
         type Damage = fn(&Path);
         let damages: [(Damage, &str); 6] = [
             (|at| std::fs::write(at.join("weights"), "step 9").unwrap(), "SHA-256"),
-            (|at| std::fs::write(at.join("weights"), "step").unwrap(), "6 bytes"),
+            (|at| std::fs::write(at.join("weights"), "step").unwrap(), "instead of the 6"),
             (|at| std::fs::remove_file(at.join("ema/weights")).unwrap(), "missing"),
             (|at| std::fs::remove_file(at.join(MANIFEST)).unwrap(), "cut short"),
             (|at| std::fs::write(at.join(MANIFEST), "{").unwrap(), "damaged"),
