@@ -43,7 +43,7 @@ pub fn run(args: &Recipes) -> Result<ExitCode> {
 /// A recipe from a file, or by the name of one of the binary's.
 pub fn load(named: &Path, set: &[String]) -> Result<Recipe> {
     match named.to_str().and_then(embedded) {
-        Some(text) if !named.exists() => Ok(Recipe::from_yaml(named, text, set)?),
+        Some(text) if !named.exists() => Ok(Recipe::from_yaml(named, text.as_bytes(), set)?),
         _ if named.extension().is_none() && !named.exists() => {
             bail!("{}: neither a file nor one of the recipes {}", named.display(), names())
         }

@@ -395,7 +395,7 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
     let text = std::fs::read_to_string(RECIPE).unwrap();
     let cases = [
         (text.replace("  max_steps:", "  max_step:"), "did you mean `max_steps`"),
-        (text.replace("lr: 1.0e-3", "lr: fast"), "line"),
+        (text.replace("lr: 1.0e-3", "lr: fast"), "recipe.yaml:33:7: optimizer.lr: expected a number"),
         (text.replace("num_layers: 2", "num_layers: two"), "num_layers"),
         (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, "),
         (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),

@@ -4,8 +4,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, LossWeighting, Result, TimestepSampling};
 
+/// The greatest number of training timesteps.
+const MAX_TRAIN_TIMESTEPS: usize = 1_000_000;
+
 /// The strategies that a recipe may name; with its parameters one is a [`TimestepSampling`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum SamplingStrategy {
     /// [`TimestepSampling::Uniform`].
@@ -47,6 +51,7 @@ impl SamplingStrategy {
 
 /// Everything that the pipeline can be told, with NeMo's names and defaults.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct FlowMatchingConfig {
     /// Which adapter: `simple`, `flux`, …
@@ -152,18 +157,26 @@ impl FlowMatchingConfig {
     /// # Errors
     /// The first value that does not fit: its key, what it takes, what it has.
     pub fn validate(&self) -> Result<()> {
-        let check = |ok: bool, key: &'static str, expected: &str, got: f64| {
-            if ok { Ok(()) } else { Err(Error::config(key, expected, got)) }
+        self.problems().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// All values that do not fit.
+    pub fn problems(&self) -> Vec<Error> {
+        let mut problems = Vec::new();
+        let mut check = |ok: bool, key: &'static str, expected: &str, got: f64| {
+            if !ok {
+                problems.push(Error::config(key, expected, got));
+            }
         };
         let positive = |x: f64| x > 0.0 && x.is_finite();
         let unit = |x: f64| (0.0..=1.0).contains(&x);
         let both = "a positive number (beta_alpha and beta_beta must both be positive)";
-        check(positive(self.beta_alpha), "beta_alpha", both, self.beta_alpha)?;
-        check(positive(self.beta_beta), "beta_beta", both, self.beta_beta)?;
-        check(positive(self.flow_shift), "flow_shift", "a positive number", self.flow_shift)?;
-        check(self.logit_mean.is_finite(), "logit_mean", "a finite number", self.logit_mean)?;
+        check(positive(self.beta_alpha), "beta_alpha", both, self.beta_alpha);
+        check(positive(self.beta_beta), "beta_beta", both, self.beta_beta);
+        check(positive(self.flow_shift), "flow_shift", "a positive number", self.flow_shift);
+        check(self.logit_mean.is_finite(), "logit_mean", "a finite number", self.logit_mean);
         let std = self.logit_std;
-        check(std >= 0.0 && std.is_finite(), "logit_std", "a number that is not negative", std)?;
+        check(std >= 0.0 && std.is_finite(), "logit_std", "a number that is not negative", std);
         for (key, value) in [
             ("mix_uniform_ratio", self.mix_uniform_ratio),
             ("i2v_prob", self.i2v_prob),
@@ -171,23 +184,26 @@ impl FlowMatchingConfig {
             ("sigma_min", self.sigma_min),
             ("sigma_max", self.sigma_max),
         ] {
-            check(unit(value), key, "a number in [0, 1]", value)?;
+            check(unit(value), key, "a number in [0, 1]", value);
         }
         let least = format!("at least sigma_min = {}", self.sigma_min);
-        check(self.sigma_min <= self.sigma_max, "sigma_max", &least, self.sigma_max)?;
-        for (key, value) in [
-            ("num_train_timesteps", self.num_train_timesteps as u64),
-            ("log_interval", self.log_interval),
-            ("summary_log_interval", self.summary_log_interval),
-        ] {
-            check(value > 0, key, "a positive number", value as f64)?;
+        check(self.sigma_min <= self.sigma_max, "sigma_max", &least, self.sigma_max);
+        let timesteps = self.num_train_timesteps;
+        let expected = format!("at least 1 and at most {MAX_TRAIN_TIMESTEPS}");
+        check((1..=MAX_TRAIN_TIMESTEPS).contains(&timesteps), "num_train_timesteps", &expected, timesteps as f64);
+        for (key, value) in [("log_interval", self.log_interval), ("summary_log_interval", self.summary_log_interval)] {
+            check(value > 0, key, "a positive number", value as f64);
         }
         let known = self.unknown_timestep_sampling.as_ref().filter(|name| SamplingStrategy::of_name(name).is_some());
         if let Some(known) = known {
             let expected = "a name that is not known (timestep_sampling takes the known ones)";
-            return Err(Error::config("unknown_timestep_sampling", expected, known));
+            problems.push(Error::config("unknown_timestep_sampling", expected, known));
         }
-        self.weighting().map(|_| ())
+        // The tables of a weighting are as long as there are timesteps.
+        if problems.is_empty() {
+            problems.extend(self.weighting().err());
+        }
+        problems
     }
 }
 

@@ -17,6 +17,14 @@ pub enum Error {
         /// What it was given.
         got: String,
     },
+    /// A section with keys or values that do not fit: everything that is wrong with it.
+    #[error("{key}: {}", problems.join("; "))]
+    Section {
+        /// The section, as in a recipe.
+        key: &'static str,
+        /// A sentence each, which begins with the key.
+        problems: Vec<String>,
+    },
     /// A batch that a step cannot use.
     #[error("batch: expected {expected}, got {got}")]
     Batch {

@@ -32,7 +32,7 @@ pub(crate) trait Config: DeserializeOwned + Serialize + Default {
 /// Reads and checks the object of `config.json`. Keys that start with `_` say where it came from, and are passed over.
 ///
 /// # Errors
-/// When a key is unknown or a value does not fit.
+/// When keys are unknown or values do not fit: of those that say so by themselves all, else the first.
 pub(crate) fn read<C: Config>(value: &Value) -> Result<C> {
     let Some(object) = value.as_object() else {
         return Err(Error::config("model", "an object of keys and values", value));
@@ -41,16 +41,12 @@ pub(crate) fn read<C: Config>(value: &Value) -> Result<C> {
         let expected = "none: quantised weights can't be read; load a checkpoint that is not quantised";
         return Err(Error::config("quantization_config", expected, "one"));
     }
-    if let Some(unknown) = unknown_keys::<C>(object).first() {
-        let expected = format!("a key of {}{}", C::CLASS, nearest::<C>(unknown));
-        return Err(Error::config("model", expected, unknown));
-    }
     let mut known = object.clone();
     known.retain(|key, value| {
         let default = value.is_null() && (C::NULLABLE.contains(&&**key) || key == "quantization_config");
         !(key.starts_with('_') || default)
     });
-    let config: C = parse("model", Value::Object(known))?;
+    let config: C = parse("model", C::CLASS, known)?;
     config.check()?;
     Ok(config)
 }
@@ -60,14 +56,6 @@ pub(crate) fn unknown_keys<C: Config>(object: &Map<String, Value>) -> Vec<String
     let known = serde_json::json!(C::default());
     let is_known = |key: &str| key.starts_with('_') || key == "quantization_config" || known.get(key).is_some();
     object.keys().filter(|key| !is_known(key)).cloned().collect()
-}
-
-/// `; did you mean ..?`, where a key is like one of a class.
-fn nearest<C: Config>(key: &str) -> String {
-    let known = serde_json::json!(C::default());
-    let names = known.as_object().into_iter().flat_map(Map::keys);
-    let best = names.map(|name| (strsim::jaro(name, key), name)).max_by(|a, b| a.0.total_cmp(&b.0));
-    best.filter(|(likeness, _)| *likeness > 0.8).map_or(String::new(), |(_, name)| format!("; did you mean `{name}`?"))
 }
 
 /// The object of `config.json` for a configuration.
@@ -139,13 +127,102 @@ pub(crate) fn check_rope_axes<const N: usize>(key: &'static str, axes: &[usize],
 
 /// Reads an adapter's arguments from a recipe's `adapter_kwargs`.
 pub(crate) fn parse_kwargs<T: DeserializeOwned>(kwargs: &Map<String, Value>) -> Result<T> {
-    parse("adapter_kwargs", Value::Object(kwargs.clone()))
+    parse("adapter_kwargs", "this adapter", kwargs.clone())
 }
 
-fn parse<T: DeserializeOwned>(section: &'static str, value: Value) -> Result<T> {
-    serde_path_to_error::deserialize(value).map_err(|e| Error::Config {
-        key: section,
-        expected: "known keys and values that fit".into(),
-        got: e.to_string(),
-    })
+/// The most problems of a section that are told.
+const MAX_PROBLEMS: usize = 20;
+
+/// Reads an object, every key of which has a default. What does not fit is put aside, so that one reading tells all of it.
+fn parse<T: DeserializeOwned>(section: &'static str, whose: &str, mut object: Map<String, Value>) -> Result<T> {
+    let mut problems = Vec::new();
+    loop {
+        let error = match serde_path_to_error::deserialize(Value::Object(object.clone())) {
+            Ok(read) if problems.is_empty() => return Ok(read),
+            Ok(_) => break,
+            Err(error) => error,
+        };
+        let (path, message) = (error.path().to_string(), error.inner().to_string());
+        let key = match message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next()) {
+            Some(unknown) => {
+                problems.push(format!("{unknown}: no key of {whose}{}", nearest(&message)));
+                unknown.to_owned()
+            }
+            None => {
+                problems.push(format!("{path}: {}", in_words(&message)));
+                path.split(['.', '[']).next().unwrap_or_default().to_owned()
+            }
+        };
+        if object.remove(&key).is_none() || problems.len() == MAX_PROBLEMS {
+            break;
+        }
+    }
+    Err(Error::Section { key: section, problems })
+}
+
+/// `; did you mean ..?`, where the first name of serde's message is like one of the others.
+fn nearest(message: &str) -> String {
+    let mut names = message.split('`').skip(1).step_by(2);
+    let unknown = names.next().unwrap_or_default();
+    let best = names.map(|name| (strsim::jaro(name, unknown), name)).max_by(|a, b| a.0.total_cmp(&b.0));
+    best.filter(|(likeness, _)| *likeness > 0.8).map_or(String::new(), |(_, name)| format!("; did you mean `{name}`?"))
+}
+
+/// serde's message without names of Rust's types.
+fn in_words(message: &str) -> String {
+    let Some((got, expected)) = message.rsplit_once(", expected ") else { return message.to_owned() };
+    let expected = match expected {
+        "usize" | "u64" | "u32" | "i64" => "a whole number of at least 0",
+        "f64" | "f32" => "a number",
+        "a boolean" => "true or false",
+        "a string" => "text",
+        "a sequence" => "a list",
+        "a map" => "keys and values",
+        other => other,
+    };
+    let got = got.trim_start_matches("invalid type: ").trim_start_matches("invalid value: ");
+    let kinds = ["string ", "integer ", "floating point ", "boolean "];
+    let got = kinds.iter().find_map(|kind| got.strip_prefix(kind)).unwrap_or(got).replace('`', "");
+    let got = match &got[..] {
+        "sequence" => "a list",
+        "map" => "keys and values",
+        other => other,
+    };
+    format!("expected {expected}, got {got}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_wrong_with_a_section_is_told_at_once_and_in_words() {
+        #[derive(Debug, Default, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        #[allow(dead_code)]
+        struct Known {
+            layers: usize,
+            scale: f64,
+            flag: bool,
+            name: Option<String>,
+            sides: [usize; 2],
+        }
+        let object = |value: Value| value.as_object().cloned().unwrap_or_default();
+        let wrong = object(serde_json::json!({
+            "layer": 1, "layers": "two", "scale": "fast", "flag": 3, "name": [1], "sides": [1, -2],
+        }));
+        let Err(Error::Section { problems, .. }) = parse::<Known>("section", "these", wrong) else { panic!("taken") };
+        for expected in [
+            "layer: no key of these; did you mean `layers`?",
+            "layers: expected a whole number of at least 0, got \"two\"",
+            "scale: expected a number, got \"fast\"",
+            "flag: expected true or false, got 3",
+            "name: expected text, got a list",
+            "sides[1]: expected a whole number of at least 0, got -2",
+        ] {
+            assert!(problems.iter().any(|p| p == expected), "{expected} in {problems:#?}");
+        }
+        assert_eq!(problems.len(), 6, "{problems:#?}");
+        parse::<Known>("section", "these", object(serde_json::json!({"layers": 2, "name": null}))).unwrap();
+    }
 }

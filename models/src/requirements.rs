@@ -71,13 +71,19 @@ impl ModelKind {
                 self.class, self.adapter
             )];
         }
-        if let Err(error) = (self.new_adapter)(kwargs) {
-            return vec![format!("flow_matching.{error}")];
+        // Each by itself first, both told.
+        let adapter = (self.new_adapter)(kwargs).err().map(|error| problems("flow_matching.", error));
+        let model = self.config.complete(config).err().map(|error| match error {
+            Error::Config { key: "model", .. } | Error::Section { .. } => problems("", error),
+            error => problems("model.", error),
+        });
+        let wrong: Vec<String> = adapter.into_iter().chain(model).flatten().collect();
+        if !wrong.is_empty() {
+            return wrong;
         }
         let requirements = match (self.requirements)(config, kwargs) {
             Ok(requirements) => requirements,
-            Err(error @ Error::Config { key: "model", .. }) => return vec![error.to_string()],
-            Err(error) => return vec![format!("model.{error}")],
+            Err(error) => return problems("model.", error),
         };
         let videos = sample.latents.len() == 4;
         if videos != (self.capabilities.data == DataType::Video) {
@@ -91,6 +97,14 @@ impl ModelKind {
             )];
         }
         requirements.contradictions(sample)
+    }
+}
+
+/// What an error says of a section, a sentence for each key.
+fn problems(prefix: &str, error: Error) -> Vec<String> {
+    match error {
+        Error::Section { key, problems } => problems.into_iter().map(|p| format!("{prefix}{key}.{p}")).collect(),
+        error => vec![format!("{prefix}{error}")],
     }
 }
 
@@ -152,11 +166,11 @@ mod tests {
         };
         one(flux(json!({"in_channels": 6}), &[1, 8, 8], 32), &["model.in_channels", "multiple of 4"]);
         one(flux(json!({"out_channels": 8}), &[1, 8, 8], 32), &["model.out_channels", "in_channels (4)"]);
-        one(flux(json!({"num_layer": 8}), &[1, 8, 8], 32), &["model: ", "did you mean `num_layers`"]);
-        one(flux(json!({"num_layers": "x"}), &[1, 8, 8], 32), &["model: ", "num_layers"]);
+        one(flux(json!({"num_layer": 8}), &[1, 8, 8], 32), &["model.num_layer: ", "did you mean `num_layers`"]);
+        one(flux(json!({"num_layers": "x"}), &[1, 8, 8], 32), &["model.num_layers: expected a whole number", "\"x\""]);
         one(flux(json!({}), &[1, 2, 8, 8], 32), &["data.source gives videos", "flux takes images"]);
         one(flux(json!({"_class_name": "WanTransformer3DModel"}), &[1, 8, 8], 32), &["FluxTransformer2DModel"]);
-        one(found("flux", json!({}), json!({"scale": 1}), &[1, 8, 8], 8), &["flow_matching.adapter_kwargs", "scale"]);
+        one(found("flux", json!({}), json!({"scale": 1}), &[1, 8, 8], 8), &["flow_matching.adapter_kwargs.scale: "]);
         let guided =
             json!({"in_channels": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8, "guidance_embeds": true});
         let told = found("flux", guided, json!({"use_guidance_embeds": false}), &[1, 8, 8], 8);

@@ -1,18 +1,20 @@
 //! The error type of the trainer.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::recipe::Problem;
 
 /// What went wrong, where, and what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A recipe that can't be used.
-    #[error("{path}: {what}")]
+    #[error("{}", lines(path, problems))]
     Recipe {
         /// The file, or the run's copy of it.
         path: PathBuf,
-        /// What is wrong, with line and column where they are known.
-        what: String,
+        /// Everything that is wrong with it.
+        problems: Vec<Problem>,
     },
     /// A run folder that can't be used.
     #[error("{path}: {what}")]
@@ -71,6 +73,11 @@ impl From<flowtape_data::Error> for Error {
 
 /// The trainer's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A line for each problem.
+fn lines(path: &Path, problems: &[Problem]) -> String {
+    problems.iter().map(|problem| problem.line(&path.display())).collect::<Vec<_>>().join("\n")
+}
 
 fn last_good(checkpoint: Option<u64>) -> String {
     match checkpoint {

@@ -129,6 +129,56 @@ impl<'de> Visitor<'de> for Section {
     }
 }
 
+/// A section for each rule, the first of which needs no name.
+#[cfg(feature = "schema")]
+impl schemars::JsonSchema for OptimizerConfig {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "OptimizerConfig".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        use serde_json::json;
+        let groups = generator.subschema_for::<Vec<ParamGroup>>();
+        let rule = |(i, entry): (usize, &RuleEntry)| {
+            let mut keys = Map::from_iter([
+                ("name".to_owned(), json!({ "const": entry.name, "description": "The rule." })),
+                (
+                    "lr".to_owned(),
+                    json!({ "type": "number", "exclusiveMinimum": 0, "description": "The learning rate." }),
+                ),
+                (
+                    "weight_decay".to_owned(),
+                    json!({ "type": "number", "minimum": 0, "description": "The weight decay of all parameters." }),
+                ),
+                ("groups".to_owned(), json!(groups)),
+            ]);
+            keys.extend(entry.keys().into_iter().map(|(key, default)| (key, schema_of(&default))));
+            let required: &[&str] = if i == 0 { &[] } else { &["name"] };
+            json!({ "type": "object", "properties": keys, "required": required, "additionalProperties": false })
+        };
+        let rules: Vec<Value> = RULES.iter().enumerate().map(rule).collect();
+        schemars::json_schema!({ "oneOf": rules })
+    }
+}
+
+/// What a key takes whose default this is.
+#[cfg(feature = "schema")]
+fn schema_of(default: &Value) -> Value {
+    let kind = match default {
+        Value::Bool(_) => "boolean",
+        Value::Number(number) if number.is_f64() => "number",
+        Value::Number(_) => "integer",
+        Value::String(_) => "string",
+        Value::Array(items) => {
+            let item = items.first().map_or(Value::Bool(true), schema_of);
+            return serde_json::json!({ "type": "array", "items": item, "minItems": items.len(), "maxItems": items.len() });
+        }
+        // What may be left out may be anything that the rule takes.
+        Value::Null | Value::Object(_) => return Value::Bool(true),
+    };
+    serde_json::json!({ "type": kind, "default": default })
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

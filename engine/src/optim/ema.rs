@@ -29,7 +29,9 @@ pub struct EmaConfig {
 enum Decay {
     Constant(f64),
     /// `(1 - 1 / t)^(gamma + 1)`.
-    Power { gamma: f64 },
+    Power {
+        gamma: f64,
+    },
 }
 
 impl EmaConfig {
@@ -191,7 +193,9 @@ mod tests {
             let mean = moment(1) / moment(0);
             assert!(((moment(2) / moment(0) - mean * mean).sqrt() - sigma).abs() < 1e-6, "{sigma}");
         }
-        for (decay, sigma_rel) in [(None, None), (Some(0.9), Some(0.1)), (Some(1.0), None), (None, Some(0.0)), (None, Some(0.3))] {
+        for (decay, sigma_rel) in
+            [(None, None), (Some(0.9), Some(0.1)), (Some(1.0), None), (None, Some(0.0)), (None, Some(0.3))]
+        {
             assert!(EmaConfig { decay, sigma_rel }.check().is_err(), "{decay:?} {sigma_rel:?}");
         }
         Ok(())
@@ -200,7 +204,8 @@ mod tests {
     #[test]
     fn averages_are_the_sums_that_their_profiles_say_and_go_on_from_a_file() -> Result<()> {
         let (cpu, folder) = (Device::cpu(), tempfile::tempdir().unwrap());
-        let configs = [EmaConfig { decay: Some(0.75), sigma_rel: None }, EmaConfig { decay: None, sigma_rel: Some(0.2) }];
+        let configs =
+            [EmaConfig { decay: Some(0.75), sigma_rel: None }, EmaConfig { decay: None, sigma_rel: Some(0.2) }];
         for config in configs {
             let builder = ParamBuilder::new(3, DType::F64, &cpu);
             let (w, params) = (builder.get("w", &[5], Init::Normal { std: 1.0 })?, builder.params());

@@ -8,6 +8,7 @@ use crate::{Device, Error, Later, Result, Tensor};
 
 /// How the scale moves, with the names and defaults of PyTorch's `GradScaler`.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct LossScaleConfig {
     /// The first scale.

@@ -24,6 +24,7 @@ pub struct Rates {
 
 /// Parameters whose rates are others.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ParamGroup {
     /// Which: a path name, where `*` stands for any run of characters, as in `*.bias`.

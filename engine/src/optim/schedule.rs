@@ -8,6 +8,7 @@ use crate::{Error, Result};
 
 /// How the learning rate falls after warm-up.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum DecayStyle {
     /// Not at all.
     #[serde(rename = "constant")]
@@ -29,6 +30,7 @@ pub enum DecayStyle {
 
 /// The last part of a warm-up, stable, decay schedule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum WsdDecayStyle {
     /// Along a line.
@@ -44,6 +46,7 @@ pub enum WsdDecayStyle {
 
 /// How weight decay changes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum WdIncrStyle {
     /// Not at all.
@@ -57,6 +60,7 @@ pub enum WdIncrStyle {
 
 /// A schedule as a recipe writes it: what is left out follows from the optimiser and the number of steps.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct LrSchedulerConfig {
     /// How the learning rate falls.

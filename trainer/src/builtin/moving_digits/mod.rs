@@ -2,6 +2,7 @@
 
 use flowtape_data::{Fingerprint, Media, Result, Sample, SampleHeader, Source};
 use flowtape_engine::{Device, Philox, Tensor};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::builtin::digits::{Digits, SIDE};
@@ -52,21 +53,37 @@ impl Source for MovingDigits {
 }
 
 /// Sizes of a video.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VideoSize {
     /// Number of frames.
+    #[schemars(range(min = 1, max = 65_536))]
     pub frames: usize,
     /// Rows of a frame.
+    #[schemars(range(min = 8, max = 65_536))]
     pub height: usize,
     /// Columns of a frame.
+    #[schemars(range(min = 8, max = 65_536))]
     pub width: usize,
 }
 
+/// The most pixels of a video.
+const MAX_PIXELS: usize = 1 << 28;
+
 impl VideoSize {
+    /// What does not fit together.
+    pub(crate) fn problems(&self) -> Vec<String> {
+        // Of sides that are bounded by themselves.
+        let pixels = self.frames.saturating_mul(self.frame());
+        if pixels <= MAX_PIXELS {
+            return Vec::new();
+        }
+        vec![format!("frames: expected frames x height x width of at most {MAX_PIXELS} together, got {pixels}")]
+    }
+
     /// Pixels of a frame.
     pub fn frame(&self) -> usize {
-        self.height * self.width
+        self.height.saturating_mul(self.width)
     }
 
     /// Pixels of all frames.

@@ -1,0 +1,82 @@
+//! The `data` section.
+
+use flowtape_data::LoaderOptions;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::builtin::moving_digits::VideoSize;
+
+/// A source of training data.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Which.
+    pub source: SourceName,
+    /// Width of the embeddings of caption tokens and of the pooled caption.
+    #[schemars(range(min = 1, max = 1_048_576))]
+    pub text_dim: usize,
+    /// Sizes of the videos, for a source of videos.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub video: Option<VideoSize>,
+    /// Share of the samples whose caption is dropped, for guidance: the adapters of video models drop none themselves.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1))]
+    pub caption_dropout_prob: f64,
+    /// Whether each epoch has an order of its own; else all have the source's.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    /// Whether samples that fill no batch at an epoch's end are left out; else the batch goes on into the next epoch.
+    #[serde(default)]
+    pub drop_last: bool,
+    /// Threads that read ahead; 0 reads between steps. The results do not depend on it.
+    #[serde(default = "num_workers")]
+    #[schemars(range(max = 1024))]
+    pub num_workers: usize,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn num_workers() -> usize {
+    LoaderOptions::default().num_workers
+}
+
+/// The known sources.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceName {
+    /// The embedded 8 x 8 digits.
+    Digits,
+    /// The same, moving over a larger canvas and bouncing off its edges.
+    MovingDigits,
+}
+
+impl DataConfig {
+    /// Still digits, with embeddings of `text_dim`.
+    pub fn digits(text_dim: usize) -> Self {
+        Self {
+            source: SourceName::Digits,
+            text_dim,
+            video: None,
+            caption_dropout_prob: 0.0,
+            shuffle: true,
+            drop_last: false,
+            num_workers: num_workers(),
+        }
+    }
+
+    /// What does not fit together.
+    pub(super) fn problems(&self) -> Vec<String> {
+        match (self.source, &self.video) {
+            (SourceName::MovingDigits, None) => {
+                vec!["data.video: moving_digits needs frames, height and width".into()]
+            }
+            (SourceName::MovingDigits, Some(video)) => {
+                video.problems().into_iter().map(|p| format!("data.video.{p}")).collect()
+            }
+            (SourceName::Digits, Some(_)) => vec!["data.video: digits are images; did you mean moving_digits?".into()],
+            (SourceName::Digits, None) => Vec::new(),
+        }
+    }
+}

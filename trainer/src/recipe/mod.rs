@@ -1,0 +1,230 @@
+//! Recipes: YAML with NeMo's names where it has them.
+//!
+//! A file is read to nodes with their places ([`yaml`], [`node`]), settings are put into them, and [`read`] makes values of
+//! them by the JSON Schema of [`Recipe`]: so all problems are told at once, with their places, and an editor that is given the
+//! schema knows what we know. What a schema can't say is checked by [`check`].
+
+mod check;
+mod data;
+mod dtype;
+mod node;
+mod problems;
+mod read;
+mod sampling;
+mod steps;
+mod yaml;
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use flowtape_engine::optim::{DecayStyle, LossScaleConfig, LrScheduler, LrSchedulerConfig, OptimizerConfig};
+use flowtape_flowmatch::FlowMatchingConfig;
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
+use serde::{Deserialize, Serialize};
+
+use self::node::Node;
+use crate::error::io;
+use crate::{Error, Result};
+
+pub use self::data::{DataConfig, SourceName};
+pub use self::dtype::Dtype;
+pub use self::problems::{Place, Problem};
+pub use self::sampling::{ReportConfig, SamplingConfig};
+pub use self::steps::{ClipGradNorm, Performance, StepScheduler};
+
+/// Everything that a run is made of. The run folder keeps it resolved: all defaults written out.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The first part of the run folder's name; the file's if it is left out.
+    #[serde(default = "unnamed")]
+    pub name: String,
+    /// The run folder; `runs/<name>-<number>` if none is given.
+    #[serde(default)]
+    pub run_dir: Option<PathBuf>,
+    /// All random numbers follow from it.
+    #[serde(default)]
+    #[schemars(range(max = u64::MAX))]
+    pub seed: u64,
+    /// What flows where: `f32`, `bf16` (weights and moments too), or `mixed` or `mixed_f16` (bf16 or f16 with weights and
+    /// moments kept in f32).
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// Where it runs: `cpu`, `cuda`, `cuda:<number>`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
+    #[serde(default = "cpu")]
+    pub device: String,
+    /// What is trained on.
+    pub data: DataConfig,
+    /// The object of diffusers' `config.json`; its `_class_name` says which model.
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    pub model: serde_json::Value,
+    /// How the model starts.
+    #[serde(default)]
+    pub init: Init,
+    /// The pipeline.
+    #[serde(default)]
+    pub flow_matching: FlowMatchingConfig,
+    /// The optimiser.
+    pub optimizer: OptimizerConfig,
+    /// Learning rate by step; constant if the section is absent.
+    #[serde(default)]
+    pub lr_scheduler: Option<LrSchedulerConfig>,
+    /// Gradient clipping; none if the section is absent.
+    #[serde(default)]
+    pub clip_grad_norm: Option<ClipGradNorm>,
+    /// How the factor of the loss moves, for `mixed_f16` alone.
+    #[serde(default)]
+    pub loss_scale: LossScaleConfig,
+    /// How long, in which batches.
+    pub step_scheduler: StepScheduler,
+    /// What is traded for time.
+    #[serde(default)]
+    pub performance: Performance,
+    /// Sample grids.
+    #[serde(default)]
+    pub sampling: SamplingConfig,
+    /// The report at the end; none if the section is absent.
+    #[serde(default)]
+    pub report: Option<ReportConfig>,
+}
+
+fn unnamed() -> String {
+    "run".into()
+}
+
+fn cpu() -> String {
+    "cpu".into()
+}
+
+/// Starting values of a new model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// As diffusers: PyTorch's linear initialisation everywhere.
+    #[default]
+    Diffusers,
+    /// The same, but modulations, gates and the output projection start at zero, as in DiT.
+    AdalnZero,
+}
+
+/// The JSON Schema of a recipe.
+static SCHEMA: LazyLock<serde_json::Value> = LazyLock::new(|| {
+    let settings = SchemaSettings::draft07().with(|settings| settings.inline_subschemas = true);
+    settings.into_generator().into_root_schema_for::<Recipe>().to_value()
+});
+
+/// The JSON Schema of a recipe, for editors.
+pub fn schema() -> &'static serde_json::Value {
+    &SCHEMA
+}
+
+impl Recipe {
+    /// Reads a file and applies settings `a.b=value`.
+    ///
+    /// # Errors
+    /// When the file can't be read, or for everything that is wrong with it: keys that are unknown (with the nearest one) or
+    /// missing, values that do not fit, settings that are malformed.
+    pub fn load(path: &Path, settings: &[String]) -> Result<Self> {
+        Self::from_yaml(path, &std::fs::read(path).map_err(io(path))?, settings)
+    }
+
+    /// The same from the content of a file; errors name it `path`.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn from_yaml(path: &Path, bytes: &[u8], settings: &[String]) -> Result<Self> {
+        let refused = |problems| Error::Recipe { path: path.into(), problems };
+        let text = yaml::decode(bytes).map_err(|problem| refused(vec![problem]))?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        Self::parse(text, settings, &name).map_err(refused)
+    }
+
+    /// From the object that a file would hold, for programs with data of their own.
+    ///
+    /// # Errors
+    /// When a key is unknown or a value does not fit.
+    pub fn from_json(object: serde_json::Value) -> Result<Self> {
+        let refused = |problems| Error::Recipe { path: "recipe".into(), problems };
+        Self::of(Node::from_json(object), false).map_err(refused)
+    }
+
+    /// From a file's text; `name` is the file's.
+    fn parse(text: &str, settings: &[String], name: &str) -> Result<Self, Vec<Problem>> {
+        let mut root = yaml::parse(text)?;
+        let wrong: Vec<Problem> = settings.iter().filter_map(|setting| root.set(setting).err()).collect();
+        if !wrong.is_empty() {
+            return Err(wrong);
+        }
+        if !root.entries().is_empty() && root.entry("name").is_none() {
+            let _ = root.put("name", Node::plain(&Place::Nowhere, name));
+        }
+        Self::of(root, true)
+    }
+
+    /// `own_data` if it trains on what the recipe names, so that the two are compared.
+    fn of(root: Node, own_data: bool) -> Result<Self, Vec<Problem>> {
+        let mut problems = Vec::new();
+        let value = read::read(&root, schema(), &mut problems);
+        let recipe: Self = match serde_path_to_error::deserialize(value) {
+            Ok(recipe) => recipe,
+            // It is missing, or was told of already.
+            Err(_) if !problems.is_empty() => return Err(problems),
+            Err(error) => {
+                let path = error.path().to_string();
+                let what = format!("{path}: {}", error.into_inner());
+                return Err(vec![Problem::new(&root.place_of(&path), what)]);
+            }
+        };
+        recipe.check(&root, own_data, &mut problems);
+        if problems.is_empty() { Ok(recipe) } else { Err(problems) }
+    }
+
+    /// Samples of an optimiser step.
+    pub fn global_batch_size(&self) -> usize {
+        self.step_scheduler.global_batch_size.unwrap_or(self.step_scheduler.local_batch_size)
+    }
+
+    /// Batches of a step, one after the other.
+    pub fn micro_batches(&self) -> usize {
+        self.global_batch_size() / self.step_scheduler.local_batch_size.max(1)
+    }
+
+    /// Learning rate and weight decay by step.
+    ///
+    /// # Errors
+    /// When the section does not fit.
+    pub fn schedule(&self) -> flowtape_engine::Result<LrScheduler> {
+        let constant = LrSchedulerConfig {
+            lr_decay_style: DecayStyle::Constant,
+            lr_warmup_steps: Some(0),
+            ..LrSchedulerConfig::default()
+        };
+        let OptimizerConfig { lr, weight_decay, .. } = self.optimizer;
+        let config = self.lr_scheduler.as_ref().unwrap_or(&constant);
+        LrScheduler::new(config, lr, weight_decay, self.step_scheduler.max_steps)
+    }
+
+    /// With what a recipe may leave open as it is used: a run that is made longer later keeps its schedule.
+    fn resolved(&self) -> Self {
+        let mut out = self.clone();
+        out.step_scheduler.global_batch_size = Some(self.global_batch_size());
+        if let (Some(config), Ok(schedule)) = (&mut out.lr_scheduler, self.schedule()) {
+            *config = schedule.config();
+        }
+        out
+    }
+
+    /// The resolved recipe as YAML.
+    pub fn to_yaml(&self) -> String {
+        serde_saphyr::to_string(&self.resolved()).unwrap_or_default()
+    }
+
+    /// The resolved recipe as an object.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::to_value(self.resolved()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests;
