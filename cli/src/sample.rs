@@ -28,6 +28,9 @@ pub struct Sample {
     /// Where to sample; the run's own device by default.
     #[arg(long)]
     device: Option<String>,
+    /// Sample with the weights of the last step, though their average was kept.
+    #[arg(long)]
+    raw: bool,
     /// Euler steps; the run's own number by default.
     #[arg(long, value_parser = |text: &str| whole(text, MAX_INFERENCE_STEPS))]
     steps: Option<usize>,
@@ -57,7 +60,8 @@ fn scale(text: &str) -> Result<f64, String> {
 /// Generates, and writes the pictures.
 pub fn run(args: &Sample) -> Result<ExitCode> {
     check_path(&args.out)?;
-    let mut trained = Trained::load(&args.run, args.device.as_deref())?;
+    let load = if args.raw { Trained::load_raw } else { Trained::load };
+    let mut trained = load(&args.run, args.device.as_deref())?;
     if let Some(steps) = args.steps {
         trained.sampling.num_inference_steps = steps;
     }

@@ -17,6 +17,8 @@ const FREE: &[&str] = &[
     "step_scheduler.max_steps",
     "step_scheduler.ckpt_every_steps",
     "performance",
+    "checkpoint",
+    "validation.every_steps",
     "sampling",
     "report",
 ];

@@ -6,6 +6,7 @@
 //!                   optimizer.safetensors, state.json: what training goes on with
 //!                   manifest.json: size and SHA-256 of each of these files, written last
 //!   step_001000/
+//!   BEST            a link to the one of the least validation loss, where the run validates
 //!   LATEST          a link to the newest one (where there are no links, a file with its name)
 //! ```
 //!
@@ -18,6 +19,7 @@ use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::files::write_whole;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -25,9 +27,25 @@ use crate::error::io;
 use crate::{Error, Result};
 
 const LATEST: &str = "LATEST";
+const BEST: &str = "BEST";
 const MANIFEST: &str = "manifest.json";
 /// What a name ends in as long as it is not whole.
 const PARTIAL: &str = ".partial";
+
+/// How checkpoints are kept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointConfig {
+    /// How many are kept, beside the best one: should the newest be damaged, there is the one before.
+    #[schemars(range(min = 1))]
+    pub max_recent_checkpoints: usize,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self { max_recent_checkpoints: 2 }
+    }
+}
 
 /// The folder of a run's checkpoints.
 #[derive(Clone, PartialEq, Debug)]
@@ -94,8 +112,24 @@ impl Checkpoints {
         remove(&path)?;
         std::fs::rename(&partial, &path).map_err(io(&path))?;
         sync(&self.0)?;
-        self.point_at(&path)?;
+        self.link(LATEST, &path)?;
         self.clean(keep)
+    }
+
+    /// Marks the checkpoint of a step as the best one: it is kept until another one is.
+    ///
+    /// # Errors
+    /// When the folder can't be written.
+    pub fn mark_best(&self, step: u64) -> Result<()> {
+        self.link(BEST, &self.path(step))
+    }
+
+    /// The best one, where one was marked.
+    ///
+    /// # Errors
+    /// When the folder can't be read.
+    pub fn best(&self) -> Result<Option<PathBuf>> {
+        self.linked(BEST)
     }
 
     fn make_folder(&self) -> Result<()> {
@@ -111,7 +145,7 @@ impl Checkpoints {
         let mut steps = self.steps()?;
         steps.sort_unstable_by_key(|step| std::cmp::Reverse(*step));
         let all = |steps: Vec<u64>| steps.into_iter().map(|step| self.path(step));
-        let Some(latest) = self.latest()? else { return Ok(all(steps).collect()) };
+        let Some(latest) = self.linked(LATEST)? else { return Ok(all(steps).collect()) };
         // Later ones than LATEST are not what is asked for.
         let at = step_of(&latest).unwrap_or(u64::MAX);
         steps.retain(|step| *step < at);
@@ -128,9 +162,9 @@ impl Checkpoints {
         Ok(paths.iter().filter_map(|path| step_of(path)).collect())
     }
 
-    /// What `LATEST` names.
-    fn latest(&self) -> Result<Option<PathBuf>> {
-        let path = self.0.join(LATEST);
+    /// What a link names.
+    fn linked(&self, name: &str) -> Result<Option<PathBuf>> {
+        let path = self.0.join(name);
         match std::fs::read_link(&path) {
             Ok(target) => return Ok(Some(self.0.join(target))),
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -141,8 +175,8 @@ impl Checkpoints {
         Ok(Some(self.0.join(name.trim_end())))
     }
 
-    fn point_at(&self, path: &Path) -> Result<()> {
-        let (link, name) = (self.0.join(LATEST), path.file_name().unwrap_or_default());
+    fn link(&self, link: &str, path: &Path) -> Result<()> {
+        let (link, name) = (self.0.join(link), path.file_name().unwrap_or_default());
         #[cfg(unix)]
         {
             let new = partial(&link);
@@ -160,8 +194,10 @@ impl Checkpoints {
         let mut steps = self.steps()?;
         steps.sort_unstable();
         steps.truncate(steps.len().saturating_sub(keep.max(1)));
-        let latest = self.latest()?;
-        for path in steps.into_iter().map(|step| self.path(step)).filter(|path| latest.as_ref() != Some(path)) {
+        let stay = [self.linked(LATEST)?, self.linked(BEST)?];
+        for path in
+            steps.into_iter().map(|step| self.path(step)).filter(|path| !stay.iter().flatten().any(|p| p == path))
+        {
             // A folder that is half removed must not look whole.
             let going = partial(&path);
             remove(&going)?;
@@ -353,6 +389,10 @@ mod tests {
         assert_eq!(names, ["LATEST", "step_000005", "step_000006", "step_000007"]);
         let text = std::fs::read_to_string(folder.path().join("checkpoints/LATEST/weights")).unwrap();
         assert_eq!(text, "step 7");
+        checkpoints.mark_best(6).unwrap();
+        (8..11).for_each(|step| save(&checkpoints, step, 1));
+        assert_eq!(checkpoints.best().unwrap(), Some(checkpoints.path(6)));
+        assert!(checkpoints.path(6).join("weights").exists() && !checkpoints.path(9).exists());
         // The values that the standard's authors give for "abc".
         let path = folder.path().join("abc");
         std::fs::write(&path, "abc").unwrap();

@@ -10,6 +10,7 @@
 //! | [`hooks`] | [`hooks::Event`] and [`hooks::Hook`]; checkpoints and sample grids |
 //! | [`observe`] | hooks that only watch: metrics, the loss curve |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
+//! | [`validation`] | losses on held-out samples, with noise that stays |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
 //! | [`run`] | the run folder: one process's at a time, all files whole or absent |
 //! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
@@ -30,6 +31,7 @@ pub mod hooks;
 pub mod inspect;
 pub mod observe;
 pub mod picture;
+mod precision;
 pub mod recipe;
 pub mod run;
 pub mod state;
@@ -37,6 +39,7 @@ mod timing;
 pub mod train;
 pub mod trained;
 pub mod trainer;
+pub mod validation;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;

@@ -5,6 +5,7 @@
 //! | `recipe.yaml` | the resolved recipe |
 //! | `metrics.jsonl` | a line a step |
 //! | `samples/step_*.png` | sample grids; videos as animated PNGs, and their frames side by side in `step_*_frames.png` |
+//! | `validation.jsonl` | a line a validation |
 //! | `loss.svg` | the loss curve |
 //! | `checkpoints/` | the newest checkpoints: [`Checkpoints`] |
 //! | `report.json` | the figures of the end |
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use flowtape_engine::files::{exists, write_whole};
+use serde::de::DeserializeOwned;
 
 use crate::checkpoints::Checkpoints;
 use crate::error::io;
@@ -23,8 +25,6 @@ use crate::train::Summary;
 use crate::trainer::{StepRecord, Trainer};
 use crate::{Error, Recipe, Result};
 
-/// Checkpoints that are kept: should the newest be damaged, there is the one before.
-const KEPT: usize = 2;
 const LOCK: &str = ".lock";
 
 /// A run folder that exists.
@@ -54,7 +54,7 @@ impl RunFolder {
         run.lock()?;
         // Another process may have been here until the folder was locked.
         Self::check_free(&run.path)?;
-        for by_product in [run.report_path(), run.metrics_path(), run.curve_path()] {
+        for by_product in [run.report_path(), run.metrics_path(), run.validation_path(), run.curve_path()] {
             match std::fs::remove_file(&by_product) {
                 Err(e) if e.kind() != ErrorKind::NotFound => return Err(io(by_product)(e)),
                 _ => {}
@@ -224,37 +224,27 @@ impl RunFolder {
         self.path.join("metrics.jsonl")
     }
 
+    /// A line for each validation.
+    pub fn validation_path(&self) -> PathBuf {
+        self.path.join("validation.jsonl")
+    }
+
     /// What the steps up to `step` came to, as far as it is there to be read: it is a by-product.
     pub fn history(&self, step: u64) -> Vec<StepRecord> {
-        if step == 0 {
-            return Vec::new();
-        }
-        self.metrics_up_to(step).into_iter().map(|(record, _)| record).collect()
+        let lines = if step == 0 { Vec::new() } else { lines(&self.metrics_path(), |r: &StepRecord| r.step <= step) };
+        lines.into_iter().map(|(record, _)| record).collect()
     }
 
-    /// Readable lines of steps up to `step`, with their texts.
-    fn metrics_up_to(&self, step: u64) -> Vec<(StepRecord, String)> {
-        let path = self.metrics_path();
-        let text = std::fs::read(&path).unwrap_or_else(|error| {
-            tracing::warn!("{}: {error}; it begins anew", path.display());
-            Vec::new()
-        });
-        let text = String::from_utf8_lossy(&text);
-        // The last line may be cut short; it is past the checkpoint then.
-        let lines = text.lines().filter_map(|line| Some((serde_json::from_str::<StepRecord>(line).ok()?, line.into())));
-        lines.filter(|(record, _)| record.step <= step).collect()
-    }
-
-    /// The file of metrics with the lines up to `step`: what an interrupted run wrote after its last checkpoint is cut off.
+    /// A file of lines for a run that goes on after `step` steps, with the lines of before that `keep` keeps: what an interrupted
+    /// run wrote after its last checkpoint is cut off.
     ///
     /// # Errors
     /// When it can't be written.
-    pub fn begin_metrics(&self, step: u64) -> Result<File> {
-        let path = self.metrics_path();
-        let kept = if step == 0 { Vec::new() } else { self.metrics_up_to(step) };
+    pub fn begin_lines<T: DeserializeOwned>(&self, path: &Path, step: u64, keep: impl Fn(&T) -> bool) -> Result<File> {
+        let kept = if step == 0 { Vec::new() } else { lines(path, keep) };
         let text: String = kept.iter().map(|(_, line)| format!("{line}\n")).collect();
-        write_text(&path, &text)?;
-        File::options().append(true).open(&path).map_err(io(&path))
+        write_text(path, &text)?;
+        File::options().append(true).open(path).map_err(io(path))
     }
 
     /// The checkpoints.
@@ -267,7 +257,8 @@ impl RunFolder {
     /// # Errors
     /// When it can't be written; the others stay then.
     pub fn save(&self, trainer: &Trainer) -> Result<()> {
-        self.checkpoints().save(trainer.state().progress.step, KEPT, |folder| trainer.save(folder))
+        let keep = trainer.recipe().checkpoint.max_recent_checkpoints;
+        self.checkpoints().save(trainer.state().progress.step, keep, |folder| trainer.save(folder))
     }
 }
 
@@ -290,6 +281,18 @@ fn numbered(name: &str) -> Result<PathBuf> {
 pub fn quoted(path: &Path) -> String {
     let text = path.to_string_lossy();
     shlex::try_quote(&text).map_or_else(|_| text.clone().into_owned(), |quoted| quoted.into_owned())
+}
+
+/// Readable lines that `keep` keeps, with their texts.
+fn lines<T: DeserializeOwned>(path: &Path, keep: impl Fn(&T) -> bool) -> Vec<(T, String)> {
+    let text = std::fs::read(path).unwrap_or_else(|error| {
+        tracing::warn!("{}: {error}; it begins anew", path.display());
+        Vec::new()
+    });
+    let text = String::from_utf8_lossy(&text);
+    // The last line may be cut short; it is past the checkpoint then.
+    let lines = text.lines().filter_map(|line| Some((serde_json::from_str::<T>(line).ok()?, line.into())));
+    lines.filter(|(line, _)| keep(line)).collect()
 }
 
 fn write_text(path: &Path, text: &str) -> Result<()> {

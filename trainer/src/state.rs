@@ -1,11 +1,13 @@
 //! What a run knows beside its weights.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use flowtape_data::{Cursor, Fingerprint};
+use flowtape_engine::files::exists;
 use flowtape_engine::nn::Params;
-use flowtape_engine::optim::{LossScale, LossScaleState, Optimizer};
+use flowtape_engine::optim::{Ema, LossScale, LossScaleState, Optimizer};
 use flowtape_engine::safetensors::SafeTensors;
+use flowtape_models::checkpoint::open_weights;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -15,6 +17,7 @@ use crate::{Error, Recipe, Result};
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
+pub(crate) const EMA: &str = "ema";
 
 /// Everything that goes on from step to step beside the weights; a checkpoint holds it. Random numbers follow from the
 /// step.
@@ -22,6 +25,8 @@ const STATE: &str = "state.json";
 pub struct TrainState {
     /// The optimiser with what it remembers.
     pub optimizer: Optimizer,
+    /// The average of the weights, where one is kept.
+    pub ema: Option<Ema>,
     /// What the loss is multiplied with before backward, where it is.
     pub loss_scale: Option<LossScale>,
     /// Where the run stands.
@@ -35,10 +40,22 @@ pub struct TrainProgress {
     pub step: u64,
     /// The next batch.
     pub cursor: Cursor,
+    /// The loss of the last validation, where there was one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub validation_loss: Option<f64>,
     /// Seconds of training so far.
     pub train_seconds: f64,
     /// Of the samples.
     pub data: Fingerprint,
+}
+
+/// The folder of a checkpoint with the average of the weights, a model of diffusers too, where there is one.
+///
+/// # Errors
+/// When that can't be told.
+pub fn ema_folder(checkpoint: &Path) -> Result<Option<PathBuf>> {
+    let folder = checkpoint.join(EMA);
+    Ok(exists(&folder)?.then_some(folder))
 }
 
 /// What is stored as JSON.
@@ -67,7 +84,7 @@ impl Stored {
 }
 
 impl TrainState {
-    /// Writes it into the folder of a checkpoint, and the recipe.
+    /// Writes it into the folder of a checkpoint, but for the average of the weights; and the recipe.
     ///
     /// # Errors
     /// When a file can't be written.
@@ -89,6 +106,13 @@ impl TrainState {
         if let (Some(scale), Some(state)) = (&mut self.loss_scale, stored.loss_scale) {
             scale.load(state)?;
         }
+        if let (Some(ema), Some(config)) = (&mut self.ema, &recipe.ema) {
+            match ema_folder(folder)? {
+                Some(averages) => ema.load(params, &open_weights(&averages)?)?,
+                // It begins here.
+                None => *ema = Ema::new(config, params)?,
+            }
+        }
         let data = self.progress.data;
         let changes = stored.changes(recipe, data);
         if !changes.is_empty() {
@@ -96,5 +120,15 @@ impl TrainState {
         }
         self.progress = TrainProgress { data, ..stored.progress };
         Ok(())
+    }
+}
+
+impl TrainProgress {
+    /// Reads it from the folder of a checkpoint.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub fn read(checkpoint: &Path) -> Result<Self> {
+        Ok(Stored::read(checkpoint)?.progress)
     }
 }

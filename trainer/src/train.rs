@@ -11,11 +11,12 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::changes::listed;
-use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook};
-use crate::observe::{LossCurve, Metrics};
+use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
+use crate::observe::{LossCurve, Metrics, Validations};
 use crate::run::{RunFolder, quoted};
 use crate::state::Stored;
 use crate::trainer::{Enqueued, StepRecord, Trainer};
+use crate::validation::Validated;
 use crate::{Error, Recipe, Result, builtin};
 
 /// Steps over which losses are averaged for people.
@@ -144,6 +145,11 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
     let recipe = run.trainer().recipe().clone();
     let run = run.with(Box::new(Metrics::default()));
     let run = hooks.into_iter().fold(run, Session::with).with(Box::new(LossCurve::default()));
+    let run = match &recipe.validation {
+        // Before the checkpoint of the step, which holds what the validation came to.
+        Some(config) => run.with(Box::new(Validations::default())).with(Box::new(Validate::new(config.every_steps))),
+        None => run,
+    };
     let run = run.with(Box::new(Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)));
     let run = run.with(Box::new(builtin::preview(&recipe)?));
     Ok(builtin::report(&recipe)?.into_iter().fold(run, Session::with))
@@ -180,6 +186,14 @@ impl<'h> Session<'h> {
     /// What does the steps.
     pub fn trainer(&self) -> &Trainer {
         &self.trainer
+    }
+
+    /// Validates, if the recipe says on what; nothing where the run was asked to stop meanwhile.
+    ///
+    /// # Errors
+    /// Those of [`Trainer::validate`].
+    pub fn validate(&mut self) -> Result<Option<Validated>> {
+        self.trainer.validate(self.stop)
     }
 
     /// Where the run is kept.

@@ -1,6 +1,6 @@
 //! A trained model, for sampling.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use flowtape_engine::cpu::awake;
@@ -12,6 +12,7 @@ use crate::data::Data;
 use crate::generate::{Generator, Request, Samples, check_count};
 use crate::recipe::SamplingConfig;
 use crate::run::RunFolder;
+use crate::state::ema_folder;
 use crate::{Error, Result, builtin};
 
 /// A trained model behind its adapter, for sampling.
@@ -25,15 +26,27 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// From a run folder's newest checkpoint, on the recipe's device or another.
+    /// From a run folder's newest checkpoint, on the recipe's device or another: the average of the weights, where one was kept.
     ///
     /// # Errors
     /// When the device is not there, it is not a run folder or has no checkpoint.
     pub fn load(path: &Path, device: Option<&str>) -> Result<Self> {
+        Self::of(path, device, |checkpoint| Ok(ema_folder(&checkpoint)?.unwrap_or(checkpoint)))
+    }
+
+    /// The same with the weights of the last step.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn load_raw(path: &Path, device: Option<&str>) -> Result<Self> {
+        Self::of(path, device, Ok)
+    }
+
+    fn of(path: &Path, device: Option<&str>, part: impl Fn(PathBuf) -> Result<PathBuf>) -> Result<Self> {
         let (run, recipe) = RunFolder::open(path)?;
         let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
         let dtype: DType = recipe.dtype.into();
-        let model = flowtape_models::checkpoint::load(&run.checkpoints().newest_whole()?, dtype, &device)?;
+        let model = flowtape_models::checkpoint::load(&part(run.checkpoints().newest_whole()?)?, dtype, &device)?;
         let pipeline = create_pipeline(recipe.flow_matching)?;
         Ok(Self { model, pipeline, data: builtin::data(&recipe.data)?, sampling: recipe.sampling, device })
     }

@@ -13,6 +13,7 @@ use crate::{DType, Error, Result, Tensor, VarId};
 
 /// How fast an average forgets: one of the two.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct EmaConfig {
     /// The share that every step keeps, in `[0, 1)`, such as 0.9999. The average starts at the first weights.
@@ -41,7 +42,11 @@ impl EmaConfig {
             (None, Some(width)) if width > 0.0 && width <= 0.28 => Ok(Decay::Power { gamma: gamma(width) }),
             _ => {
                 let expected = "either decay, a number in [0, 1), or sigma_rel, one above 0 and at most 0.28";
-                Err(Error::argument("ema", expected, self))
+                let named = |name: &str, value: Option<f64>| value.map(|value| format!("{name} {value}"));
+                let got: Vec<String> =
+                    [named("decay", self.decay), named("sigma_rel", self.sigma_rel)].into_iter().flatten().collect();
+                let got = if got.is_empty() { "neither".into() } else { got.join(" and ") };
+                Err(Error::Argument { op: "ema", expected: expected.into(), got })
             }
         }
     }

@@ -20,6 +20,8 @@ impl Recipe {
             clean(&["name"]).then(|| self.name_problems()),
             clean(&["step_scheduler"]).then(|| self.step_scheduler.problems()),
             clean(&["loss_scale"]).then(|| self.loss_scale.check().err().map(|e| e.to_string()).into_iter().collect()),
+            clean(&["ema"])
+                .then(|| self.ema.and_then(|ema| ema.check().err()).map(|e| e.to_string()).into_iter().collect()),
             clean(&["lr_scheduler", "optimizer", "step_scheduler"]).then(|| self.schedule_problems()),
             clean(&["data"]).then(|| self.data.problems()),
             clean(&["flow_matching", "sampling", "data"]).then(|| self.adapter_problems()),

@@ -17,14 +17,16 @@ mod yaml;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use flowtape_engine::optim::{DecayStyle, LossScaleConfig, LrScheduler, LrSchedulerConfig, OptimizerConfig};
+use flowtape_engine::optim::{DecayStyle, EmaConfig, LossScaleConfig, LrScheduler, LrSchedulerConfig, OptimizerConfig};
 use flowtape_flowmatch::FlowMatchingConfig;
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde::{Deserialize, Serialize};
 
 use self::node::Node;
+use crate::checkpoints::CheckpointConfig;
 use crate::error::io;
+use crate::validation::ValidationConfig;
 use crate::{Error, Result};
 
 pub use self::data::{DataConfig, SourceName};
@@ -78,6 +80,15 @@ pub struct Recipe {
     pub loss_scale: LossScaleConfig,
     /// How long, in which batches.
     pub step_scheduler: StepScheduler,
+    /// The average of the weights that is kept, saved and sampled with; none if the section is absent.
+    #[serde(default)]
+    pub ema: Option<EmaConfig>,
+    /// Validation; none if the section is absent.
+    #[serde(default)]
+    pub validation: Option<ValidationConfig>,
+    /// Which checkpoints are kept.
+    #[serde(default)]
+    pub checkpoint: CheckpointConfig,
     /// What is traded for time.
     #[serde(default)]
     pub performance: Performance,
