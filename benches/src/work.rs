@@ -145,7 +145,7 @@ impl Work {
         Recipe::from_json(json!({
             "name": "bench",
             "dtype": dtype,
-            "data": { "source": "digits", "text_dim": self.joint, "shuffle": false },
+            "data": { "builtin": "digits", "text_dim": self.joint, "shuffle": false },
             "model": self.config(),
             "flow_matching": {
                 "adapter_type": "flux",

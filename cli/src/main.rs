@@ -1,9 +1,11 @@
 //! The `flowtape` binary.
 
 mod bench;
+mod check;
 mod progress;
 mod recipes;
 mod sample;
+mod settings;
 mod signals;
 mod terminal;
 mod train;
@@ -38,6 +40,10 @@ enum Command {
     Recipes(recipes::Recipes),
     /// Generate images with a trained run.
     Sample(sample::Sample),
+    /// Say what a recipe would take, and whether it can be had, before anything is made.
+    Check(check::CheckArgs),
+    /// Print the JSON Schema of recipes, for editors.
+    Schema,
     /// List what there is to compute on, and why something can't be used.
     Devices,
     /// Show a model's architecture and counts without its weights in memory.
@@ -65,13 +71,18 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     log();
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(settings::spelled_out(std::env::args_os()));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads(cli.threads)).build()?;
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Recipes(args) => recipes::run(&args),
         Command::Sample(args) => sample::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Schema => {
+            say!("{:#}", flowtape_trainer::recipe::schema());
+            delivered()
+        }
         Command::Devices => list_devices(),
         Command::Inspect(args) => run_inspect(&args),
         Command::Bench(args) => bench::run(&args),

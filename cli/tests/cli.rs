@@ -395,7 +395,7 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
     let text = std::fs::read_to_string(RECIPE).unwrap();
     let cases = [
         (text.replace("  max_steps:", "  max_step:"), "did you mean `max_steps`"),
-        (text.replace("lr: 1.0e-3", "lr: fast"), "recipe.yaml:33:7: optimizer.lr: expected a number"),
+        (text.replace("lr: 1.0e-3", "lr: fast"), ":32:7: optimizer.lr: expected a number above 0"),
         (text.replace("num_layers: 2", "num_layers: two"), "num_layers"),
         (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, "),
         (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),
@@ -412,8 +412,40 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
     }
     assert!(failure(&flowtape(&["train", "no/such.yaml"])).contains("no/such.yaml"));
     assert!(failure(&flowtape(&["train", RECIPE, "--set", "optimizer.lr"])).contains("key=value"));
+    let nemo = failure(&flowtape(&["train", RECIPE, "--optimizer.lr=fast", "--seed.x", "1"]));
+    assert!(nemo.contains("--set optimizer.lr=fast: optimizer.lr: ") && nemo.contains("--set seed.x=1: "), "{nemo}");
     assert!(failure(&flowtape(&["train", "--resume", "no/such"])).contains("not a run folder"));
     assert!(failure(&flowtape(&["trian"])).contains("train"));
+}
+
+#[test]
+fn a_recipe_is_checked_without_a_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let run_dir = format!("run_dir={}", run.display());
+    let check = |more: &[&str]| flowtape(&[&["check", RECIPE, "--set", &run_dir], more].concat());
+    let shown = stdout(&check(&[]));
+    assert!(["weights", "peak", "1 x 8 x 8", "1000 steps"].iter().all(|part| shown.contains(part)), "{shown}");
+    let json: Value = serde_json::from_str(&stdout(&check(&["--deep", "--json"]))).unwrap();
+    assert!(json["step"]["peak"].as_u64().is_some_and(|peak| peak > 1 << 20), "{json}");
+    // More than there is: what would fit, and nothing is made by training either.
+    let huge = ["--set", "model.num_layers=64", "--set", "model.num_attention_heads=512"];
+    let output = check(&huge);
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!output.status.success(), "{shown}");
+    assert!(
+        shown.contains("does not fit") && shown.contains("--set performance.activation_checkpointing=true"),
+        "{shown}"
+    );
+    let refused = failure(&flowtape(&[&["train", RECIPE, "--set", &run_dir], &huge[..]].concat()));
+    assert!(refused.contains("does not fit"), "{refused}");
+    assert!(!run.exists());
+}
+
+#[test]
+fn the_schema_of_recipes_is_printed() {
+    let schema: Value = serde_json::from_str(&stdout(&flowtape(&["schema"]))).unwrap();
+    assert!(schema["properties"]["step_scheduler"]["properties"]["max_steps"]["description"].is_string());
 }
 
 #[test]

@@ -89,8 +89,15 @@ pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Tran
 /// # Errors
 /// When a file can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
 pub fn load_with(folder: &Path, params: ParamBuilder) -> Result<Box<dyn Transformer>> {
-    let weights = Arc::new(open_weights(folder)?);
-    let model = create_model(&load_config(&folder.join(CONFIG))?, &params.reading(weights.clone()))?;
+    load_weights(Arc::new(open_weights(folder)?), &load_config(&folder.join(CONFIG))?, params)
+}
+
+/// The same from weights and a configuration, wherever they come from.
+///
+/// # Errors
+/// When weights can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
+pub fn load_weights(weights: Arc<Shards>, config: &Value, params: ParamBuilder) -> Result<Box<dyn Transformer>> {
+    let model = create_model(config, &params.reading(weights.clone()))?;
     model.params().base().check_keys(&weights, |name| model.is_ignored_key(name)).map_err(|error| {
         let class = model.config()["_class_name"].as_str().unwrap_or("model").to_owned();
         Error::Model { model: class, source: Box::new(error) }

@@ -9,6 +9,8 @@ use crate::{Error, Result};
 pub struct Preset {
     /// Its name.
     pub name: &'static str,
+    /// What it is called on the Hugging Face hub.
+    pub hub: &'static [&'static str],
     /// What differs from the class's defaults, with `_class_name`: as in `config.json`.
     pub config: fn() -> Value,
     /// How many transformers of that configuration it has.
@@ -19,32 +21,62 @@ pub struct Preset {
 pub const PRESETS: &[Preset] = &[
     Preset {
         name: "flux.1-dev",
+        hub: &["black-forest-labs/FLUX.1-dev"],
         config: || json!({"_class_name": "FluxTransformer2DModel", "guidance_embeds": true}),
         transformers: 1,
     },
-    Preset { name: "flux.1-schnell", config: || json!({"_class_name": "FluxTransformer2DModel"}), transformers: 1 },
-    Preset { name: "flux.2-dev", config: || json!({"_class_name": "Flux2Transformer2DModel"}), transformers: 1 },
-    Preset { name: "qwen-image", config: || json!({"_class_name": "QwenImageTransformer2DModel"}), transformers: 1 },
+    Preset {
+        name: "flux.1-schnell",
+        hub: &["black-forest-labs/FLUX.1-schnell"],
+        config: || json!({"_class_name": "FluxTransformer2DModel"}),
+        transformers: 1,
+    },
+    Preset {
+        name: "flux.2-dev",
+        hub: &["black-forest-labs/FLUX.2-dev"],
+        config: || json!({"_class_name": "Flux2Transformer2DModel"}),
+        transformers: 1,
+    },
+    Preset {
+        name: "qwen-image",
+        hub: &["Qwen/Qwen-Image"],
+        config: || json!({"_class_name": "QwenImageTransformer2DModel"}),
+        transformers: 1,
+    },
     Preset {
         name: "qwen-image-edit-2511",
+        hub: &["Qwen/Qwen-Image-Edit-2511"],
         config: || json!({"_class_name": "QwenImageTransformer2DModel", "zero_cond_t": true}),
         transformers: 1,
     },
     Preset {
         name: "hunyuanvideo-1.5",
+        hub: &["hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v"],
         config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
         transformers: 1,
     },
     Preset {
         name: "wan2.1-1.3b",
+        hub: &["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"],
         config: || json!({"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
         transformers: 1,
     },
-    Preset { name: "wan2.1-14b", config: || json!({"_class_name": "WanTransformer3DModel"}), transformers: 1 },
+    Preset {
+        name: "wan2.1-14b",
+        hub: &["Wan-AI/Wan2.1-T2V-14B-Diffusers"],
+        config: || json!({"_class_name": "WanTransformer3DModel"}),
+        transformers: 1,
+    },
     // One for high noise, one for low noise.
-    Preset { name: "wan2.2-a14b", config: || json!({"_class_name": "WanTransformer3DModel"}), transformers: 2 },
+    Preset {
+        name: "wan2.2-a14b",
+        hub: &["Wan-AI/Wan2.2-T2V-A14B-Diffusers"],
+        config: || json!({"_class_name": "WanTransformer3DModel"}),
+        transformers: 2,
+    },
     Preset {
         name: "ltx-2.3",
+        hub: &["Lightricks/LTX-2.3"],
         config: || {
             json!({
                 "_class_name": "LTX2VideoTransformer3DModel",

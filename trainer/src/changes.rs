@@ -15,6 +15,7 @@ const FREE: &[&str] = &[
     "device",
     "data.num_workers",
     "step_scheduler.max_steps",
+    "step_scheduler.num_epochs",
     "step_scheduler.ckpt_every_steps",
     "performance",
     "checkpoint",

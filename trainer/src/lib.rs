@@ -15,6 +15,8 @@
 //! | [`run`] | the run folder: one process's at a time, all files whole or absent |
 //! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
 //! | [`changes`] | what is other when a run goes on |
+//! | [`check`], [`plan`] | what a recipe would take, before anything is made: memory by phase, FLOPs, disk space |
+//! | [`start`] | what a model starts from: a checkpoint wherever it lies, or a configuration |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 //!
@@ -23,6 +25,7 @@
 
 pub mod builtin;
 pub mod changes;
+pub mod check;
 pub mod checkpoints;
 pub mod data;
 mod error;
@@ -31,9 +34,11 @@ pub mod hooks;
 pub mod inspect;
 pub mod observe;
 pub mod picture;
+pub mod plan;
 mod precision;
 pub mod recipe;
 pub mod run;
+pub mod start;
 pub mod state;
 mod timing;
 pub mod train;

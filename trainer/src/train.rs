@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::changes::listed;
+use crate::check::{Check, Depth};
 use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
 use crate::observe::{LossCurve, Metrics, Validations};
 use crate::run::{RunFolder, quoted};
@@ -73,10 +74,10 @@ pub fn train_on(
         RunFolder::check_free(path)?;
     }
     let data = builtin::data(&recipe.data)?;
-    Trainer::rehearse(recipe, data.clone())?;
+    Check::with_data(recipe, device, data.clone(), Depth::Handful)?.require()?;
     awake(device, || {
         let trainer = Trainer::with_data(device, recipe, data)?;
-        let folder = RunFolder::create(recipe)?;
+        let folder = RunFolder::create(trainer.recipe())?;
         with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }
@@ -100,13 +101,15 @@ pub struct Resume<'a> {
 /// accepted, or a step or a hook fails.
 pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, stop: &AtomicBool) -> Result<Summary> {
     let (mut folder, mut recipe) = RunFolder::open_with(path, with.set)?;
-    let steps = recipe.step_scheduler.max_steps;
     let refuse = |what: String| Err(Error::Run { path: path.into(), what });
     if !folder.checkpoints().any()? {
         let (run, file) = (quoted(path), quoted(&path.join("recipe.yaml")));
         let again = format!("`flowtape train {file} --set run_dir={run}`");
         return refuse(format!("there is no checkpoint to go on with yet: begin again with {again}"));
     }
+    let data = builtin::data(&recipe.data)?;
+    let trained = data.source.len().saturating_sub(recipe.held_out());
+    let steps = recipe.step_scheduler.resolved(trained, recipe.data.drop_last).max_steps;
     let step = Stored::read(&folder.checkpoints().newest()?).map_or(0, |stored| stored.progress.step);
     if let Some(summary) = folder.report()?.filter(|s| s.steps == step && step == steps) {
         return Ok(summary);
@@ -121,7 +124,6 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
         ));
     }
     recipe.device = with.device.map_or(recipe.device, str::to_owned);
-    let data = builtin::data(&recipe.data)?;
     let changes = stored.changes(&recipe, data.source.fingerprint());
     if !changes.is_empty() && !with.accept_changes {
         let (step, changes) = (stored.progress.step, listed(&changes));
@@ -130,11 +132,11 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
         ));
     }
     let device = flowtape_gpu::device(&recipe.device)?;
-    Trainer::rehearse(&recipe, data.clone())?;
+    Check::with_data(&recipe, &device, data.clone(), Depth::Handful)?.require()?;
     awake(&device, || {
         let mut trainer = Trainer::with_data(&device, &recipe, data)?;
         trainer.load(&checkpoint)?;
-        folder.write_recipe(&recipe)?;
+        folder.write_recipe(trainer.recipe())?;
         with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }

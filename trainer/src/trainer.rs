@@ -6,17 +6,17 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use flowtape_data::{Collator, Cursor, Loader, Rank, Sampler};
-use flowtape_engine::meta::Meta;
 use flowtape_engine::optim::{Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, StepConfig};
 use flowtape_engine::{Device, Later, Philox, Tape};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, checkpoint, create_model, create_pipeline};
+use flowtape_models::{Transformer, checkpoint, create_pipeline};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
 use crate::error::io;
 use crate::generate::{Generator, Request, Samples};
 use crate::recipe::Init;
+use crate::start::Start;
 use crate::state::{EMA, TrainProgress, TrainState};
 use crate::timing::{StepTimes, Timed};
 use crate::validation::{HeldOut, Validated};
@@ -67,7 +67,8 @@ pub(crate) struct Enqueued {
     lr: f64,
     samples: usize,
     started: Instant,
-    times: StepTimes,
+    /// Where the time of handing it over went.
+    pub times: StepTimes,
 }
 
 impl Enqueued {
@@ -128,20 +129,24 @@ impl Trainer {
         Self::with_data(device, recipe, builtin::data(&recipe.data)?)
     }
 
-    /// The same with data of one's own instead of the recipe's `data.source`.
+    /// The same with data of one's own instead of the recipe's `data`.
     ///
     /// # Errors
     /// When a section does not fit.
     pub fn with_data(device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
+        let mut recipe = recipe.clone();
+        let start = Start::of(&recipe.model)?;
+        let flow_matching = start.flow_matching(&recipe.flow_matching);
         let fingerprint = data.source.fingerprint();
-        let (data, held) = data.split(recipe.validation.as_ref().map_or(0, |v| v.num_samples))?;
+        let (data, held) = data.split(recipe.held_out())?;
+        recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
         let (local, seed) = (recipe.step_scheduler.local_batch_size, recipe.seed);
         let collator = data.collator(&recipe.data, seed);
         let held_out = recipe.validation.is_some();
         let held_out =
-            held_out.then(|| HeldOut::new(held, collator.clone(), &recipe.flow_matching, local, seed)).transpose()?;
+            held_out.then(|| HeldOut::new(held, collator.clone(), &flow_matching, local, seed)).transpose()?;
         let params = recipe.dtype.params(recipe.seed, device).with_adaln_zero(recipe.init == Init::AdalnZero);
-        let mut model = create_model(&recipe.model, &params)?;
+        let mut model = start.model(params)?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         let optimizer = &recipe.optimizer;
         let schedule = recipe.schedule()?;
@@ -153,7 +158,7 @@ impl Trainer {
             precision::warn(&optimizer.name, lr, model.params())?;
         }
         Ok(Self {
-            pipeline: create_pipeline(recipe.flow_matching.clone())?,
+            pipeline: create_pipeline(flow_matching)?,
             schedule,
             sampler: data.sampler(&recipe.data, local, seed),
             collator,
@@ -170,7 +175,7 @@ impl Trainer {
                     data: fingerprint,
                 },
             },
-            recipe: recipe.clone(),
+            recipe,
             model,
             data,
             loader: None,
@@ -218,19 +223,6 @@ impl Trainer {
         self.state.save(self.model.params(), &self.recipe, folder)
     }
 
-    /// A first step on the device that has shapes and no data: what does not fit is found in no time, before anything is made.
-    ///
-    /// # Errors
-    /// What that step would come to.
-    pub fn rehearse(recipe: &Recipe, data: Data) -> Result<()> {
-        let mut recipe = recipe.clone();
-        // A second micro-batch shows all that a thousand would.
-        let (local, parts) = (recipe.step_scheduler.local_batch_size, recipe.micro_batches());
-        recipe.step_scheduler.global_batch_size = Some(local * parts.min(2));
-        // Numbers of that device mean nothing: none is read.
-        Self::with_data(&Meta::default().device(), &recipe, data)?.enqueue().map(|_| ())
-    }
-
     /// One optimiser step. Its data and its random numbers follow from the seed and from where the run stands.
     ///
     /// # Errors
@@ -249,7 +241,7 @@ impl Trainer {
 
     /// Batches of the step at a cursor. An epoch's last step takes those that are left, and is divided by their number, as in NeMo.
     fn parts(&self, mut at: Cursor) -> usize {
-        let most = self.recipe.micro_batches();
+        let most = self.recipe.step_scheduler.micro_batches();
         let (mut parts, mut epoch) = (0, None);
         while most > 1 && parts < most {
             let Some(plan) = self.sampler.plan(at, Rank::ALONE) else { break };
@@ -302,6 +294,7 @@ impl Trainer {
             losses.push(share.read_later()?);
             let without = self.model.parameters_without_gradient(&output.inputs);
             let with_loss = Instant::now();
+            times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
             norm = sinks.backward(&tape, &share, &without)?;
             times.data += (with_data - begun).as_secs_f64();
             times.forward += (with_loss - with_data).as_secs_f64();

@@ -5,8 +5,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::{DType, Device};
+use flowtape_flowmatch::FlowMatchingConfig;
+use flowtape_models::{Transformer, checkpoint};
 use flowtape_trainer::Recipe;
+use flowtape_trainer::recipe::Dtype;
+use flowtape_trainer::start::Start;
 use flowtape_trainer::train::train;
+use serde_json::json;
 
 fn files(folder: &str) -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder);
@@ -60,4 +67,210 @@ fn recipes_of_the_project_are_taken() {
     for path in recipes {
         Recipe::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
     }
+}
+
+/// A recipe as NeMo's are, for a tiny model: but for the data, which is ours.
+const NEMO: &str = r#"
+seed: 42
+wandb:
+  enable: false
+  project: digits
+  mode: online
+  name: nemo_run
+dist_env: {backend: nccl, init_method: "env://", timeout_minutes: 30}
+model:
+  pretrained_model_name_or_path: CHECKPOINT
+  model_type: flux
+  mode: finetune
+  cache_dir: null
+  attention_backend: flash
+  torch_dtype: float32
+  compute_dtype: bfloat16
+  transformer_engine_fp8: true
+  transformer_engine_fp8_recipe: delayed
+  pipeline_spec: {transformer_cls: FluxTransformer2DModel, subfolder: transformer, load_full_pipeline: false}
+optimizer:
+  _target_: transformer_engine.pytorch.optimizers.fused_adam.FusedAdam
+  lr: "5e-6"
+  weight_decay: 0.01
+  betas: [0.9, 0.99]
+  master_weights: true
+  store_param_remainders: true
+  exp_avg_dtype: float32
+  exp_avg_sq_dtype: torch.float32
+  adam_w_mode: true
+  bias_correction: true
+lr_scheduler: {lr_decay_style: cosine, lr_warmup_steps: 0, min_lr: 1e-6}
+performance: {check_loss: false, grad_clip_foreach: true}
+fsdp:
+  dp_size: 8
+  tp_size: 1
+  activation_checkpointing: true
+  cpu_offload: false
+  enable_compile: none
+flow_matching:
+  adapter_type: "flux"
+  adapter_kwargs: {guidance_scale: 1, use_guidance_embeds: true}
+  timestep_sampling: "logit_normal"
+  flow_shift: 1.0
+  i2v_prob: 0.0
+  use_loss_weighting: false
+step_scheduler:
+  num_epochs: 5000
+  local_batch_size: 2
+  global_batch_size: 4
+  ckpt_every_steps: 500
+  log_remote_every_steps: 1
+  max_steps: null
+data:
+  source: digits
+  text_dim: 8
+checkpoint:
+  enabled: true
+  checkpoint_dir: RUN
+  model_save_format: safetensors
+  save_consolidated: final
+  diffusers_compatible: true
+  restore_from:
+sampling: {num_inference_steps: 1}
+ci: {recipe_owner: somebody, time: "00:30:00"}
+"#;
+
+/// The model of the cases, in a folder of diffusers' form.
+fn saved_model(folder: &Path, more: &[&str]) -> Box<dyn Transformer> {
+    let settings: Vec<String> = more.iter().map(|s| (*s).to_owned()).collect();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/cases/recipes/00-base__tiny.yaml");
+    let recipe = Recipe::load(&path, &settings).unwrap();
+    let params = ParamBuilder::new(recipe.seed, DType::F32, &Device::cpu());
+    let model = Start::of(&recipe.model).unwrap().model(params).unwrap();
+    checkpoint::save(&*model, folder, checkpoint::MAX_SHARD_SIZE).unwrap();
+    model
+}
+
+fn first_weights(model: &dyn Transformer) -> Vec<f32> {
+    model.params().iter().next().unwrap().value().unwrap().to_vec().unwrap()
+}
+
+fn start(model: serde_json::Value) -> Result<(Start, Vec<f32>), String> {
+    let start = Start::of(&model).map_err(|error| error.to_string())?;
+    let made = start.model(ParamBuilder::new(7, DType::F32, &Device::cpu())).map_err(|error| error.to_string())?;
+    let weights = first_weights(&*made);
+    Ok((start, weights))
+}
+
+#[test]
+fn a_recipe_of_nemo_runs_with_only_its_paths_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pipeline, run) = (folder.path().join("pipeline"), folder.path().join("run"));
+    saved_model(&pipeline.join("transformer"), &[]);
+    let path = folder.path().join("nemo.yaml");
+    let text = NEMO.replace("CHECKPOINT", pipeline.to_str().unwrap()).replace("RUN", run.to_str().unwrap());
+    std::fs::write(&path, &text).unwrap();
+    let load = |settings: &[&str]| {
+        let settings: Vec<String> = settings.iter().map(|s| (*s).to_owned()).collect();
+        Recipe::load(&path, &settings).map_err(|error| error.to_string())
+    };
+    let recipe = load(&[]).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!((&recipe.name[..], recipe.run_dir.as_deref(), recipe.dtype), ("nemo_run", Some(&*run), Dtype::Mixed));
+    assert_eq!((&recipe.optimizer.name[..], recipe.optimizer.lr), ("adamw", 5e-6));
+    assert_eq!(recipe.clip_grad_norm.as_ref().map(|clip| clip.max_norm), Some(1.0));
+    assert!(recipe.performance.activation_checkpointing);
+    // Pictures of the digits: 1,797 a pass, 4 a step.
+    let steps = recipe.step_scheduler.resolved(1797, false).max_steps;
+    assert_eq!(steps, (5000 * 1797_u64).div_ceil(4));
+    let recipe = load(&["step_scheduler.max_steps=2"]).unwrap();
+    assert_eq!(train(&recipe, Vec::new(), &AtomicBool::new(false)).unwrap().steps, 2);
+    // Its copy in the run folder is a recipe of ours, and means the same.
+    let copy = Recipe::load(&run.join("recipe.yaml"), &[]).unwrap();
+    assert_eq!(copy.to_json(), recipe.to_json());
+    for (setting, part) in [
+        ("optim.learning_rate=1", "optim.learning_rate: removed; say `optimizer.lr`"),
+        ("step_scheduler.log_every=1", "removed; say `step_scheduler.log_remote_every_steps`"),
+        ("fsdp.dp_sise=1", "fsdp.dp_sise: unknown key; did you mean `dp_size`?"),
+        ("checkpoint.restore_from=LATEST", "flowtape train --resume RUN"),
+        ("optimizer.amsgrad=true", "optimizer.amsgrad: expected false"),
+        ("optimizer._target_=torch.optim.Adagrad", "optimizer.name: expected one of adamw"),
+        ("model.torch_dtype=float8", "model.torch_dtype: expected float32"),
+        ("model.pretrained_model_name_or_path=somebody/nothing", "`hf download somebody/nothing`"),
+        ("wandb=1", "wandb: expected a section"),
+    ] {
+        let error = load(&[setting]).unwrap_err();
+        assert!(error.contains(part), "{setting}: {error}");
+    }
+}
+
+#[test]
+fn a_model_starts_from_whatever_holds_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let low = first_weights(&*saved_model(&at("pipeline/transformer_2"), &["seed=2"]));
+    let high = first_weights(&*saved_model(&at("pipeline/transformer"), &[]));
+    std::fs::write(at("pipeline/model_index.json"), r#"{"boundary_ratio": 0.875}"#).unwrap();
+    let hub = at("hub/models--owner--model");
+    std::fs::create_dir_all(hub.join("snapshots/0123")).unwrap();
+    std::fs::create_dir_all(hub.join("snapshots/4567/transformer")).unwrap();
+    std::fs::create_dir_all(hub.join("refs")).unwrap();
+    std::fs::write(hub.join("refs/main"), "4567\n").unwrap();
+    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        std::fs::copy(at("pipeline/transformer").join(file), hub.join("snapshots/4567/transformer").join(file))
+            .unwrap();
+    }
+    let single = at("single.safetensors");
+    std::fs::copy(at("pipeline/transformer/diffusion_pytorch_model.safetensors"), &single).unwrap();
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(at("pipeline/transformer/config.json")).unwrap()).unwrap();
+    let named = |name: &Path, more: serde_json::Value| {
+        let mut model = json!({ "pretrained_model_name_or_path": name });
+        model.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        start(model)
+    };
+    let pipeline = at("pipeline");
+    // A transformer alone, a pipeline's, one of two, the hub's, a single file's.
+    assert!(named(&at("pipeline/transformer"), json!({})).unwrap().1 == high);
+    let (start_high, weights) = named(&pipeline, json!({"stage": "high_noise"})).unwrap();
+    assert!(weights == high && start_high.sigmas == Some((0.875, 1.0)));
+    let (start_low, weights) = named(&pipeline, json!({"stage": "low_noise", "boundary_ratio": 0.5})).unwrap();
+    assert!(weights == low && low != high && start_low.sigmas == Some((0.0, 0.5)));
+    let flow = start_low.flow_matching(&FlowMatchingConfig::default());
+    assert_eq!((flow.sigma_min, flow.sigma_max), (0.0, 0.5));
+    assert!(named(Path::new("owner/model"), json!({"cache_dir": at("hub")})).unwrap().1 == high);
+    assert!(named(&single, config.clone()).unwrap().1 == high);
+    // New weights of its configuration, with what the recipe says of it.
+    let (start, weights) = named(&at("pipeline/transformer"), json!({"mode": "pretrain", "num_layers": 2})).unwrap();
+    assert!(start.weights.is_none() && weights != high && start.config["num_layers"] == 2);
+    let preset = Start::of(&json!({"pretrained_model_name_or_path": "Qwen/Qwen-Image", "mode": "pretrain"})).unwrap();
+    assert_eq!(preset.config["_class_name"], "QwenImageTransformer2DModel");
+    let refused = |name: &Path, more: serde_json::Value, parts: &[&str]| {
+        let error = named(name, more).unwrap_err();
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    };
+    refused(&pipeline, json!({}), &["model.stage", "low_noise"]);
+    refused(&single, json!({}), &["config.json", "_class_name"]);
+    refused(&single, json!({"_class_name": "FluxTransformer2DModel"}), &["FluxTransformer2DModel"]);
+    refused(Path::new("flux.1-dev"), json!({"mode": "finetune"}), &["without weights", "pretrain"]);
+    refused(Path::new("flux.9"), json!({}), &["no file or folder", "flux.1-dev"]);
+    refused(
+        Path::new("owner/other"),
+        json!({"cache_dir": at("hub")}),
+        &["hf download owner/other", "models--owner--other"],
+    );
+    refused(&at("hub"), json!({}), &["transformer/config.json"]);
+}
+
+#[test]
+fn editors_get_a_schema_that_knows_all_keys() {
+    let schema = flowtape_trainer::recipe::schema();
+    let known = |path: &str| {
+        let pointer = path.split('.').map(|key| format!("/properties/{key}")).collect::<String>();
+        let found = schema.pointer(&pointer);
+        assert!(found.is_some_and(|found| found["description"].is_string()), "{path}: {found:?}");
+    };
+    for path in ["seed", "step_scheduler.num_epochs", "model.stage", "fsdp.dp_size", "flow_matching.flow_shift", "ci"] {
+        known(path);
+    }
+    assert_eq!(schema["additionalProperties"], false);
+    assert_eq!(
+        schema["properties"]["flow_matching"]["properties"]["timestep_sampling"]["oneOf"][0]["const"],
+        "uniform"
+    );
 }

@@ -46,6 +46,10 @@ pub trait Backend: Debug + Send + Sync {
     fn memory(&self) -> PoolUsage {
         PoolUsage::default()
     }
+    /// Bytes that its tensors may take together, where that is known.
+    fn capacity(&self) -> Option<usize> {
+        None
+    }
     /// Uninitialised memory of at least `bytes` bytes.
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>>;
     /// Writes bytes of the host.

@@ -104,6 +104,18 @@ mod x86 {
     }
 }
 
+/// Bytes of memory that are free for this process, on Linux: the machine's, or its container's.
+pub(super) fn memory() -> Option<usize> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let info = read("/proc/meminfo")?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let machine = line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()? << 10;
+    let number = |path| read(path)?.trim().parse::<usize>().ok();
+    let container = number("/sys/fs/cgroup/memory.max")
+        .map(|most| most.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
+    Some(container.map_or(machine, |container| container.min(machine)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

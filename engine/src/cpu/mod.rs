@@ -113,6 +113,10 @@ impl Backend for Cpu {
         self.pool.usage()
     }
 
+    fn capacity(&self) -> Option<usize> {
+        limits::memory().map(|free| free + self.pool.usage().used)
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(self.pool.alloc(bytes)?))
     }

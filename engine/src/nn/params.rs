@@ -257,9 +257,11 @@ impl ParamBuilder {
         let Placement { role, compute, master } = self.plan.place(&path, dims);
         let kept = master.unwrap_or(compute);
         let init = if self.zero_init && self.adaln_zero { Init::Zeros } else { init };
+        let data = self.device.backend().has_data();
         let value = match &self.file {
-            Some(file) if file.dims(&path) == Some(dims) => file.get(&path, &self.device, Some(kept)),
-            None if self.device.backend().has_data() => self.start(&path, dims, init, kept),
+            Some(file) if file.dims(&path) == Some(dims) && data => file.get(&path, &self.device, Some(kept)),
+            None if data => self.start(&path, dims, init, kept),
+            Some(file) if file.dims(&path) == Some(dims) => Tensor::empty(dims, kept, &self.device),
             None => Tensor::empty(dims, kept, &self.device),
             Some(_) => Tensor::zeros(&[], kept, &self.device).map(|one| one.shape_only(dims)),
         };

@@ -195,6 +195,10 @@ impl Backend for Cuda {
         self.0.pool.usage()
     }
 
+    fn capacity(&self) -> Option<usize> {
+        Some(self.0.gpu.total)
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
         Ok(Box::new(CudaBuffer(self.0.pool.alloc(bytes)?)))
     }

@@ -19,7 +19,7 @@ pub use word_table::WordTable;
 /// When the embedded samples are damaged.
 pub fn data(config: &DataConfig) -> Result<Data> {
     let text = WordTable::new(&digits::CAPTIONS, config.text_dim);
-    Ok(match (config.source, config.video) {
+    Ok(match (config.builtin, config.video) {
         (SourceName::MovingDigits, Some(size)) => {
             Data::of_pixels(Arc::new(moving_digits::MovingDigits::new(size)?), text)
         }

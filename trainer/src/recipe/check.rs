@@ -6,6 +6,7 @@ use flowtape_models::{Condition, ModelKind};
 use super::node::Node;
 use super::{DataConfig, Problem, Recipe, StepScheduler};
 use crate::builtin::digits::SIDE;
+use crate::start::{PRETRAINED, Start};
 
 /// The most micro-batches of a step.
 const MAX_PARTS: usize = 1 << 24;
@@ -45,6 +46,10 @@ impl Recipe {
     }
 
     fn schedule_problems(&self) -> Vec<String> {
+        // Epochs are counted when the data is there.
+        if self.step_scheduler.max_steps == 0 {
+            return Vec::new();
+        }
         let made = self.schedule();
         made.err().map(|error| error.to_string()).into_iter().collect()
     }
@@ -75,15 +80,21 @@ impl Recipe {
         let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);
         let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
             .map(|tensor| (tensor, "data.text_dim", *text_dim));
-        let sample = SampleSizes { source: "data.source", latents: &latents, widths: &widths };
-        kind.contradictions(&self.model, &self.flow_matching.adapter_kwargs, &sample)
+        let sample = SampleSizes { source: "data.builtin", latents: &latents, widths: &widths };
+        let start = match Start::of(&self.model) {
+            Ok(start) => start,
+            Err(error) => return vec![format!("model.{PRETRAINED}: {error}")],
+        };
+        kind.contradictions(&start.config, &self.flow_matching.adapter_kwargs, &sample)
     }
 }
 
 impl StepScheduler {
     fn problems(&self) -> Vec<String> {
-        let local = self.local_batch_size;
-        let global = self.global_batch_size.unwrap_or(local);
+        if self.max_steps == 0 && self.num_epochs.is_none() {
+            return vec!["step_scheduler.max_steps: missing: Optimiser steps (or num_epochs)".into()];
+        }
+        let (local, global) = (self.local_batch_size, self.global_batch_size());
         if local > 0 && global.is_multiple_of(local) && global / local <= MAX_PARTS {
             return Vec::new();
         }

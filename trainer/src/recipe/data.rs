@@ -10,8 +10,8 @@ use crate::builtin::moving_digits::VideoSize;
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Which.
-    pub source: SourceName,
+    /// A set that comes with the trainer.
+    pub builtin: SourceName,
     /// Width of the embeddings of caption tokens and of the pooled caption.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub text_dim: usize,
@@ -56,7 +56,7 @@ impl DataConfig {
     /// Still digits, with embeddings of `text_dim`.
     pub fn digits(text_dim: usize) -> Self {
         Self {
-            source: SourceName::Digits,
+            builtin: SourceName::Digits,
             text_dim,
             video: None,
             caption_dropout_prob: 0.0,
@@ -68,7 +68,7 @@ impl DataConfig {
 
     /// What does not fit together.
     pub(super) fn problems(&self) -> Vec<String> {
-        match (self.source, &self.video) {
+        match (self.builtin, &self.video) {
             (SourceName::MovingDigits, None) => {
                 vec!["data.video: moving_digits needs frames, height and width".into()]
             }

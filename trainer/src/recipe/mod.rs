@@ -7,6 +7,8 @@
 mod check;
 mod data;
 mod dtype;
+mod model;
+mod nemo;
 mod node;
 mod problems;
 mod read;
@@ -31,6 +33,7 @@ use crate::{Error, Result};
 
 pub use self::data::{DataConfig, SourceName};
 pub use self::dtype::Dtype;
+pub use self::model::{Mode, ModelSection, Stage};
 pub use self::problems::{Place, Problem};
 pub use self::sampling::{ReportConfig, SamplingConfig};
 pub use self::steps::{ClipGradNorm, Performance, StepScheduler};
@@ -58,8 +61,8 @@ pub struct Recipe {
     pub device: String,
     /// What is trained on.
     pub data: DataConfig,
-    /// The object of diffusers' `config.json`; its `_class_name` says which model.
-    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
+    /// The checkpoint to start from, or the object of diffusers' `config.json`, whose `_class_name` says which model.
+    #[schemars(with = "model::ModelSection")]
     pub model: serde_json::Value,
     /// How the model starts.
     #[serde(default)]
@@ -72,8 +75,8 @@ pub struct Recipe {
     /// Learning rate by step; constant if the section is absent.
     #[serde(default)]
     pub lr_scheduler: Option<LrSchedulerConfig>,
-    /// Gradient clipping; none if the section is absent.
-    #[serde(default)]
+    /// Gradient clipping: to a norm of 1 if the section is absent, as in the reference; none where it is null.
+    #[serde(default = "ClipGradNorm::reference")]
     pub clip_grad_norm: Option<ClipGradNorm>,
     /// How the factor of the loss moves, for `mixed_f16` alone.
     #[serde(default)]
@@ -122,7 +125,9 @@ pub enum Init {
 /// The JSON Schema of a recipe.
 static SCHEMA: LazyLock<serde_json::Value> = LazyLock::new(|| {
     let settings = SchemaSettings::draft07().with(|settings| settings.inline_subschemas = true);
-    settings.into_generator().into_root_schema_for::<Recipe>().to_value()
+    let mut schema = settings.into_generator().into_root_schema_for::<Recipe>().to_value();
+    nemo::extend(&mut schema);
+    schema
 });
 
 /// The JSON Schema of a recipe, for editors.
@@ -148,7 +153,15 @@ impl Recipe {
         let refused = |problems| Error::Recipe { path: path.into(), problems };
         let text = yaml::decode(bytes).map_err(|problem| refused(vec![problem]))?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        Self::parse(text, settings, &name).map_err(refused)
+        let (recipe, without_effect) = Self::parse(text, settings, &name).map_err(refused)?;
+        if !without_effect.is_empty() {
+            let keys = without_effect.join(", ");
+            tracing::warn!(
+                "{}: these keys concern PyTorch or a cluster and have no effect here: {keys}",
+                path.display()
+            );
+        }
+        Ok(recipe)
     }
 
     /// From the object that a file would hold, for programs with data of their own.
@@ -157,25 +170,26 @@ impl Recipe {
     /// When a key is unknown or a value does not fit.
     pub fn from_json(object: serde_json::Value) -> Result<Self> {
         let refused = |problems| Error::Recipe { path: "recipe".into(), problems };
-        Self::of(Node::from_json(object), false).map_err(refused)
+        Self::of(Node::from_json(object), false, Vec::new()).map(|(recipe, _)| recipe).map_err(refused)
     }
 
-    /// From a file's text; `name` is the file's.
-    fn parse(text: &str, settings: &[String], name: &str) -> Result<Self, Vec<Problem>> {
+    /// From a file's text, and the keys in it that have no effect; `name` is the file's.
+    fn parse(text: &str, settings: &[String], name: &str) -> Result<(Self, Vec<&'static str>), Vec<Problem>> {
         let mut root = yaml::parse(text)?;
         let wrong: Vec<Problem> = settings.iter().filter_map(|setting| root.set(setting).err()).collect();
-        if !wrong.is_empty() {
-            return Err(wrong);
-        }
-        if !root.entries().is_empty() && root.entry("name").is_none() {
+        if !root.entries().is_empty() && root.entry("name").is_none() && root.entry("wandb.name").is_none() {
             let _ = root.put("name", Node::plain(&Place::Nowhere, name));
         }
-        Self::of(root, true)
+        Self::of(root, true, wrong)
     }
 
-    /// `own_data` if it trains on what the recipe names, so that the two are compared.
-    fn of(root: Node, own_data: bool) -> Result<Self, Vec<Problem>> {
-        let mut problems = Vec::new();
+    /// `own_data` if it trains on what the recipe names, so that the two are compared; `problems` if there are some already.
+    fn of(
+        mut root: Node,
+        own_data: bool,
+        mut problems: Vec<Problem>,
+    ) -> Result<(Self, Vec<&'static str>), Vec<Problem>> {
+        let without_effect = nemo::translate(&mut root, &mut problems);
         let value = read::read(&root, schema(), &mut problems);
         let recipe: Self = match serde_path_to_error::deserialize(value) {
             Ok(recipe) => recipe,
@@ -188,17 +202,17 @@ impl Recipe {
             }
         };
         recipe.check(&root, own_data, &mut problems);
-        if problems.is_empty() { Ok(recipe) } else { Err(problems) }
+        if problems.is_empty() { Ok((recipe, without_effect)) } else { Err(problems) }
     }
 
     /// Samples of an optimiser step.
     pub fn global_batch_size(&self) -> usize {
-        self.step_scheduler.global_batch_size.unwrap_or(self.step_scheduler.local_batch_size)
+        self.step_scheduler.global_batch_size()
     }
 
-    /// Batches of a step, one after the other.
-    pub fn micro_batches(&self) -> usize {
-        self.global_batch_size() / self.step_scheduler.local_batch_size.max(1)
+    /// Samples that are held out.
+    pub fn held_out(&self) -> usize {
+        self.validation.as_ref().map_or(0, |validation| validation.num_samples)
     }
 
     /// Learning rate and weight decay by step.

@@ -105,6 +105,15 @@ impl Node {
         }
     }
 
+    /// Takes an entry out.
+    pub fn take(&mut self, path: &str) -> Option<Entry> {
+        let Content::Section(entries) = &mut self.content else { return None };
+        match path.split_once('.') {
+            Some((first, rest)) => entries.iter_mut().find(|entry| entry.key == first)?.value.take(rest),
+            None => entries.iter().position(|entry| entry.key == path).map(|i| entries.remove(i)),
+        }
+    }
+
     /// Puts a value at a path, in the place of what is there; sections on the way are made where there are none.
     ///
     /// # Errors

@@ -12,6 +12,13 @@ pub struct ClipGradNorm {
     pub max_norm: f64,
 }
 
+impl ClipGradNorm {
+    /// What the reference does where nothing is said.
+    pub(super) fn reference() -> Option<Self> {
+        Some(Self { max_norm: 1.0 })
+    }
+}
+
 /// Steps and batches.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -23,12 +30,56 @@ pub struct StepScheduler {
     /// Samples that go through the model at once.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub local_batch_size: usize,
-    /// Optimiser steps.
-    #[schemars(range(min = 1))]
+    /// Optimiser steps; as many as `num_epochs` has if it is left out, and never more than those.
+    #[schemars(with = "Option<u64>", range(min = 1))]
+    #[serde(default, deserialize_with = "or_zero", skip_serializing_if = "is_zero")]
     pub max_steps: u64,
+    /// Passes over the data.
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_epochs: Option<u64>,
     /// Steps between checkpoints; 0 for one at the end alone.
     #[serde(default)]
     pub ckpt_every_steps: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's form
+fn is_zero(steps: &u64) -> bool {
+    *steps == 0
+}
+
+/// 0 for nothing.
+fn or_zero<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(0))
+}
+
+impl StepScheduler {
+    /// Samples of an optimiser step.
+    pub fn global_batch_size(&self) -> usize {
+        self.global_batch_size.unwrap_or(self.local_batch_size)
+    }
+
+    /// Batches of a step, one after the other.
+    pub fn micro_batches(&self) -> usize {
+        (self.global_batch_size() / self.local_batch_size.max(1)).max(1)
+    }
+
+    /// The same with `max_steps` as a number of samples decides it, where `num_epochs` is given. An epoch ends with what is left of
+    /// its samples, or goes on into the next one's.
+    #[must_use]
+    pub fn resolved(&self, samples: usize, drop_last: bool) -> Self {
+        let Some(epochs) = self.num_epochs else { return self.clone() };
+        let (samples, local) = (samples as u64, self.local_batch_size.max(1) as u64);
+        // Each epoch begins so many batches, or one more; its last group may be smaller.
+        let fewer = samples / local;
+        let all = if drop_last { epochs.saturating_mul(fewer) } else { epochs.saturating_mul(samples).div_ceil(local) };
+        let longer = all - epochs.saturating_mul(fewer).min(all);
+        let groups = |batches: u64| batches.div_ceil(self.micro_batches() as u64);
+        let shorter = (epochs - longer.min(epochs)).saturating_mul(groups(fewer));
+        let steps = shorter.saturating_add(longer.saturating_mul(groups(fewer + 1))).max(1);
+        let max_steps = if self.max_steps == 0 { steps } else { self.max_steps.min(steps) };
+        Self { max_steps, ..self.clone() }
+    }
 }
 
 /// What is traded for time.

@@ -9,7 +9,7 @@ const DIGITS: &str = include_str!("../../../recipes/digits.yaml");
 fn parse(text: &str, settings: &[&str]) -> Result<Recipe, String> {
     let settings: Vec<String> = settings.iter().map(|s| (*s).to_owned()).collect();
     let lines = |problems: Vec<Problem>| problems.iter().map(|p| p.line(&"f")).collect::<Vec<_>>().join("\n");
-    Recipe::parse(text, &settings, "stem").map_err(lines)
+    Recipe::parse(text, &settings, "stem").map(|(recipe, _)| recipe).map_err(lines)
 }
 
 #[test]
@@ -21,7 +21,7 @@ fn settings_reach_every_level_and_supply_what_is_missing() {
     assert_eq!((recipe.model["num_layers"].as_u64(), recipe.step_scheduler.max_steps), (Some(1), 1000));
     let without = DIGITS.replace("  max_steps: 1000\n", "").replace("name: digits", "# no name");
     let missing = parse(&without, &[]).unwrap_err();
-    assert_eq!(missing, "f:42:3: step_scheduler.max_steps: missing: Optimiser steps");
+    assert_eq!(missing, "f:41:1: step_scheduler.max_steps: missing: Optimiser steps (or num_epochs)");
     let recipe = parse(&without, &["step_scheduler.max_steps='7'"]).unwrap();
     assert_eq!((recipe.step_scheduler.max_steps, &recipe.name[..]), (7, "stem"));
 }
@@ -145,11 +145,12 @@ fn errors_say_what_is_expected() {
         ("flow_matching.adapter_type=flex", "flow_matching.adapter_type: expected one of simple, flux"),
         ("sampelr.x=1", "did you mean `sampling`"),
         ("data.source=moving_digits", "data.video"),
+        ("data.builtin=moving_digits", "data.video"),
         ("data.video={frames: 2, height: 9, width: 9}", "did you mean moving_digits"),
         ("data.caption_dropout_prob=2", "data.caption_dropout_prob: expected a number from 0 to 1"),
         ("init=zero", "adaln_zero"),
         ("data.text_dim=31", "data.text_dim (31) must equal model.joint_attention_dim (32)"),
-        ("model.in_channels=8", "the channels of data.source (1) must equal model.in_channels / 4 (2)"),
+        ("model.in_channels=8", "the channels of data.builtin (1) must equal model.in_channels / 4 (2)"),
         ("model.num_layers=100000000", "model.num_layers: expected at least 0 and at most 1024"),
         ("model.num_layers=010", "model.num_layers: expected a number without leading zeros"),
         ("model.num_layers=99999999999999999999", "model.num_layers: expected a whole number from"),

@@ -1,0 +1,260 @@
+//! What a recipe would take, and whether it can be had, before anything is made.
+
+use std::fmt;
+use std::path::Path;
+
+use flowtape_engine::{Device, Philox};
+use serde::Serialize;
+
+use crate::data::Data;
+use crate::plan::{StepPlan, gigabytes};
+use crate::recipe::Dtype;
+use crate::{Error, Recipe, Result, builtin};
+
+/// What was found out about a recipe that fits together.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Check {
+    /// The run's name.
+    pub name: String,
+    /// Where it would run.
+    pub device: String,
+    /// Samples of the data.
+    pub samples: usize,
+    /// Their sizes, `[C, H, W]` or `[C, F, H, W]`, each with its number of samples, of whole batches, and of samples that
+    /// fill none and are left out.
+    pub buckets: Vec<Bucket>,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// What one takes.
+    pub step: StepPlan,
+    /// Bytes that the device has for it, where that is known.
+    pub capacity: Option<usize>,
+    /// Settings that would take less, each with what a step takes then: where it does not fit.
+    pub alternatives: Vec<Alternative>,
+    /// Bytes that checkpoints take at once: those that are kept, and the next while it is written.
+    pub checkpoints: usize,
+    /// Bytes that are free where the run is kept, where that is known.
+    pub disk: Option<u64>,
+}
+
+/// Samples of one size.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Bucket {
+    /// `[C, H, W]` or `[C, F, H, W]`.
+    pub dims: Vec<usize>,
+    /// How many.
+    pub samples: usize,
+    /// Batches of them in an epoch.
+    pub batches: usize,
+    /// Samples that an epoch leaves out.
+    pub dropped: usize,
+}
+
+/// A setting that takes less.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Alternative {
+    /// As on the command line.
+    pub settings: Vec<&'static str>,
+    /// What a step takes with it.
+    pub peak: usize,
+}
+
+/// Which samples are read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Depth {
+    /// A handful, the same for a seed.
+    #[default]
+    Handful,
+    /// All.
+    All,
+}
+
+/// Samples whose sizes are looked at.
+const LOOKED_AT: usize = 1_000_000;
+/// Samples that are read.
+const HANDFUL: usize = 8;
+/// The most samples that are told of.
+const TOLD: usize = 20;
+
+impl Check {
+    /// Checks a recipe for a device: data, model, weights' keys and a step's shapes. Nothing is written, and no weight is read.
+    ///
+    /// # Errors
+    /// What a run would come to at its first step.
+    pub fn of(recipe: &Recipe, device: &Device, depth: Depth) -> Result<Self> {
+        Self::with_data(recipe, device, builtin::data(&recipe.data)?, depth)
+    }
+
+    /// The same with data of one's own.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn with_data(recipe: &Recipe, device: &Device, data: Data, depth: Depth) -> Result<Self> {
+        read_samples(recipe, &data, depth)?;
+        let samples = data.source.len().saturating_sub(recipe.held_out());
+        let steps = recipe.step_scheduler.resolved(samples, recipe.data.drop_last).max_steps;
+        let step = StepPlan::of(recipe, data.clone())?;
+        // Those that are kept, the best one, and the next while it is written.
+        let kept = recipe.checkpoint.max_recent_checkpoints + usize::from(recipe.validation.is_some()) + 1;
+        let capacity = device.backend().capacity();
+        let fits = capacity.is_none_or(|capacity| step.peak <= capacity);
+        let alternatives = if fits { Vec::new() } else { alternatives(recipe, &data)? };
+        Ok(Self {
+            name: recipe.name.clone(),
+            device: recipe.device.clone(),
+            samples,
+            buckets: buckets(recipe, &data)?,
+            steps,
+            step,
+            capacity,
+            alternatives,
+            checkpoints: kept.saturating_mul(step.checkpoint),
+            disk: free_disk(recipe.run_dir.as_deref().unwrap_or(Path::new("runs"))),
+        })
+    }
+
+    /// Whether memory and disk suffice, as far as they are known.
+    pub fn fits(&self) -> bool {
+        self.capacity.is_none_or(|capacity| self.step.peak <= capacity)
+            && self.disk.is_none_or(|disk| self.checkpoints as u64 <= disk)
+    }
+
+    /// An error where it does not fit.
+    ///
+    /// # Errors
+    /// With what would make it fit.
+    pub fn require(&self) -> Result<()> {
+        if self.fits() {
+            return Ok(());
+        }
+        Err(Error::Run { path: self.name.clone().into(), what: self.verdict() })
+    }
+
+    /// What fits, what does not, and what would.
+    fn verdict(&self) -> String {
+        let mut out = Vec::new();
+        if let Some(capacity) = self.capacity {
+            let relation = if self.step.peak <= capacity { "of" } else { "does not fit: a step takes more than the" };
+            let (peak, capacity) = (gigabytes(self.step.peak), gigabytes(capacity));
+            out.push(format!("{peak} {relation} {capacity} that {} has", self.device));
+        }
+        for alternative in &self.alternatives {
+            let settings: Vec<String> = alternative.settings.iter().map(|s| format!("--set {s}")).collect();
+            let fits =
+                if self.capacity.is_some_and(|capacity| alternative.peak <= capacity) { "fits" } else { "too much" };
+            out.push(format!("  {:>10}  {fits:<8}  with {}", gigabytes(alternative.peak), settings.join(" ")));
+        }
+        if let Some(disk) = self.disk.filter(|disk| self.checkpoints as u64 > *disk) {
+            let disk = gigabytes(usize::try_from(disk).unwrap_or(usize::MAX));
+            out.push(format!(
+                "the disk has {disk} left, and checkpoints take {}: choose another run_dir",
+                gigabytes(self.checkpoints)
+            ));
+        }
+        out.join("\n")
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StepPlan { weights, optimizer, gradients, activations, workspace, peak, flops, .. } = self.step;
+        writeln!(f, "{:<14}{} samples, {} steps on {}", self.name, self.samples, self.steps, self.device)?;
+        writeln!(f, "\n{:<20}{:>10}{:>10}{:>10}", "size", "samples", "batches", "dropped")?;
+        for Bucket { dims, samples, batches, dropped } in &self.buckets {
+            let dims = dims.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
+            writeln!(f, "{dims:<20}{samples:>10}{batches:>10}{dropped:>10}")?;
+        }
+        writeln!(f)?;
+        for (name, bytes) in [
+            ("weights", weights),
+            ("optimiser", optimizer),
+            ("gradients", gradients),
+            ("activations", activations),
+            ("workspace", workspace),
+            ("peak", peak),
+            ("checkpoints", self.checkpoints),
+        ] {
+            writeln!(f, "{name:<14}{:>12}", gigabytes(bytes))?;
+        }
+        writeln!(f, "{:<14}{:>9.4} TFLOP a step", "arithmetic", flops / 1e12)?;
+        let verdict = self.verdict();
+        if verdict.is_empty() { Ok(()) } else { writeln!(f, "\n{verdict}") }
+    }
+}
+
+/// Reads samples: all that can't be are told together.
+fn read_samples(recipe: &Recipe, data: &Data, depth: Depth) -> Result<()> {
+    let samples = data.source.len();
+    let mut random = Philox::new(recipe.seed);
+    let chosen: Vec<usize> = match depth {
+        Depth::Handful if samples > HANDFUL => {
+            let mut places = vec![0.0; HANDFUL];
+            random.fill_uniform(&mut places);
+            places
+                .into_iter()
+                .map(|place: f32| ((f64::from(place) * samples as f64) as usize).min(samples - 1))
+                .collect()
+        }
+        _ => (0..samples).collect(),
+    };
+    let read = |i: usize| data.source.read(i, &mut random.fork(i as u64)).err().map(|error| error.to_string());
+    let wrong: Vec<String> = chosen.into_iter().filter_map(read).collect();
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    let more = if wrong.len() > TOLD { format!("\nand {} more", wrong.len() - TOLD) } else { String::new() };
+    let what = format!("{} samples can't be read:\n{}{more}", wrong.len(), wrong[..wrong.len().min(TOLD)].join("\n"));
+    Err(Error::Run { path: "data".into(), what })
+}
+
+/// Sizes of the samples, in the order of their sizes.
+fn buckets(recipe: &Recipe, data: &Data) -> Result<Vec<Bucket>> {
+    let mut counts = std::collections::BTreeMap::<Vec<usize>, usize>::new();
+    for i in 0..data.source.len().min(LOOKED_AT) {
+        *counts.entry(data.source.header(i)?.dims).or_default() += 1;
+    }
+    let batch = recipe.step_scheduler.local_batch_size.max(1);
+    let bucket = |(dims, samples): (Vec<usize>, usize)| {
+        let dropped = if recipe.data.drop_last { samples % batch } else { 0 };
+        Bucket { dims, samples, batches: (samples - dropped).div_ceil(batch), dropped }
+    };
+    Ok(counts.into_iter().map(bucket).collect())
+}
+
+/// What settings would take, those that change the result least first.
+fn alternatives(recipe: &Recipe, data: &Data) -> Result<Vec<Alternative>> {
+    type Change = (&'static str, fn(&mut Recipe) -> bool);
+    let changes: [Change; 4] = [
+        ("performance.activation_checkpointing=true", |r| {
+            !std::mem::replace(&mut r.performance.activation_checkpointing, true)
+        }),
+        ("step_scheduler.local_batch_size=1", |r| {
+            r.step_scheduler.global_batch_size = Some(r.step_scheduler.global_batch_size());
+            std::mem::replace(&mut r.step_scheduler.local_batch_size, 1) > 1
+        }),
+        ("clip_grad_norm=null", |r| r.clip_grad_norm.take().is_some()),
+        ("dtype=bf16", |r| std::mem::replace(&mut r.dtype, Dtype::Bf16) != Dtype::Bf16),
+    ];
+    let mut all = Vec::new();
+    let (mut together, mut settings) = (recipe.clone(), Vec::new());
+    for (setting, change) in changes {
+        let mut changed = recipe.clone();
+        if !change(&mut changed) {
+            continue;
+        }
+        all.push(Alternative { settings: vec![setting], peak: StepPlan::of(&changed, data.clone())?.peak });
+        change(&mut together);
+        settings.push(setting);
+        if settings.len() > 1 {
+            let peak = StepPlan::of(&together, data.clone())?.peak;
+            all.push(Alternative { settings: settings.clone(), peak });
+        }
+    }
+    Ok(all)
+}
+
+/// Bytes that are free where a folder is, or would be.
+fn free_disk(path: &Path) -> Option<u64> {
+    let there = path.ancestors().find(|path| path.exists()).filter(|path| !path.as_os_str().is_empty());
+    fs4::available_space(there.unwrap_or(Path::new("."))).ok()
+}

@@ -1,0 +1,89 @@
+//! What a step takes, without taking it: steps on the device that has shapes and no data.
+
+use flowtape_engine::meta::Meta;
+use flowtape_engine::nn::{Param, Params};
+use flowtape_engine::profile::Profile;
+use serde::Serialize;
+
+use crate::data::Data;
+use crate::trainer::Trainer;
+use crate::{Recipe, Result};
+
+/// Bytes of a training step by what they hold, and its floating-point operations.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct StepPlan {
+    /// Parameters, with their wider copies and their average.
+    pub weights: usize,
+    /// What the optimiser remembers.
+    pub optimizer: usize,
+    /// Gradients that are kept until all are there, for their norm or over micro-batches; 0 where each is used at once.
+    pub gradients: usize,
+    /// What forward keeps for backward.
+    pub activations: usize,
+    /// What the peak holds beside: inputs of operations that are under way.
+    pub workspace: usize,
+    /// The most at once; activations go while gradients come, so it may be less than the sum.
+    pub peak: usize,
+    /// What a checkpoint takes on the disk.
+    pub checkpoint: usize,
+    /// Operations of all matrix products and attention of an optimiser step.
+    pub flops: f64,
+}
+
+impl StepPlan {
+    /// Of a recipe's step on data. The first of it is read.
+    ///
+    /// # Errors
+    /// What the step itself would come to: a section that does not fit, or a sample that can't be read.
+    pub fn of(recipe: &Recipe, data: Data) -> Result<Self> {
+        let (meta, profile) = (Meta::default(), Profile::default());
+        let device = profile.device(&meta.device());
+        // A third micro-batch takes no more than the second.
+        let mut short = recipe.clone();
+        let local = recipe.step_scheduler.local_batch_size;
+        let parts = recipe.step_scheduler.micro_batches();
+        short.step_scheduler.global_batch_size = Some(local.saturating_mul(parts.min(2)));
+        short.data.num_workers = 0;
+        let mut trainer = Trainer::with_data(&device, &short, data)?;
+        let weights = meta.used();
+        // The first step makes what the optimiser remembers.
+        trainer.enqueue()?;
+        let before = meta.used();
+        profile.take();
+        let forward = trainer.enqueue()?.times.forward_bytes;
+        let flops: f64 = profile.take().iter().map(|(_, entry)| entry.flops).sum();
+        let optimizer = before - weights;
+        let kept = recipe.clip_grad_norm.is_some() || parts > 1;
+        let gradients = if kept { gradients(trainer.model().params(), parts > 1) } else { 0 };
+        let activations = forward.saturating_sub(before);
+        // With more than one micro-batch the gradients so far are there in forward.
+        let activations = if parts > 1 { activations.saturating_sub(gradients) } else { activations };
+        let peak = meta.peak();
+        let workspace = peak.saturating_sub(before + gradients.max(activations));
+        let flops = flops * parts as f64 / parts.min(2) as f64;
+        let kept = trainer.model().params().iter().map(|param| Ok(param.numel() * param.kept()?.dtype().size()));
+        let averages =
+            if recipe.ema.is_some() { trained(trainer.model().params()).map(|p| p.numel() * 4).sum() } else { 0 };
+        let checkpoint = optimizer + averages + kept.sum::<Result<usize>>()?;
+        Ok(Self { weights, optimizer, gradients, activations, workspace, peak, checkpoint, flops })
+    }
+}
+
+/// Bytes of all gradients: in f32 where they are summed over micro-batches.
+fn gradients(params: &Params, summed: bool) -> usize {
+    let size = |dtype: flowtape_engine::DType| if summed { dtype.size().max(4) } else { dtype.size() };
+    trained(params).map(|param| param.numel() * size(param.dtype())).sum()
+}
+
+fn trained(params: &Params) -> impl Iterator<Item = &Param> {
+    params.iter().filter(|param| param.var().is_some())
+}
+
+/// Bytes for people.
+pub fn gigabytes(bytes: usize) -> String {
+    match bytes {
+        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}

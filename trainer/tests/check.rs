@@ -1,0 +1,135 @@
+//! What a recipe is said to take, beside what it takes.
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use flowtape_data::{Media, MemorySource, Sample, Text, TextEmbeddings};
+use flowtape_engine::backend::{Backend, Buffer, Decorator};
+use flowtape_engine::{DType, Device, Result as EngineResult, Tensor};
+use flowtape_trainer::builtin::{self, WordTable};
+use flowtape_trainer::check::{Check, Depth};
+use flowtape_trainer::data::Data;
+use flowtape_trainer::plan::StepPlan;
+use flowtape_trainer::{Recipe, Trainer};
+use serde_json::json;
+
+fn recipe(name: &str, settings: &[&str]) -> Recipe {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes").join(name);
+    let settings: Vec<String> = settings.iter().map(|s| (*s).to_owned()).collect();
+    Recipe::load(&path, &settings).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The CPU, which remembers the most bytes that were in use.
+#[derive(Debug)]
+struct Watched {
+    cpu: Device,
+    peak: Arc<AtomicUsize>,
+}
+
+impl Decorator for Watched {
+    fn inner(&self) -> &dyn Backend {
+        self.cpu.backend()
+    }
+
+    fn alloc(&self, bytes: usize) -> EngineResult<Box<dyn Buffer>> {
+        let buffer = self.inner().alloc(bytes);
+        self.peak.fetch_max(self.inner().memory().used, Ordering::Relaxed);
+        buffer
+    }
+}
+
+#[test]
+fn a_steps_memory_is_what_it_takes() {
+    let models = [
+        ("digits.yaml", "step_scheduler.local_batch_size=32"),
+        ("moving_digits_wan.yaml", "step_scheduler.local_batch_size=8"),
+        ("moving_digits_hunyuan.yaml", "step_scheduler.local_batch_size=8"),
+    ];
+    let settings: [&[&str]; 3] = [
+        &[],
+        &["dtype=mixed", "performance.activation_checkpointing=true"],
+        &["clip_grad_norm=null", "step_scheduler.global_batch_size=64"],
+    ];
+    for (name, batch) in models {
+        for settings in settings {
+            let recipe = recipe(name, &[&[batch], settings].concat());
+            let plan = StepPlan::of(&recipe, builtin::data(&recipe.data).unwrap()).unwrap();
+            let peak = Arc::new(AtomicUsize::new(0));
+            let before = Device::cpu().backend().memory().used;
+            let device = Device::new(Watched { cpu: Device::cpu(), peak: peak.clone() });
+            let mut trainer = Trainer::on(&device, &recipe).unwrap();
+            for _ in 0..2 {
+                trainer.step().unwrap();
+            }
+            let took = peak.load(Ordering::Relaxed) - before;
+            let ratio = plan.peak as f64 / took as f64;
+            println!("{name} {settings:?}: planned {} took {took}: {ratio:.3}", plan.peak);
+            assert!((ratio - 1.0).abs() < 0.1, "{name} {settings:?}: {plan:?}, took {took}");
+            assert!(plan.weights > 0 && plan.optimizer > 0 && plan.activations > 0 && plan.flops > 0.0);
+        }
+    }
+}
+
+/// FLUX.1-dev on latents of 1024 x 1024.
+fn twelve_billion() -> (Recipe, Data) {
+    let recipe = Recipe::from_json(json!({
+        "name": "flux",
+        "dtype": "mixed",
+        "data": { "builtin": "digits", "text_dim": 4096 },
+        "model": { "pretrained_model_name_or_path": "flux.1-dev" },
+        "flow_matching": { "adapter_type": "flux" },
+        "optimizer": { "lr": 1e-5 },
+        "step_scheduler": { "local_batch_size": 1, "max_steps": 10 },
+    }))
+    .unwrap();
+    let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::cpu()).unwrap();
+    let text = TextEmbeddings::default()
+        .with("text_embeddings", zeros(&[512, 4096]))
+        .with("pooled_prompt_embeds", zeros(&[768]));
+    let sample = Sample::new(Media::Latents(zeros(&[16, 128, 128])), Text::Embeddings(text));
+    let data = Data::of_pixels(Arc::new(MemorySource::new(vec![sample]).unwrap()), WordTable::new(&[], 4096));
+    (recipe, data)
+}
+
+#[test]
+fn a_model_of_12_billion_parameters_is_checked_at_once() {
+    let (recipe, data) = twelve_billion();
+    let started = Instant::now();
+    let check = Check::with_data(&recipe, &Device::cpu(), data, Depth::Handful).unwrap();
+    println!("{:?}\n{check}", started.elapsed());
+    // Blocks of memory come in eight sizes an octave. bf16 with f32 copies, and two moments in f32.
+    let parameters = 11_901_408_320_usize;
+    assert!(check.step.weights.abs_diff(6 * parameters) < parameters / 4, "{}", check.step.weights);
+    assert!(check.step.optimizer.abs_diff(8 * parameters) < parameters / 4, "{}", check.step.optimizer);
+    // The copies alone, and the moments; two of them while one is written.
+    assert!(check.checkpoints.abs_diff(3 * 12 * parameters) < parameters / 2, "{}", check.checkpoints);
+    // 57 blocks with 12 h^2 weights for each of 4,096 patches and 512 words, three products of each; attention has two products
+    // forward and five backward.
+    let (tokens, width) = (4608.0_f64, 3072.0_f64);
+    let products = 3.0 * 2.0 * 57.0 * 12.0 * width.powi(2) * tokens;
+    let attention = 7.0 * 2.0 * 57.0 * tokens.powi(2) * width;
+    let ratio = check.step.flops / (products + attention);
+    assert!((ratio - 1.0).abs() < 0.01, "{:e}", check.step.flops);
+    if !check.fits() {
+        let error = check.require().unwrap_err().to_string();
+        assert!(error.contains("--set performance.activation_checkpointing=true"), "{error}");
+        let least = check.alternatives.iter().map(|alternative| alternative.peak).min().unwrap();
+        assert!(least < check.step.peak / 2, "{error}");
+    }
+    assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_check_counts_samples_by_size() {
+    let recipe = recipe("digits.yaml", &["data.drop_last=true", "step_scheduler.num_epochs=2"]);
+    let check = Check::of(&recipe, &Device::cpu(), Depth::All).unwrap();
+    let [bucket] = &check.buckets[..] else { panic!("{:?}", check.buckets) };
+    assert_eq!((&bucket.dims[..], bucket.samples, bucket.batches, bucket.dropped), (&[1, 8, 8][..], 1797, 28, 5));
+    assert_eq!(check.steps, 56);
+    assert!(check.fits(), "{check}");
+    let shown = check.to_string();
+    assert!(shown.contains("1 x 8 x 8") && shown.contains("TFLOP a step"), "{shown}");
+}
