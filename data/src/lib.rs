@@ -5,6 +5,7 @@
 //! | [`source`] | [`Source`]: samples by number; [`MemorySource`] |
 //! | [`sampler`] | [`Sampler`]: which samples a batch holds, a function of the [`Cursor`] alone; [`EpochSampler`] |
 //! | [`loader`] | [`Loader`]: reads ahead on threads and hands batches over in the sampler's order |
+//! | [`media`] | pictures and captions as they lie in folders; sizes as NeMo's |
 //! | [`encode`] | [`LatentCodec`] and [`TextEncoder`]: what turns pixels and captions into what a model is trained on |
 //! | [`collate`] | [`Collator`]: samples to a [`flowtape_flowmatch::Batch`] |
 //!
@@ -16,6 +17,7 @@ pub mod encode;
 mod error;
 mod fingerprint;
 pub mod loader;
+pub mod media;
 pub mod sampler;
 pub mod source;
 

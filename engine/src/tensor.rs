@@ -48,8 +48,15 @@ impl Tensor {
 
     /// The same, with the axes in memory as `like` has them: elementwise results keep their input's order.
     pub(crate) fn empty_like(like: &Self, dims: &[usize], dtype: DType) -> Result<Self> {
-        let plain = like.dims() != dims || like.layout.is_contiguous() || like.layout.strides.contains(&0);
-        if plain {
+        if like.dims() != dims {
+            return Self::empty(dims, dtype, like.device());
+        }
+        Self::empty_in_order(like, dims, dtype)
+    }
+
+    /// The same for other sizes of as many axes.
+    pub(crate) fn empty_in_order(like: &Self, dims: &[usize], dtype: DType) -> Result<Self> {
+        if like.layout.is_contiguous() || like.layout.strides.contains(&0) {
             return Self::empty(dims, dtype, like.device());
         }
         let mut order: Vec<usize> = (0..dims.len()).collect();

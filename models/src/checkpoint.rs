@@ -11,6 +11,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 use tracing::warn;
 
+use crate::registry::ConfigReader;
 use crate::{Error, ModelKind, Result, Transformer, create_model};
 
 /// The file of the configuration.
@@ -50,6 +51,11 @@ impl<'de> Deserialize<'de> for Entries {
 /// When the file is missing or not JSON, the class is unknown, a value does not fit, or the weights are quantised. The error
 /// names the file.
 pub fn load_config(path: &Path) -> Result<Value> {
+    read_config(path, |class| Ok(ModelKind::of_class(class)?.config))
+}
+
+/// The same for a part of any kind: `reader_of` says how the configurations of a class are read.
+pub(crate) fn read_config(path: &Path, reader_of: impl Fn(&str) -> Result<ConfigReader>) -> Result<Value> {
     let text = std::fs::read(path).map_err(|source| EngineError::Io { path: path.into(), source })?;
     let wrong = |what: String| Error::from(EngineError::Format { path: path.into(), what });
     let Entries(entries) = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
@@ -60,7 +66,7 @@ pub fn load_config(path: &Path) -> Result<Value> {
         }
     }
     let class = config.get("_class_name").and_then(Value::as_str).unwrap_or("no _class_name");
-    let reader = ModelKind::of_class(class).map_err(|e| wrong(e.to_string()))?.config;
+    let reader = reader_of(class).map_err(|e| wrong(e.to_string()))?;
     for key in reader.unknown_keys(&config) {
         config.remove(&key);
         warn!("{}: the key `{key}` is unknown and passed over", path.display());

@@ -9,6 +9,7 @@
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
+//! | [`vae`] | autoencoders between pixels and latents: [`vae::Autoencoder`], [`vae::AUTOENCODERS`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`presets`], [`summary`] | configurations of published checkpoints; what a model is made of |
 //! | [`requirements`] | what a model asks of a batch, and what contradicts it |
@@ -28,6 +29,7 @@ pub mod requirements;
 pub mod summary;
 #[cfg(test)]
 mod testing;
+pub mod vae;
 pub mod wan;
 
 use flowtape_engine::nn::{Param, Params};

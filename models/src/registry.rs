@@ -61,7 +61,7 @@ pub struct ConfigReader {
 }
 
 impl ConfigReader {
-    const fn of<C: Config>() -> Self {
+    pub(crate) const fn of<C: Config>() -> Self {
         Self { complete: |config| Ok(config_json(&read::<C>(config)?)), unknown_keys: unknown_keys::<C> }
     }
 

@@ -4,12 +4,14 @@ mod adapters;
 pub mod devices;
 mod golden;
 pub mod lora;
+mod media;
 mod ops;
 mod optim;
 mod pipeline_math;
 pub mod sampling;
 pub mod step;
 pub mod suite;
+mod vae;
 
 use std::path::PathBuf;
 

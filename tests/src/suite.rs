@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, lora, ops, optim, pipeline_math, sampling, step};
+use crate::{Outcome, adapters, lora, media, ops, optim, pipeline_math, sampling, step, vae};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -13,6 +13,7 @@ type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
 const SUBJECTS: &[(&str, Check)] = &[
     ("*_step", step::check),
     ("lora_flux", lora::check),
+    ("image_preprocess", media::check),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
     ("pipeline_math/adapter_inputs", adapters::prepared),
@@ -23,6 +24,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipeline_math/time_shift", pipeline_math::time_shifts),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
+    ("vae_*", vae::check),
 ];
 
 /// The outcomes of all that lies in a folder of goldens, in the order of its names.
@@ -125,7 +127,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, "{}").unwrap();
         };
-        for file in ["README.md", "vae_new/case.json", "vae_new/outputs.safetensors", "data/batches.json"] {
+        for file in ["README.md", "new/case.json", "new/outputs.safetensors", "data/batches.json"] {
             write(file);
         }
         for file in ["data/batches.safetensors", "ops/new.json", "ops/lonely.safetensors", "stray.bin", "sampling/x/y"]
@@ -137,7 +139,7 @@ mod tests {
         let of = |kind: fn(&Outcome) -> bool| -> Vec<&str> {
             outcomes.iter().filter(|o| kind(o)).map(|o| &*o.case).collect()
         };
-        assert_eq!(of(Outcome::is_not_built), ["data/batches", "vae_new"]);
+        assert_eq!(of(Outcome::is_not_built), ["data/batches", "new"]);
         assert_eq!(of(Outcome::failed), ["new_step/aborted", "ops", "sampling", "stray.bin"]);
         assert_eq!(outcomes.len(), 6);
         std::fs::remove_file(root.path().join("ops/lonely.safetensors")).unwrap();

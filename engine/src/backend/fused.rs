@@ -3,8 +3,8 @@
 use super::call::{Call, Checked};
 use super::{Backend, Ran};
 use crate::ops::{
-    AttentionBackward, AttentionForward, ModulatedNormBackward, ModulatedNormForward, NormBackward, NormForward,
-    NormRopeBackward, NormRopeForward,
+    AttentionBackward, AttentionForward, ConvForward, ModulatedNormBackward, ModulatedNormForward, NormBackward,
+    NormForward, NormRopeBackward, NormRopeForward,
 };
 use crate::random::RandomFill;
 use crate::{Result, Tensor};
@@ -101,6 +101,8 @@ fused! {
     AttentionForward(AttentionForward);
     /// Its gradient.
     AttentionBackward(AttentionBackward);
+    /// A convolution.
+    ConvForward(ConvForward);
     /// LayerNorm or RMSNorm.
     NormForward(NormForward);
     /// The gradient of its input.

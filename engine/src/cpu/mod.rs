@@ -28,8 +28,8 @@ pub use self::team::{awake, cores, usable_threads};
 use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd, Upload};
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::ops::{
-    AttentionBackward, AttentionForward, ModulatedNormBackward, ModulatedNormForward, NormBackward, NormForward,
-    NormRopeBackward, NormRopeForward,
+    AttentionBackward, AttentionForward, ConvForward, ModulatedNormBackward, ModulatedNormForward, NormBackward,
+    NormForward, NormRopeBackward, NormRopeForward,
 };
 use crate::pool::{Pool, PoolUsage};
 use crate::{DType, Error, Result, Tensor};
@@ -218,6 +218,11 @@ impl Backend for Cpu {
                     let ([q, k, v, o, grad, lse], mask) = (each([q, k, v, o, grad, lse])?, some(mask)?);
                     let [dq, dk, dv] = each([dq, dk, dv])?;
                     attention::attention_backward(&q, &k, &v, &o, &grad, &lse, mask.as_ref(), scale, &dq, &dk, &dv);
+                    true
+                }
+                Fused::ConvForward(ConvForward { x, weight, bias, axes, groups, y }) => {
+                    let ([x, weight, y], bias) = (each([x, weight, y])?, some(bias)?);
+                    gemm::convolution(isa(), [&x, &weight, &y], bias.as_ref(), axes, groups);
                     true
                 }
                 Fused::NormForward(NormForward { x, weight, bias, eps, y, mean, rstd }) => {

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod blocks;
+mod conv;
 mod embedding;
 mod layers;
 mod param;
@@ -13,6 +14,7 @@ pub use adapter::{
     ModuleSelection,
 };
 pub use blocks::Blocks;
+pub use conv::{Conv, GroupNorm};
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};
 pub use layers::{Activation, FeedForward, LayerNorm, Linear, RmsNorm};
 pub use param::{Param, Role};

@@ -31,7 +31,7 @@ pub(crate) fn flipped(x: &Tensor) -> Result<Tensor> {
     Ok(x.view(x.layout().permute(&axes)?))
 }
 
-fn same_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<DType> {
+pub(crate) fn same_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<DType> {
     let dtype = tensors[0].dtype();
     match tensors.iter().find(|t| t.dtype() != dtype || !t.dtype().is_float()) {
         None => Ok(dtype),
@@ -40,7 +40,7 @@ fn same_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<DType> {
 }
 
 /// Keeps the factors of a product: each is read by the gradient of the other alone.
-fn save_factors(cx: &mut Forward, names: [&'static str; 2], factors: [&Tensor; 2]) {
+pub(crate) fn save_factors(cx: &mut Forward, names: [&'static str; 2], factors: [&Tensor; 2]) {
     for i in [0, 1] {
         if cx.needs_grad(1 - i) {
             cx.save(names[i], factors[i]);

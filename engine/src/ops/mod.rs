@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod conv;
+pub mod group_norm;
 pub mod index;
 pub mod loss;
 pub mod matmul;
@@ -9,17 +10,20 @@ pub mod modulate;
 pub mod norm;
 pub mod pointwise;
 pub mod reduce;
+pub mod resample;
 pub mod rope;
 pub mod view;
 
 pub use attention::{AttentionBackward, AttentionForward, attention};
-pub use conv::{patchify, patchify_conv};
+pub use conv::{ConvAxis, ConvForward, Padding, conv, patchify, patchify_conv};
+pub use group_norm::{group_norm, group_norm_silu};
 pub use index::embedding;
 pub use loss::{dropout, mse};
 pub use matmul::linear;
 pub use modulate::{ModulatedNormBackward, ModulatedNormForward, modulate, modulated_layer_norm};
 pub use norm::{NormBackward, NormForward, layer_norm, rms_norm, softmax};
 pub use pointwise::{pointwise, pointwise_to};
+pub use resample::{repeat_nearest, resize_linear};
 pub use rope::{NormRopeBackward, NormRopeForward, RopeLayout, rms_norm_rope, rope};
 
 /// The gradient-check cases of all ops.
@@ -27,6 +31,7 @@ pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
     let files = [
         attention::CASES,
         conv::CASES,
+        group_norm::CASES,
         index::CASES,
         loss::CASES,
         matmul::CASES,
@@ -34,6 +39,7 @@ pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
         norm::CASES,
         pointwise::CASES,
         reduce::CASES,
+        resample::CASES,
         rope::CASES,
         view::CASES,
     ];

@@ -134,7 +134,7 @@ impl Op for Cat {
         let mut dims = first.dims().to_vec();
         dims[self.axis] = self.before + self.sizes.iter().sum::<usize>() + self.after;
         let out = if self.before + self.after == 0 {
-            Tensor::empty(&dims, first.dtype(), first.device())?
+            Tensor::empty_in_order(first, &dims, first.dtype())?
         } else {
             Tensor::zeros(&dims, first.dtype(), first.device())?
         };

@@ -3,11 +3,13 @@
 //! The cut along k depends on k alone, and every element is one chain of multiply-adds per cut: neither the number of
 //! threads nor the shape of the tiles changes a bit. Products of few rows go another way, by their sizes alone ([`streamed`]).
 
+mod conv;
 mod kernel;
 mod pack;
 pub(super) mod scratch;
 mod streamed;
 
+pub(super) use self::conv::convolution;
 use self::kernel::{Kernels, Tile, kernels};
 pub(super) use self::pack::{Narrow, with_narrow};
 use self::pack::{Source, panels, rows};

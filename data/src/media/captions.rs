@@ -1,0 +1,145 @@
+//! Captions beside pictures: `name.txt`, `name.caption` and `name.json`, a folder's `metadata.jsonl` and `metadata.csv` (Hugging
+//! Face's imagefolder), `meta.json` and `*_internvl.json` (NeMo's).
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// Names of a caption's field, where none is named.
+const FIELDS: [&str; 5] = ["caption", "text", "prompt", "description", "internvl"];
+
+/// What stands for a caption that a picture has not.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum MissingCaptions {
+    /// Nothing: it is an error that names the pictures.
+    #[default]
+    Error,
+    /// An empty one.
+    Empty,
+    /// The file's name without its ending, underscores as spaces.
+    FileName,
+}
+
+impl MissingCaptions {
+    /// By its name on the command line.
+    pub fn of_name(name: &str) -> Option<Self> {
+        let all = [("error", Self::Error), ("empty", Self::Empty), ("filename", Self::FileName)];
+        all.into_iter().find_map(|(known, way)| (known == name).then_some(way))
+    }
+}
+
+/// What is written of a folder's pictures.
+#[derive(Debug, Default)]
+pub(super) struct Captions(HashMap<PathBuf, String>);
+
+fn wrong(path: &Path, what: impl Into<String>) -> Error {
+    Error::Open { name: path.display().to_string(), what: what.into() }
+}
+
+/// A text file, which must be UTF-8.
+fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|error| wrong(path, error.to_string()))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        wrong(path, format!("not UTF-8 from byte {at} on; if it is Latin-1, write it again as UTF-8"))
+    })?;
+    Ok(text.strip_prefix('\u{feff}').unwrap_or(&text).to_owned())
+}
+
+/// The caption of an object of metadata, where it has one.
+fn caption_of(object: &Map<String, Value>, field: Option<&str>) -> Option<String> {
+    let named = |name: &str| object.get(name)?.as_str().map(String::from);
+    match field {
+        Some(field) => named(field),
+        None => FIELDS.iter().find_map(|name| named(name)),
+    }
+}
+
+/// The file of an object of metadata.
+fn file_of(object: &Map<String, Value>) -> Option<&str> {
+    ["file_name", "filename"].iter().find_map(|name| object.get(*name)?.as_str())
+}
+
+impl Captions {
+    /// Reads the metadata of a folder: what it says of files there and below.
+    pub fn add_metadata(&mut self, folder: &Path, field: Option<&str>) -> Result<()> {
+        let add = |all: &mut Self, path: &Path, place: &str, object: &Map<String, Value>| {
+            let file = file_of(object).ok_or_else(|| wrong(path, format!("{place}: no `file_name`")))?;
+            let named = folder.join(file);
+            if !named.is_file() {
+                return Err(wrong(path, format!("{place}: there is no file {file}")));
+            }
+            if let Some(caption) = caption_of(object, field) {
+                all.0.insert(named, caption);
+            }
+            Ok(())
+        };
+        for path in entries(folder)? {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            match name {
+                "metadata.csv" => {
+                    let text = read_text(&path)?;
+                    let mut reader = csv::Reader::from_reader(text.as_bytes());
+                    let rows = reader.deserialize::<HashMap<String, String>>();
+                    for (i, row) in rows.enumerate() {
+                        let row = row.map_err(|error| wrong(&path, error.to_string()))?;
+                        let object = row.into_iter().map(|(key, value)| (key, Value::String(value))).collect();
+                        add(self, &path, &format!("row {}", i + 1), &object)?;
+                    }
+                }
+                "meta.json" => {
+                    let value: Value =
+                        serde_json::from_str(&read_text(&path)?).map_err(|error| wrong(&path, error.to_string()))?;
+                    let items = ["items", "data"].iter().find_map(|key| value.get(key)).unwrap_or(&value);
+                    let items = items.as_array().ok_or_else(|| wrong(&path, "expected a list of objects"))?;
+                    for (i, object) in items.iter().filter_map(Value::as_object).enumerate() {
+                        add(self, &path, &format!("entry {}", i + 1), object)?;
+                    }
+                }
+                lines if lines == "metadata.jsonl" || lines.ends_with("_internvl.json") => {
+                    let text = read_text(&path)?;
+                    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+                    for (i, line) in lines {
+                        let place = format!("line {}", i + 1);
+                        let object =
+                            serde_json::from_str(line).map_err(|error| wrong(&path, format!("{place}: {error}")))?;
+                        add(self, &path, &place, &object)?;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The caption of a picture: that of a file beside it, or of a folder's metadata.
+    pub fn of(&self, picture: &Path, field: Option<&str>) -> Result<Option<String>> {
+        for ending in ["txt", "caption"] {
+            let beside = picture.with_extension(ending);
+            if beside.is_file() {
+                return Ok(Some(read_text(&beside)?.trim().to_owned()));
+            }
+        }
+        let beside = picture.with_extension("json");
+        if beside.is_file() {
+            let object: Map<String, Value> =
+                serde_json::from_str(&read_text(&beside)?).map_err(|error| wrong(&beside, error.to_string()))?;
+            if let Some(caption) = caption_of(&object, field) {
+                return Ok(Some(caption));
+            }
+        }
+        Ok(self.0.get(picture).cloned())
+    }
+}
+
+/// What lies in a folder, sorted by name.
+pub(super) fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |error: std::io::Error| wrong(folder, error.to_string());
+    let mut paths = std::fs::read_dir(folder).map_err(failed)?.map(|entry| Ok(entry.map_err(failed)?.path()));
+    let mut paths = paths.by_ref().collect::<Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}

@@ -1,0 +1,158 @@
+//! A folder of pictures with captions, as a list.
+
+use std::path::{Path, PathBuf};
+
+use super::captions::{Captions, MissingCaptions, entries};
+use super::is_picture;
+use crate::{Error, Result};
+
+/// Names that an error lists.
+const LISTED: usize = 5;
+
+/// A picture's file and its caption.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PictureItem {
+    /// The file.
+    pub path: PathBuf,
+    /// Its path below the folder, with slashes.
+    pub name: String,
+    /// Its caption.
+    pub caption: String,
+}
+
+/// How a folder is read.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct FolderOptions {
+    /// What stands for a caption that is missing.
+    pub missing_captions: MissingCaptions,
+    /// The field of captions in JSON and CSV; else `caption`, `text`, `prompt`, `description` or `internvl`.
+    pub caption_field: Option<String>,
+}
+
+/// The pictures of a folder and those below it, sorted by path, with their captions. Files that are no pictures by their
+/// names, and hidden ones, are passed over.
+///
+/// # Errors
+/// When the folder can't be read, has no pictures, metadata is broken, or captions are missing; those are named together.
+pub fn list_pictures(folder: &Path, options: &FolderOptions) -> Result<Vec<PictureItem>> {
+    let field = options.caption_field.as_deref();
+    let (mut captions, mut pictures) = (Captions::default(), Vec::new());
+    walk(folder, field, &mut captions, &mut pictures)?;
+    let refused = |what: String| Error::Open { name: folder.display().to_string(), what };
+    if pictures.is_empty() {
+        return Err(refused("no pictures there (.png, .jpg, .webp, .gif, .bmp, .tiff)".into()));
+    }
+    let (mut items, mut missing) = (Vec::with_capacity(pictures.len()), Vec::new());
+    for path in pictures {
+        let below = path.strip_prefix(folder).unwrap_or(&path);
+        let name = below.iter().map(|part| part.to_string_lossy()).collect::<Vec<_>>().join("/");
+        let caption = match (captions.of(&path, field)?, options.missing_captions) {
+            (Some(caption), _) => caption,
+            (None, MissingCaptions::Empty) => String::new(),
+            (None, MissingCaptions::FileName) => {
+                path.file_stem().unwrap_or_default().to_string_lossy().replace('_', " ")
+            }
+            (None, MissingCaptions::Error) => {
+                missing.push(name);
+                continue;
+            }
+        };
+        items.push(PictureItem { path, name, caption });
+    }
+    if !missing.is_empty() {
+        let more = if missing.len() > LISTED { ", .." } else { "" };
+        let some = missing[..missing.len().min(LISTED)].join(", ");
+        return Err(refused(format!(
+            "{} of {} pictures have no caption: {some}{more}; write name.txt beside each, or a metadata.jsonl of \
+             `file_name` and `text`, or ask for --missing-captions empty or filename",
+            missing.len(),
+            missing.len() + items.len()
+        )));
+    }
+    Ok(items)
+}
+
+fn walk(folder: &Path, field: Option<&str>, captions: &mut Captions, pictures: &mut Vec<PathBuf>) -> Result<()> {
+    captions.add_metadata(folder, field)?;
+    for path in entries(folder)? {
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        if hidden {
+            continue;
+        }
+        if path.is_dir() {
+            walk(&path, field, captions, pictures)?;
+        } else if is_picture(&path) {
+            pictures.push(path);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, bytes).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn captions_are_found_wherever_they_are_written() {
+        let files: &[(&str, &[u8])] = &[
+            ("a.png", b""),
+            ("a.txt", b"a text\n"),
+            ("b.jpg", b""),
+            ("b.caption", "\u{feff}a caption".as_bytes()),
+            ("c.webp", b""),
+            ("c.json", br#"{"caption": "a sidecar", "fps": 24}"#),
+            ("d/e.PNG", b""),
+            ("d/metadata.jsonl", b"{\"file_name\": \"e.PNG\", \"text\": \"a line\"}\n\n"),
+            ("f/g.gif", b""),
+            ("metadata.csv", b"file_name,text\nf/g.gif,\"a row, quoted\"\n"),
+            ("h/i.bmp", b""),
+            ("h/meta.json", br#"{"items": [{"file_name": "i.bmp", "caption": "an item"}]}"#),
+            ("j/k.tiff", b""),
+            ("j/x_internvl.json", br#"{"file_name": "k.tiff", "internvl": "by a model"}"#),
+            (".hidden/l.png", b""),
+            ("notes.md", b""),
+        ];
+        let items = list_pictures(folder(files).path(), &FolderOptions::default()).unwrap();
+        let found: Vec<(&str, &str)> = items.iter().map(|item| (&*item.name, &*item.caption)).collect();
+        let expected = [
+            ("a.png", "a text"),
+            ("b.jpg", "a caption"),
+            ("c.webp", "a sidecar"),
+            ("d/e.PNG", "a line"),
+            ("f/g.gif", "a row, quoted"),
+            ("h/i.bmp", "an item"),
+            ("j/k.tiff", "by a model"),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn what_is_missing_or_broken_is_named() {
+        let list = |files: &[(&str, &[u8])], missing_captions| {
+            list_pictures(folder(files).path(), &FolderOptions { missing_captions, ..FolderOptions::default() })
+        };
+        let error = |files: &[(&str, &[u8])]| list(files, MissingCaptions::Error).unwrap_err().to_string();
+        let bare: &[(&str, &[u8])] = &[("red_cat.png", b""), ("b.png", b""), ("b.txt", b"b")];
+        let message = error(bare);
+        assert!(message.contains("1 of 2") && message.contains("red_cat.png"), "{message}");
+        assert_eq!(list(bare, MissingCaptions::Empty).unwrap()[1].caption, "");
+        assert_eq!(list(bare, MissingCaptions::FileName).unwrap()[1].caption, "red cat");
+        let message = error(&[("a.png", b""), ("a.txt", b"caf\xe9")]);
+        assert!(message.contains("a.txt") && message.contains("byte 3") && message.contains("Latin-1"), "{message}");
+        let message = error(&[("a.png", b""), ("metadata.jsonl", b"{\"file_name\": \"b.png\", \"text\": \"b\"}")]);
+        assert!(message.contains("line 1") && message.contains("b.png"), "{message}");
+        let message = error(&[("a.png", b""), ("metadata.jsonl", b"{")]);
+        assert!(message.contains("metadata.jsonl") && message.contains("line 1"), "{message}");
+        assert!(error(&[("a.md", b"")]).contains("no pictures"));
+    }
+}

@@ -1,0 +1,24 @@
+//! Pictures as people have them, and what is written beside them.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `picture` | [`Picture`] and how files are read: formats, orientation, alpha, depth |
+//! | `resample` | resizing, bit for bit as Pillow's |
+//! | `crop` | a picture at a bucket's size, as NeMo makes it |
+//! | `captions` | captions beside pictures, and in a folder's metadata |
+//! | `folder` | a folder of pictures as a list |
+//! | `write` | pictures to files, with what made them |
+
+mod captions;
+mod crop;
+mod folder;
+mod picture;
+mod resample;
+mod write;
+
+pub use captions::MissingCaptions;
+pub use crop::{Cropped, resize_and_crop};
+pub use folder::{FolderOptions, PictureItem, list_pictures};
+pub use picture::{Picture, ReadOptions, is_picture, read_picture};
+pub use resample::{Filter, resize};
+pub use write::{grid, read_png_texts, write_png};

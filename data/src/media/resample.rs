@@ -1,0 +1,129 @@
+//! Resizing with Pillow's filters, bit for bit (`Image.resize` of 8-bit pictures): weights in fixed point, rows first, each pass
+//! rounded.
+
+use super::Picture;
+
+/// Bits behind the point of a weight.
+const BITS: u32 = 22;
+
+/// How new pixels are made of old ones, by Pillow's names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Filter {
+    /// The old pixel at the new one's centre.
+    Nearest,
+    /// The mean of what a pixel covers.
+    Box,
+    /// A triangle.
+    Bilinear,
+    /// Keys' cubic with a = -0.5.
+    Bicubic,
+    /// A windowed sinc over three lobes.
+    Lanczos,
+}
+
+impl Filter {
+    /// How far it reaches.
+    fn support(self) -> f64 {
+        match self {
+            Self::Nearest => 0.0,
+            Self::Box => 0.5,
+            Self::Bilinear => 1.0,
+            Self::Bicubic => 2.0,
+            Self::Lanczos => 3.0,
+        }
+    }
+
+    fn weight(self, x: f64) -> f64 {
+        const A: f64 = -0.5;
+        let sinc = |x: f64| if x == 0.0 { 1.0 } else { (x * std::f64::consts::PI).sin() / (x * std::f64::consts::PI) };
+        let distance = x.abs();
+        match self {
+            Self::Nearest => 1.0,
+            Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
+            Self::Bilinear => (1.0 - distance).max(0.0),
+            Self::Bicubic if distance < 1.0 => ((A + 2.0) * distance - (A + 3.0)) * distance * distance + 1.0,
+            Self::Bicubic if distance < 2.0 => (((distance - 5.0) * distance + 8.0) * distance - 4.0) * A,
+            Self::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
+            Self::Bicubic | Self::Lanczos => 0.0,
+        }
+    }
+}
+
+/// Of one new pixel: the first old one, and the weights from there on.
+struct Window {
+    first: usize,
+    weights: Vec<i32>,
+}
+
+fn windows(filter: Filter, from: usize, to: usize) -> Vec<Window> {
+    let scale = from as f64 / to as f64;
+    let wide = scale.max(1.0);
+    let support = filter.support() * wide;
+    let window = |at: usize| {
+        let centre = (at as f64 + 0.5) * scale;
+        let first = (centre - support + 0.5).max(0.0) as usize;
+        let last = ((centre + support + 0.5) as usize).min(from);
+        let weights = (first..last).map(|i| filter.weight((i as f64 - centre + 0.5) * (1.0 / wide)));
+        let weights: Vec<f64> = weights.collect();
+        let sum: f64 = weights.iter().sum();
+        let fixed = |weight: &f64| {
+            let share = if sum == 0.0 { *weight } else { weight / sum };
+            (share * f64::from(1u32 << BITS) + 0.5f64.copysign(share)) as i32
+        };
+        Window { first, weights: weights.iter().map(fixed).collect() }
+    };
+    (0..to).map(window).collect()
+}
+
+/// The weighted sum of some bytes, `step` apart, rounded to a byte.
+fn weighted(values: &[u8], step: usize, weights: &[i32]) -> u8 {
+    let terms = values.iter().step_by(step).zip(weights).map(|(value, weight)| i32::from(*value) * weight);
+    let sum: i32 = terms.fold(1 << (BITS - 1), i32::wrapping_add);
+    (sum >> BITS).clamp(0, 255) as u8
+}
+
+/// A picture at another size, which is not 0.
+pub fn resize(picture: &Picture, width: usize, height: usize, filter: Filter) -> Picture {
+    if filter == Filter::Nearest {
+        return nearest(picture, width, height);
+    }
+    let mut out = picture.clone();
+    if width != out.width {
+        let windows = windows(filter, out.width, width);
+        let row = |row: &[u8]| -> Vec<u8> {
+            let pixel = |w: &Window| -> [u8; 3] {
+                std::array::from_fn(|channel| weighted(&row[w.first * 3 + channel..], 3, &w.weights))
+            };
+            windows.iter().flat_map(pixel).collect()
+        };
+        out = Picture { width, height: out.height, rgb: out.rgb.chunks(out.width * 3).flat_map(row).collect() };
+    }
+    if height != out.height {
+        let line = out.width * 3;
+        let mut rgb = Vec::with_capacity(line * height);
+        for window in windows(filter, out.height, height) {
+            let start = window.first * line;
+            rgb.extend((0..line).map(|i| weighted(&out.rgb[start + i..], line, &window.weights)));
+        }
+        out = Picture { width: out.width, height, rgb };
+    }
+    out
+}
+
+fn nearest(picture: &Picture, width: usize, height: usize) -> Picture {
+    // Places are added up one by one, as Pillow does.
+    let places = |from: usize, to: usize| -> Vec<usize> {
+        let step = from as f64 / to as f64;
+        let mut at = step * 0.5;
+        let next = |_| {
+            let place = (at as usize).min(from - 1);
+            at += step;
+            place
+        };
+        (0..to).map(next).collect()
+    };
+    let (rows, columns) = (places(picture.height, height), places(picture.width, width));
+    let at = |y: usize, x: usize| &picture.rgb[(y * picture.width + x) * 3..][..3];
+    let rgb = rows.iter().flat_map(|y| columns.iter().flat_map(|x| at(*y, *x))).copied().collect();
+    Picture { width, height, rgb }
+}

@@ -1,0 +1,293 @@
+//! The layers of Wan's autoencoder, and what they remember of the frames before.
+
+use flowtape_engine::nn::{Conv, ParamBuilder};
+use flowtape_engine::ops::{ConvAxis, attention, repeat_nearest};
+use flowtape_engine::{Result as EngineResult, Tensor};
+
+use crate::vae::blocks::{conv2d, picture, tokens};
+use crate::vae::video::{FIRST, LAST, RmsNorm, Slow, channel_means, packed, repeated, unpacked};
+
+/// Frames that a convolution along time, of three taps, remembers.
+const REMEMBERED: usize = 2;
+
+/// What one place in the network remembers of the frames before.
+#[derive(Clone, Debug, Default)]
+enum Seen {
+    #[default]
+    Nothing,
+    /// That there was a first piece.
+    First,
+    /// The last frames.
+    Frames(Tensor),
+}
+
+/// What the network remembers from piece to piece, in the order in which it asks.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    places: Vec<Seen>,
+    at: usize,
+    pieces: usize,
+}
+
+impl Memory {
+    /// Goes on to the next piece.
+    pub(super) fn next_piece(&mut self) {
+        self.at = 0;
+        self.pieces += 1;
+    }
+
+    pub(super) fn is_first(&self) -> bool {
+        self.pieces == 1
+    }
+
+    /// What the next place remembers; `put` writes over it.
+    fn take(&mut self) -> Seen {
+        if self.at == self.places.len() {
+            self.places.push(Seen::Nothing);
+        }
+        std::mem::take(&mut self.places[self.at])
+    }
+
+    fn put(&mut self, seen: Seen) {
+        self.places[self.at] = seen;
+        self.at += 1;
+    }
+}
+
+/// The last frames of `[B, C, T, H, W]`, at most so many.
+fn tail(x: &Tensor, frames: usize) -> EngineResult<Tensor> {
+    let count = x.dims()[2];
+    x.narrow(2, count.saturating_sub(frames), frames.min(count))
+}
+
+/// Runs a function of pictures `[B T, C, H, W]` on the frames of `[B, C, T, H, W]`.
+fn by_frame(x: &Tensor, f: impl FnOnce(&Tensor) -> EngineResult<Tensor>) -> EngineResult<Tensor> {
+    let [batch, frames] = [x.dims()[0], x.dims()[2]];
+    let pictures = x.permute(&LAST)?.flatten(0, 1)?.permute(&[0, 3, 1, 2])?;
+    let out = f(&pictures)?.permute(&[0, 2, 3, 1])?;
+    let dims = out.dims().to_vec();
+    out.reshape(&[batch, frames, dims[1], dims[2], dims[3]])?.permute(&FIRST)
+}
+
+/// A convolution whose taps along time are all at or before their place.
+#[derive(Debug)]
+pub(super) struct CausalConv(Conv);
+
+impl CausalConv {
+    pub(super) fn new(params: &ParamBuilder, inputs: usize, outputs: usize, kernel: [usize; 3]) -> EngineResult<Self> {
+        let [time, height, width] = kernel;
+        let space = |kernel: usize| (kernel, ConvAxis::same(kernel));
+        let axes = [(time, ConvAxis::causal(time)), space(height), space(width)];
+        Ok(Self(Conv::new(params, inputs, outputs, &axes)?))
+    }
+
+    /// Of a piece, after the frames that were seen: those take the place of as many zeros.
+    fn after(&self, before: &Tensor, x: &Tensor) -> EngineResult<(Tensor, Tensor)> {
+        let joined = Tensor::cat(&[before, x], 2)?;
+        let mut axes = self.0.axes().to_vec();
+        axes[0].before = axes[0].before.saturating_sub(before.dims()[2]);
+        Ok((self.0.walk(&joined, &axes)?, joined))
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let (y, seen) = match memory.take() {
+            Seen::Frames(before) => self.after(&before, x)?,
+            _ => (self.0.forward(x)?, x.clone()),
+        };
+        // A copy, so that the rest of the frames may go.
+        memory.put(Seen::Frames(tail(&seen, REMEMBERED)?.permute(&LAST)?.contiguous()?.permute(&FIRST)?));
+        Ok(y)
+    }
+}
+
+/// Norm, SiLU and convolution, twice, beside a shortcut.
+#[derive(Debug)]
+pub(super) struct ResidualBlock {
+    norm1: RmsNorm,
+    conv1: CausalConv,
+    norm2: RmsNorm,
+    conv2: CausalConv,
+    conv_shortcut: Option<Conv>,
+}
+
+impl ResidualBlock {
+    pub(super) fn new(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<Self> {
+        let shortcut = || Conv::new(&params.sub("conv_shortcut"), inputs, outputs, &[(1, ConvAxis::default()); 3]);
+        Ok(Self {
+            norm1: RmsNorm::new(&params.sub("norm1"), inputs, 3)?,
+            conv1: CausalConv::new(&params.sub("conv1"), inputs, outputs, [3; 3])?,
+            norm2: RmsNorm::new(&params.sub("norm2"), outputs, 3)?,
+            conv2: CausalConv::new(&params.sub("conv2"), outputs, outputs, [3; 3])?,
+            conv_shortcut: (inputs != outputs).then(shortcut).transpose()?,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let mut h = self.norm1.silu(x)?;
+        h = self.conv1.forward(&h, memory)?;
+        h = self.norm2.silu(&h)?;
+        h = self.conv2.forward(&h, memory)?;
+        match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward(x)?.add(&h),
+            None => x.add(&h),
+        }
+    }
+}
+
+/// Attention over the places of each frame, with one head of all channels.
+#[derive(Debug)]
+struct AttentionBlock {
+    norm: RmsNorm,
+    to_qkv: Conv,
+    proj: Conv,
+}
+
+impl AttentionBlock {
+    pub(super) fn new(params: &ParamBuilder, channels: usize) -> EngineResult<Self> {
+        let conv = |name: &str, outputs: usize| {
+            Conv::new(&params.sub(name), channels, outputs, &[(1, ConvAxis::default()); 2])
+        };
+        Ok(Self {
+            norm: RmsNorm::new(&params.sub("norm"), channels, 2)?,
+            to_qkv: conv("to_qkv", 3 * channels)?,
+            proj: conv("proj", channels)?,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
+        let h = by_frame(x, |x| {
+            let qkv = tokens(&self.to_qkv.forward(&self.norm.forward(x)?)?)?.unsqueeze(1)?;
+            let [q, k, v] = &qkv.chunk(3, 3)?[..] else { return Ok(qkv) };
+            let h = attention(q, k, v, None, None)?.squeeze(1)?;
+            self.proj.forward(&picture(&h, x.dims())?)
+        })?;
+        x.add(&h)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct MidBlock {
+    resnets: [ResidualBlock; 2],
+    attention: AttentionBlock,
+}
+
+impl MidBlock {
+    pub(super) fn new(params: &ParamBuilder, channels: usize) -> EngineResult<Self> {
+        let resnet = |i: usize| ResidualBlock::new(&params.sub("resnets").sub(i), channels, channels);
+        let attention = AttentionBlock::new(&params.sub("attentions").sub(0), channels)?;
+        Ok(Self { resnets: [resnet(0)?, resnet(1)?], attention })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let x = self.resnets[0].forward(x, memory)?;
+        self.resnets[1].forward(&self.attention.forward(&x)?, memory)
+    }
+}
+
+/// Half the sides, and half the frames where there is a convolution along time.
+#[derive(Debug)]
+pub(super) struct Downsample {
+    resample: Conv,
+    time_conv: Option<Conv>,
+}
+
+impl Downsample {
+    pub(super) fn new(params: &ParamBuilder, channels: usize, in_time: bool) -> EngineResult<Self> {
+        let side = ConvAxis::padded(0, 1).with_stride(2);
+        let time = [(3, ConvAxis::default().with_stride(2)), (1, ConvAxis::default()), (1, ConvAxis::default())];
+        let time_conv = || Conv::new(&params.sub("time_conv"), channels, channels, &time);
+        Ok(Self {
+            resample: Conv::new(&params.sub("resample.1"), channels, channels, &[(3, side); 2])?,
+            time_conv: in_time.then(time_conv).transpose()?,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let x = by_frame(x, |x| self.resample.forward(x))?;
+        let Some(time_conv) = &self.time_conv else { return Ok(x) };
+        let y = match memory.take() {
+            Seen::Frames(before) => time_conv.forward(&Tensor::cat(&[&tail(&before, 1)?, &x], 2)?)?,
+            // The first frame stays as it is.
+            _ => x.clone(),
+        };
+        memory.put(Seen::Frames(tail(&x, 1)?));
+        Ok(y)
+    }
+}
+
+/// Twice the sides, and twice the frames, but for the first one, where there is a convolution along time.
+#[derive(Debug)]
+pub(super) struct Upsample {
+    resample: Conv,
+    time_conv: Option<CausalConv>,
+}
+
+impl Upsample {
+    pub(super) fn new(params: &ParamBuilder, channels: usize, outputs: usize, in_time: bool) -> EngineResult<Self> {
+        let time_conv = || CausalConv::new(&params.sub("time_conv"), channels, 2 * channels, [3, 1, 1]);
+        Ok(Self {
+            resample: conv2d(&params.sub("resample.1"), channels, outputs, 3)?,
+            time_conv: in_time.then(time_conv).transpose()?,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let x = match &self.time_conv {
+            Some(time_conv) => Self::twice(time_conv, x, memory)?,
+            None => x.clone(),
+        };
+        by_frame(&x, |x| self.resample.forward(&repeat_nearest(x, &[2, 2])?))
+    }
+
+    fn twice(time_conv: &CausalConv, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let (y, seen) = match memory.take() {
+            Seen::Nothing => {
+                memory.put(Seen::First);
+                return Ok(x.clone());
+            }
+            // The first frame was not looked at, and is not remembered.
+            Seen::First => (time_conv.0.forward(x)?, x.pad(2, 1, 0)?),
+            Seen::Frames(before) => time_conv.after(&before, x)?,
+        };
+        memory.put(Seen::Frames(tail(&seen, REMEMBERED)?));
+        // The halves of the channels are neighbours in time.
+        let y = y.permute(&LAST)?;
+        let &[batch, frames, height, width, both] = y.dims() else { return Ok(y) };
+        let y = y.reshape(&[batch, frames, height, width, 2, both / 2])?.permute(&[0, 1, 4, 2, 3, 5])?;
+        y.reshape(&[batch, 2 * frames, height, width, both / 2])?.permute(&FIRST)
+    }
+}
+
+/// The shortcut of a stage that makes clips smaller: means over groups of channels and neighbours.
+#[derive(Debug)]
+pub(super) struct AvgDown {
+    pub(super) outputs: usize,
+    pub(super) factors: [usize; 2],
+}
+
+impl AvgDown {
+    pub(super) fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
+        let [time, space] = self.factors;
+        // Missing frames are zeros before the first one.
+        let missing = x.dims()[2].next_multiple_of(time) - x.dims()[2];
+        let x = if missing > 0 { x.pad(2, missing, 0)? } else { x.clone() };
+        channel_means(&packed(&x, [time, space, space], Slow::Channel)?, self.outputs)
+    }
+}
+
+/// The shortcut of a stage that makes clips larger: channels become neighbours, repeated where there are too few.
+#[derive(Debug)]
+pub(super) struct DupUp {
+    pub(super) outputs: usize,
+    pub(super) factors: [usize; 2],
+}
+
+impl DupUp {
+    pub(super) fn forward(&self, x: &Tensor, first: bool) -> EngineResult<Tensor> {
+        let [time, space] = self.factors;
+        let repeats = self.outputs * time * space * space / x.dims()[1];
+        let x = unpacked(&repeated(x, repeats)?, [time, space, space], Slow::Channel)?;
+        let skipped = if first { time - 1 } else { 0 };
+        x.narrow(2, skipped, x.dims()[2] - skipped)
+    }
+}

@@ -1,0 +1,122 @@
+//! Goldens of reading, resizing and cropping pictures: `image_preprocess`.
+
+use std::path::Path;
+
+use flowtape_data::media::{Filter, Picture, ReadOptions, read_picture, resize, resize_and_crop};
+use flowtape_engine::{Device, Tensor};
+use serde_json::Value;
+
+use crate::Outcome;
+use crate::golden::{Any, Golden, exact, max, text};
+
+/// What other parts of the project will make of these files.
+const NOT_BUILT: [&str; 4] = ["vae_image_processor", "video", "qwen2vl", "siglip"];
+
+/// The bytes of a picture among the outputs.
+fn picture(tensor: &Tensor) -> Any<Picture> {
+    let &[height, width, 3] = tensor.dims() else { return Err("a picture is [H, W, 3]".into()) };
+    Ok(Picture { width, height, rgb: tensor.to_vec::<f32>()?.into_iter().map(|value| value as u8).collect() })
+}
+
+/// The greatest difference of two pictures.
+fn distance(got: &Picture, want: &Picture) -> f64 {
+    if (got.width, got.height) != (want.width, want.height) {
+        return f64::INFINITY;
+    }
+    got.rgb.iter().zip(&want.rgb).map(|(a, b)| f64::from(a.abs_diff(*b))).fold(0.0, max)
+}
+
+fn same(case: String, got: &Picture, want: &Picture, bound: f64) -> Outcome {
+    Outcome::measured(case, distance(got, want), bound, format!("{} x {}", want.width, want.height))
+}
+
+fn pair(value: &Value) -> Any<[usize; 2]> {
+    Ok(serde_json::from_value(value.clone())?)
+}
+
+/// All that `case.json` lists.
+pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("case.json"))?)?;
+    let outputs = Golden::tensors(dir, "outputs")?;
+    let list = |key: &str| case[key].as_array().cloned().unwrap_or_default();
+    for image in list("images") {
+        let file = text(&image, "file")?.to_owned();
+        let path = dir.join("files").join(&file);
+        let mut read = read_picture(&path, &ReadOptions::like_nemo())?;
+        let decoded = format!("{}/decoded", image["decoded_equals"].as_str().unwrap_or(&file));
+        if outputs.has(&decoded) {
+            let want = picture(&outputs.tensor(&decoded)?)?;
+            // Decoders of JPEG differ by their rounding, and by how they fill in subsampled colours.
+            let bound = match (image["lossless"].as_bool(), file.contains("420") || file.contains("progressive")) {
+                (Some(true), _) => 0.0,
+                (_, true) => 4.0,
+                _ => 2.0,
+            };
+            out.push(same(format!("{file}/decoded"), &read, &want, bound));
+            read = want;
+        }
+        let [width, height] = pair(&image["bucket_resolution"])?;
+        let cropped = resize_and_crop(&read, width, height);
+        let offset: [i64; 2] = serde_json::from_value(image["crop_offset_xy"].clone())?;
+        out.push(exact(format!("{file}/crop_offset"), cropped.offset == offset, format!("{offset:?}")));
+        let bucketed = format!("{file}/bucketed");
+        if outputs.has(&bucketed) {
+            out.push(same(bucketed.clone(), &cropped.picture, &picture(&outputs.tensor(&bucketed)?)?, 0.0));
+        }
+        let tensor = format!("{file}/tensor");
+        if outputs.has(&tensor) {
+            let want = outputs.tensor(&tensor)?;
+            let got = cropped.picture.pixels(&Device::cpu())?.unsqueeze(0)?;
+            let (a, b) = (got.to_vec::<f64>()?, want.to_vec::<f64>()?);
+            let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, max);
+            let worst = if got.dims() == want.dims() { worst } else { f64::INFINITY };
+            out.push(Outcome::measured(tensor, worst, 1e-6, format!("{:?}", want.dims())));
+        }
+        let upright = format!("{file}/load_image");
+        if outputs.has(&upright) {
+            let read = read_picture(&path, &ReadOptions { orientation: true, ..ReadOptions::like_nemo() })?;
+            out.push(same(upright.clone(), &read, &picture(&outputs.tensor(&upright)?)?, 2.0));
+        }
+    }
+    let rgb = picture(&outputs.tensor("rgb.png/decoded")?)?;
+    for target in list("targets_on_rgb_png") {
+        let [width, height] = pair(&target["target"])?;
+        let (name, source) = match target["name"].as_str() {
+            Some(name) => (format!("{name}/output"), picture(&outputs.tensor(&format!("{name}/input"))?)?),
+            None => (format!("target/{width}x{height}"), rgb.clone()),
+        };
+        let cropped = resize_and_crop(&source, width, height);
+        let offset: [i64; 2] = serde_json::from_value(target["crop_offset_xy"].clone())?;
+        out.push(exact(format!("{name}/crop_offset"), cropped.offset == offset, format!("{offset:?}")));
+        out.push(same(name.clone(), &cropped.picture, &picture(&outputs.tensor(&name)?)?, 0.0));
+    }
+    for filter in list("filters_on_rgb_png") {
+        let (name, width, height): (String, usize, usize) = serde_json::from_value(filter)?;
+        let by = match &*name {
+            "nearest" => Filter::Nearest,
+            "box" => Filter::Box,
+            "bilinear" => Filter::Bilinear,
+            "bicubic" => Filter::Bicubic,
+            "lanczos" => Filter::Lanczos,
+            other => return Err(format!("the filter {other}").into()),
+        };
+        let case = format!("filter/{name}/{width}x{height}");
+        out.push(same(case.clone(), &resize(&rgb, width, height, by), &picture(&outputs.tensor(&case)?)?, 0.0));
+    }
+    for edit in list("edit") {
+        let (file, [width, height]) = (text(&edit, "file")?, pair(&edit["size"])?);
+        let name = format!("edit/{file}/{}", edit["max_pixels"]);
+        if outputs.has(&name) {
+            let source = read_picture(&dir.join("files").join(file), &ReadOptions::like_nemo())?;
+            let resized = resize(&source, width, height, Filter::Lanczos);
+            out.push(same(name.clone(), &resized, &picture(&outputs.tensor(&name)?)?, 0.0));
+        }
+    }
+    if outputs.has("postprocess/input") {
+        let pixels = outputs.tensor("postprocess/input")?.squeeze(0)?;
+        let want = picture(&outputs.tensor("postprocess/uint8")?)?;
+        out.push(same("postprocess/uint8".into(), &Picture::from_pixels(&pixels)?, &want, 0.0));
+    }
+    out.extend(NOT_BUILT.into_iter().filter(|key| !case[*key].is_null()).map(Outcome::not_built));
+    Ok(())
+}

@@ -1,0 +1,76 @@
+//! Goldens of the autoencoders: `vae_*`, by the class that `case.json` names.
+
+use std::path::Path;
+
+use flowtape_engine::Device;
+use flowtape_models::vae::{self, AUTOENCODERS, Tiling};
+use serde_json::Value;
+
+use crate::Outcome;
+use crate::golden::{Any, Golden, number, relative, text};
+
+/// Encode (moments, mean, sample), normalised latents, decode, and both in tiles.
+pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    check_on(dir, &Device::cpu(), out)
+}
+
+/// The same on a device.
+pub(crate) fn check_on(dir: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
+    let case: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("case.json"))?)?;
+    let class = text(&case, "class")?;
+    if !AUTOENCODERS.iter().any(|kind| kind.class == class) {
+        out.push(Outcome::not_built(class));
+        return Ok(());
+    }
+    let bounds = [number(&case["tolerance"], "mean/logvar/latents")?, number(&case["tolerance"], "decoded")?];
+    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?.on(device), Golden::tensors(dir, "outputs")?.on(device));
+    let mut model = vae::load(dir, None, device)?;
+    let mut compare = |name: String, got: &flowtape_engine::Tensor| -> Any<()> {
+        let bound = bounds[usize::from(name.ends_with("decoded"))];
+        let worst = relative(got, &outputs.tensor(&name)?)?;
+        out.push(Outcome::measured(name, worst, bound, format!("{:?}", got.dims())));
+        Ok(())
+    };
+    for run in case["runs"].as_object().into_iter().flat_map(|runs| runs.keys()) {
+        let input = |name: &str| inputs.tensor(&format!("{run}/{name}"));
+        let pixels = input("x")?;
+        let posterior = model.encode(&pixels)?;
+        compare(format!("{run}/mean"), &posterior.mean)?;
+        compare(format!("{run}/logvar"), &posterior.logvar)?;
+        compare(format!("{run}/sample"), &posterior.sample(&input("noise")?)?)?;
+        let mode = model.normalise(&posterior.mean)?;
+        compare(format!("{run}/latent_mode"), &mode)?;
+        // A picture's latents may be stored without the axis of frames.
+        let nemo = format!("{run}/nemo_latent");
+        if outputs.has(&nemo) {
+            let noise = format!("{run}/nemo_noise");
+            let stored = match inputs.has(&noise) {
+                true => {
+                    let noise = inputs.tensor(&noise)?.reshape(posterior.mean.dims())?;
+                    model.normalise(&posterior.sample(&noise)?)?
+                }
+                false => mode.clone(),
+            };
+            compare(nemo.clone(), &stored.reshape(outputs.tensor(&nemo)?.dims())?)?;
+        }
+        let latents = model.denormalise(&input("z_normalised")?)?;
+        compare(format!("{run}/z"), &latents)?;
+        compare(format!("{run}/decoded"), &model.decode(&latents)?)?;
+        let dims = model.latent_dims(pixels.dims());
+        compare_dims(&dims, mode.dims())?;
+    }
+    for (run, tiling) in case["tiling"].as_object().into_iter().flatten() {
+        model.set_tiling(Some(Tiling::from_json(&tiling["enable_tiling"])?))?;
+        let posterior = model.encode(&inputs.tensor(&format!("{run}/x"))?)?;
+        compare(format!("{run}/tiled_mean"), &posterior.mean)?;
+        compare(format!("{run}/tiled_logvar"), &posterior.logvar)?;
+        let latents = model.denormalise(&inputs.tensor(&format!("{run}/z_normalised"))?)?;
+        compare(format!("{run}/z"), &latents)?;
+        compare(format!("{run}/tiled_decoded"), &model.decode(&latents)?)?;
+    }
+    Ok(())
+}
+
+fn compare_dims(said: &[usize], got: &[usize]) -> Any<()> {
+    if said == got { Ok(()) } else { Err(format!("latent_dims says {said:?}, latents have {got:?}").into()) }
+}
