@@ -12,6 +12,8 @@ use crate::terminal::{delivered, out, say};
 /// All of `recipes/`, by the names of its files.
 const RECIPES: &[(&str, &str)] = &[
     ("digits", include_str!("../../recipes/digits.yaml")),
+    ("digits_lora", include_str!("../../recipes/digits_lora.yaml")),
+    ("digits_no_sevens", include_str!("../../recipes/digits_no_sevens.yaml")),
     ("moving_digits_hunyuan", include_str!("../../recipes/moving_digits_hunyuan.yaml")),
     ("moving_digits_wan", include_str!("../../recipes/moving_digits_wan.yaml")),
 ];
@@ -83,7 +85,7 @@ mod tests {
             assert!(!about(text).is_empty(), "{name} begins with a comment that says what it is");
             load(Path::new(name), &[]).unwrap();
         }
-        assert!(load(Path::new("digit"), &[]).unwrap_err().to_string().contains("digits, moving_digits_hunyuan"));
+        assert!(load(Path::new("digit"), &[]).unwrap_err().to_string().contains("digits, digits_lora"));
         assert!(load(Path::new("no/digits.yaml"), &[]).is_err());
     }
 }

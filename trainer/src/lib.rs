@@ -15,6 +15,8 @@
 //! | [`run`] | the run folder: one process's at a time, all files whole or absent |
 //! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
 //! | [`changes`] | what is other when a run goes on |
+//! | [`peft`] | adapters beside frozen layers |
+//! | [`weights`] | checkpoints and adapters merged, converted, extracted |
 //! | [`check`], [`plan`] | what a recipe would take, before anything is made: memory by phase, FLOPs, disk space |
 //! | [`start`] | what a model starts from: a checkpoint wherever it lies, or a configuration |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
@@ -33,6 +35,7 @@ pub mod generate;
 pub mod hooks;
 pub mod inspect;
 pub mod observe;
+pub mod peft;
 pub mod picture;
 pub mod plan;
 mod precision;
@@ -45,6 +48,7 @@ pub mod train;
 pub mod trained;
 pub mod trainer;
 pub mod validation;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;

@@ -6,8 +6,8 @@ use flowtape_data::{Cursor, Fingerprint};
 use flowtape_engine::files::exists;
 use flowtape_engine::nn::Params;
 use flowtape_engine::optim::{Ema, LossScale, LossScaleState, Optimizer};
-use flowtape_engine::safetensors::SafeTensors;
-use flowtape_models::checkpoint::open_weights;
+use flowtape_engine::safetensors::{SafeTensors, Shards};
+use flowtape_models::checkpoint::WEIGHTS;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -56,6 +56,11 @@ pub struct TrainProgress {
 pub fn ema_folder(checkpoint: &Path) -> Result<Option<PathBuf>> {
     let folder = checkpoint.join(EMA);
     Ok(exists(&folder)?.then_some(folder))
+}
+
+/// The parameters whose average is saved, and the name of its files: a whole model, or adapters alone.
+pub(crate) fn averaged(recipe: &Recipe, params: &Params) -> (Params, &'static str) {
+    if recipe.peft.is_some() { (params.adapters(), EMA) } else { (params.base(), WEIGHTS) }
 }
 
 /// What is stored as JSON.
@@ -108,7 +113,10 @@ impl TrainState {
         }
         if let (Some(ema), Some(config)) = (&mut self.ema, &recipe.ema) {
             match ema_folder(folder)? {
-                Some(averages) => ema.load(params, &open_weights(&averages)?)?,
+                Some(averages) => {
+                    let (params, stem) = averaged(recipe, params);
+                    ema.load(&params, &Shards::open(&averages, stem)?)?;
+                }
                 // It begins here.
                 None => *ema = Ema::new(config, params)?,
             }

@@ -1,23 +1,26 @@
 //! One optimiser step after the other.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use flowtape_data::{Collator, Cursor, Loader, Rank, Sampler};
+use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Placement};
 use flowtape_engine::optim::{Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, StepConfig};
-use flowtape_engine::{Device, Later, Philox, Tape};
+use flowtape_engine::{DType, Device, Later, Philox, Tape};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, checkpoint, create_pipeline};
+use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
 use crate::error::io;
 use crate::generate::{Generator, Request, Samples};
-use crate::recipe::Init;
+use crate::recipe::{Init, PeftConfig};
 use crate::start::Start;
-use crate::state::{EMA, TrainProgress, TrainState};
+use crate::state::{EMA, TrainProgress, TrainState, averaged};
 use crate::timing::{StepTimes, Timed};
 use crate::validation::{HeldOut, Validated};
 use crate::{Error, Recipe, Result};
@@ -25,6 +28,8 @@ use crate::{builtin, precision};
 
 /// The stream of the steps' random numbers, a fork of the seed.
 const STEPS: u64 = 2;
+/// The stream of the adapters' dropout, another fork of it.
+const DROPOUT: u64 = 3;
 
 /// What a step came to: a line of `metrics.jsonl`.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -100,7 +105,11 @@ impl Enqueued {
 pub struct Trainer {
     recipe: Recipe,
     device: Device,
+    start: Start,
     model: Box<dyn Transformer>,
+    /// The adapters by their layers, where the recipe has `peft`.
+    adapters: BTreeMap<String, AdapterSpec>,
+    masks: DropoutMasks,
     pipeline: FlowMatchingPipeline,
     schedule: LrScheduler,
     data: Data,
@@ -145,8 +154,17 @@ impl Trainer {
         let held_out = recipe.validation.is_some();
         let held_out =
             held_out.then(|| HeldOut::new(held, collator.clone(), &flow_matching, local, seed)).transpose()?;
-        let params = recipe.dtype.params(recipe.seed, device).with_adaln_zero(recipe.init == Init::AdalnZero);
-        let mut model = start.model(params)?;
+        let masks = DropoutMasks::default();
+        let adapters = adapters(&recipe, &start, &masks)?;
+        let params = match &recipe.peft {
+            Some(_) => {
+                let plan = PeftConfig::plan(recipe.dtype, adapters.clone());
+                ParamBuilder::with_plan(recipe.seed, plan, device)
+            }
+            None => recipe.dtype.params(recipe.seed, device),
+        };
+        let mut model = start.model(params.with_adaln_zero(recipe.init == Init::AdalnZero))?;
+        recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         let optimizer = &recipe.optimizer;
         let schedule = recipe.schedule()?;
@@ -176,7 +194,10 @@ impl Trainer {
                 },
             },
             recipe,
+            start,
             model,
+            adapters,
+            masks,
             data,
             loader: None,
             device: device.clone(),
@@ -202,25 +223,41 @@ impl Trainer {
     ///
     /// # Errors
     /// When it can't be read or does not fit the model.
-    pub fn load(&mut self, checkpoint: &std::path::Path) -> Result<()> {
-        self.model.params().load(&flowtape_models::checkpoint::open_weights(checkpoint)?)?;
+    pub fn load(&mut self, checkpoint: &Path) -> Result<()> {
+        if self.recipe.peft.is_some() {
+            peft::load(checkpoint)?.load_into(self.model.params(), &checkpoint.join(peft::ADAPTER_WEIGHTS))?;
+        } else {
+            self.model.params().load(&checkpoint::open_weights(checkpoint)?)?;
+        }
         self.loader = None;
         self.state.load(self.model.params(), &self.recipe, checkpoint)
     }
 
-    /// Writes a checkpoint into a folder: the weights as diffusers opens them, and what goes on from step to step.
+    /// Writes a checkpoint's files into a folder: what is trained, its average where one is kept, and what goes on from step to step.
     ///
     /// # Errors
-    /// When a file can't be written.
-    pub fn save(&self, folder: &std::path::Path) -> Result<()> {
-        checkpoint::save(self.model(), folder, checkpoint::MAX_SHARD_SIZE)?;
+    /// When the folder can't be written.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        self.save_weights(folder)?;
         if let Some(ema) = &self.state.ema {
             let folder = folder.join(EMA);
             std::fs::create_dir(&folder).map_err(io(&folder))?;
-            ema.save(self.model.params(), &folder, checkpoint::WEIGHTS, checkpoint::MAX_SHARD_SIZE)?;
-            checkpoint::save_config(self.model(), &folder)?;
+            let (params, stem) = averaged(&self.recipe, self.model.params());
+            ema.save(&params, &folder, stem, checkpoint::MAX_SHARD_SIZE)?;
+            match &self.recipe.peft {
+                // Adapters have files of their own, in the dtype that they are kept in.
+                Some(_) => ema.instead(self.model.params(), || self.save_weights(&folder))?,
+                None => checkpoint::save_config(self.model(), &folder)?,
+            }
         }
         self.state.save(self.model.params(), &self.recipe, folder)
+    }
+
+    fn save_weights(&self, folder: &Path) -> Result<()> {
+        match &self.recipe.peft {
+            Some(config) => config.save(&*self.model, &self.adapters, folder),
+            None => Ok(checkpoint::save(&*self.model, folder, checkpoint::MAX_SHARD_SIZE)?),
+        }
     }
 
     /// One optimiser step. Its data and its random numbers follow from the seed and from where the run stands.
@@ -269,7 +306,9 @@ impl Trainer {
         let mut times = StepTimes::default();
         let mut losses = Vec::with_capacity(parts);
         let mut norm = None;
-        for _ in 0..parts {
+        let masks = MasksOn { masks: &self.masks, random: Philox::new(self.recipe.seed).fork(DROPOUT).fork(step) };
+        for part in 0..parts {
+            masks.draw(part as u64);
             let begun = Instant::now();
             let loader = match &mut self.loader {
                 Some(loader) => loader,
@@ -300,7 +339,7 @@ impl Trainer {
             times.forward += (with_loss - with_data).as_secs_f64();
             times.backward += with_loss.elapsed().as_secs_f64();
         }
-        drop(sinks);
+        drop((sinks, masks));
         if let Some(ema) = &mut self.state.ema {
             ema.update(self.model.params(), step + 1)?;
         }
@@ -341,21 +380,83 @@ impl Trainer {
         Ok(Some(validated))
     }
 
-    /// Samples with the model as it is now, with the average of its weights where one is kept; none where it was asked to stop meanwhile.
+    /// Samples with the checkpoint that the run started from, as it was; none where it was asked to stop meanwhile, or the model
+    /// was new.
     ///
     /// # Errors
     /// When a prompt is not taken, or the model fails.
-    pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
-        let generator = Generator {
-            model: &*self.model,
+    pub fn generate_from_start(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
+        if self.start.weights.is_none() {
+            return Ok(None);
+        }
+        let frozen = Placement::frozen(self.recipe.dtype.into());
+        let model = self.start.model(ParamBuilder::with_plan(0, frozen, &self.device))?;
+        self.generator(&*model).generate(request, stop)
+    }
+
+    fn generator<'a>(&'a self, model: &'a dyn Transformer) -> Generator<'a> {
+        Generator {
+            model,
             adapter: self.pipeline.adapter(),
             data: &self.data,
             sampling: &self.recipe.sampling,
             device: &self.device,
-        };
+        }
+    }
+
+    /// Samples with the model as it is now, with the average of its weights where one is kept; none where it was asked to stop
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// When a prompt is not taken, or the model fails.
+    pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
+        let generator = self.generator(&*self.model);
         match &self.state.ema {
             Some(ema) => ema.instead(self.model.params(), || generator.generate(request, stop)),
             None => generator.generate(request, stop),
         }
+    }
+}
+
+/// The adapters of a recipe, by their layers: none where it has no `peft`.
+fn adapters(recipe: &Recipe, start: &Start, masks: &DropoutMasks) -> Result<BTreeMap<String, AdapterSpec>> {
+    match &recipe.peft {
+        Some(config) => config.adapters(recipe.dtype, &peft::linears(&start.config)?, masks),
+        None => Ok(BTreeMap::new()),
+    }
+}
+
+/// The model behind a run's checkpoint, as it is sampled.
+pub(crate) fn trained_model(recipe: &Recipe, folder: &Path, device: &Device) -> Result<Box<dyn Transformer>> {
+    let dtype: DType = recipe.dtype.into();
+    if recipe.peft.is_none() {
+        return Ok(checkpoint::load(folder, dtype, device)?);
+    }
+    let start = Start::of(&recipe.model)?;
+    let mut adapters = adapters(recipe, &start, &DropoutMasks::default())?;
+    adapters.values_mut().for_each(|spec| spec.placement = Placement::frozen(dtype));
+    let plan = PeftConfig::plan(recipe.dtype, adapters);
+    let params = ParamBuilder::with_plan(recipe.seed, plan, device).with_adaln_zero(recipe.init == Init::AdalnZero);
+    let model = start.model(params)?;
+    peft::load(folder)?.load_into(model.params(), &folder.join(peft::ADAPTER_WEIGHTS))?;
+    Ok(model)
+}
+
+/// Dropout while a step runs, whatever ends it.
+struct MasksOn<'a> {
+    masks: &'a DropoutMasks,
+    random: Philox,
+}
+
+impl MasksOn<'_> {
+    /// Those of a micro-batch.
+    fn draw(&self, part: u64) {
+        self.masks.set(Some(self.random.fork(part)));
+    }
+}
+
+impl Drop for MasksOn<'_> {
+    fn drop(&mut self) {
+        self.masks.set(None);
     }
 }

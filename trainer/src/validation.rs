@@ -17,7 +17,7 @@ use crate::Result;
 /// Equal parts of σ's range from 0 to 1 that losses are also told for.
 pub const BINS: usize = 10;
 /// The stream of what is drawn for held-out samples, a fork of the run's seed.
-const VALIDATION: u64 = 3;
+const VALIDATION: u64 = 4;
 /// Multiples of the golden ratio are far from their neighbours.
 const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
