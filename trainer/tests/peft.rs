@@ -20,13 +20,7 @@ fn adapted(base: &Path, run: &Path, more: &[&str]) -> Recipe {
     let model = format!("model={{pretrained_model_name_or_path: {}}}", base.display());
     let peft =
         "peft={dim: 2, alpha: 4, dropout: 0.2, target_modules: ['*attn.to_q', '*.ff.net.2'], _target_: PeftConfig}";
-    let settings = [
-        "dtype=f32",
-        "report.samples_per_class=1",
-        &model,
-        peft,
-        "step_scheduler.global_batch_size=8",
-            ];
+    let settings = ["dtype=f32", "report.samples_per_class=1", &model, peft, "step_scheduler.global_batch_size=8"];
     // The model's own settings stand before the section that replaces them.
     small(run, &[&settings[..], more].concat())
 }
