@@ -13,6 +13,7 @@
 //! | [`text`] | text encoders and tokenizers |
 //! | [`vae`] | autoencoders between pixels and latents: [`vae::Autoencoder`], [`vae::AUTOENCODERS`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
+//! | [`original`] | the layouts of the models' authors, read and written |
 //! | [`peft`] | adapters outside a model: LoRA's weights by layer, and their files |
 //! | [`presets`], [`summary`] | configurations of published checkpoints; what a model is made of |
 //! | [`requirements`] | what a model asks of a batch, and what contradicts it |
@@ -25,6 +26,7 @@ pub mod flux;
 pub mod flux2;
 pub mod hunyuan_video;
 pub mod ltx2;
+pub mod original;
 pub mod peft;
 pub mod pipeline;
 pub mod presets;
