@@ -5,6 +5,7 @@ mod check;
 mod import;
 mod preprocess;
 mod progress;
+mod recipes;
 mod sample;
 mod settings;
 mod signals;
@@ -12,6 +13,7 @@ mod terminal;
 mod train;
 mod weights;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -41,6 +43,8 @@ enum Command {
     Import(import::Import),
     /// Encode pictures and captions once, for training.
     Preprocess(preprocess::Preprocess),
+    /// List the recipes that come with this binary, or print one.
+    Recipes(recipes::Recipes),
     /// Generate images with a trained run.
     Sample(sample::Sample),
     /// Fold adapters (LoRA and its kin, in any known form) into a checkpoint.
@@ -65,7 +69,7 @@ enum Command {
 #[derive(Args)]
 struct Inspect {
     /// A preset such as flux.1-dev, a config.json, a diffusers folder, a safetensors file, or a run folder.
-    target: String,
+    target: PathBuf,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -87,6 +91,7 @@ fn run() -> Result<ExitCode> {
         Command::Train(args) => train::run(&args),
         Command::Import(args) => import::run(&args),
         Command::Preprocess(args) => preprocess::run(&args),
+        Command::Recipes(args) => recipes::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Merge(args) => weights::merge(&args),
         Command::Convert(args) => weights::convert(&args),

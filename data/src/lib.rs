@@ -40,4 +40,4 @@ pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use loader::{Loaded, Loader, LoaderOptions};
 pub use sampler::{BatchPlan, Cursor, EpochSampler, Pick, Rank, Sampler};
-pub use source::{Media, MemorySource, NemoCache, Sample, SampleHeader, Source, Text};
+pub use source::{Media, MemorySource, NemoCache, Part, Sample, SampleHeader, Source, Text};

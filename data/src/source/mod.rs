@@ -2,6 +2,7 @@
 
 mod memory;
 mod nemo;
+mod part;
 
 use std::collections::BTreeMap;
 
@@ -11,6 +12,7 @@ use crate::{Fingerprint, Result, TextEmbeddings};
 
 pub use memory::MemorySource;
 pub use nemo::NemoCache;
+pub use part::Part;
 
 /// What a sample shows, in host memory.
 #[derive(Clone, Debug)]

@@ -120,6 +120,20 @@ impl Shards {
         self
     }
 
+    fn all_begin_with(&self, prefix: &str) -> bool {
+        !self.at.is_empty() && self.at.keys().all(|key| key.starts_with(prefix))
+    }
+
+    /// The same without what stands before every key, where it does.
+    #[must_use]
+    pub fn without_prefix(mut self, prefix: &str) -> Self {
+        if self.all_begin_with(prefix) {
+            self.at = self.at.into_iter().map(|(key, number)| (key[prefix.len()..].to_owned(), number)).collect();
+            self.prefix += prefix;
+        }
+        self
+    }
+
     /// The same with names that stand for rows of tensors, in place of those tensors' own names.
     ///
     /// # Errors
@@ -144,20 +158,6 @@ impl Shards {
         self.at.extend(at);
         self.rows = rows;
         Ok(self)
-    }
-
-    fn all_begin_with(&self, prefix: &str) -> bool {
-        !self.at.is_empty() && self.at.keys().all(|key| key.starts_with(prefix))
-    }
-
-    /// The same without what stands before every key, where it does.
-    #[must_use]
-    pub fn without_prefix(mut self, prefix: &str) -> Self {
-        if self.all_begin_with(prefix) {
-            self.at = self.at.into_iter().map(|(key, number)| (key[prefix.len()..].to_owned(), number)).collect();
-            self.prefix += prefix;
-        }
-        self
     }
 
     /// The file, or the index of the files.
