@@ -14,8 +14,29 @@ const RECIPES: &[(&str, &str)] = &[
     ("digits", include_str!("../../recipes/digits.yaml")),
     ("digits_lora", include_str!("../../recipes/digits_lora.yaml")),
     ("digits_no_sevens", include_str!("../../recipes/digits_no_sevens.yaml")),
+    ("emoji", include_str!("../../recipes/emoji.yaml")),
+    ("flux1_finetune", include_str!("../../recipes/flux1_finetune.yaml")),
+    ("flux1_lora", include_str!("../../recipes/flux1_lora.yaml")),
+    ("flux1_pretrain", include_str!("../../recipes/flux1_pretrain.yaml")),
+    ("flux2_finetune", include_str!("../../recipes/flux2_finetune.yaml")),
+    ("flux2_lora", include_str!("../../recipes/flux2_lora.yaml")),
+    ("flux2_pretrain", include_str!("../../recipes/flux2_pretrain.yaml")),
+    ("hunyuan_finetune", include_str!("../../recipes/hunyuan_finetune.yaml")),
+    ("hunyuan_lora", include_str!("../../recipes/hunyuan_lora.yaml")),
+    ("hunyuan_pretrain", include_str!("../../recipes/hunyuan_pretrain.yaml")),
+    ("ltx2_finetune", include_str!("../../recipes/ltx2_finetune.yaml")),
+    ("ltx2_lora", include_str!("../../recipes/ltx2_lora.yaml")),
+    ("ltx2_pretrain", include_str!("../../recipes/ltx2_pretrain.yaml")),
     ("moving_digits_hunyuan", include_str!("../../recipes/moving_digits_hunyuan.yaml")),
     ("moving_digits_wan", include_str!("../../recipes/moving_digits_wan.yaml")),
+    ("qwen_image_finetune", include_str!("../../recipes/qwen_image_finetune.yaml")),
+    ("qwen_image_lora", include_str!("../../recipes/qwen_image_lora.yaml")),
+    ("qwen_image_pretrain", include_str!("../../recipes/qwen_image_pretrain.yaml")),
+    ("wan2_1_finetune", include_str!("../../recipes/wan2_1_finetune.yaml")),
+    ("wan2_1_lora", include_str!("../../recipes/wan2_1_lora.yaml")),
+    ("wan2_1_pretrain", include_str!("../../recipes/wan2_1_pretrain.yaml")),
+    ("wan2_2_finetune", include_str!("../../recipes/wan2_2_finetune.yaml")),
+    ("wan2_2_lora", include_str!("../../recipes/wan2_2_lora.yaml")),
 ];
 
 /// Which to show.
@@ -65,7 +86,8 @@ fn names() -> String {
 fn about(text: &str) -> String {
     let lines = text.lines().map_while(|line| line.strip_prefix("# "));
     let comment = lines.collect::<Vec<_>>().join(" ");
-    comment.split_inclusive(['.', ':']).next().unwrap_or_default().trim_end_matches([':', '.']).to_owned()
+    let end = [": ", ". "].iter().filter_map(|mark| comment.find(mark)).min().unwrap_or(comment.len());
+    comment[..end].trim_end_matches([':', '.']).to_owned()
 }
 
 #[cfg(test)]
@@ -83,9 +105,11 @@ mod tests {
         assert_eq!(RECIPES.iter().map(|(name, _)| *name).collect::<Vec<_>>(), files);
         for (name, text) in RECIPES {
             assert!(!about(text).is_empty(), "{name} begins with a comment that says what it is");
-            // One that goes on from another's run says so.
+            // One that goes on from another's run, or from a published model, says so.
             if let Err(error) = load(Path::new(name), &[]) {
-                assert!(error.to_string().contains("model.pretrained_model_name_or_path: runs/"), "{name}: {error}");
+                let says = |part: &str| error.to_string().contains(part);
+                let key = "model.pretrained_model_name_or_path: ";
+                assert!(says(&format!("{key}runs/")) || (says(key) && says("hf download")), "{name}: {error}");
             }
         }
         assert!(load(Path::new("digit"), &[]).unwrap_err().to_string().contains("digits, digits_lora"));
