@@ -209,7 +209,7 @@ impl QTensor {
                     let scale = self.scales[0] + code * self.scales[1 + block / GROUP];
                     for (i, out) in now.iter_mut().enumerate() {
                         let pair = self.codes[(at + i) / 2];
-                        *out = NF4[usize::from(if (at + i) % 2 == 0 { pair & 15 } else { pair >> 4 })] * scale;
+                        *out = NF4[usize::from(if (at + i).is_multiple_of(2) { pair & 15 } else { pair >> 4 })] * scale;
                     }
                     at += now.len();
                     rest = later;

@@ -404,8 +404,9 @@ mod tests {
         use crate::quant::{FORMATS, QTensor};
         for format in FORMATS {
             let meta = Meta::default();
+            let device = meta.device();
             let plan = Placement::frozen(DType::BF16).quantised(Some(format));
-            let root = ParamBuilder::with_plan(1, plan, &meta.device());
+            let root = ParamBuilder::with_plan(1, plan, &device);
             let layers: Vec<Linear> =
                 (0..8).map(|i| Linear::new(&root.sub(i), 1024, 2048, false)).collect::<Result<_>>()?;
             let (codes, dense) = (QTensor::bytes_of(format, [2048, 1024]), 2 * 2048 * 1024);
@@ -415,7 +416,7 @@ mod tests {
             assert!(meta.peak() <= quantised + dense, "{format:?}: {} of {quantised}", meta.peak());
             // Nor is it in a step: panels are.
             let tape = Tape::new();
-            let x = tape.leaf(&Tensor::zeros(&[1, 1024], DType::BF16, &meta.device())?);
+            let x = tape.leaf(&Tensor::zeros(&[1, 1024], DType::BF16, &device)?);
             let before = meta.used();
             let y = layers[0].forward(&x)?;
             tape.backward(&y.sum_all()?)?;
