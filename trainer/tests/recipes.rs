@@ -11,10 +11,10 @@ use flowtape_engine::safetensors::save;
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
 use flowtape_models::{Transformer, checkpoint, original};
-use flowtape_trainer::Recipe;
 use flowtape_trainer::recipe::Dtype;
 use flowtape_trainer::start::Start;
 use flowtape_trainer::train::train;
+use flowtape_trainer::{Recipe, Trainer};
 use serde_json::json;
 
 fn files(folder: &str) -> Vec<PathBuf> {
@@ -83,7 +83,11 @@ fn recipes_of_the_project_are_taken() {
             train(&base, Vec::new(), &AtomicBool::new(false)).unwrap();
             settings.push(format!("model.pretrained_model_name_or_path={}", run.display()));
         }
-        Recipe::load(&path, &settings).unwrap_or_else(|error| panic!("{error}"));
+        let recipe = Recipe::load(&path, &settings).unwrap_or_else(|error| panic!("{error}"));
+        // Patterns of layers are compared with a model when one is made.
+        if recipe.peft.is_some() {
+            Trainer::new(&recipe).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        }
     }
 }
 
