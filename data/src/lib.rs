@@ -27,4 +27,4 @@ pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use loader::{Loaded, Loader, LoaderOptions};
 pub use sampler::{BatchPlan, Cursor, EpochSampler, Pick, Rank, Sampler};
-pub use source::{Media, MemorySource, Sample, SampleHeader, Source, Text};
+pub use source::{Media, MemorySource, Part, Sample, SampleHeader, Source, Text};

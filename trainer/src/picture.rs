@@ -69,6 +69,40 @@ pub fn save_animation(path: &Path, videos: &[f32], sides: (usize, usize, usize),
     save_png(path, &frames.collect::<Vec<_>>())
 }
 
+/// Checks that a picture can be written to a path, before the work that makes it: its name says its format, and its folder is
+/// there.
+///
+/// # Errors
+/// When the name ends in no known format or is a folder's, or the file can't be made.
+pub fn check_path(path: &Path) -> Result<()> {
+    let wrong = |what: String| Err(Error::Picture { path: path.into(), what });
+    let is_folder = path.to_string_lossy().ends_with(std::path::is_separator) || path.is_dir();
+    if is_folder || path.file_name().is_none() {
+        return wrong("is a folder: name a file in it, such as samples.png".into());
+    }
+    if !path.extension().is_some_and(|end| end.eq_ignore_ascii_case("png") || end.eq_ignore_ascii_case("apng")) {
+        return wrong("expected a name that ends in .png (or .apng): pictures are PNGs, films animated ones".into());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        return wrong(format!("there is no folder {}: make it first", folder.display()));
+    }
+    // What is there already stays as it is until the new one is whole.
+    let probe = tempfile::Builder::new().prefix(".flowtape").tempfile_in(folder);
+    probe.map(drop).map_err(io(folder))
+}
+
+/// A picture that stands beside another one: `kind` comes before the ending of its name; with none it is that one.
+pub fn beside(path: &Path, kind: &str) -> PathBuf {
+    let mut name = path.file_stem().unwrap_or_default().to_owned();
+    name.push(kind);
+    if let Some(end) = path.extension() {
+        name.push(".");
+        name.push(end);
+    }
+    path.with_file_name(name)
+}
+
 /// Writes grey samples as a grid; videos as one that plays, and the frames of each row's first one side by side. `path` says
 /// where, from a suffix of the name.
 ///
@@ -220,6 +254,31 @@ mod tests {
         assert_eq!((at(0, 0), at(0, 1), at(1, 0), at(1, 1)), (0, 255, 128, 40));
         assert!(save_grid(&folder.path().join("no/grid.png"), &images, (SIDE, SIDE), 2).is_err());
         Ok(())
+    }
+
+    #[test]
+    fn a_name_that_can_not_be_written_is_told_before_the_work() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::create_dir(path("sub.png")).unwrap();
+        for name in ["a.png", "v1.5.PNG", ".x.png", "film.apng", "with space.png"] {
+            check_path(&path(name)).unwrap();
+            assert_eq!(beside(&path(name), ""), path(name));
+        }
+        for (name, part) in [
+            ("model_v1.5", "ends in .png"),
+            ("s.jpg", "ends in .png"),
+            ("s", "ends in .png"),
+            (".png", "ends in .png"),
+            ("sub.png", "is a folder"),
+            ("new/", "is a folder"),
+            ("no/x.png", "no folder"),
+        ] {
+            let error = check_path(&path(name)).unwrap_err().to_string();
+            assert!(error.contains(part), "{name}: {error}");
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert_eq!(beside(Path::new("a/v1.5.png"), "_frames"), Path::new("a/v1.5_frames.png"));
     }
 
     #[test]

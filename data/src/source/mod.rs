@@ -1,6 +1,7 @@
 //! Where samples come from.
 
 mod memory;
+mod part;
 
 use std::collections::BTreeMap;
 
@@ -9,6 +10,7 @@ use flowtape_engine::{Philox, Tensor};
 use crate::{Fingerprint, Result, TextEmbeddings};
 
 pub use memory::MemorySource;
+pub use part::Part;
 
 /// What a sample shows, in host memory.
 #[derive(Clone, Debug)]

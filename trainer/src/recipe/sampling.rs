@@ -13,7 +13,7 @@ pub struct SamplingConfig {
     #[schemars(range(min = 1, max = 10_000))]
     pub num_inference_steps: usize,
     /// Scale of classifier-free guidance; 1 for none.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(range(max = 1000), extend("exclusiveMinimum" = 0))]
     pub guidance_scale: f64,
     /// Whether grids and the report also show videos that go on from a given first frame.
     pub image_to_video: bool,
