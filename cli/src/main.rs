@@ -2,6 +2,8 @@
 
 mod bench;
 mod check;
+mod import;
+mod preprocess;
 mod progress;
 mod recipes;
 mod sample;
@@ -37,6 +39,10 @@ struct Cli {
 enum Command {
     /// Train a recipe, or go on with an interrupted run.
     Train(train::Train),
+    /// Take over samples that NeMo's preprocessing encoded.
+    Import(import::Import),
+    /// Encode pictures and captions once, for training.
+    Preprocess(preprocess::Preprocess),
     /// List the recipes that come with this binary, or print one.
     Recipes(recipes::Recipes),
     /// Generate images with a trained run.
@@ -83,6 +89,8 @@ fn run() -> Result<ExitCode> {
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
+        Command::Import(args) => import::run(&args),
+        Command::Preprocess(args) => preprocess::run(&args),
         Command::Recipes(args) => recipes::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Merge(args) => weights::merge(&args),

@@ -2,16 +2,19 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 use clap::Args;
 use flowtape_trainer::builtin::digits::{ImageToVideo, Quality};
+use flowtape_trainer::builtin::pictures::Nearest;
 use flowtape_trainer::recipe::ReportConfig;
 use flowtape_trainer::run::quoted;
 use flowtape_trainer::train::{Resume, Summary, WINDOW, resume, train};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::preprocess::prepare;
 use crate::progress::Terminal;
 use crate::recipes;
 use crate::signals::Stop;
@@ -49,6 +52,13 @@ pub fn run(args: &Train) -> Result<ExitCode> {
         (Some(path), _) => {
             let mut recipe = recipes::load(path, &args.set)?;
             recipe.device = args.device.clone().unwrap_or(recipe.device);
+            if let Some(folder) = &recipe.data.folder {
+                prepare(folder, recipe.data.num_workers, &recipe.device, &stop)?;
+                if stop.asked().load(Ordering::Relaxed) {
+                    say!("stopped while encoding; what is done is kept, and the same command goes on");
+                    return Ok(stop.exit_code());
+                }
+            }
             (train(&recipe, vec![Box::new(&mut progress)], stop.asked())?, recipe.report)
         }
         (None, Some(run)) => {
@@ -95,6 +105,13 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
             say!("background      {error:.4}  (mean squared distance from black)");
         }
         say!("distance ratio  {:.3}  (to the nearest real digit, over real to real)", q.distance_ratio);
+    }
+    if let Some(n) = figures::<Nearest>(s.figures.get("nearest")) {
+        let (own, group) = (100.0 * n.own, 100.0 * n.group);
+        let (own_chance, group_chance) = (100.0 * n.own_shuffled, 100.0 * n.group_shuffled);
+        say!(
+            "nearest picture own {own:.1} % (captions shuffled {own_chance:.1} %), of the group {group:.1} % ({group_chance:.1} %)"
+        );
     }
     if let Some(i2v) = figures::<ImageToVideo>(s.figures.get("image_to_video")) {
         let (quality, first) = (i2v.quality, i2v.first_frame);

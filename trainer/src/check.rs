@@ -82,7 +82,7 @@ impl Check {
     /// # Errors
     /// What a run would come to at its first step.
     pub fn of(recipe: &Recipe, device: &Device, depth: Depth) -> Result<Self> {
-        Self::with_data(recipe, device, builtin::data(&recipe.data)?, depth)
+        Self::with_data(recipe, device, builtin::data(&recipe.data, device)?, depth)
     }
 
     /// The same with data of one's own.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use flowtape_data::{
-    Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, Part, PixelCodec, Rank, Sampler, Source,
-    TextEncoder,
+    BucketOptions, BucketSampler, Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, Part, PixelCodec,
+    Rank, Resolution, Sampler, Source, TextEncoder,
 };
 use flowtape_engine::Philox;
 
@@ -52,10 +52,20 @@ impl Data {
         Ok((Self { source, ..self }, held))
     }
 
-    /// Which samples batches of `size` hold in a run with this seed.
-    pub(crate) fn sampler(&self, config: &DataConfig, size: usize, seed: u64) -> Arc<dyn Sampler> {
-        let order = config.shuffle.then_some(data_seed(seed));
-        Arc::new(EpochSampler::new(self.source.len(), size, order, config.drop_last))
+    /// Which samples batches of `size` hold in a run with this seed. Where samples are of several sizes, a batch is of one.
+    ///
+    /// # Errors
+    /// When a header can't be read.
+    pub(crate) fn sampler(&self, config: &DataConfig, size: usize, seed: u64) -> Result<Arc<dyn Sampler>> {
+        let (seed, drop_last) = (config.shuffle.then_some(data_seed(seed)), config.drop_last);
+        let buckets = BucketSampler::buckets_of(&*self.source)?;
+        let [width, height] = config.base_resolution;
+        let base_resolution = config.dynamic_batch_size.then_some(Resolution { width, height });
+        if buckets.len() > 1 || base_resolution.is_some() {
+            let options = BucketOptions { batch_size: size, base_resolution, seed, drop_last };
+            return Ok(Arc::new(BucketSampler::new(buckets, options)));
+        }
+        Ok(Arc::new(EpochSampler::new(self.source.len(), size, seed, drop_last)))
     }
 
     /// What reads a sampler's batches from a cursor on.
@@ -66,7 +76,8 @@ impl Data {
         seed: u64,
         at: Cursor,
     ) -> Result<Loader> {
-        let options = LoaderOptions { num_workers: config.num_workers, ..LoaderOptions::default() };
+        let options =
+            LoaderOptions { num_workers: config.num_workers, skip_bad: config.skip_bad, ..LoaderOptions::default() };
         Ok(Loader::new(self.source.clone(), sampler, Rank::ALONE, data_seed(seed), at, options)?)
     }
 

@@ -73,7 +73,7 @@ pub fn train_on(
     if let Some(path) = &recipe.run_dir {
         RunFolder::check_free(path)?;
     }
-    let data = builtin::data(&recipe.data)?;
+    let data = builtin::data(&recipe.data, device)?;
     Check::with_data(recipe, device, data.clone(), Depth::Handful)?.require()?;
     awake(device, || {
         let trainer = Trainer::with_data(device, recipe, data)?;
@@ -107,7 +107,8 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
         let again = format!("`flowtape train {file} --set run_dir={run}`");
         return refuse(format!("there is no checkpoint to go on with yet: begin again with {again}"));
     }
-    let data = builtin::data(&recipe.data)?;
+    // A run that is done needs no device.
+    let data = builtin::data(&recipe.data, &Device::cpu())?;
     let trained = data.source.len().saturating_sub(recipe.held_out());
     let steps = recipe.step_scheduler.resolved(trained, recipe.data.drop_last).max_steps;
     let step = Stored::read(&folder.checkpoints().newest()?).map_or(0, |stored| stored.progress.step);
@@ -132,6 +133,7 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
         ));
     }
     let device = flowtape_gpu::device(&recipe.device)?;
+    let data = if device.backend().is_host() { data } else { builtin::data(&recipe.data, &device)? };
     Check::with_data(&recipe, &device, data.clone(), Depth::Handful)?.require()?;
     awake(&device, || {
         let mut trainer = Trainer::with_data(&device, &recipe, data)?;

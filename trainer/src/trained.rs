@@ -50,7 +50,8 @@ impl Trained {
         let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
         let model = trained_model(&recipe, &part(run.checkpoints().newest_whole()?)?, &device)?;
         let pipeline = create_pipeline(recipe.flow_matching)?;
-        Ok(Self { model, pipeline, data: builtin::data(&recipe.data)?, sampling: recipe.sampling, device })
+        let data = builtin::data(&recipe.data, &device)?;
+        Ok(Self { model, pipeline, data, sampling: recipe.sampling, device })
     }
 
     /// Folds adapters into the model, each with its factor: keys that are of no use are an error unless they are allowed.

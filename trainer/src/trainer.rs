@@ -135,7 +135,7 @@ impl Trainer {
     /// # Errors
     /// When a section does not fit.
     pub fn on(device: &Device, recipe: &Recipe) -> Result<Self> {
-        Self::with_data(device, recipe, builtin::data(&recipe.data)?)
+        Self::with_data(device, recipe, builtin::data(&recipe.data, device)?)
     }
 
     /// The same with data of one's own instead of the recipe's `data`.
@@ -178,7 +178,7 @@ impl Trainer {
         Ok(Self {
             pipeline: create_pipeline(flow_matching)?,
             schedule,
-            sampler: data.sampler(&recipe.data, local, seed),
+            sampler: data.sampler(&recipe.data, local, seed)?,
             collator,
             held_out,
             state: TrainState {
@@ -231,6 +231,14 @@ impl Trainer {
         }
         self.loader = None;
         self.state.load(self.model.params(), &self.recipe, checkpoint)
+    }
+
+    /// Sizes of a sample in pixels: `[C, H, W]` or `[C, F, H, W]`.
+    ///
+    /// # Errors
+    /// When the data has none.
+    pub fn sample_dims(&self) -> Result<Vec<usize>> {
+        self.data.sample_dims()
     }
 
     /// Writes a checkpoint's files into a folder: what is trained, its average where one is kept, and what goes on from step to step.

@@ -56,7 +56,7 @@ fn a_steps_memory_is_what_it_takes() {
     for (name, batch) in models {
         for settings in settings {
             let recipe = recipe(name, &[&[batch], settings].concat());
-            let plan = StepPlan::of(&recipe, builtin::data(&recipe.data).unwrap()).unwrap();
+            let plan = StepPlan::of(&recipe, builtin::data(&recipe.data, &Device::cpu()).unwrap()).unwrap();
             let peak = Arc::new(AtomicUsize::new(0));
             let before = Device::cpu().backend().memory().used;
             let device = Device::new(Watched { cpu: Device::cpu(), peak: peak.clone() });

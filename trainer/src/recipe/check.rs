@@ -87,6 +87,10 @@ impl Recipe {
     fn model_problems(&self) -> Vec<String> {
         let Ok(kind) = ModelKind::of_adapter(&self.flow_matching.adapter_type) else { return Vec::new() };
         let DataConfig { video, text_dim, .. } = &self.data;
+        // Sizes of encoded samples are known when they are there.
+        if self.data.builtin.is_none() {
+            return Vec::new();
+        }
         let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);
         let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
             .map(|tensor| (tensor, "data.text_dim", *text_dim));
