@@ -8,6 +8,7 @@ mod settings;
 mod signals;
 mod terminal;
 mod train;
+mod weights;
 
 use std::process::ExitCode;
 
@@ -36,6 +37,12 @@ enum Command {
     Train(train::Train),
     /// Generate images with a trained run.
     Sample(sample::Sample),
+    /// Fold adapters (LoRA and its kin, in any known form) into a checkpoint.
+    Merge(weights::Merge),
+    /// Write a checkpoint in another dtype, or in files of another size.
+    Convert(weights::Convert),
+    /// Make a LoRA of what tells two checkpoints of one model apart.
+    Extract(weights::Extract),
     /// Say what a recipe would take, and whether it can be had, before anything is made.
     Check(check::CheckArgs),
     /// Print the JSON Schema of recipes, for editors.
@@ -73,6 +80,9 @@ fn run() -> Result<ExitCode> {
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => sample::run(&args),
+        Command::Merge(args) => weights::merge(&args),
+        Command::Convert(args) => weights::convert(&args),
+        Command::Extract(args) => weights::extract(&args),
         Command::Check(args) => check::run(&args),
         Command::Schema => {
             say!("{:#}", flowtape_trainer::recipe::schema());

@@ -9,6 +9,7 @@ use flowtape_trainer::Trained;
 use flowtape_trainer::picture::{load_grey, save_samples};
 
 use crate::terminal::say;
+use crate::weights::with_factor;
 
 /// What to generate.
 #[derive(Args)]
@@ -36,6 +37,12 @@ pub struct Sample {
     /// A grey PNG of a frame's size, from which the videos go on: for models trained on image-to-video.
     #[arg(long, value_name = "PNG")]
     first_frame: Option<PathBuf>,
+    /// An adapter to fold into the model, and what its change is multiplied with, as in `style.safetensors=0.8`; may be repeated.
+    #[arg(long = "lora", value_name = "PATH[=FACTOR]")]
+    loras: Vec<String>,
+    /// Pass over keys of adapters that the model has no use for.
+    #[arg(long)]
+    allow_unused: bool,
     /// The PNG to write; videos are animated, and their frames stand beside it in NAME_frames.png.
     #[arg(long, default_value = "samples.png")]
     out: PathBuf,
@@ -44,6 +51,8 @@ pub struct Sample {
 /// Generates, and writes the pictures.
 pub fn run(args: &Sample) -> Result<ExitCode> {
     let mut trained = Trained::load(&args.run, args.device.as_deref())?;
+    let loras = args.loras.iter().map(|text| with_factor(text)).collect::<Result<Vec<_>>>()?;
+    trained.add_adapters(&loras, args.allow_unused)?;
     if let Some(steps) = args.steps {
         trained.sampling.num_inference_steps = steps;
     }

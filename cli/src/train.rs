@@ -77,6 +77,13 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     if let Some(q) = figures::<Quality>(Some(&Value::Object(s.figures.clone()))) {
         let each = report.map_or(String::new(), |r| format!(", {} a class", r.samples_per_class));
         say!("accuracy        {:.1} %  (3 nearest real digits; {} samples{each})", 100.0 * q.accuracy, q.samples);
+        if let Some(before) = figures::<Quality>(s.figures.get("before")) {
+            say!("before          {:.1} %  (of the checkpoint that it started from)", 100.0 * before.accuracy);
+            for (class, after) in q.accuracy_by_class.iter().flatten().enumerate() {
+                let before = before.accuracy_by_class.map_or(f64::NAN, |classes| classes[class]);
+                say!("  class {class}       {:.1} %, before {:.1} %", 100.0 * after, 100.0 * before);
+            }
+        }
         if let Some(error) = q.background_error {
             say!("background      {error:.4}  (mean squared distance from black)");
         }

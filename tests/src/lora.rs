@@ -5,9 +5,10 @@ use std::path::Path;
 
 use flowtape_engine::nn::{
     AdapterKind, AdapterPlan, AdapterSpec, Linear, LoraInit, ModulePattern, ModuleSelection, ParamBuilder, Params,
-    Placement,
+    Parts, Placement,
 };
 use flowtape_engine::{DType, Device, Gradients, Tape, Tensor};
+use flowtape_models::peft::{self, AdapterWeights};
 use flowtape_models::{Transformer, checkpoint};
 use serde_json::Value;
 
@@ -82,13 +83,13 @@ fn initial(dir: &Path, base: &Path, spec: &AdapterSpec, patched: &[String], out:
     }
     out.push(exact("initial shapes", shapes, ""));
     out.push(exact("initial lora_B", zero, ""));
-    for (init, name) in [(LoraInit::Xavier, "xavier"), (LoraInit::Kaiming, "kaiming")] {
+    for (init, name) in [(LoraInit::Xavier, "xavier"), (LoraInit::Uniform, "uniform")] {
         let model = adapted(base, patched, &AdapterSpec { init, ..spec.clone() })?;
         let (mut squares, mut count) = (0.0, 0);
         for a in model.params().adapters().iter().filter(|p| p.path().contains("lora_A")) {
             let std = match init {
                 LoraInit::Xavier => (2.0 / (a.dim(0)? + a.dim(1)?) as f64).sqrt(),
-                LoraInit::Kaiming => 1.0 / (3.0 * a.dim(1)? as f64).sqrt(),
+                LoraInit::Uniform => 1.0 / (3.0 * a.dim(1)? as f64).sqrt(),
             };
             squares += a.value()?.to_vec::<f64>()?.iter().map(|v| (v / std).powi(2)).sum::<f64>();
             count += a.numel();
@@ -135,6 +136,7 @@ fn trained(
     let (merged, worst) = merge(dir, base, patched, spec, &adapters)?;
     let (dense, _) = recorded(base, &*merged)?;
     push("model_pred_merged".into(), dense.model_pred(), "model_pred_merged")?;
+    files(dir, &adapters, spec, patched, out)?;
     out.push(Outcome::measured("merged weights", worst, number(case, "merged_vs_adapter_relative_deviation")?, ""));
     out.push(exact("trainable parameters", adapters.numel() as f64 == number(case, "trainable_parameters")?, ""));
     let noisy = gradients.of(&step.noisy_latents).ok_or("no gradient of the noisy latents")?;
@@ -156,6 +158,32 @@ fn trained(
     Ok(())
 }
 
+/// The files as the reference writes them, and what reading them gives.
+fn files(dir: &Path, adapters: &Params, spec: &AdapterSpec, patched: &[String], out: &mut Vec<Outcome>) -> Any<()> {
+    let specs = patched.iter().map(|module| (module.clone(), spec.clone())).collect();
+    let folder = tempfile::tempdir()?;
+    peft::save(&AdapterWeights::of(adapters, &specs)?, folder.path())?;
+    let config = |folder: &Path| -> Any<Value> {
+        Ok(serde_json::from_slice(&std::fs::read(folder.join(peft::ADAPTER_CONFIG))?)?)
+    };
+    out.push(exact("adapter_config.json", config(folder.path())? == config(dir)?, ""));
+    let tensors = |folder: &Path| -> Any<BTreeMap<String, Vec<f32>>> {
+        let file = Golden::tensors(folder, "adapter_model")?.under("")?;
+        file.into_iter().map(|(name, tensor)| Ok((name, tensor.to_vec::<f32>()?))).collect()
+    };
+    let (written, wanted) = (tensors(folder.path())?, tensors(dir)?);
+    out.push(exact("adapter_model.safetensors", written == wanted, format!("{} tensors", wanted.len())));
+    let read = peft::load(dir)?;
+    let same = read.tensors().all(|(path, tensor)| {
+        let own = adapters.get(&path).and_then(|p| p.kept().ok()?.to_bytes().ok());
+        own.is_some_and(|own| tensor.to_bytes().ok() == Some(own))
+    });
+    let specs = read.specs().values().all(|own| (own.dim, own.alpha, own.kind) == (spec.dim, spec.alpha, spec.kind));
+    let all = same && specs && read.tensors().count() == adapters.len();
+    out.push(exact("read again", all, format!("{} tensors", adapters.len())));
+    Ok(())
+}
+
 /// The model with its adapters folded in, and how far the golden's folded weights are.
 fn merge(
     dir: &Path,
@@ -169,9 +197,7 @@ fn merge(
     let (mut worst, mut met) = (0.0, 0);
     for module in patched {
         let weight = merged.params().get(&format!("{module}.weight")).ok_or("a weight")?;
-        let part = |name: &str| adapters.get(&format!("{module}.{name}")).map(|p| p.kept()).transpose();
-        let missing = |name: &str| flowtape_engine::Error::argument("merge", format!("{module}.{name}"), "nothing");
-        let value = spec.merged(&weight.kept()?, |name| part(name)?.ok_or_else(|| missing(name)))?;
+        let value = spec.merged(&weight.kept()?, &parts(adapters, module)?)?;
         if let Some(want) = golden.get(weight.path()) {
             worst = max(worst, relative(&value, want)?);
             met += 1;
@@ -219,7 +245,7 @@ fn unit(dir: &Path, scale: f64, out: &mut Vec<Outcome>) -> Any<()> {
             let got = gradients.of(param(path)?).ok_or_else(|| format!("no gradient of {path}"))?;
             out.push(grads.tensor(format!("unit/{prefix}grad.{name}"), got, &get(&format!("grad.{name}"))?)?);
         }
-        let merged = spec.merged(&get("weight")?, |name| param(name).map_err(missing)?.kept())?;
+        let merged = spec.merged(&get("weight")?, &parts(&params.adapters(), "layer")?)?;
         let plain = flowtape_engine::ops::linear(&get("x")?, &merged, Some(&get("bias")?))?;
         out.push(value.tensor(format!("unit/{prefix}merged out"), &plain, &get("out")?)?);
         Ok(())
@@ -228,6 +254,9 @@ fn unit(dir: &Path, scale: f64, out: &mut Vec<Outcome>) -> Any<()> {
     unit("dora.", AdapterKind::Dora, out)
 }
 
-fn missing(what: String) -> flowtape_engine::Error {
-    flowtape_engine::Error::argument("adapter", "a part", what)
+/// The tensors of the adapter of a layer.
+fn parts(adapters: &Params, module: &str) -> Any<Parts> {
+    let inside = |path: &str| Some(path.strip_prefix(module)?.strip_prefix('.')?.to_owned());
+    let own = adapters.iter().filter_map(|param| Some((inside(param.path())?, param)));
+    own.map(|(name, param)| Ok((name, param.kept()?))).collect()
 }

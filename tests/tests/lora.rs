@@ -13,6 +13,9 @@ use flowtape_tests::lora::adapted;
 use flowtape_tests::step::recorded;
 use serde_json::Value;
 
+const KINDS: [AdapterKind; 4] =
+    [AdapterKind::Lora, AdapterKind::Dora, AdapterKind::Loha, AdapterKind::Lokr { factor: None }];
+
 /// The folders of steps of models that are built, with their adapters' names.
 fn steps() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
@@ -34,7 +37,7 @@ fn every_model_trains_adapters_alone() {
     for (folder, adapter) in steps() {
         let plain = checkpoint::load(&folder, DType::F32, &Device::cpu()).unwrap();
         let (reference, _) = recorded(&folder, &*plain).unwrap();
-        for kind in [AdapterKind::Lora, AdapterKind::Dora] {
+        for kind in KINDS {
             let name = format!("{} {kind:?}", folder.display());
             let spec = AdapterSpec { kind, ..AdapterSpec::lora(2, 4.0, Placement::trained(DType::F32)) };
             let mut model = adapted(&folder, plain.params().linears(), &spec).unwrap();
@@ -44,7 +47,7 @@ fn every_model_trains_adapters_alone() {
             // DoRA divides a length by itself, which rounds.
             let largest = |t: &Tensor| t.to_vec::<f64>().unwrap().into_iter().fold(0.0, |m: f64, v| m.max(v.abs()));
             let off = largest(&first.model_pred().detach().sub(&reference.model_pred().detach()).unwrap());
-            let allowed = if kind == AdapterKind::Lora { 0.0 } else { 5e-6 * largest(reference.model_pred()) };
+            let allowed = if kind == AdapterKind::Dora { 5e-6 * largest(reference.model_pred()) } else { 0.0 };
             assert!(off <= allowed, "{name}: {off}");
             let without = model.parameters_without_gradient(&first.inputs);
             model.params().check_gradients(&gradients, &without).unwrap();

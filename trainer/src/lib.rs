@@ -11,6 +11,8 @@
 //! | [`observe`] | hooks that only watch: metrics, the loss curve |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
+//! | [`peft`] | adapters beside frozen layers |
+//! | [`weights`] | checkpoints and adapters merged, converted, extracted |
 //! | [`check`], [`plan`] | what a recipe would take, before anything is made: memory by phase, FLOPs, disk space |
 //! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
 //! | [`start`] | what a model starts from: a checkpoint wherever it lies, or a configuration |
@@ -28,6 +30,7 @@ pub mod generate;
 pub mod hooks;
 pub mod inspect;
 pub mod observe;
+pub mod peft;
 pub mod picture;
 pub mod plan;
 pub mod recipe;
@@ -38,6 +41,7 @@ mod timing;
 pub mod train;
 pub mod trained;
 pub mod trainer;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;

@@ -61,7 +61,10 @@ impl StepPlan {
         let peak = meta.peak();
         let workspace = peak.saturating_sub(before + gradients.max(activations));
         let flops = flops * parts as f64 / parts.min(2) as f64;
-        let kept = trainer.model().params().iter().map(|param| Ok(param.numel() * param.kept()?.dtype().size()));
+        let all = trainer.model().params();
+        // A run of adapters saves them alone.
+        let saved = if recipe.peft.is_some() { all.adapters() } else { all.base() };
+        let kept = saved.iter().map(|param| Ok(param.numel() * param.kept()?.dtype().size()));
         let checkpoint = optimizer + kept.sum::<Result<usize>>()?;
         Ok(Self { weights, optimizer, gradients, activations, workspace, peak, checkpoint, flops })
     }

@@ -6,7 +6,7 @@
 //! | `metrics.jsonl` | a line a step |
 //! | `samples/step_*.png` | sample grids; videos as animated PNGs, and their frames side by side in `step_*_frames.png` |
 //! | `loss.svg` | the loss curve |
-//! | `checkpoint/` | diffusers' `config.json` and weights, `optimizer.safetensors`, `state.json` |
+//! | `checkpoint/` | diffusers' `config.json` and weights, or PEFT's files of an adapter; `optimizer.safetensors`, `state.json` |
 //! | `report.json` | the figures of the end |
 
 use std::fs::File;
@@ -14,7 +14,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::files::exists;
-use flowtape_models::checkpoint;
 
 use crate::error::io;
 use crate::train::Summary;
@@ -168,8 +167,7 @@ impl RunFolder {
             _ => Ok(()),
         };
         remove(&new)?;
-        checkpoint::save(trainer.model(), &new, checkpoint::MAX_SHARD_SIZE)?;
-        trainer.state().save(trainer.model().params(), &new)?;
+        trainer.save(&new)?;
         if current.exists() {
             remove(&old)?;
             std::fs::rename(&current, &old).map_err(io(&current))?;

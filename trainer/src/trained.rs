@@ -1,17 +1,20 @@
 //! A trained model, for sampling.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use flowtape_engine::Device;
 use flowtape_engine::cpu::awake;
-use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingPipeline;
+use flowtape_models::peft::load_any;
 use flowtape_models::{Condition, ModelKind, Transformer, create_pipeline};
 
 use crate::data::Data;
 use crate::generate::{Generator, Request, Samples};
 use crate::recipe::SamplingConfig;
 use crate::run::RunFolder;
+use crate::trainer::trained_model;
+use crate::weights::check_used;
 use crate::{Error, Result, builtin};
 
 /// A trained model behind its adapter, for sampling.
@@ -32,10 +35,22 @@ impl Trained {
     pub fn load(path: &Path, device: Option<&str>) -> Result<Self> {
         let (run, recipe) = RunFolder::open(path)?;
         let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
-        let dtype: DType = recipe.dtype.into();
-        let model = flowtape_models::checkpoint::load(&run.checkpoint()?, dtype, &device)?;
+        let model = trained_model(&recipe, &run.checkpoint()?, &device)?;
         let pipeline = create_pipeline(recipe.flow_matching)?;
         Ok(Self { model, pipeline, data: builtin::data(&recipe.data)?, sampling: recipe.sampling, device })
+    }
+
+    /// Folds adapters into the model, each with its factor: keys that are of no use are an error unless they are allowed.
+    ///
+    /// # Errors
+    /// When a file can't be read or does not fit the model.
+    pub fn add_adapters(&self, adapters: &[(PathBuf, f64)], allow_unused: bool) -> Result<()> {
+        for (path, factor) in adapters {
+            let (weights, unused) = load_any(path, self.model.params())?;
+            check_used(path, &unused, weights.0.is_empty(), allow_unused)?;
+            weights.merge_into(self.model.params(), *factor)?;
+        }
+        Ok(())
     }
 
     /// Sizes of a sample: `[C, H, W]` or `[C, F, H, W]`.

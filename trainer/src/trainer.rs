@@ -1,22 +1,25 @@
 //! One optimiser step after the other.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use flowtape_data::{Collator, Loader};
+use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Placement};
 use flowtape_engine::optim::{
     Clipping, LossScale, LossScaleState, LrScheduler, LrSchedulerConfig, OptimizerStep, Rates, StepConfig,
 };
-use flowtape_engine::{Device, Later, Philox, Tape};
+use flowtape_engine::{DType, Device, Later, Philox, Tape};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
-use flowtape_models::{Transformer, create_pipeline};
+use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 use serde::{Deserialize, Serialize};
 
 use crate::builtin;
 use crate::data::Data;
 use crate::generate::{Generator, Request, Samples};
-use crate::recipe::Init;
+use crate::recipe::{Init, PeftConfig};
 use crate::start::Start;
 use crate::state::{TrainProgress, TrainState};
 use crate::timing::{StepTimes, Timed};
@@ -24,6 +27,8 @@ use crate::{Error, Recipe, Result};
 
 /// The stream of the steps' random numbers, a fork of the seed.
 const STEPS: u64 = 2;
+/// The stream of the adapters' dropout, another fork of it.
+const DROPOUT: u64 = 3;
 
 /// What a step came to: a line of `metrics.jsonl`.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -99,7 +104,11 @@ impl Enqueued {
 pub struct Trainer {
     recipe: Recipe,
     device: Device,
+    start: Start,
     model: Box<dyn Transformer>,
+    /// The adapters by their layers, where the recipe has `peft`.
+    adapters: BTreeMap<String, AdapterSpec>,
+    masks: DropoutMasks,
     pipeline: FlowMatchingPipeline,
     schedule: LrScheduler,
     data: Data,
@@ -134,8 +143,17 @@ impl Trainer {
         let mut recipe = recipe.clone();
         let start = Start::of(&recipe.model)?;
         recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
-        let params = recipe.dtype.params(recipe.seed, device).with_adaln_zero(recipe.init == Init::AdalnZero);
-        let mut model = start.model(params)?;
+        let masks = DropoutMasks::default();
+        let adapters = adapters(&recipe, &start, &masks)?;
+        let params = match &recipe.peft {
+            Some(_) => {
+                let plan = PeftConfig::plan(recipe.dtype, adapters.clone());
+                ParamBuilder::with_plan(recipe.seed, plan, device)
+            }
+            None => recipe.dtype.params(recipe.seed, device),
+        };
+        let mut model = start.model(params.with_adaln_zero(recipe.init == Init::AdalnZero))?;
+        recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         let optimizer = &recipe.optimizer;
         let constant = LrSchedulerConfig {
@@ -161,7 +179,10 @@ impl Trainer {
                 },
             },
             recipe,
+            start,
             model,
+            adapters,
+            masks,
             data,
             loader: None,
             device: device.clone(),
@@ -187,10 +208,26 @@ impl Trainer {
     ///
     /// # Errors
     /// When it can't be read or does not fit the model.
-    pub fn load(&mut self, checkpoint: &std::path::Path) -> Result<()> {
-        self.model.params().load(&flowtape_models::checkpoint::open_weights(checkpoint)?)?;
+    pub fn load(&mut self, checkpoint: &Path) -> Result<()> {
+        if self.recipe.peft.is_some() {
+            peft::load(checkpoint)?.load_into(self.model.params(), &checkpoint.join(peft::ADAPTER_WEIGHTS))?;
+        } else {
+            self.model.params().load(&checkpoint::open_weights(checkpoint)?)?;
+        }
         self.loader = None;
         self.state.load(self.model.params(), checkpoint)
+    }
+
+    /// Writes a checkpoint's files into a folder: what is trained, and the state.
+    ///
+    /// # Errors
+    /// When the folder can't be written.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        match &self.recipe.peft {
+            Some(config) => config.save(&*self.model, &self.adapters, folder)?,
+            None => checkpoint::save(&*self.model, folder, checkpoint::MAX_SHARD_SIZE)?,
+        }
+        self.state.save(self.model.params(), folder)
     }
 
     /// One optimiser step. Its data and its random numbers follow from the seed and from where the run stands.
@@ -226,7 +263,9 @@ impl Trainer {
         let mut times = StepTimes::default();
         let mut losses = Vec::with_capacity(parts);
         let mut norm = None;
-        for _ in 0..parts {
+        let masks = MasksOn { masks: &self.masks, random: Philox::new(self.recipe.seed).fork(DROPOUT).fork(step) };
+        for part in 0..parts {
+            masks.draw(part as u64);
             let begun = Instant::now();
             let loader = match &mut self.loader {
                 Some(loader) => loader,
@@ -254,7 +293,7 @@ impl Trainer {
             times.forward += (with_loss - with_data).as_secs_f64();
             times.backward += with_loss.elapsed().as_secs_f64();
         }
-        drop(sinks);
+        drop((sinks, masks));
         times.optimizer = updates.get();
         times.backward -= times.optimizer;
         let nothing = || Error::Run { path: self.recipe.name.clone().into(), what: "no samples".into() };
@@ -270,18 +309,78 @@ impl Trainer {
         self.device.backend().is_host()
     }
 
+    /// Samples with the checkpoint that the run started from, as it was; none where it was asked to stop meanwhile, or the model
+    /// was new.
+    ///
+    /// # Errors
+    /// When a prompt is not taken, or the model fails.
+    pub fn generate_from_start(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
+        if self.start.weights.is_none() {
+            return Ok(None);
+        }
+        let frozen = Placement::frozen(self.recipe.dtype.into());
+        let model = self.start.model(ParamBuilder::with_plan(0, frozen, &self.device))?;
+        self.generator(&*model).generate(request, stop)
+    }
+
+    fn generator<'a>(&'a self, model: &'a dyn Transformer) -> Generator<'a> {
+        Generator {
+            model,
+            adapter: self.pipeline.adapter(),
+            data: &self.data,
+            sampling: &self.recipe.sampling,
+            device: &self.device,
+        }
+    }
+
     /// Samples with the model as it is now; none where it was asked to stop meanwhile.
     ///
     /// # Errors
     /// When a prompt is not taken, or the model fails.
     pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
-        let generator = Generator {
-            model: &*self.model,
-            adapter: self.pipeline.adapter(),
-            data: &self.data,
-            sampling: &self.recipe.sampling,
-            device: &self.device,
-        };
-        generator.generate(request, stop)
+        self.generator(&*self.model).generate(request, stop)
+    }
+}
+
+/// The adapters of a recipe, by their layers: none where it has no `peft`.
+fn adapters(recipe: &Recipe, start: &Start, masks: &DropoutMasks) -> Result<BTreeMap<String, AdapterSpec>> {
+    match &recipe.peft {
+        Some(config) => config.adapters(recipe.dtype, &peft::linears(&start.config)?, masks),
+        None => Ok(BTreeMap::new()),
+    }
+}
+
+/// The model behind a run's checkpoint, as it is sampled.
+pub(crate) fn trained_model(recipe: &Recipe, folder: &Path, device: &Device) -> Result<Box<dyn Transformer>> {
+    let dtype: DType = recipe.dtype.into();
+    if recipe.peft.is_none() {
+        return Ok(checkpoint::load(folder, dtype, device)?);
+    }
+    let start = Start::of(&recipe.model)?;
+    let mut adapters = adapters(recipe, &start, &DropoutMasks::default())?;
+    adapters.values_mut().for_each(|spec| spec.placement = Placement::frozen(dtype));
+    let plan = PeftConfig::plan(recipe.dtype, adapters);
+    let params = ParamBuilder::with_plan(recipe.seed, plan, device).with_adaln_zero(recipe.init == Init::AdalnZero);
+    let model = start.model(params)?;
+    peft::load(folder)?.load_into(model.params(), &folder.join(peft::ADAPTER_WEIGHTS))?;
+    Ok(model)
+}
+
+/// Dropout while a step runs, whatever ends it.
+struct MasksOn<'a> {
+    masks: &'a DropoutMasks,
+    random: Philox,
+}
+
+impl MasksOn<'_> {
+    /// Those of a micro-batch.
+    fn draw(&self, part: u64) {
+        self.masks.set(Some(self.random.fork(part)));
+    }
+}
+
+impl Drop for MasksOn<'_> {
+    fn drop(&mut self) {
+        self.masks.set(None);
     }
 }

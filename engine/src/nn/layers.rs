@@ -44,7 +44,7 @@ impl Linear {
     ) -> Result<Self> {
         let weight = params.get("weight", &[outputs, inputs], weight_init)?;
         let bias = if bias { Some(params.get("bias", &[outputs], bias_init)?) } else { None };
-        let adapter = params.linear().map(|spec| Adapter::new(&spec, params, &weight)).transpose()?;
+        let adapter = params.linear().map(|spec| Adapter::new(spec, params, &weight)).transpose()?;
         Ok(Self { weight, bias, adapter })
     }
 

@@ -11,7 +11,7 @@ mod plan;
 
 pub use adapter::{
     AdapterKind, AdapterPlan, AdapterSpec, Dropout, DropoutMasks, DropoutPosition, LoraInit, ModulePattern,
-    ModuleSelection,
+    ModuleSelection, Parts,
 };
 pub use blocks::Blocks;
 pub use conv::{Conv, GroupNorm};

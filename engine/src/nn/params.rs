@@ -234,6 +234,11 @@ impl ParamBuilder {
         Self { path, ..self.clone() }
     }
 
+    /// Where it stands.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
     /// Where the parameters lie.
     pub fn device(&self) -> &Device {
         &self.device

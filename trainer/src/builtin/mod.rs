@@ -23,7 +23,11 @@ pub fn data(config: &DataConfig) -> Result<Data> {
         (SourceName::MovingDigits, Some(size)) => {
             Data::of_pixels(Arc::new(moving_digits::MovingDigits::new(size)?), text)
         }
-        (SourceName::Digits | SourceName::MovingDigits, _) => Data::of_pixels(Arc::new(digits::Digits::load()?), text),
+        (SourceName::Digits | SourceName::MovingDigits, _) => {
+            let all = digits::Digits::load()?;
+            let chosen = config.classes.as_ref().map_or(all.clone(), |classes| all.of_classes(classes));
+            Data::of_pixels(Arc::new(chosen), text)
+        }
     })
 }
 

@@ -24,6 +24,7 @@ impl Recipe {
             clean(&["loss_scale"]).then(|| self.loss_scale.check().err().map(|e| e.to_string()).into_iter().collect()),
             clean(&["lr_scheduler", "optimizer", "step_scheduler"]).then(|| self.schedule_problems()),
             clean(&["data"]).then(|| self.data.problems()),
+            clean(&["peft", "model"]).then(|| self.peft_problems(own_data)),
             clean(&["flow_matching", "sampling", "data"]).then(|| self.adapter_problems()),
             (own_data && clean(&["model", "flow_matching", "data"])).then(|| self.model_problems()),
         ]
@@ -74,7 +75,16 @@ impl Recipe {
         problems
     }
 
-    /// Whether model and adapter fit the recipe's own data.
+    fn peft_problems(&self, own_data: bool) -> Vec<String> {
+        let Some(config) = &self.peft else { return Vec::new() };
+        let mut problems = config.problems();
+        if own_data && self.model[PRETRAINED].is_null() {
+            problems.push(format!("peft: trains beside a model that is there: name one in model.{PRETRAINED}"));
+        }
+        problems
+    }
+
+    /// Whether model and adapter fit the recipe's own data. A checkpoint that is not there is told of when it is opened.
     fn model_problems(&self) -> Vec<String> {
         let Ok(kind) = ModelKind::of_adapter(&self.flow_matching.adapter_type) else { return Vec::new() };
         let DataConfig { video, text_dim, .. } = &self.data;

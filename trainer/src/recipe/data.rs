@@ -12,6 +12,10 @@ use crate::builtin::moving_digits::VideoSize;
 pub struct DataConfig {
     /// A set that comes with the trainer.
     pub builtin: SourceName,
+    /// The classes of digits that it shows; all if it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 10), inner(range(max = 9)))]
+    pub classes: Option<Vec<u8>>,
     /// Width of the embeddings of caption tokens and of the pooled caption.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub text_dim: usize,
@@ -57,6 +61,7 @@ impl DataConfig {
     pub fn digits(text_dim: usize) -> Self {
         Self {
             builtin: SourceName::Digits,
+            classes: None,
             text_dim,
             video: None,
             caption_dropout_prob: 0.0,
@@ -71,6 +76,9 @@ impl DataConfig {
         match (self.builtin, &self.video) {
             (SourceName::MovingDigits, None) => {
                 vec!["data.video: moving_digits needs frames, height and width".into()]
+            }
+            (SourceName::MovingDigits, Some(_)) if self.classes.is_some() => {
+                vec!["data.classes: only still digits are chosen by class".into()]
             }
             (SourceName::MovingDigits, Some(video)) => {
                 video.problems().into_iter().map(|p| format!("data.video.{p}")).collect()

@@ -25,12 +25,17 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// What weights are trained and saved in.
+    pub fn kept(self) -> DType {
+        match self {
+            Self::Bf16 => DType::BF16,
+            Self::F32 | Self::Mixed | Self::MixedF16 => DType::F32,
+        }
+    }
+
     /// A maker of a model's parameters.
     pub fn params(self, seed: u64, device: &Device) -> ParamBuilder {
-        let placement = Placement::trained(self.into());
-        let wide = matches!(self, Self::Mixed | Self::MixedF16);
-        let placement = if wide { placement.with_master(DType::F32) } else { placement };
-        ParamBuilder::with_plan(seed, placement, device)
+        ParamBuilder::with_plan(seed, Placement::trained(self.into()).with_master(self.kept()), device)
     }
 
     /// What a loss is multiplied with, where gradients would be too small for the dtype.

@@ -10,6 +10,7 @@ mod dtype;
 mod model;
 mod nemo;
 mod node;
+mod peft;
 mod problems;
 mod read;
 mod sampling;
@@ -33,6 +34,7 @@ use crate::{Error, Result};
 pub use self::data::{DataConfig, SourceName};
 pub use self::dtype::Dtype;
 pub use self::model::{Mode, ModelSection, Stage};
+pub use self::peft::{Algorithm, KeptDtype, PeftConfig};
 pub use self::problems::{Place, Problem};
 pub use self::sampling::{ReportConfig, SamplingConfig};
 pub use self::steps::{ClipGradNorm, Performance, StepScheduler};
@@ -63,9 +65,12 @@ pub struct Recipe {
     /// The checkpoint to start from, or the object of diffusers' `config.json`, whose `_class_name` says which model.
     #[schemars(with = "model::ModelSection")]
     pub model: serde_json::Value,
-    /// How the model starts.
+    /// How a new model starts.
     #[serde(default)]
     pub init: Init,
+    /// What is trained instead of the model's own weights, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peft: Option<PeftConfig>,
     /// The pipeline.
     #[serde(default)]
     pub flow_matching: FlowMatchingConfig,

@@ -13,6 +13,9 @@ pub struct Quality {
     /// Share of generated digits whose three nearest real ones are, by majority, of the class asked for. In videos each
     /// frame counts: its digit is the crop that is nearest to a real one.
     pub accuracy: f64,
+    /// The same of each class, of images.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub accuracy_by_class: Option<[f64; 10]>,
     /// Mean distance of a generated digit to its nearest real one, over that of a real digit to its nearest other.
     pub distance_ratio: f64,
     /// Mean squared distance from black of all pixels outside the crop, for videos.
@@ -75,8 +78,18 @@ pub fn judge(images: &[f32], classes: &[u8], digits: &Digits) -> Quality {
     let judged: Vec<(bool, f64)> =
         images.par_chunks_exact(PIXELS).zip(classes).map(|(image, class)| judge_image(image, *class, digits)).collect();
     let samples = judged.len();
+    let of_class = |class: usize| {
+        let right = judged
+            .iter()
+            .zip(classes)
+            .filter(|(_, c)| usize::from(**c) == class)
+            .map(|(j, _)| f64::from(u8::from(j.0)));
+        let right: Vec<f64> = right.collect();
+        mean(right.iter().copied(), right.len())
+    };
     Quality {
         accuracy: mean(judged.iter().map(|j| f64::from(u8::from(j.0))), samples),
+        accuracy_by_class: Some(std::array::from_fn(of_class)),
         distance_ratio: mean(judged.iter().map(|j| j.1), samples) / real_distance(digits),
         background_error: None,
         samples,
@@ -97,6 +110,7 @@ pub fn judge_videos(videos: &[f32], size: &VideoSize, classes: &[u8], digits: &D
         .collect();
     Quality {
         accuracy: mean(judged.iter().map(|j| f64::from(u8::from(j.0))), judged.len()),
+        accuracy_by_class: None,
         distance_ratio: mean(judged.iter().map(|j| j.1), judged.len()) / real_distance(digits),
         background_error: Some(mean(judged.iter().map(|j| j.2), judged.len())),
         samples: judged.len() / size.frames,
@@ -127,6 +141,9 @@ mod tests {
         let real = judge(&digits.pixels[..200 * PIXELS], &digits.labels[..200], &digits);
         // Each is its own nearest neighbour; the two others of the vote may err.
         assert!(real.accuracy > 0.95 && real.distance_ratio == 0.0, "{real:?}");
+        let sevens = digits.of_classes(&[7]);
+        let by_class = judge(&sevens.pixels, &sevens.labels, &digits).accuracy_by_class.unwrap();
+        assert!(by_class[7] > 0.95 && by_class.iter().filter(|share| **share == 0.0).count() == 9, "{by_class:?}");
         let wrong: Vec<u8> = digits.labels[..200].iter().map(|l| (l + 1) % 10).collect();
         assert!(judge(&digits.pixels[..200 * PIXELS], &wrong, &digits).accuracy < 0.01);
         let mut noise = vec![0.0; 100 * PIXELS];

@@ -65,6 +65,16 @@ impl Digits {
         Ok(Self { pixels, labels })
     }
 
+    /// Those of some classes alone.
+    #[must_use]
+    pub fn of_classes(&self, classes: &[u8]) -> Self {
+        let chosen: Vec<usize> = (0..self.labels.len()).filter(|i| classes.contains(&self.labels[*i])).collect();
+        Self {
+            pixels: chosen.iter().flat_map(|i| self.image(*i)).copied().collect(),
+            labels: chosen.iter().map(|i| self.labels[*i]).collect(),
+        }
+    }
+
     /// One image.
     pub fn image(&self, index: usize) -> &[f32] {
         &self.pixels[index * PIXELS..][..PIXELS]
@@ -91,7 +101,8 @@ impl Source for Digits {
     }
 
     fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::of(CSV)
+        let all = Fingerprint::of(CSV);
+        if (0..10).all(|class| self.labels.contains(&class)) { all } else { all.and(&self.labels) }
     }
 }
 
@@ -109,6 +120,10 @@ mod tests {
         assert!(matches!(&sample.text, Text::Caption(caption) if caption == "a handwritten seven"));
         assert_eq!(sample.media.tensor().dims(), digits.header(index)?.dims);
         assert_eq!(sample.media.tensor().to_vec::<f32>()?, digits.image(index));
+        let some = digits.of_classes(&[7, 2]);
+        assert!(some.labels.iter().all(|l| [2, 7].contains(l)) && some.labels.contains(&7) && some.labels.contains(&2));
+        let first = some.labels.iter().position(|l| *l == 7).unwrap();
+        assert_eq!((some.image(first), some.fingerprint() == digits.fingerprint()), (digits.image(index), false));
         Ok(())
     }
 }

@@ -73,8 +73,8 @@ pub struct ImageToVideo {
     pub first_frame: FirstFrame,
 }
 
-/// Judges the samples of a finished run: the fields of [`Quality`], and `image_to_video` ([`ImageToVideo`]) where the recipe
-/// asks for it.
+/// Judges the samples of a finished run: the fields of [`Quality`]; `before`, those of the checkpoint that it started from; and
+/// `image_to_video` ([`ImageToVideo`]) where the recipe asks for it.
 #[derive(Debug)]
 pub struct DigitsReport {
     digits: Digits,
@@ -114,6 +114,10 @@ impl Hook for DigitsReport {
         run.emit(Event::Busy("sampling for the report"))?;
         let Some(samples) = self.samples(run, None)? else { return Ok(()) };
         run.figures.extend(fields(&self.judge(&samples.pixels)));
+        let request = Request { prompts: &prompts(&self.classes), first_frames: None, seed: REPORT_SEED };
+        if let Some(before) = run.trainer().generate_from_start(&request, run.stop())? {
+            run.figures.insert("before".into(), serde_json::json!(self.judge(&before.pixels)));
+        }
         if let Some(size) = self.video.filter(|_| self.image_to_video) {
             let given = first_frames(&self.digits, &size, &self.classes, REPORT_SEED);
             let Some(samples) = self.samples(run, Some(&given))? else { return Ok(()) };

@@ -1,0 +1,137 @@
+//! Checkpoints and adapters on their way into other files: merged, in another dtype, extracted.
+
+use std::path::{Path, PathBuf};
+
+use flowtape_engine::nn::{ParamBuilder, Placement};
+use flowtape_engine::safetensors::{SafeTensors, Shards};
+use flowtape_engine::{DType, Device};
+use flowtape_models::checkpoint::{self, open_weights};
+use flowtape_models::peft::{self, Extracted, load_any, save_as};
+use flowtape_models::{ModelKind, Transformer};
+use serde_json::json;
+
+pub use flowtape_models::checkpoint::MAX_SHARD_SIZE;
+pub use flowtape_models::peft::SaveFormat;
+
+use crate::start::{PRETRAINED, Start};
+use crate::{Error, Result};
+
+/// How a checkpoint is written.
+#[derive(Clone, Copy, Debug)]
+pub struct Written {
+    /// The dtype of its weights; the one that they have where none is given.
+    pub dtype: Option<DType>,
+    /// About the most bytes of one file.
+    pub max_shard_size: usize,
+}
+
+impl Default for Written {
+    fn default() -> Self {
+        Self { dtype: None, max_shard_size: MAX_SHARD_SIZE }
+    }
+}
+
+fn refused<T>(path: &Path, what: impl Into<String>) -> Result<T> {
+    Err(Error::Run { path: path.into(), what: what.into() })
+}
+
+/// A checkpoint (a folder of diffusers, of a pipeline or of its transformer, or a run folder), in the dtype of its first weights or
+/// another.
+fn open(named: &Path, dtype: Option<DType>) -> Result<Box<dyn Transformer>> {
+    let start = Start::of(&json!({ PRETRAINED: named }))?;
+    let Some(path) = &start.weights else { return refused(named, "no weights") };
+    let stored = || -> Result<DType> {
+        let weights = if path.is_dir() { open_weights(path)? } else { Shards::from(SafeTensors::open(path)?) };
+        let first = weights.names().next().and_then(|name| weights.dtype_name(name)).unwrap_or_default();
+        Ok(match &*first {
+            "BF16" => DType::BF16,
+            "F16" => DType::F16,
+            _ => DType::F32,
+        })
+    };
+    let placement = Placement::frozen(dtype.map_or_else(stored, Ok)?);
+    start.model(ParamBuilder::with_plan(0, placement, &Device::cpu()))
+}
+
+/// A new folder to write to.
+fn new_folder(out: &Path) -> Result<()> {
+    if out.join(checkpoint::CONFIG).exists() {
+        return refused(out, "holds a checkpoint already: name another folder");
+    }
+    Ok(())
+}
+
+/// Writes a checkpoint anew: in another dtype, in files of another size.
+///
+/// # Errors
+/// When it can't be read or written.
+pub fn convert(from: &Path, out: &Path, written: &Written) -> Result<()> {
+    new_folder(out)?;
+    Ok(checkpoint::save(&*open(from, written.dtype)?, out, written.max_shard_size)?)
+}
+
+/// Folds adapters into a checkpoint, each with its factor. Keys that are of no use are an error unless they are allowed; those are
+/// returned.
+///
+/// # Errors
+/// When something can't be read or written, or does not fit.
+pub fn merge(
+    base: &Path,
+    adapters: &[(PathBuf, f64)],
+    out: &Path,
+    written: &Written,
+    allow_unused: bool,
+) -> Result<Vec<String>> {
+    new_folder(out)?;
+    let model = open(base, written.dtype)?;
+    let mut all_unused = Vec::new();
+    for (path, factor) in adapters {
+        let (weights, unused) = load_any(path, model.params())?;
+        check_used(path, &unused, weights.0.is_empty(), allow_unused)?;
+        weights.merge_into(model.params(), *factor)?;
+        all_unused.extend(unused);
+    }
+    checkpoint::save(&*model, out, written.max_shard_size)?;
+    Ok(all_unused)
+}
+
+/// Keys of an adapter's file that a model has no use for.
+pub(crate) fn check_used(path: &Path, unused: &[String], nothing: bool, allow_unused: bool) -> Result<()> {
+    if nothing {
+        return refused(path, format!("no adapter of this model: none of {} keys is known", unused.len()));
+    }
+    if unused.is_empty() || allow_unused {
+        return Ok(());
+    }
+    let first: Vec<&str> = unused.iter().take(5).map(String::as_str).collect();
+    let rest = if unused.len() > first.len() { ", …" } else { "" };
+    refused(
+        path,
+        format!(
+            "{} keys are of no use to this model: {}{rest}; --allow-unused passes them over",
+            unused.len(),
+            first.join(", ")
+        ),
+    )
+}
+
+/// Adapters of what tells two checkpoints of one model apart, written into a folder in some forms.
+///
+/// # Errors
+/// When something can't be read or written, or the two are not of one model.
+pub fn extract(base: &Path, tuned: &Path, rank: usize, out: &Path, forms: &[SaveFormat]) -> Result<Extracted> {
+    if rank == 0 {
+        return refused(out, "--rank: expected at least 1, got 0");
+    }
+    let (base, tuned) = (open(base, Some(DType::F32))?, open(tuned, Some(DType::F32))?);
+    let found = peft::extract(base.params(), tuned.params(), rank)?;
+    if found.weights.0.is_empty() {
+        return refused(out, "the two checkpoints have the same linear layers: there is nothing to extract");
+    }
+    let config = base.config();
+    let class = ModelKind::of_class(config["_class_name"].as_str().unwrap_or_default())?.class;
+    for form in forms {
+        save_as(*form, &found.weights, base.params(), class, out)?;
+    }
+    Ok(found)
+}
