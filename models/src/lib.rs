@@ -11,6 +11,7 @@
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`vae`] | autoencoders between pixels and latents: [`vae::Autoencoder`], [`vae::AUTOENCODERS`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
+//! | [`original`] | the layouts of the models' authors, read and written |
 //! | [`peft`] | adapters outside a model: LoRA's weights by layer, and their files |
 //! | [`presets`], [`summary`] | configurations of published checkpoints; what a model is made of |
 //! | [`requirements`] | what a model asks of a batch, and what contradicts it |
@@ -23,6 +24,7 @@ pub mod flux;
 pub mod flux2;
 pub mod hunyuan_video;
 pub mod ltx2;
+pub mod original;
 pub mod peft;
 pub mod presets;
 pub mod qwen_image;

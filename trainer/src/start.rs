@@ -9,7 +9,7 @@ use flowtape_engine::safetensors::{SafeTensors, Shards};
 use flowtape_flowmatch::FlowMatchingConfig;
 use flowtape_models::checkpoint::{CONFIG, load_config, load_weights, open_weights};
 use flowtape_models::presets::{PRESETS, Preset};
-use flowtape_models::{Transformer, create_model};
+use flowtape_models::{Transformer, create_model, original};
 use serde_json::Value;
 
 use crate::error::io;
@@ -80,7 +80,7 @@ impl Start {
         let weights = match &self.weights {
             None => return Ok(create_model(&self.config, &params)?),
             Some(path) if path.is_dir() => open_weights(path)?,
-            Some(path) => Shards::from(SafeTensors::open(path)?).without_known_prefix(),
+            Some(path) => original::as_diffusers(open_file(path)?, &self.config)?,
         };
         Ok(load_weights(Arc::new(weights), &self.config, params)?)
     }
@@ -93,6 +93,10 @@ impl Start {
         }
         config
     }
+}
+
+fn open_file(path: &Path) -> Result<Shards> {
+    Ok(Shards::from(SafeTensors::open(path)?).without_known_prefix())
 }
 
 fn missing(path: &Path, what: String) -> Error {
@@ -213,7 +217,7 @@ fn sigmas(section: &ModelSection, pipeline: Option<f64>) -> Result<Option<(f64, 
     }))
 }
 
-/// The configuration of a single file's model: the recipe's, or that of the folder that it lies in.
+/// The configuration of a single file's model: the recipe's, that of the folder that it lies in, or what its sizes tell.
 fn config_of_file(path: &Path, section: &ModelSection) -> Result<Value> {
     if section.config.contains_key("_class_name") {
         return Ok(Value::Object(section.config.clone()));

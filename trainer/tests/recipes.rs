@@ -1,14 +1,16 @@
 //! Recipes as people write them: the cases from the field, and those that come with the project.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::safetensors::save;
 use flowtape_engine::{DType, Device};
 use flowtape_flowmatch::FlowMatchingConfig;
-use flowtape_models::{Transformer, checkpoint};
+use flowtape_models::{Transformer, checkpoint, original};
 use flowtape_trainer::Recipe;
 use flowtape_trainer::recipe::Dtype;
 use flowtape_trainer::start::Start;
@@ -251,6 +253,13 @@ fn a_model_starts_from_whatever_holds_it() {
     assert_eq!((flow.sigma_min, flow.sigma_max), (0.0, 0.5));
     assert!(named(Path::new("owner/model"), json!({"cache_dir": at("hub")})).unwrap().1 == high);
     assert!(named(&single, config.clone()).unwrap().1 == high);
+    // Its authors' layout, as ComfyUI ships it.
+    let original = at("original.safetensors");
+    let model = saved_model(&at("again"), &[]);
+    let comfy = |(name, tensor)| (format!("model.diffusion_model.{name}"), tensor);
+    let tensors: Vec<_> = original::tensors(&*model).unwrap().into_iter().map(comfy).collect();
+    save(&original, &tensors, &BTreeMap::new()).unwrap();
+    assert!(named(&original, config.clone()).unwrap().1 == high);
     // New weights of its configuration, with what the recipe says of it.
     let (start, weights) = named(&at("pipeline/transformer"), json!({"mode": "pretrain", "num_layers": 2})).unwrap();
     assert!(start.weights.is_none() && weights != high && start.config["num_layers"] == 2);

@@ -12,7 +12,7 @@ use memmap2::Mmap;
 use safetensors::View;
 use safetensors::tensor::{Metadata, SafeTensorError, serialize_to_file};
 
-pub use sharded::{Shards, save_sharded};
+pub use sharded::{Rows, Shards, save_sharded};
 
 use crate::files::{mistaken_for, write_whole};
 use crate::{DType, Device, Error, Result, Tensor, printable};

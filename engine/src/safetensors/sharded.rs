@@ -32,12 +32,27 @@ pub struct Shards {
     at: BTreeMap<String, usize>,
     /// What stands before the names in the files.
     prefix: String,
+    /// Names that stand for rows of a tensor.
+    rows: BTreeMap<String, Rows>,
+}
+
+/// Rows of a stored tensor under a name of their own.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rows {
+    /// The stored tensor's name.
+    pub of: String,
+    /// The first row.
+    pub start: usize,
+    /// Sizes; the first is the number of rows.
+    pub dims: Vec<usize>,
+    /// Whether the second half of them comes first.
+    pub swapped: bool,
 }
 
 impl From<SafeTensors> for Shards {
     fn from(file: SafeTensors) -> Self {
         let at = file.names().into_iter().map(|name| (name, 0)).collect();
-        Self { path: file.path().into(), files: vec![file], at, prefix: String::new() }
+        Self { path: file.path().into(), files: vec![file], at, prefix: String::new(), rows: BTreeMap::new() }
     }
 }
 
@@ -89,7 +104,7 @@ impl Shards {
                 at.entry(name).or_insert(number);
             }
         }
-        Ok(Self { path: index, files, at, prefix: String::new() })
+        Ok(Self { path: index, files, at, prefix: String::new(), rows: BTreeMap::new() })
     }
 
     /// The same without what other programs are known to put before every key of a model, such as `_orig_mod.` or
@@ -109,6 +124,32 @@ impl Shards {
         self
     }
 
+    /// The same with names that stand for rows of tensors, in place of those tensors' own names.
+    ///
+    /// # Errors
+    /// When a tensor is not there or has other sizes than the rows need.
+    pub fn with_rows(mut self, rows: BTreeMap<String, Rows>) -> Result<Self> {
+        let mut at = BTreeMap::new();
+        for (name, rows) in &rows {
+            let number = *self.at.get(&rows.of).ok_or_else(|| self.lacks(&rows.of))?;
+            let fits = self.dims(&rows.of).is_some_and(|dims| {
+                let end = rows.dims.first().and_then(|count| rows.start.checked_add(*count));
+                dims.len() == rows.dims.len() && end.is_some_and(|end| end <= dims[0]) && dims[1..] == rows.dims[1..]
+            });
+            if !fits {
+                let what = format!("{} has sizes {:?}, no rows {rows:?}", printable(&rows.of), self.dims(&rows.of));
+                return Err(format_error(&self.path, what));
+            }
+            at.insert(name.clone(), number);
+        }
+        for rows in rows.values() {
+            self.at.remove(&rows.of);
+        }
+        self.at.extend(at);
+        self.rows = rows;
+        Ok(self)
+    }
+
     /// The file, or the index of the files.
     pub fn path(&self) -> &Path {
         &self.path
@@ -122,12 +163,18 @@ impl Shards {
     /// The file of a tensor, and its name there.
     fn file<'a>(&self, name: &'a str) -> Option<(&SafeTensors, Cow<'a, str>)> {
         let number = *self.at.get(name)?;
+        if let Some(rows) = self.rows.get(name) {
+            return Some((&self.files[number], format!("{}{}", self.prefix, rows.of).into()));
+        }
         let stored = if self.prefix.is_empty() { name.into() } else { format!("{}{name}", self.prefix).into() };
         Some((&self.files[number], stored))
     }
 
     /// The dims of a tensor, if there is one of that name.
     pub fn dims(&self, name: &str) -> Option<&[usize]> {
+        if let Some(rows) = self.rows.get(name) {
+            return Some(&rows.dims);
+        }
         let (file, stored) = self.file(name)?;
         file.dims(&stored)
     }
@@ -143,7 +190,13 @@ impl Shards {
     /// # Errors
     /// When there is none of that name.
     pub fn bytes(&self, name: &str) -> Result<usize> {
-        let bytes = self.file(name).and_then(|(file, stored)| file.bytes(&stored));
+        let share = |bytes: usize, all: usize| match self.rows.get(name) {
+            Some(rows) => bytes / all.max(1) * rows.dims[0],
+            None => bytes,
+        };
+        let bytes = self.file(name).and_then(|(file, stored)| {
+            Some(share(file.bytes(&stored)?, file.dims(&stored)?.first().copied().unwrap_or(1)))
+        });
         bytes.ok_or_else(|| self.lacks(name))
     }
 
@@ -153,13 +206,31 @@ impl Shards {
     /// Those of [`SafeTensors::get`].
     pub fn get(&self, name: &str, device: &Device, dtype: Option<DType>) -> Result<Tensor> {
         match self.file(name) {
-            Some((file, stored)) => file.get(&stored, device, dtype),
+            Some((file, stored)) => match self.rows.get(name) {
+                Some(rows) => rows.take(&file.get(&stored, device, dtype)?),
+                None => file.get(&stored, device, dtype),
+            },
             None => Err(self.lacks(name)),
         }
     }
 
     fn lacks(&self, name: &str) -> Error {
         format_error(&self.path, format!("no tensor {}", printable(name)))
+    }
+}
+
+impl Rows {
+    /// A copy of them, so that the whole is not kept.
+    fn take(&self, whole: &Tensor) -> Result<Tensor> {
+        let copy = Tensor::empty(&self.dims, whole.dtype(), whole.device())?;
+        let count = self.dims[0];
+        let half = if self.swapped { count / 2 } else { 0 };
+        for (to, from, len) in [(0, half, count - half), (count - half, 0, half)] {
+            if len > 0 {
+                copy.narrow(0, to, len)?.copy_from(&whole.narrow(0, self.start + from, len)?)?;
+            }
+        }
+        Ok(copy)
     }
 }
 
