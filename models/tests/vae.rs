@@ -52,6 +52,7 @@ fn published() -> Vec<(&'static str, Value, usize, usize, usize)> {
         ("Wan 2.2", wan_22, 704_688_668, 196, 0),
         ("Qwen-Image", json!({"_class_name": "AutoencoderKLQwenImage"}), 126_892_531, 194, 0),
         ("HunyuanVideo 1.5", json!({"_class_name": "AutoencoderKLHunyuanVideo15"}), 1_260_634_115, 218, 0),
+        ("LTX-2's sound", json!({"_class_name": "AutoencoderKLLTX2Audio"}), 53_248_146, 100, 2),
         ("LTX-2.0", ltx(json!({})), 1_222_479_601, 182, 2),
         ("LTX-2.3", ltx(ltx_23), 726_105_969, 168, 2),
     ]
