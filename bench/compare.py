@@ -10,13 +10,13 @@ much of that says little.
 import argparse
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from flowtape import ROOT, binary
+
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -74,7 +74,7 @@ def compare(args, config, dtype):
     counts = ["--steps", str(args.steps), "--warmup", str(args.warmup), "--threads", str(args.threads)]
     what = ["--config", config, "--dtype", dtype, *counts]
     torch = [sys.executable, ROOT / "bench" / "torch_step.py", *what]
-    sides = [[ROOT / "target" / "release" / "flowtape", "bench", "step", *what, "--json"], torch]
+    sides = [[binary(), "bench", "step", *what, "--json"], torch]
     if args.compile:
         sides.append([*torch, "--compile"])
     rounds = []

@@ -8,7 +8,6 @@ attention is the faster of its fused and its plain one.
 
 import argparse
 import json
-import pathlib
 import subprocess
 import sys
 import time
@@ -17,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-FLOWTAPE = pathlib.Path(__file__).resolve().parent.parent / "target" / "release" / "flowtape"
+from flowtape import binary
+
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -81,7 +81,7 @@ def main():
             torch.set_num_threads(threads)
             ours, theirs = {}, {}
             for only in args.only * args.rounds:
-                command = [FLOWTAPE, "bench", "ops", "--only", only, "--dtype", dtype, "--threads", str(threads), "--json"]
+                command = [binary(), "bench", "ops", "--only", only, "--dtype", dtype, "--threads", str(threads), "--json"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode != 0:
                     sys.exit(done.stderr)

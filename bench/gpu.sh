@@ -31,7 +31,7 @@ digits() {
         timeout 120 ./flowtape train recipes/digits.yaml --device cuda --set "run_dir=$runs/$run" --json | tail -1 >"$runs/$run.json"
     done
     cat "$runs/one.json"
-    cmp "$runs"/{one,two}/checkpoint/diffusion_pytorch_model.safetensors
+    cmp "$runs"/{one,two}/checkpoints/LATEST/diffusion_pytorch_model.safetensors
     echo "two runs have the same bits"
     accuracy=$(sed -n -E 's/.*"accuracy":([0-9.]+).*/\1/p' "$runs/one.json")
     awk "BEGIN {exit !(${accuracy:-0} >= 0.97)}" || { echo "accuracy below 97 %" && return 1; }

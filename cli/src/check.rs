@@ -5,15 +5,15 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use flowtape_trainer::Recipe;
 use flowtape_trainer::check::{Check, Depth};
 
+use crate::recipes;
 use crate::terminal::{out, say};
 
 /// What to check.
 #[derive(Args)]
 pub struct CheckArgs {
-    /// The recipe, such as recipes/digits.yaml.
+    /// The recipe: a file, or the name of one that `flowtape recipes` lists, such as digits.
     recipe: PathBuf,
     /// Override a key of the recipe, such as optimizer.lr=1e-4; may be given several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -31,7 +31,7 @@ pub struct CheckArgs {
 
 /// Says what a recipe would take. It ends with 1 where that is more than there is.
 pub fn run(args: &CheckArgs) -> Result<ExitCode> {
-    let mut recipe = Recipe::load(&args.recipe, &args.set)?;
+    let mut recipe = recipes::load(&args.recipe, &args.set)?;
     recipe.device = args.device.clone().unwrap_or(recipe.device);
     let device = flowtape_gpu::device(&recipe.device)?;
     let depth = if args.deep { Depth::All } else { Depth::Handful };

@@ -2,7 +2,10 @@
 
 mod bench;
 mod check;
+mod import;
+mod preprocess;
 mod progress;
+mod recipes;
 mod sample;
 mod settings;
 mod signals;
@@ -10,6 +13,7 @@ mod terminal;
 mod train;
 mod weights;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -35,6 +39,12 @@ struct Cli {
 enum Command {
     /// Train a recipe, or go on with an interrupted run.
     Train(train::Train),
+    /// Take over samples that NeMo's preprocessing encoded.
+    Import(import::Import),
+    /// Encode pictures and captions once, for training.
+    Preprocess(preprocess::Preprocess),
+    /// List the recipes that come with this binary, or print one.
+    Recipes(recipes::Recipes),
     /// Generate images with a trained run.
     Sample(sample::Sample),
     /// Fold adapters (LoRA and its kin, in any known form) into a checkpoint.
@@ -59,7 +69,7 @@ enum Command {
 #[derive(Args)]
 struct Inspect {
     /// A preset such as flux.1-dev, a config.json, a diffusers folder, a safetensors file, or a run folder.
-    target: String,
+    target: PathBuf,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -79,6 +89,9 @@ fn run() -> Result<ExitCode> {
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
         Command::Train(args) => train::run(&args),
+        Command::Import(args) => import::run(&args),
+        Command::Preprocess(args) => preprocess::run(&args),
+        Command::Recipes(args) => recipes::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Merge(args) => weights::merge(&args),
         Command::Convert(args) => weights::convert(&args),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use flowtape_trainer::hooks::{Begin, Event, Hook};
 use flowtape_trainer::train::{Session, WINDOW};
+use flowtape_trainer::validation::Validated;
 use flowtape_trainer::{Result, StepRecord};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -63,6 +64,16 @@ impl<'a> Terminal<'a> {
         bar.set_position(record.step);
     }
 
+    fn validated(&self, validated: &Validated) {
+        let Validated { step, raw, ema } = validated;
+        let average = ema.as_ref().map_or(String::new(), |ema| format!(", of the weights' average {:.4}", ema.loss));
+        let text = format!("step {step}: validation loss {:.4}{average}", raw.loss);
+        match &self.bar {
+            Some(bar) if !bar.is_hidden() => bar.suspend(|| note!("{text}")),
+            _ => note!("{text}"),
+        }
+    }
+
     fn busy(&self, what: &str) {
         let Some(bar) = &self.bar else { return };
         if bar.is_hidden() {
@@ -85,6 +96,7 @@ impl Hook for &mut Terminal<'_> {
             Event::Begin(begin) => self.begin(begin, run.folder().path()),
             Event::Step(record) => self.step(record),
             Event::Busy(what) => self.busy(what),
+            Event::Validated(validated) => self.validated(validated),
             _ => {}
         }
         Ok(())

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use flowtape_trainer::Trained;
-use flowtape_trainer::picture::{load_grey, save_samples};
+use flowtape_trainer::generate::{MAX_GUIDANCE_SCALE, MAX_INFERENCE_STEPS, MAX_SAMPLES};
+use flowtape_trainer::picture::{beside, check_path, load_grey, save_samples};
 
 use crate::terminal::say;
 use crate::weights::with_factor;
@@ -20,7 +21,7 @@ pub struct Sample {
     #[arg(long)]
     prompt: String,
     /// How many images.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = |text: &str| whole(text, MAX_SAMPLES))]
     n: usize,
     /// The same seed gives the same images.
     #[arg(long, default_value_t = 0)]
@@ -28,11 +29,14 @@ pub struct Sample {
     /// Where to sample; the run's own device by default.
     #[arg(long)]
     device: Option<String>,
-    /// Euler steps; the run's own number by default.
+    /// Sample with the weights of the last step, though their average was kept.
     #[arg(long)]
+    raw: bool,
+    /// Euler steps; the run's own number by default.
+    #[arg(long, value_parser = |text: &str| whole(text, MAX_INFERENCE_STEPS))]
     steps: Option<usize>,
     /// Scale of classifier-free guidance; the run's own by default.
-    #[arg(long)]
+    #[arg(long, value_parser = scale)]
     guidance: Option<f64>,
     /// A grey PNG of a frame's size, from which the videos go on: for models trained on image-to-video.
     #[arg(long, value_name = "PNG")]
@@ -43,14 +47,28 @@ pub struct Sample {
     /// Pass over keys of adapters that the model has no use for.
     #[arg(long)]
     allow_unused: bool,
-    /// The PNG to write; videos are animated, and their frames stand beside it in NAME_frames.png.
+    /// The PNG to write, which its name ends in; videos are animated, and their frames stand beside it in NAME_frames.png.
     #[arg(long, default_value = "samples.png")]
     out: PathBuf,
 }
 
+/// A whole number from 1 on.
+fn whole(text: &str, most: usize) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| (1..=most).contains(number));
+    number.ok_or_else(|| format!("expected a whole number from 1 to {most}"))
+}
+
+/// A scale of guidance.
+fn scale(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| *number > 0.0 && *number <= MAX_GUIDANCE_SCALE);
+    number.ok_or_else(|| format!("expected a number above 0 and at most {MAX_GUIDANCE_SCALE}"))
+}
+
 /// Generates, and writes the pictures.
 pub fn run(args: &Sample) -> Result<ExitCode> {
-    let mut trained = Trained::load(&args.run, args.device.as_deref())?;
+    check_path(&args.out)?;
+    let load = if args.raw { Trained::load_raw } else { Trained::load };
+    let mut trained = load(&args.run, args.device.as_deref())?;
     let loras = args.loras.iter().map(|text| with_factor(text)).collect::<Result<Vec<_>>>()?;
     trained.add_adapters(&loras, args.allow_unused)?;
     if let Some(steps) = args.steps {
@@ -64,9 +82,8 @@ pub fn run(args: &Sample) -> Result<ExitCode> {
         _ => None,
     };
     let samples = trained.sample(&args.prompt, args.n, args.seed, first_frame.as_deref())?;
-    let name = args.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let path = |kind: &str| args.out.with_file_name(format!("{name}{kind}.png"));
-    save_samples(&samples, (args.n as f64).sqrt().ceil() as usize, path)?;
+    let columns = (args.n as f64).sqrt().ceil() as usize;
+    save_samples(&samples, columns, |kind| beside(&args.out, kind))?;
     say!("{}", args.out.display());
     Ok(ExitCode::SUCCESS)
 }

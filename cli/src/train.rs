@@ -2,32 +2,39 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use flowtape_trainer::Recipe;
 use flowtape_trainer::builtin::digits::{ImageToVideo, Quality};
+use flowtape_trainer::builtin::pictures::Nearest;
 use flowtape_trainer::recipe::ReportConfig;
-use flowtape_trainer::train::{Summary, WINDOW, resume, train};
+use flowtape_trainer::run::quoted;
+use flowtape_trainer::train::{Resume, Summary, WINDOW, resume, train};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::preprocess::prepare;
 use crate::progress::Terminal;
+use crate::recipes;
 use crate::signals::Stop;
 use crate::terminal::say;
 
 /// What to train.
 #[derive(Args)]
 pub struct Train {
-    /// The recipe, such as recipes/digits.yaml.
+    /// The recipe: a file, or the name of one that `flowtape recipes` lists, such as digits.
     #[arg(required_unless_present = "resume", conflicts_with = "resume")]
     recipe: Option<PathBuf>,
     /// Override a key of the recipe, such as optimizer.lr=1e-4; may be given several times.
-    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "resume")]
+    #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Go on with this run folder from its last checkpoint.
+    /// Go on with this run folder from its last checkpoint. With --set step_scheduler.max_steps=NUMBER it is made longer.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
+    /// Go on although something that changes the training is other than it was.
+    #[arg(long, requires = "resume")]
+    accept_changes: bool,
     /// Where to train: cpu, cuda, cuda:NUMBER, wgpu or wgpu:NUMBER; see `flowtape devices`. The recipe's own device by default.
     #[arg(long)]
     device: Option<String>,
@@ -43,11 +50,21 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let mut progress = Terminal::new(&stop);
     let (summary, report) = match (&args.recipe, &args.resume) {
         (Some(path), _) => {
-            let mut recipe = Recipe::load(path, &args.set)?;
+            let mut recipe = recipes::load(path, &args.set)?;
             recipe.device = args.device.clone().unwrap_or(recipe.device);
+            if let Some(folder) = &recipe.data.folder {
+                prepare(folder, recipe.data.num_workers, &recipe.device, &stop)?;
+                if stop.asked().load(Ordering::Relaxed) {
+                    say!("stopped while encoding; what is done is kept, and the same command goes on");
+                    return Ok(stop.exit_code());
+                }
+            }
             (train(&recipe, vec![Box::new(&mut progress)], stop.asked())?, recipe.report)
         }
-        (None, Some(run)) => (resume(run, args.device.as_deref(), vec![Box::new(&mut progress)], stop.asked())?, None),
+        (None, Some(run)) => {
+            let with = Resume { device: args.device.as_deref(), set: &args.set, accept_changes: args.accept_changes };
+            (resume(run, &with, vec![Box::new(&mut progress)], stop.asked())?, None)
+        }
         (None, None) => anyhow::bail!("name a recipe, or a run folder with --resume"),
     };
     progress.finish();
@@ -60,7 +77,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
 }
 
 fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
-    let run = s.run_dir.display();
+    let run = quoted(&s.run_dir);
     if s.interrupted && s.steps == 0 {
         say!("stopped before the first step: there is nothing to go on with");
         return;
@@ -69,7 +86,7 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
         say!("stopped after step {}; go on with: flowtape train --resume {run}", s.steps);
         return;
     }
-    say!("run             {run}");
+    say!("run             {}", s.run_dir.display());
     say!("steps           {}", s.steps);
     say!("final loss      {:.4}  (mean of the last {} steps)", s.final_loss, s.steps.min(WINDOW as u64));
     say!("training        {:.1} s, {:.4} s a step", s.train_seconds, s.train_seconds / s.steps.max(1) as f64);
@@ -89,12 +106,19 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
         }
         say!("distance ratio  {:.3}  (to the nearest real digit, over real to real)", q.distance_ratio);
     }
+    if let Some(n) = figures::<Nearest>(s.figures.get("nearest")) {
+        let (own, group) = (100.0 * n.own, 100.0 * n.group);
+        let (own_chance, group_chance) = (100.0 * n.own_shuffled, 100.0 * n.group_shuffled);
+        say!(
+            "nearest picture own {own:.1} % (captions shuffled {own_chance:.1} %), of the group {group:.1} % ({group_chance:.1} %)"
+        );
+    }
     if let Some(i2v) = figures::<ImageToVideo>(s.figures.get("image_to_video")) {
         let (quality, first) = (i2v.quality, i2v.first_frame);
         say!("image to video  accuracy {:.1} %", 100.0 * quality.accuracy);
         say!("first frame     error {:.4}, against another's {:.4}", first.error, first.error_shuffled);
     }
-    say!("look at         {run}/samples, {run}/loss.svg");
+    say!("look at         {}, {}", s.run_dir.join("samples").display(), s.run_dir.join("loss.svg").display());
     say!("sample it       flowtape sample {run} --prompt \"a handwritten seven\" --n 16 --seed 1 --out sevens.png");
 }
 

@@ -49,7 +49,7 @@ fn failure(output: &Output) -> String {
 }
 
 fn weights(run: &Path) -> Vec<u8> {
-    std::fs::read(run.join("checkpoint/diffusion_pytorch_model.safetensors")).unwrap()
+    std::fs::read(run.join("checkpoints/LATEST/diffusion_pytorch_model.safetensors")).unwrap()
 }
 
 #[test]
@@ -68,12 +68,17 @@ fn a_run_leaves_everything_and_can_be_sampled() {
         "report.json",
         "samples/step_000003.png",
         "samples/step_000006.png",
-        "checkpoint/config.json",
-        "checkpoint/optimizer.safetensors",
-        "checkpoint/state.json",
+        "checkpoints/LATEST/config.json",
+        "checkpoints/LATEST/optimizer.safetensors",
+        "checkpoints/LATEST/state.json",
     ];
     files.iter().for_each(|f| assert!(run.join(f).exists(), "{f} is missing"));
-    assert!(!run.join("checkpoint.new").exists() && !run.join("checkpoint.old").exists());
+    let mut kept: Vec<_> = std::fs::read_dir(run.join("checkpoints"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    kept.sort();
+    assert_eq!(kept, ["LATEST", "step_000004", "step_000006"]);
     let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let steps: Vec<u64> =
         metrics.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
@@ -104,16 +109,52 @@ fn a_run_leaves_everything_and_can_be_sampled() {
         std::fs::read(path).unwrap()
     };
     let first = picture("a.png", "1");
-    assert!(first.starts_with(b"\x89PNG") && first == picture("b.png", "1") && first != picture("c.png", "2"));
+    assert!(first.starts_with(b"\x89PNG") && first == picture("v1.5.PNG", "1") && first != picture("c.png", "2"));
 
     // Wrong input: each message says what to do.
     let sample = |arguments: &[&str]| failure(&flowtape(&[&["sample"], arguments].concat()));
     assert!(sample(&[run, "--prompt", "a handwritten ten"]).contains("unknown word \"ten\""));
     assert!(sample(&[run, "--prompt", ""]).contains("known:"));
-    assert!(sample(&[run, "--prompt", "a handwritten six", "--n", "0"]).contains("at least 1"));
+    for (option, wrong) in [("--n", "0"), ("--n", "18446744073709551615"), ("--steps", "18446744073709551615")] {
+        let message = sample(&[run, "--prompt", "a handwritten six", option, wrong]);
+        assert!(message.contains(option) && message.contains("a whole number from 1 to"), "{message}");
+    }
+    for wrong in ["nan", "inf", "0", "-1", "1e300"] {
+        let message = sample(&[run, "--prompt", "a handwritten six", &format!("--guidance={wrong}")]);
+        assert!(message.contains("expected a number above 0"), "{message}");
+    }
+    // The name that is asked for is the name that is written, and what can't be written is told before the work.
+    for (out, part) in [("model_v1.5", ".png"), ("s.jpg", ".png"), ("sub/", "a folder"), ("no/dir/s.png", "no folder")]
+    {
+        let message = sample(&["/no/such/run", "--prompt", "a handwritten six", "--out", out]);
+        assert!(message.contains(part) && message.contains(out.trim_end_matches('/')), "{message}");
+    }
     assert!(sample(&["/no/such/run", "--prompt", "a handwritten six"]).contains("not a run folder"));
     let again = failure(&train(Path::new(run), &[]));
     assert!(again.contains("holds a run already") && again.contains("--resume"), "{again}");
+}
+
+/// Paths are bytes: none is rewritten.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_name_that_is_no_text_is_a_name_as_any_other() {
+    use std::os::unix::ffi::OsStringExt;
+    let folder = tempfile::tempdir().unwrap();
+    let odd = folder.path().join(std::ffi::OsString::from_vec(b"caf\xe9 1".to_vec()));
+    stdout(&train(&folder.path().join("run"), &["--set", "step_scheduler.max_steps=1"]));
+    std::fs::rename(folder.path().join("run"), &odd).unwrap();
+    let odd_with = |arguments: &[&str], last: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_flowtape")).args(arguments).arg(&odd).args(last).output().unwrap()
+    };
+    let json = stdout(&odd_with(&["train", "--resume"], &["--set", "step_scheduler.max_steps=2", "--json"]));
+    assert!(json.contains("caf\u{fffd} 1"), "{json}");
+    stdout(&odd_with(&["train", "--resume"], &["--json"]));
+    assert!(stdout(&odd_with(&["inspect"], &[])).contains("FluxTransformer2DModel"));
+    let out = odd.join(std::ffi::OsString::from_vec(b"\xff.png".to_vec()));
+    let mut sample = Command::new(env!("CARGO_BIN_EXE_flowtape"));
+    sample.arg("sample").arg(&odd).args(["--prompt", "a handwritten one", "--n", "1", "--out"]).arg(&out);
+    stdout(&sample.output().unwrap());
+    assert!(std::fs::read(out).unwrap().starts_with(b"\x89PNG"));
 }
 
 /// What a run wrote for each of its steps.
@@ -129,24 +170,119 @@ fn an_interrupted_run_goes_on_to_the_same_bits() {
         let [whole, parts] = ["whole", "parts"].map(|n| folder.path().join(n));
         stdout(&train(&whole, &["--set", dtype]));
         stdout(&train(&parts, &["--set", dtype]));
-        // As if the second had been killed after its checkpoint of step 4: take that state, and cut a line in half.
-        let short = folder.path().join("short");
-        let until = ["--set", "step_scheduler.max_steps=4", "--set", "lr_scheduler.lr_decay_steps=6"];
-        stdout(&train(&short, &[&["--set", dtype], &until[..]].concat()));
-        std::fs::remove_dir_all(parts.join("checkpoint")).unwrap();
-        std::fs::rename(short.join("checkpoint"), parts.join("checkpoint.old")).unwrap();
+        // As if the second had been killed while it saved its last checkpoint, and a line had been cut in half.
+        std::fs::remove_file(parts.join("report.json")).unwrap();
+        std::fs::File::options()
+            .write(true)
+            .open(parts.join("checkpoints/step_000006/optimizer.safetensors"))
+            .unwrap()
+            .set_len(99)
+            .unwrap();
         let path = parts.join("metrics.jsonl");
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, &text[..text.len() - 20]).unwrap();
         let resumed = flowtape(&["train", "--resume", parts.to_str().unwrap()]);
         stdout(&resumed);
-        // Warnings are shown without being asked for: the checkpoint is of a run of four steps.
+        // Warnings are shown without being asked for.
         let warned = String::from_utf8_lossy(&resumed.stderr).into_owned();
-        assert!(warned.contains("the recipe was changed since the checkpoint of step 4"), "{warned}");
+        assert!(
+            warned.contains("step_000006/optimizer.safetensors") && warned.contains("the checkpoint before it"),
+            "{warned}"
+        );
         assert!(weights(&whole) == weights(&parts), "the resumed run has other weights ({dtype})");
         let losses = metrics(&parts, "loss");
         assert_eq!((losses.len(), losses), (6, metrics(&whole, "loss")));
     }
+}
+
+#[test]
+fn a_run_is_made_longer_and_other_changes_are_asked_about() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, parts] = ["whole", "in parts"].map(|n| folder.path().join(n));
+    // The schedule of the shorter run goes on in the longer one.
+    let schedule = ["--set", "lr_scheduler.lr_decay_steps=4", "--set", "lr_scheduler.lr_warmup_steps=0"];
+    stdout(&train(&whole, &schedule));
+    stdout(&train(&parts, &["--set", "step_scheduler.max_steps=4"]));
+    let recipe = |run: &Path| std::fs::read_to_string(run.join("recipe.yaml")).unwrap();
+    let resume = |set: &[&str]| {
+        let set = set.iter().flat_map(|s| ["--set", s]);
+        flowtape(&["train", "--resume", parts.to_str().unwrap()].into_iter().chain(set).collect::<Vec<_>>())
+    };
+    let before = recipe(&parts);
+    let refused = failure(&resume(&["step_scheduler.max_steps=6", "optimizer.lr=0.5", "seed=7"]));
+    for part in ["checkpoint of step 4", "optimizer.lr is 0.5 instead of 0.001", "seed is 7", "--accept-changes"] {
+        assert!(refused.contains(part), "{part} in {refused}");
+    }
+    assert!(failure(&resume(&["step_scheduler.max_steps=3"])).contains("4 steps are done already"));
+    assert_eq!(recipe(&parts), before);
+    stdout(&resume(&["step_scheduler.max_steps=6", "sampling.every_steps=1"]));
+    assert!(weights(&whole) == weights(&parts) && recipe(&parts).contains("max_steps: 6"));
+    let more = ["step_scheduler.max_steps=7", "data.shuffle=false"].iter().flat_map(|s| ["--set", s]);
+    let run = parts.to_str().unwrap();
+    let changed = flowtape(&["train", "--resume", run, "--accept-changes"].into_iter().chain(more).collect::<Vec<_>>());
+    assert!(
+        stdout(&changed).contains(&format!("--resume '{run}'"))
+            || stdout(&changed).contains(&format!("sample '{run}'"))
+    );
+    assert!(String::from_utf8_lossy(&changed.stderr).contains("data.shuffle is false instead of true"));
+}
+
+#[test]
+fn a_folder_belongs_to_one_run_and_a_run_to_one_process() {
+    let folder = tempfile::tempdir().unwrap();
+    // What fits nothing makes nothing.
+    let run = folder.path().join("run");
+    let text = std::fs::read_to_string(RECIPE).unwrap();
+    assert!(text.contains("data:"), "{text}");
+    failure(&train(&run, &["--set", "model.axes_dims_rope=[2, 2, 2]"]));
+    assert!(!run.exists());
+    // A folder of other things stays as it is.
+    let other = folder.path().join("photos");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("samples"), "mine").unwrap();
+    let refused = failure(&train(&other, &[]));
+    assert!(refused.contains("photos: is no run folder, and not empty (it holds samples)"), "{refused}");
+    assert_eq!(std::fs::read_dir(&other).unwrap().count(), 1);
+    // One that ended before its first checkpoint may be begun again.
+    let stuck = failure(&train(&run, &["--set", "optimizer.lr=1.0e+30", "--set", "step_scheduler.ckpt_every_steps=0"]));
+    assert!(stuck.contains("no checkpoint yet") && run.join("recipe.yaml").exists(), "{stuck}");
+    let advice = failure(&flowtape(&["train", "--resume", run.to_str().unwrap()]));
+    assert!(advice.contains("begin again with `flowtape train"), "{advice}");
+    stdout(&train(&run, &[]));
+    assert_eq!(metrics(&run, "step").len(), 6);
+    // What was trained is not.
+    assert!(failure(&train(&run, &[])).contains("holds a run already"));
+}
+
+#[cfg(unix)]
+#[test]
+fn two_processes_do_not_write_into_one_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let mut child = endless(&run, "seed=1");
+    while !run.join("checkpoints/LATEST/state.json").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let resume = ["train", "--resume", run.to_str().unwrap(), "--set", "step_scheduler.max_steps=8"];
+    let refused = failure(&flowtape(&resume));
+    assert!(refused.contains(&format!("process {} trains in this folder", child.id())), "{refused}");
+    // Who reads is not kept out.
+    stdout(&flowtape(&["inspect", run.to_str().unwrap()]));
+    // However it ends, the lock ends with it.
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let step = || -> u64 { metrics(&run, "step").iter().map(|s| s.parse().unwrap()).max().unwrap() };
+    let more = format!("step_scheduler.max_steps={}", step() + 2);
+    stdout(&flowtape(&["train", "--resume", run.to_str().unwrap(), "--set", &more]));
+    // Of many that begin at once, each has a folder of its own.
+    let begin = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flowtape"));
+        command.args(["train", RECIPE]).args(SMALL.iter().flat_map(|s| ["--set", s])).current_dir(folder.path());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let all: Vec<_> = (0..4).map(|_| begin()).collect();
+    all.into_iter().for_each(|child| drop(stdout(&child.wait_with_output().unwrap())));
+    (1..=4).for_each(|i| assert!(folder.path().join(format!("runs/digits-{i}/report.json")).exists()));
 }
 
 #[test]
@@ -158,7 +294,7 @@ fn updates_on_the_way_of_the_backward_pass_give_the_same_bits() {
         // A limit that is never reached: all gradients are kept for their norm, and multiplied with 1.
         stdout(&train(&last, &["--set", dtype, "--set", "clip_grad_norm.max_norm=1e30"]));
         assert!(weights(&at_once) == weights(&last), "{dtype}");
-        let state = |run: &Path| std::fs::read(run.join("checkpoint/optimizer.safetensors")).unwrap();
+        let state = |run: &Path| std::fs::read(run.join("checkpoints/LATEST/optimizer.safetensors")).unwrap();
         assert!(state(&at_once) == state(&last), "{dtype}");
         for key in ["loss", "grad_norm"] {
             assert_eq!(metrics(&at_once, key), metrics(&last, key), "{dtype}");
@@ -331,6 +467,28 @@ fn inspect_counts_presets_configurations_folders_files_and_runs() {
     }
 
     let scratch = tempfile::tempdir().unwrap();
+    // What is stored is counted, not what the configuration promises.
+    let other = scratch.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::copy(format!("{golden}/config.json"), other.join("config.json")).unwrap();
+    let counts = |found: &Value| (found["parameters"].as_u64().unwrap(), found["notes"][0].to_string());
+    let file = |name: &str| other.join(name);
+    let (described, note) = counts(&json(other.to_str().unwrap()));
+    assert!(
+        described == folder["parameters"].as_u64().unwrap() && note.contains("counted is what config.json describes")
+    );
+    std::fs::write(file("diffusion_pytorch_model.bin"), "PK").unwrap();
+    assert!(counts(&json(other.to_str().unwrap())).1.contains("there are diffusion_pytorch_model.bin"));
+    std::fs::remove_file(file("diffusion_pytorch_model.bin")).unwrap();
+    let stored = |path: &Path| empty_tensors(path, (0..3).map(|i| format!("transformer_blocks.{i}.x")));
+    stored(&file("diffusion_pytorch_model.fp16.safetensors"));
+    let found = json(other.to_str().unwrap());
+    assert_eq!((found["tensors"].as_u64(), found["class"].as_str()), (Some(3), Some("FluxTransformer2DModel")));
+    assert!(counts(&found).1.contains("diffusion_pytorch_model.fp16.safetensors"), "{found}");
+    stored(&file("diffusion_pytorch_model.safetensors"));
+    let shown = stdout(&flowtape(&["inspect", other.to_str().unwrap()]));
+    assert!(shown.contains("0 in 3 tensors") && shown.contains("config.json describes"), "{shown}");
+
     let run = scratch.path().join("run");
     stdout(&train(&run, &[]));
     assert!(json(run.to_str().unwrap())["parameters"].as_u64().unwrap() > 1000);
@@ -361,7 +519,7 @@ fn lost_output_is_never_worth_a_run() {
         let mut arguments = vec!["train", RECIPE, "--set", &run_dir];
         arguments.extend(SMALL.iter().flat_map(|s| ["--set", s]));
         assert!(flowtape_into(&arguments, stdout, stderr).success(), "{name}");
-        assert!(run.join("checkpoint/state.json").exists() && run.join("report.json").exists(), "{name}");
+        assert!(run.join("checkpoints/LATEST/state.json").exists() && run.join("report.json").exists(), "{name}");
     };
     train("broken", broken().into(), broken().into());
     if cfg!(target_os = "linux") {
@@ -371,6 +529,22 @@ fn lost_output_is_never_worth_a_run() {
     }
     assert!(flowtape_into(&["inspect", "flux.1-dev"], broken(), broken()).success());
     assert!(!flowtape_into(&["inspect", "flux.1"], broken(), broken()).success());
+}
+
+#[test]
+fn an_installed_binary_has_recipes_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let at_home = |arguments: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_flowtape")).args(arguments).current_dir(folder.path()).output().unwrap()
+    };
+    let listed = stdout(&at_home(&["recipes"]));
+    assert!(listed.contains("digits  ") && listed.contains("moving_digits_wan  "), "{listed}");
+    assert_eq!(stdout(&at_home(&["recipes", "digits"])), std::fs::read_to_string(RECIPE).unwrap());
+    let small: Vec<&str> = SMALL.iter().flat_map(|s| ["--set", s]).collect();
+    stdout(&at_home(&[&["train", "digits"], &small[..]].concat()));
+    assert!(folder.path().join("runs/digits-1/report.json").exists());
+    assert!(failure(&at_home(&["train", "digts"])).contains("digits, digits_lora"));
+    assert!(failure(&at_home(&["recipes", "digts"])).contains("digits, digits_lora"));
 }
 
 #[test]
@@ -405,7 +579,7 @@ fn a_signal_ends_a_run_with_a_checkpoint_and_an_exit_code_of_its_own() {
         let folder = tempfile::tempdir().unwrap();
         let run = folder.path().join("run");
         let child = endless(&run, "seed=1");
-        while !run.join("checkpoint/state.json").exists() {
+        while !run.join("checkpoints/LATEST/state.json").exists() {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
         send(signal, &child);
@@ -414,7 +588,8 @@ fn a_signal_ends_a_run_with_a_checkpoint_and_an_exit_code_of_its_own() {
         assert_eq!(output.status.code(), Some(code), "{out}{error}");
         assert!(error.contains("stopping after this step; press again to quit now"), "{error}");
         assert!(out.contains("go on with: flowtape train --resume"), "{out}");
-        let state: Value = serde_json::from_slice(&std::fs::read(run.join("checkpoint/state.json")).unwrap()).unwrap();
+        let state: Value =
+            serde_json::from_slice(&std::fs::read(run.join("checkpoints/LATEST/state.json")).unwrap()).unwrap();
         assert_eq!(state["step"].as_u64(), Some(metrics(&run, "step").len() as u64));
     }
 }
@@ -428,7 +603,7 @@ fn a_run_behind_nohup_outlives_its_terminal() {
     nohup.arg(env!("CARGO_BIN_EXE_flowtape"));
     let child = endless_by(nohup, &run, "seed=1");
     let saved = || {
-        let text = std::fs::read(run.join("checkpoint/state.json")).ok()?;
+        let text = std::fs::read(run.join("checkpoints/LATEST/state.json")).ok()?;
         serde_json::from_slice::<Value>(&text).ok()?["step"].as_u64()
     };
     let wait_for = |step: u64| {
@@ -458,7 +633,77 @@ fn a_second_signal_ends_a_run_at_once() {
     wait_for("press again");
     send("-INT", &child);
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert!(!run.join("checkpoint").exists());
+    assert!(!run.join("checkpoints").exists());
+}
+
+/// Moments are of this test's choice, and a third of them within a save.
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_killed_anywhere_comes_to_the_same_weights() {
+    const KILLS: usize = 30;
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, killed] = ["whole", "killed"].map(|n| folder.path().join(n));
+    let settings = [
+        "step_scheduler.max_steps=120",
+        "step_scheduler.ckpt_every_steps=1",
+        "step_scheduler.global_batch_size=16",
+        "sampling.every_steps=0",
+        "ema.decay=0.9",
+        "report=null",
+    ];
+    let settings: Vec<&str> = settings.into_iter().flat_map(|s| ["--set", s]).collect();
+    stdout(&train(&whole, &settings));
+    let saved = |name: &str| {
+        let names = std::fs::read_dir(killed.join("checkpoints")).into_iter().flatten().flatten();
+        names.filter(|entry| entry.file_name().to_string_lossy().ends_with(name)).count() > 0
+    };
+    let begin = || {
+        let run_dir = format!("run_dir={}", killed.display());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flowtape"));
+        if saved("LATEST") {
+            command.args(["train", "--resume", killed.to_str().unwrap()]);
+        } else {
+            command
+                .args(["train", RECIPE, "--set", &run_dir])
+                .args(SMALL.iter().flat_map(|s| ["--set", s]))
+                .args(&settings);
+        }
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut random = 1u64;
+    let (mut kills, mut while_saving) = (0, 0);
+    while kills < KILLS {
+        let mut child = begin();
+        // From a first step on, or at once in a few cases.
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let steps = || std::fs::metadata(killed.join("metrics.jsonl")).map_or(0, |file| file.len());
+        let before = steps();
+        let running = |child: &mut std::process::Child| child.try_wait().unwrap().is_none();
+        while kills % 10 != 9 && steps() <= before && running(&mut child) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        std::thread::sleep(std::time::Duration::from_micros(random >> 33 & 0x7fff));
+        while kills % 3 == 0 && !saved(".partial") && running(&mut child) {
+            std::hint::spin_loop();
+        }
+        if !running(&mut child) {
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        while_saving += usize::from(saved(".partial"));
+        kills += 1;
+    }
+    let last = begin().wait_with_output().unwrap();
+    assert!(last.status.success(), "{}", String::from_utf8_lossy(&last.stderr));
+    assert!(kills == KILLS && while_saving >= 3, "{kills} kills, {while_saving} of them while it saved");
+    assert!(weights(&whole) == weights(&killed), "after {kills} kills the weights are others");
+    for file in ["optimizer.safetensors", "ema/diffusion_pytorch_model.safetensors"] {
+        let read = |run: &Path| std::fs::read(run.join("checkpoints/LATEST").join(file)).unwrap();
+        assert!(read(&whole) == read(&killed), "{file}");
+    }
+    assert_eq!(metrics(&whole, "loss"), metrics(&killed, "loss"));
+    assert!(!saved(".partial"));
 }
 
 #[test]

@@ -91,13 +91,13 @@ impl Collator {
         for name in names(&embeddings, |embeddings| embeddings.tensors.keys())? {
             let tensors = embeddings.iter().zip(dropped).filter_map(|(embeddings, drop)| {
                 let tensor = embeddings.tensors.get(name)?;
-                Some(if *drop {
+                Some(if *drop && !name.contains("mask") {
                     Tensor::zeros(tensor.dims(), tensor.dtype(), tensor.device())
                 } else {
                     Ok(tensor.clone())
                 })
             });
-            let tensors = tensors.collect::<Result<Vec<Tensor>, _>>()?;
+            let tensors = padded(tensors.collect::<Result<Vec<Tensor>, _>>()?)?;
             all = all.with(name, stack(name, &tensors.iter().collect::<Vec<_>>(), device)?);
         }
         Ok(all)
@@ -114,6 +114,17 @@ pub fn data_type(latents: &[usize]) -> Result<DataType> {
         5 => Ok(DataType::Video),
         _ => Err(Error::batch("latents", "[B, C, H, W] or [B, C, F, H, W]", format!("{latents:?}"))),
     }
+}
+
+/// Texts `[T, ..]`, padded with zeros to the longest.
+pub(crate) fn padded(tensors: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    let length = |tensor: &Tensor| tensor.dims().first().copied().unwrap_or(1);
+    let longest = tensors.iter().map(length).max().unwrap_or(0);
+    let pad = |tensor: Tensor| match longest - length(&tensor) {
+        0 => Ok(tensor),
+        missing => Ok(tensor.pad(0, 0, missing)?),
+    };
+    tensors.into_iter().map(pad).collect()
 }
 
 /// Tensors side by side along a new first axis, on the device.

@@ -1,11 +1,15 @@
 //! What turns pixels and captions into what a model is trained on.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
-use flowtape_engine::{Device, Tensor};
+use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::Batch;
+use flowtape_models::pipeline::PipelineFolder;
+use flowtape_models::vae::{self, Autoencoder};
 
 use crate::Result;
+use crate::collate::padded;
 
 /// Pixels to latents and back: an autoencoder, or nothing at all.
 pub trait LatentCodec: Send + Sync {
@@ -73,4 +77,99 @@ pub trait TextEncoder: Send + Sync {
     /// # Errors
     /// When it does not take a caption: the error says what it takes.
     fn encode(&self, captions: &[Option<&str>], device: &Device) -> Result<TextEmbeddings>;
+}
+
+/// A pipeline's autoencoder: latents as its transformer sees them, of what is most likely for the pixels.
+#[derive(Debug)]
+pub struct VaeCodec {
+    vae: Box<dyn Autoencoder>,
+    device: Device,
+}
+
+impl VaeCodec {
+    /// Loads the part `vae` onto a device.
+    ///
+    /// # Errors
+    /// When it is missing or broken.
+    pub fn load(pipeline: &PipelineFolder, device: &Device) -> Result<Self> {
+        let vae = vae::load(&pipeline.part("vae")?, Some(DType::F32), device)?;
+        Ok(Self { vae, device: device.clone() })
+    }
+
+    fn take(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(tensor.to_device(&self.device)?.to_dtype(DType::F32)?)
+    }
+}
+
+impl LatentCodec for VaeCodec {
+    fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
+        let mean = self.vae.encode(&self.take(pixels)?)?.mean;
+        Ok(self.vae.normalise(&mean)?.to_device(pixels.device())?)
+    }
+
+    fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let latents_raw = self.vae.denormalise(&self.take(latents)?)?;
+        Ok(self.vae.decode(&latents_raw)?.to_device(latents.device())?)
+    }
+
+    fn latent_dims(&self, pixels: &[usize]) -> Vec<usize> {
+        self.vae.latent_dims(pixels)
+    }
+}
+
+/// A pipeline's text encoders, for a few prompts: they are loaded when a prompt comes that was not encoded before, and let go
+/// then, since a transformer trains beside them. Embeddings of a dropped caption are zero.
+pub struct PipelineText {
+    pipeline: PipelineFolder,
+    /// Of one prompt each, on the host.
+    known: Mutex<BTreeMap<String, TextEmbeddings>>,
+}
+
+impl PipelineText {
+    /// Loads nothing yet.
+    pub fn new(pipeline: PipelineFolder) -> Self {
+        Self { pipeline, known: Mutex::default() }
+    }
+}
+
+impl TextEncoder for PipelineText {
+    fn encode(&self, captions: &[Option<&str>], device: &Device) -> Result<TextEmbeddings> {
+        /// Prompts that are encoded at once.
+        const AT_ONCE: usize = 8;
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        // The empty prompt tells the sizes of a dropped one.
+        let wanted = captions.iter().map(|caption| caption.unwrap_or_default());
+        let mut missing: Vec<&str> = wanted.clone().filter(|caption| !known.contains_key(*caption)).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        if !missing.is_empty() {
+            let encoder = self.pipeline.prompts(device)?;
+            for prompts in missing.chunks(AT_ONCE) {
+                for (prompt, tensors) in prompts.iter().zip(encoder.encode(prompts, None)?) {
+                    let mut one = TextEmbeddings::default();
+                    for (name, tensor) in tensors {
+                        one = one.with(name, tensor.to_device(&Device::cpu())?.contiguous()?);
+                    }
+                    known.insert((*prompt).to_owned(), one);
+                }
+            }
+        }
+        let mut all = TextEmbeddings::default();
+        let names = known.values().next().into_iter().flat_map(|one| one.tensors.keys().cloned());
+        for name in names.collect::<Vec<String>>() {
+            let row = |(caption, prompt): (&Option<&str>, &str)| -> Result<Tensor> {
+                let one = known.get(prompt).and_then(|one| one.tensors.get(&name));
+                let one = one.ok_or_else(|| crate::Error::batch("prompt", "one that was encoded", prompt))?;
+                Ok(match caption {
+                    Some(_) => one.clone(),
+                    None => Tensor::zeros(one.dims(), one.dtype(), one.device())?,
+                })
+            };
+            let rows = captions.iter().zip(wanted.clone()).map(row).collect::<Result<Vec<Tensor>>>()?;
+            let rows = padded(rows)?;
+            let rows: Vec<&Tensor> = rows.iter().collect();
+            all = all.with(&name, Tensor::stack(&rows, 0)?.to_device(device)?);
+        }
+        Ok(all)
+    }
 }

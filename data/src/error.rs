@@ -41,6 +41,9 @@ pub enum Error {
     /// A thread could not be started.
     #[error("starting a thread that reads data; ask for fewer num_workers")]
     Thread(#[source] std::io::Error),
+    /// A model or a pipeline's folder does not fit.
+    #[error(transparent)]
+    Model(#[from] flowtape_models::Error),
     /// The engine failed.
     #[error(transparent)]
     Engine(#[from] flowtape_engine::Error),

@@ -1,7 +1,11 @@
 //! What tells two things apart without keeping them.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
 
+use flowtape_engine::Error;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -20,6 +24,52 @@ impl Fingerprint {
     #[must_use]
     pub fn and(self, bytes: &[u8]) -> Self {
         Self(bytes.iter().fold(self.0, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)))
+    }
+}
+
+impl Fingerprint {
+    /// Its 64 bits.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Of this, followed by the files of a folder: their names, sizes and content. Of what is large a page in each megabyte is
+    /// read, so that weights of many gigabytes are told apart at once.
+    ///
+    /// # Errors
+    /// When a file can't be read.
+    pub fn and_folder(self, folder: &Path) -> Result<Self, Error> {
+        const PAGE: usize = 4096;
+        const EVERY: u64 = 1 << 20;
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            move |source| Error::Io { path, source }
+        };
+        let paths: std::io::Result<Vec<PathBuf>> =
+            std::fs::read_dir(folder).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
+        let mut paths = paths.map_err(io(folder))?;
+        paths.retain(|path| path.is_file());
+        paths.sort();
+        let mut all = self;
+        let mut page = vec![0; PAGE];
+        for path in paths {
+            let mut file = File::open(&path).map_err(io(&path))?;
+            let size = file.metadata().map_err(io(&path))?.len();
+            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+            all = all.and(name).and(&[0]).and(&size.to_le_bytes());
+            let step = if size <= EVERY { PAGE as u64 } else { EVERY };
+            for start in (0..size).step_by(step as usize) {
+                let len = PAGE.min((size - start) as usize);
+                file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(&mut page[..len])).map_err(io(&path))?;
+                all = all.and(&page[..len]);
+            }
+        }
+        Ok(all)
+    }
+
+    /// From its 64 bits.
+    pub fn from_bits(bits: u64) -> Self {
+        Self(bits)
     }
 }
 

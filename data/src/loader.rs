@@ -15,11 +15,13 @@ pub struct LoaderOptions {
     pub num_workers: usize,
     /// Whole batches that are read ahead at least; more where the threads would have nothing to do.
     pub prefetch: usize,
+    /// Whether a sample that can't be read is left out of its batch with a warning, instead of being an error.
+    pub skip_bad: bool,
 }
 
 impl Default for LoaderOptions {
     fn default() -> Self {
-        Self { num_workers: 2, prefetch: 2 }
+        Self { num_workers: 2, prefetch: 2, skip_bad: false }
     }
 }
 
@@ -41,6 +43,8 @@ pub struct Loader {
     options: LoaderOptions,
     /// Where the first batch is that is not planned yet.
     at: Cursor,
+    /// Samples that were left out.
+    skipped: u64,
 }
 
 /// What the threads share.
@@ -91,19 +95,54 @@ impl Loader {
             let thread = std::thread::Builder::new().name("data".into());
             thread.spawn(move || reader.work()).map_err(Error::Thread)?;
         }
-        Ok(Self { reader, sampler, rank, options, at })
+        Ok(Self { reader, sampler, rank, options, at, skipped: 0 })
     }
 
     /// The next batch; waits where it is not read yet.
     ///
     /// # Errors
-    /// When a sample can't be read (the error names it), or there is no batch.
+    /// When a sample can't be read (the error names it) and none is to be left out, or there is no batch.
     #[expect(clippy::should_implement_trait)] // an iterator would end, and after an error this one goes on
     pub fn next(&mut self) -> Result<Loaded> {
+        // A batch of which nothing can be read is passed over; that they all are like that is an error.
+        for _ in 0..=self.reader.source.len() {
+            let (mut plan, samples) = self.next_read()?;
+            if !self.options.skip_bad {
+                return Ok(Loaded { plan, samples: samples.into_iter().collect::<Result<_>>()? });
+            }
+            let (mut picks, mut kept) = (Vec::new(), Vec::new());
+            for (pick, sample) in plan.picks.into_iter().zip(samples) {
+                match sample {
+                    Ok(sample) => {
+                        picks.push(pick);
+                        kept.push(sample);
+                    }
+                    Err(error) => {
+                        self.skipped += 1;
+                        let reason = std::error::Error::source(&error).map_or(String::new(), |e| format!(": {e}"));
+                        tracing::warn!("{error}{reason}; left out, the {}. so far", self.skipped);
+                    }
+                }
+            }
+            plan.picks = picks;
+            if !kept.is_empty() {
+                return Ok(Loaded { plan, samples: kept });
+            }
+        }
+        Err(self.nothing())
+    }
+
+    /// Samples that were left out so far because they can't be read.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// The next batch, whatever became of its samples.
+    fn next_read(&mut self) -> Result<(BatchPlan, Vec<Result<Sample>>)> {
         if self.options.num_workers == 0 {
             let plan = self.plan()?;
-            let samples = plan.picks.iter().map(|pick| self.reader.read(*pick)).collect::<Result<_>>()?;
-            return Ok(Loaded { plan, samples });
+            let samples = plan.picks.iter().map(|pick| self.reader.read(*pick)).collect();
+            return Ok((plan, samples));
         }
         self.read_ahead()?;
         let mut queue = self.reader.queue();
@@ -116,7 +155,7 @@ impl Loader {
         let Some(Pending { plan, samples, .. }) = batch else { return Err(self.nothing()) };
         // The threads go on while this batch is used.
         self.read_ahead()?;
-        Ok(Loaded { plan, samples: samples.into_iter().flatten().collect::<Result<_>>()? })
+        Ok((plan, samples.into_iter().flatten().collect()))
     }
 
     /// Plans batches until enough are under way.
@@ -287,7 +326,7 @@ mod tests {
     }
 
     fn loader(source: &Arc<Counting>, sampler: EpochSampler, num_workers: usize) -> Loader {
-        let options = LoaderOptions { num_workers, prefetch: 2 };
+        let options = LoaderOptions { num_workers, prefetch: 2, skip_bad: false };
         Loader::new(source.clone(), Arc::new(sampler), Rank::ALONE, 7, Cursor::default(), options).unwrap()
     }
 
@@ -350,6 +389,24 @@ mod tests {
         at_the_bug.at = Cursor { epoch: 0, batch: 99 };
         let error = at_the_bug.next().unwrap_err();
         assert!(error.to_string().contains("99.png"), "{error}");
+    }
+
+    #[test]
+    fn unreadable_samples_are_left_out_and_counted_where_asked() {
+        for threads in [0, 3] {
+            let mut loader = loader(&Counting::new(|_, _| false), EpochSampler::new(100, 10, None, false), threads);
+            loader.options.skip_bad = true;
+            for batch in 0..30 {
+                let loaded = loader.next().unwrap();
+                let last = batch % 10 == 9;
+                assert_eq!((loaded.samples.len(), loaded.plan.picks.len()), if last { (8, 8) } else { (10, 10) });
+                assert!(loaded.plan.picks.iter().all(|pick| pick.index < 98));
+            }
+            assert_eq!(loader.skipped(), 6);
+        }
+        let mut none = loader(&Counting::new(|_, _| false), EpochSampler::new(100, 1, None, false), 0);
+        (none.options.skip_bad, none.at) = (true, Cursor { epoch: 0, batch: 98 });
+        assert_eq!(none.next().unwrap().plan.picks[0].index, 0);
     }
 
     #[test]

@@ -54,6 +54,17 @@ pub trait Sampler: Send + Sync {
     fn plan(&self, at: Cursor, rank: Rank) -> Option<BatchPlan>;
 }
 
+/// The numbers below `len`, shuffled (Fisher and Yates) where there is something to draw from.
+pub(crate) fn shuffled(len: usize, random: Option<Philox>) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..len).collect();
+    if let Some(mut random) = random {
+        for i in (1..len).rev() {
+            order.swap(i, (random.next_f64() * (i + 1) as f64) as usize);
+        }
+    }
+    order
+}
+
 /// Each epoch has every sample once, shuffled anew or in the source's order. All batches are of one size: an epoch's last
 /// one goes on into the next epoch, or is left out.
 #[derive(Debug)]
@@ -90,19 +101,13 @@ impl EpochSampler {
         }
     }
 
-    /// An epoch's order (Fisher and Yates).
+    /// An epoch's order.
     fn order(&self, epoch: u64) -> Arc<[usize]> {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, order)) = orders.iter().find(|(of, _)| *of == epoch) {
             return order.clone();
         }
-        let mut order: Vec<usize> = (0..self.len as usize).collect();
-        if let Some(seed) = self.seed {
-            let mut random = Philox::new(seed).fork(epoch);
-            for i in (1..order.len()).rev() {
-                order.swap(i, (random.next_f64() * (i + 1) as f64) as usize);
-            }
-        }
+        let order = shuffled(self.len as usize, self.seed.map(|seed| Philox::new(seed).fork(epoch)));
         let order: Arc<[usize]> = order.into();
         // A batch may reach into the next epoch.
         if orders.len() == 2 {

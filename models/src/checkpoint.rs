@@ -117,9 +117,17 @@ pub fn load_weights(weights: Arc<Shards>, config: &Value, params: ParamBuilder) 
 /// # Errors
 /// When the folder can't be written.
 pub fn save(model: &dyn Transformer, folder: &Path, max_shard_size: usize) -> Result<()> {
-    let io = |source| EngineError::Io { path: folder.into(), source };
-    std::fs::create_dir_all(folder).map_err(io)?;
+    std::fs::create_dir_all(folder).map_err(|source| EngineError::Io { path: folder.into(), source })?;
     model.params().base().save(folder, WEIGHTS, max_shard_size)?;
+    save_config(model, folder)
+}
+
+/// Writes a model's configuration beside weights that are there.
+///
+/// # Errors
+/// When it can't be written.
+pub fn save_config(model: &dyn Transformer, folder: &Path) -> Result<()> {
+    let io = |source| EngineError::Io { path: folder.into(), source };
     let text = format!("{:#}\n", model.config());
     write_whole(&folder.join(CONFIG), |partial| Ok(std::fs::write(partial, text).map_err(io)?))
 }

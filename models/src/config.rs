@@ -116,6 +116,14 @@ pub(crate) fn check_layers<const N: usize>(least: usize, layers: [(&'static str,
     }
 }
 
+/// Checks that a width is shared out among heads without rest.
+pub(crate) fn check_heads((width_key, width): (&str, usize), (key, heads): (&'static str, usize)) -> Result<()> {
+    match width.checked_rem(heads) {
+        Some(0) => Ok(()),
+        _ => Err(Error::config(key, format!("a divisor of {width_key}, {width}"), heads)),
+    }
+}
+
 /// Checks that the axes of a rotary embedding, `N` of them, are even and fill a head.
 pub(crate) fn check_rope_axes<const N: usize>(key: &'static str, axes: &[usize], head_dim: usize) -> Result<()> {
     let sum = axes.iter().fold(0, |sum: usize, axis| sum.saturating_add(*axis));
@@ -123,6 +131,15 @@ pub(crate) fn check_rope_axes<const N: usize>(key: &'static str, axes: &[usize],
         return Ok(());
     }
     Err(Error::config(key, format!("{N} even numbers with the sum {head_dim} (attention_head_dim)"), axes))
+}
+
+/// The keys of a file's object.
+///
+/// # Errors
+/// When it is none.
+pub(crate) fn object(value: &Value) -> Result<Map<String, Value>> {
+    let object = value.as_object().cloned();
+    object.ok_or_else(|| Error::config("config.json", "an object of keys and values", value))
 }
 
 /// Reads an adapter's arguments from a recipe's `adapter_kwargs`.
@@ -134,7 +151,11 @@ pub(crate) fn parse_kwargs<T: DeserializeOwned>(kwargs: &Map<String, Value>) -> 
 const MAX_PROBLEMS: usize = 20;
 
 /// Reads an object, every key of which has a default. What does not fit is put aside, so that one reading tells all of it.
-fn parse<T: DeserializeOwned>(section: &'static str, whose: &str, mut object: Map<String, Value>) -> Result<T> {
+pub(crate) fn parse<T: DeserializeOwned>(
+    section: &'static str,
+    whose: &str,
+    mut object: Map<String, Value>,
+) -> Result<T> {
     let mut problems = Vec::new();
     loop {
         let error = match serde_path_to_error::deserialize(Value::Object(object.clone())) {

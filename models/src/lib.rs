@@ -9,6 +9,8 @@
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
+//! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |
+//! | [`text`] | text encoders and tokenizers |
 //! | [`vae`] | autoencoders between pixels and latents: [`vae::Autoencoder`], [`vae::AUTOENCODERS`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`original`] | the layouts of the models' authors, read and written |
@@ -26,6 +28,7 @@ pub mod hunyuan_video;
 pub mod ltx2;
 pub mod original;
 pub mod peft;
+pub mod pipeline;
 pub mod presets;
 pub mod qwen_image;
 pub mod registry;
@@ -33,6 +36,7 @@ pub mod requirements;
 pub mod summary;
 #[cfg(test)]
 mod testing;
+pub mod text;
 pub mod vae;
 pub mod wan;
 

@@ -1,6 +1,7 @@
 //! The goldens' cases, driven by their files, and what the integration tests share.
 
 mod adapters;
+mod data;
 pub mod devices;
 mod golden;
 pub mod lora;
@@ -11,6 +12,7 @@ mod pipeline_math;
 pub mod sampling;
 pub mod step;
 pub mod suite;
+mod text;
 mod vae;
 
 use std::path::PathBuf;

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, lora, media, ops, optim, pipeline_math, sampling, step, vae};
+use crate::{Outcome, adapters, data, lora, media, ops, optim, pipeline_math, sampling, step, text, vae};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -12,6 +12,8 @@ type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
 /// Which parts of the goldens (a folder's name, or folder and file) are compared with what. A `*` stands for any text.
 const SUBJECTS: &[(&str, Check)] = &[
     ("*_step", step::check),
+    ("data/*_batches", data::cache),
+    ("data/bucketing", data::bucketing),
     ("lora_flux", lora::check),
     ("image_preprocess", media::check),
     ("ops/*", ops::check),
@@ -22,8 +24,21 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipeline_math/schedule_and_loss", pipeline_math::schedule_and_loss),
     ("pipeline_math/sigma_statistics", pipeline_math::sigma_statistics),
     ("pipeline_math/time_shift", pipeline_math::time_shifts),
+    ("pipe_flux", text::pipeline_prompts),
+    ("pipe_flux2", text::pipeline_prompts),
+    ("pipe_flux2_klein", text::pipeline_prompts),
+    ("pipe_qwen_image", text::pipeline_prompts),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
+    ("text_byt5", text::states),
+    ("text_clip", text::states),
+    ("text_gemma3", text::decoder_states),
+    ("text_mistral3", text::decoder_states),
+    ("text_qwen25vl", text::decoder_states),
+    ("text_qwen3", text::decoder_states),
+    ("text_t5", text::states),
+    ("text_umt5", text::states),
+    ("tokenizers", text::tokenizers),
     ("vae_*", vae::check),
 ];
 

@@ -8,7 +8,7 @@ use flowtape_engine::{Device, Error, Tensor};
 use flowtape_gpu::wgpu::{Counts, Wgpu, WgpuOptions};
 use flowtape_tests::devices::gpus_of;
 use flowtape_trainer::hooks::{Hook, on_step};
-use flowtape_trainer::train::{Summary, resume, train_on};
+use flowtape_trainer::train::{Resume, Summary, resume, train_on};
 use flowtape_trainer::{Error as TrainerError, Recipe, Result, Trainer};
 
 /// A fresh device, where there is one.
@@ -115,7 +115,8 @@ fn a_run_whose_device_is_lost_goes_on_from_its_last_checkpoint() {
     let Some((wgpu, device)) = open() else { return };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("run");
-    let recipe = recipe(&path, 6, &["step_scheduler.ckpt_every_steps=2"]);
+    let settings = |run: &str| recipe(&folder.path().join(run), 6, &["step_scheduler.ckpt_every_steps=2"]);
+    let recipe = settings("run");
     let lost = run(&device, &recipe, |step| {
         if step == 3 {
             wgpu.destroy();
@@ -124,9 +125,9 @@ fn a_run_whose_device_is_lost_goes_on_from_its_last_checkpoint() {
     let error = lost.unwrap_err();
     assert!(is_lost(&error) && error.to_string().contains("last checkpoint"), "{error}");
     // Everything on it fails now, and says so.
-    assert!(is_lost(&run(&device, &recipe, |_| ()).unwrap_err()));
+    assert!(is_lost(&run(&device, &settings("again"), |_| ()).unwrap_err()));
     let mut steps = Vec::new();
-    let summary = resume(&path, None, each(|step| steps.push(step)), &AtomicBool::new(false)).unwrap();
+    let summary = resume(&path, &Resume::default(), each(|step| steps.push(step)), &AtomicBool::new(false)).unwrap();
     assert_eq!((summary.steps, steps), (6, vec![3, 4, 5, 6]));
 }
 
@@ -155,7 +156,7 @@ fn a_run_without_memory_names_the_tensor_and_keeps_its_checkpoint() {
     out_of_memory(&failed.unwrap_err(), "f32 [");
     // The device itself is well.
     wgpu.limit_memory(u64::MAX);
-    let summary = resume(&path, None, Vec::new(), &AtomicBool::new(false)).unwrap();
+    let summary = resume(&path, &Resume::default(), Vec::new(), &AtomicBool::new(false)).unwrap();
     assert_eq!(summary.steps, 3);
 }
 

@@ -31,7 +31,7 @@ pub struct Check {
     pub capacity: Option<usize>,
     /// Settings that would take less, each with what a step takes then: where it does not fit.
     pub alternatives: Vec<Alternative>,
-    /// Bytes that checkpoints take at once: the last one, and the next while it is written.
+    /// Bytes that checkpoints take at once: those that are kept, and the next while it is written.
     pub checkpoints: usize,
     /// Bytes that are free where the run is kept, where that is known.
     pub disk: Option<u64>,
@@ -82,7 +82,7 @@ impl Check {
     /// # Errors
     /// What a run would come to at its first step.
     pub fn of(recipe: &Recipe, device: &Device, depth: Depth) -> Result<Self> {
-        Self::with_data(recipe, device, builtin::data(&recipe.data)?, depth)
+        Self::with_data(recipe, device, builtin::data(&recipe.data, device)?, depth)
     }
 
     /// The same with data of one's own.
@@ -91,9 +91,11 @@ impl Check {
     /// As above.
     pub fn with_data(recipe: &Recipe, device: &Device, data: Data, depth: Depth) -> Result<Self> {
         read_samples(recipe, &data, depth)?;
-        let samples = data.source.len();
+        let samples = data.source.len().saturating_sub(recipe.held_out());
         let steps = recipe.step_scheduler.resolved(samples, recipe.data.drop_last).max_steps;
         let step = StepPlan::of(recipe, data.clone())?;
+        // Those that are kept, the best one, and the next while it is written.
+        let kept = recipe.checkpoint.max_recent_checkpoints + usize::from(recipe.validation.is_some()) + 1;
         let capacity = device.backend().capacity();
         let fits = capacity.is_none_or(|capacity| step.peak <= capacity);
         let alternatives = if fits { Vec::new() } else { alternatives(recipe, &data)? };
@@ -106,7 +108,7 @@ impl Check {
             step,
             capacity,
             alternatives,
-            checkpoints: 2 * step.checkpoint,
+            checkpoints: kept.saturating_mul(step.checkpoint),
             disk: free_disk(recipe.run_dir.as_deref().unwrap_or(Path::new("runs"))),
         })
     }

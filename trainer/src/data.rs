@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use flowtape_data::{
-    Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, PixelCodec, Rank, Source, TextEncoder,
+    BucketOptions, BucketSampler, Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, Part, PixelCodec,
+    Rank, Resolution, Sampler, Source, TextEncoder,
 };
 use flowtape_engine::Philox;
 
-use crate::Result;
 use crate::recipe::DataConfig;
+use crate::{Error, Result};
 
 /// The stream of a run's data, a fork of its seed.
 const DATA: u64 = 1;
@@ -38,13 +39,46 @@ impl Data {
         Ok(self.source.header(0)?.dims)
     }
 
-    /// What reads batches of `size` samples for a run with this seed, from a cursor on.
-    pub(crate) fn loader(&self, config: &DataConfig, size: usize, seed: u64, at: Cursor) -> Result<Loader> {
-        let seed = data_seed(seed);
-        let order = config.shuffle.then_some(seed);
-        let sampler = EpochSampler::new(self.source.len(), size, order, config.drop_last);
-        let options = LoaderOptions { num_workers: config.num_workers, ..LoaderOptions::default() };
-        Ok(Loader::new(self.source.clone(), Arc::new(sampler), Rank::ALONE, seed, at, options)?)
+    /// The same without the last `held_out` samples, and those.
+    pub(crate) fn split(self, held_out: usize) -> Result<(Self, Arc<dyn Source>)> {
+        let len = self.source.len();
+        if held_out > 0 && held_out >= len {
+            let what = format!("validation.num_samples: expected fewer than the {len} samples, got {held_out}");
+            return Err(Error::Run { path: "data".into(), what });
+        }
+        let part = |range| -> Arc<dyn Source> { Arc::new(Part::new(self.source.clone(), range)) };
+        let (trained, held) = (part(0..len - held_out), part(len - held_out..len));
+        let source = if held_out > 0 { trained } else { self.source.clone() };
+        Ok((Self { source, ..self }, held))
+    }
+
+    /// Which samples batches of `size` hold in a run with this seed. Where samples are of several sizes, a batch is of one.
+    ///
+    /// # Errors
+    /// When a header can't be read.
+    pub(crate) fn sampler(&self, config: &DataConfig, size: usize, seed: u64) -> Result<Arc<dyn Sampler>> {
+        let (seed, drop_last) = (config.shuffle.then_some(data_seed(seed)), config.drop_last);
+        let buckets = BucketSampler::buckets_of(&*self.source)?;
+        let [width, height] = config.base_resolution;
+        let base_resolution = config.dynamic_batch_size.then_some(Resolution { width, height });
+        if buckets.len() > 1 || base_resolution.is_some() {
+            let options = BucketOptions { batch_size: size, base_resolution, seed, drop_last };
+            return Ok(Arc::new(BucketSampler::new(buckets, options)));
+        }
+        Ok(Arc::new(EpochSampler::new(self.source.len(), size, seed, drop_last)))
+    }
+
+    /// What reads a sampler's batches from a cursor on.
+    pub(crate) fn loader(
+        &self,
+        config: &DataConfig,
+        sampler: Arc<dyn Sampler>,
+        seed: u64,
+        at: Cursor,
+    ) -> Result<Loader> {
+        let options =
+            LoaderOptions { num_workers: config.num_workers, skip_bad: config.skip_bad, ..LoaderOptions::default() };
+        Ok(Loader::new(self.source.clone(), sampler, Rank::ALONE, data_seed(seed), at, options)?)
     }
 
     /// What makes batches of a run with this seed.

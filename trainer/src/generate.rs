@@ -14,6 +14,51 @@ use crate::recipe::SamplingConfig;
 /// Numbers of latents that go through the model at once: 100 images of 8 x 8.
 const AT_ONCE: usize = 6400;
 
+/// The most samples of one request.
+pub const MAX_SAMPLES: usize = 10_000;
+/// The most pixels of one request's samples together.
+const MAX_PIXELS: usize = 1 << 31;
+/// The most steps of the solver: diffusers' schedules have 1000.
+pub const MAX_INFERENCE_STEPS: usize = 10_000;
+/// The greatest scale of guidance: far beyond those that pictures survive.
+pub const MAX_GUIDANCE_SCALE: f64 = 1000.0;
+
+impl SamplingConfig {
+    /// Checks its numbers.
+    ///
+    /// # Errors
+    /// Names the key whose value is outside its range.
+    pub fn check(&self) -> Result<(), String> {
+        let (steps, scale) = (self.num_inference_steps, self.guidance_scale);
+        if !(1..=MAX_INFERENCE_STEPS).contains(&steps) {
+            return Err(format!(
+                "num_inference_steps: expected a whole number from 1 to {MAX_INFERENCE_STEPS}, got {steps}"
+            ));
+        }
+        if !(scale > 0.0 && scale <= MAX_GUIDANCE_SCALE) {
+            return Err(format!(
+                "guidance_scale: expected a number above 0 and at most {MAX_GUIDANCE_SCALE}, got {scale}"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Checks how many samples of these sizes are asked for.
+///
+/// # Errors
+/// When it is none, or they take more memory than makes sense.
+pub fn check_count(n: usize, dims: &[usize]) -> Result<(), String> {
+    if !(1..=MAX_SAMPLES).contains(&n) {
+        return Err(format!("expected a whole number from 1 to {MAX_SAMPLES}, got {n}"));
+    }
+    let pixels = dims.iter().try_fold(n, |pixels, dim| pixels.checked_mul(*dim));
+    match pixels.filter(|pixels| *pixels <= MAX_PIXELS) {
+        Some(_) => Ok(()),
+        None => Err(format!("{n} samples of {dims:?} are more than {MAX_PIXELS} pixels: ask for fewer at once")),
+    }
+}
+
 /// What is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
@@ -110,4 +155,23 @@ impl Generator<'_> {
 /// Pixels of a frame of one channel.
 fn frame_size(dims: &[usize]) -> usize {
     dims.iter().rev().take(2).product()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_without_a_meaning_are_refused() {
+        let with = |num_inference_steps, guidance_scale| {
+            SamplingConfig { num_inference_steps, guidance_scale, ..SamplingConfig::default() }.check()
+        };
+        assert!([(1, 1.0), (MAX_INFERENCE_STEPS, 1e3)].into_iter().all(|(n, scale)| with(n, scale).is_ok()));
+        let wrong =
+            [(0, 1.0), (usize::MAX, 1.0), (20, f64::NAN), (20, f64::INFINITY), (20, 0.0), (20, -1.0), (20, 1e9)];
+        wrong.into_iter().for_each(|(n, scale)| assert!(with(n, scale).is_err(), "{n} {scale}"));
+        assert!(check_count(16, &[1, 8, 8]).is_ok());
+        assert!([0, MAX_SAMPLES + 1, usize::MAX].into_iter().all(|n| check_count(n, &[1, 8, 8]).is_err()));
+        assert!(check_count(2, &[3, 1 << 62, 2]).is_err() && check_count(100, &[3, 81, 1024, 1024]).is_err());
+    }
 }

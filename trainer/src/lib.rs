@@ -10,20 +10,25 @@
 //! | [`hooks`] | [`hooks::Event`] and [`hooks::Hook`]; checkpoints and sample grids |
 //! | [`observe`] | hooks that only watch: metrics, the loss curve |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
+//! | [`validation`] | losses on held-out samples, with noise that stays |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
+//! | [`run`] | the run folder: one process's at a time, all files whole or absent |
+//! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
+//! | [`changes`] | what is other when a run goes on |
 //! | [`peft`] | adapters beside frozen layers |
 //! | [`weights`] | checkpoints and adapters merged, converted, extracted |
 //! | [`check`], [`plan`] | what a recipe would take, before anything is made: memory by phase, FLOPs, disk space |
-//! | [`run`] | the run folder: metrics, checkpoints that survive an interruption |
 //! | [`start`] | what a model starts from: a checkpoint wherever it lies, or a configuration |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
 //! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
 //!
-//! A program that trains on NVIDIA GPUs depends on `flowtape-gpu` with the feature `cuda` beside this crate; the driver is
-//! looked for when it runs.
+//! A program that trains on NVIDIA GPUs depends on `flowtape-gpu` with the feature `cuda` beside this crate, and puts
+//! `find_cuda_helper = { path = ".../gpu/find_cuda_helper" }` under its `[patch.crates-io]`; the driver is looked for when it runs.
 
 pub mod builtin;
+pub mod changes;
 pub mod check;
+pub mod checkpoints;
 pub mod data;
 mod error;
 pub mod generate;
@@ -33,6 +38,7 @@ pub mod observe;
 pub mod peft;
 pub mod picture;
 pub mod plan;
+mod precision;
 pub mod recipe;
 pub mod run;
 pub mod start;
@@ -41,6 +47,7 @@ mod timing;
 pub mod train;
 pub mod trained;
 pub mod trainer;
+pub mod validation;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -1,7 +1,7 @@
 //! What a step takes, without taking it: steps on the device that has shapes and no data.
 
 use flowtape_engine::meta::Meta;
-use flowtape_engine::nn::Params;
+use flowtape_engine::nn::{Param, Params};
 use flowtape_engine::profile::Profile;
 use serde::Serialize;
 
@@ -12,7 +12,7 @@ use crate::{Recipe, Result};
 /// Bytes of a training step by what they hold, and its floating-point operations.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct StepPlan {
-    /// Parameters, with their wider copies.
+    /// Parameters, with their wider copies and their average.
     pub weights: usize,
     /// What the optimiser remembers.
     pub optimizer: usize,
@@ -65,7 +65,8 @@ impl StepPlan {
         // A run of adapters saves them alone.
         let saved = if recipe.peft.is_some() { all.adapters() } else { all.base() };
         let kept = saved.iter().map(|param| Ok(param.numel() * param.kept()?.dtype().size()));
-        let checkpoint = optimizer + kept.sum::<Result<usize>>()?;
+        let averages = if recipe.ema.is_some() { saved.numel() * 4 } else { 0 };
+        let checkpoint = optimizer + averages + kept.sum::<Result<usize>>()?;
         Ok(Self { weights, optimizer, gradients, activations, workspace, peak, checkpoint, flops })
     }
 }
@@ -73,8 +74,11 @@ impl StepPlan {
 /// Bytes of all gradients: in f32 where they are summed over micro-batches.
 fn gradients(params: &Params, summed: bool) -> usize {
     let size = |dtype: flowtape_engine::DType| if summed { dtype.size().max(4) } else { dtype.size() };
-    let trained = params.iter().filter(|param| param.var().is_some());
-    trained.map(|param| param.numel() * size(param.dtype())).sum()
+    trained(params).map(|param| param.numel() * size(param.dtype())).sum()
+}
+
+fn trained(params: &Params) -> impl Iterator<Item = &Param> {
+    params.iter().filter(|param| param.var().is_some())
 }
 
 /// Bytes for people.

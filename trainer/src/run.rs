@@ -5,77 +5,181 @@
 //! | `recipe.yaml` | the resolved recipe |
 //! | `metrics.jsonl` | a line a step |
 //! | `samples/step_*.png` | sample grids; videos as animated PNGs, and their frames side by side in `step_*_frames.png` |
+//! | `validation.jsonl` | a line a validation |
 //! | `loss.svg` | the loss curve |
-//! | `checkpoint/` | diffusers' `config.json` and weights, or PEFT's files of an adapter; `optimizer.safetensors`, `state.json` |
+//! | `checkpoints/` | the newest checkpoints: [`Checkpoints`] |
 //! | `report.json` | the figures of the end |
+//! | `.lock` | held by the process that writes here, and its number |
 
-use std::fs::File;
-use std::io::Write;
+use std::fs::{File, TryLockError};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use flowtape_engine::files::exists;
+use flowtape_engine::files::{exists, write_whole};
+use serde::de::DeserializeOwned;
 
+use crate::checkpoints::Checkpoints;
 use crate::error::io;
 use crate::train::Summary;
 use crate::trainer::{StepRecord, Trainer};
 use crate::{Error, Recipe, Result};
 
+const LOCK: &str = ".lock";
+
 /// A run folder that exists.
 #[derive(Clone, Debug)]
-pub struct RunFolder(PathBuf);
+pub struct RunFolder {
+    path: PathBuf,
+    /// Held as long as there is a clone.
+    lock: Option<Arc<File>>,
+}
 
 impl RunFolder {
-    /// A new folder with the resolved recipe in it: `run_dir`, or the first free `runs/<name>-<number>`.
+    /// A folder for a new run, locked and with the resolved recipe in it: `run_dir`, or the first free
+    /// `runs/<name>-<number>`. A run that never got as far as a checkpoint is begun again.
     ///
     /// # Errors
-    /// When `run_dir` holds a run already, or can't be written.
+    /// When [`RunFolder::check_free`] refuses `run_dir`, another process has it, or it can't be written.
     pub fn create(recipe: &Recipe) -> Result<Self> {
         let path = match &recipe.run_dir {
-            Some(path) => path.clone(),
-            None => {
-                let numbered = |i: u32| Path::new("runs").join(format!("{}-{i}", recipe.name));
-                (1..).map(numbered).find(|p| !p.exists()).unwrap_or_default()
+            Some(path) => {
+                Self::check_free(path)?;
+                std::fs::create_dir_all(path).map_err(io(path))?;
+                path.clone()
             }
+            None => numbered(&recipe.name)?,
         };
-        let run = Self(path);
-        if exists(&run.recipe_path())? {
-            let what = format!(
-                "holds a run already: resume it with `flowtape train --resume {}`, or choose another run_dir",
-                run.0.display()
-            );
-            return Err(Error::Run { path: run.0, what });
+        let mut run = Self { path, lock: None };
+        run.lock()?;
+        // Another process may have been here until the folder was locked.
+        Self::check_free(&run.path)?;
+        for by_product in [run.report_path(), run.metrics_path(), run.validation_path(), run.curve_path()] {
+            match std::fs::remove_file(&by_product) {
+                Err(e) if e.kind() != ErrorKind::NotFound => return Err(io(by_product)(e)),
+                _ => {}
+            }
         }
+        run.write_recipe(recipe)?;
         run.make_samples_folder()?;
-        std::fs::write(run.recipe_path(), recipe.to_yaml()).map_err(io(run.recipe_path()))?;
         Ok(run)
     }
 
-    /// An existing folder and its recipe.
+    /// Whether a new run may have the folder: it is not there, empty, or of a run without a checkpoint. Writes nothing.
+    ///
+    /// # Errors
+    /// When it holds a run that can be resumed, or something else.
+    pub fn check_free(path: &Path) -> Result<()> {
+        let run = Self { path: path.into(), lock: None };
+        if !exists(path)? {
+            return Ok(());
+        }
+        if run.checkpoints().any()? {
+            let what = format!(
+                "holds a run already: resume it with `flowtape train --resume {}`, or choose another run_dir",
+                quoted(path)
+            );
+            return run.error(what);
+        }
+        if exists(&run.recipe_path())? {
+            return Ok(());
+        }
+        for entry in std::fs::read_dir(path).map_err(io(path))? {
+            let name = entry.map_err(io(path))?.file_name();
+            // All that a run may leave that was ended before its recipe was written.
+            if name != LOCK && name != "recipe.yaml.partial" {
+                let what = format!(
+                    "is no run folder, and not empty (it holds {}): choose another run_dir",
+                    Path::new(&name).display()
+                );
+                return run.error(what);
+            }
+        }
+        Ok(())
+    }
+
+    /// An existing folder and its recipe. It may be read while a run writes there.
     ///
     /// # Errors
     /// When it is not a run folder.
     pub fn open(path: &Path) -> Result<(Self, Recipe)> {
-        let run = Self(path.into());
+        Self::open_with(path, &[])
+    }
+
+    /// The same with overrides `a.b=value` of the recipe.
+    ///
+    /// # Errors
+    /// When it is not a run folder, or an override does not fit.
+    pub fn open_with(path: &Path, overrides: &[String]) -> Result<(Self, Recipe)> {
+        let run = Self { path: path.into(), lock: None };
         if !exists(&run.recipe_path())? {
-            let what = "not a run folder (it has no recipe.yaml): name one that `flowtape train` made".into();
-            return Err(Error::Run { path: path.into(), what });
+            return run.error("not a run folder (it has no recipe.yaml): name one that `flowtape train` made".into());
         }
-        let recipe = Recipe::load(&run.recipe_path(), &[])?;
+        let recipe = Recipe::load(&run.recipe_path(), overrides)?;
         Ok((run, recipe))
+    }
+
+    /// Keeps other processes from writing here until all clones of this are gone; nothing happens where it is locked by this
+    /// one. The system gives the lock back when a process ends, however it ends.
+    ///
+    /// # Errors
+    /// When another process has it.
+    pub fn lock(&mut self) -> Result<()> {
+        if self.lock.is_some() {
+            return Ok(());
+        }
+        let path = self.path.join(LOCK);
+        let opened = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let mut file = opened.map_err(io(&path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                let process = match file.read_to_string(&mut holder) {
+                    Ok(_) if !holder.trim().is_empty() => format!("process {}", holder.trim()),
+                    _ => "another process".into(),
+                };
+                return self
+                    .error(format!("{process} trains in this folder: wait for its end, or choose another folder"));
+            }
+            Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => {
+                tracing::warn!(
+                    "{}: this file system has no locks: see to it that one process trains here",
+                    path.display()
+                );
+            }
+            Err(TryLockError::Error(e)) => return Err(io(path)(e)),
+        }
+        // The number is for people; on a full disk the lock holds without it.
+        let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+        self.lock = Some(Arc::new(file));
+        Ok(())
+    }
+
+    fn error<T>(&self, what: String) -> Result<T> {
+        Err(Error::Run { path: self.path.clone(), what })
     }
 
     /// The folder.
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 
     fn recipe_path(&self) -> PathBuf {
-        self.0.join("recipe.yaml")
+        self.path.join("recipe.yaml")
+    }
+
+    /// Writes the resolved recipe in place of the one that is there.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn write_recipe(&self, recipe: &Recipe) -> Result<()> {
+        write_text(&self.recipe_path(), &recipe.to_yaml())
     }
 
     /// A picture of a step's samples; `kind` tells several of one step apart.
     pub fn samples_path(&self, step: u64, kind: &str) -> PathBuf {
-        self.0.join("samples").join(format!("step_{step:06}{kind}.png"))
+        self.path.join("samples").join(format!("step_{step:06}{kind}.png"))
     }
 
     /// The folder of pictures of samples; made anew where it is gone.
@@ -83,18 +187,18 @@ impl RunFolder {
     /// # Errors
     /// When it can't be made.
     pub fn make_samples_folder(&self) -> Result<()> {
-        let path = self.0.join("samples");
+        let path = self.path.join("samples");
         std::fs::create_dir_all(&path).map_err(io(path))
     }
 
     /// The loss curve.
     pub fn curve_path(&self) -> PathBuf {
-        self.0.join("loss.svg")
+        self.path.join("loss.svg")
     }
 
     /// The report.
     pub fn report_path(&self) -> PathBuf {
-        self.0.join("report.json")
+        self.path.join("report.json")
     }
 
     /// What the run came to, where it is done.
@@ -107,72 +211,90 @@ impl RunFolder {
         let found = serde_json::from_slice(&text);
         found.map(Some).map_err(|e| Error::Run { path, what: format!("not a report: {e}; remove it to make another") })
     }
+    /// Writes the report.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn write_report(&self, summary: &Summary) -> Result<()> {
+        write_text(&self.report_path(), &format!("{:#}\n", serde_json::json!(summary)))
+    }
 
     /// A line for each step.
     pub fn metrics_path(&self) -> PathBuf {
-        self.0.join("metrics.jsonl")
+        self.path.join("metrics.jsonl")
+    }
+
+    /// A line for each validation.
+    pub fn validation_path(&self) -> PathBuf {
+        self.path.join("validation.jsonl")
     }
 
     /// What the steps up to `step` came to, as far as it is there to be read: it is a by-product.
     pub fn history(&self, step: u64) -> Vec<StepRecord> {
-        if step == 0 {
-            return Vec::new();
-        }
-        self.metrics_up_to(step).into_iter().map(|(record, _)| record).collect()
+        let lines = if step == 0 { Vec::new() } else { lines(&self.metrics_path(), |r: &StepRecord| r.step <= step) };
+        lines.into_iter().map(|(record, _)| record).collect()
     }
 
-    /// Readable lines of steps up to `step`, with their texts.
-    fn metrics_up_to(&self, step: u64) -> Vec<(StepRecord, String)> {
-        let path = self.metrics_path();
-        let text = std::fs::read(&path).unwrap_or_else(|error| {
-            tracing::warn!("{}: {error}; it begins anew", path.display());
-            Vec::new()
-        });
-        let text = String::from_utf8_lossy(&text);
-        // The last line may be cut short; it is past the checkpoint then.
-        let lines = text.lines().filter_map(|line| Some((serde_json::from_str::<StepRecord>(line).ok()?, line.into())));
-        lines.filter(|(record, _)| record.step <= step).collect()
-    }
-
-    /// The file of metrics with the lines up to `step`: what an interrupted run wrote after its last checkpoint is cut off.
+    /// A file of lines for a run that goes on after `step` steps, with the lines of before that `keep` keeps: what an interrupted
+    /// run wrote after its last checkpoint is cut off.
     ///
     /// # Errors
     /// When it can't be written.
-    pub fn begin_metrics(&self, step: u64) -> Result<File> {
-        let path = self.metrics_path();
-        let kept = if step == 0 { Vec::new() } else { self.metrics_up_to(step) };
+    pub fn begin_lines<T: DeserializeOwned>(&self, path: &Path, step: u64, keep: impl Fn(&T) -> bool) -> Result<File> {
+        let kept = if step == 0 { Vec::new() } else { lines(path, keep) };
         let text: String = kept.iter().map(|(_, line)| format!("{line}\n")).collect();
-        let begun = File::create(&path).and_then(|mut file| file.write_all(text.as_bytes()).map(|()| file));
-        begun.map_err(io(&path))
+        write_text(path, &text)?;
+        File::options().append(true).open(path).map_err(io(path))
     }
 
-    /// The folder of the newest whole checkpoint.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn checkpoint(&self) -> Result<PathBuf> {
-        // Between the two renames of `save` the older one is still there under its other name.
-        let found = ["checkpoint", "checkpoint.old"].map(|n| self.0.join(n)).into_iter().find(|p| p.exists());
-        found.ok_or_else(|| Error::Run { path: self.0.clone(), what: "has no checkpoint yet: train it again".into() })
+    /// The checkpoints.
+    pub fn checkpoints(&self) -> Checkpoints {
+        Checkpoints::of(&self.path)
     }
 
-    /// Writes a checkpoint beside the last one and puts it in its place when it is whole.
+    /// Writes a checkpoint of where the trainer stands.
     ///
     /// # Errors
-    /// When the folder can't be written; the last checkpoint stays then.
+    /// When it can't be written; the others stay then.
     pub fn save(&self, trainer: &Trainer) -> Result<()> {
-        let [new, current, old] = ["checkpoint.new", "checkpoint", "checkpoint.old"].map(|n| self.0.join(n));
-        let remove = |path: &Path| match std::fs::remove_dir_all(path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io(path)(e)),
-            _ => Ok(()),
-        };
-        remove(&new)?;
-        trainer.save(&new)?;
-        if current.exists() {
-            remove(&old)?;
-            std::fs::rename(&current, &old).map_err(io(&current))?;
-        }
-        std::fs::rename(&new, &current).map_err(io(&new))?;
-        remove(&old)
+        let keep = trainer.recipe().checkpoint.max_recent_checkpoints;
+        self.checkpoints().save(trainer.state().progress.step, keep, |folder| trainer.save(folder))
     }
+}
+
+/// The first free `runs/<name>-<number>`, made.
+fn numbered(name: &str) -> Result<PathBuf> {
+    let runs = Path::new("runs");
+    std::fs::create_dir_all(runs).map_err(io(runs))?;
+    let mut number = 1u64;
+    loop {
+        let path = runs.join(format!("{name}-{number}"));
+        match std::fs::create_dir(&path) {
+            // Another process may be looking for a number, too: whoever makes the folder has it.
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => number += 1,
+            made => return made.map(|()| path.clone()).map_err(io(path)),
+        }
+    }
+}
+
+/// A path as a shell takes it.
+pub fn quoted(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    shlex::try_quote(&text).map_or_else(|_| text.clone().into_owned(), |quoted| quoted.into_owned())
+}
+
+/// Readable lines that `keep` keeps, with their texts.
+fn lines<T: DeserializeOwned>(path: &Path, keep: impl Fn(&T) -> bool) -> Vec<(T, String)> {
+    let text = std::fs::read(path).unwrap_or_else(|error| {
+        tracing::warn!("{}: {error}; it begins anew", path.display());
+        Vec::new()
+    });
+    let text = String::from_utf8_lossy(&text);
+    // The last line may be cut short; it is past the checkpoint then.
+    let lines = text.lines().filter_map(|line| Some((serde_json::from_str::<T>(line).ok()?, line.into())));
+    lines.filter(|(line, _)| keep(line)).collect()
+}
+
+fn write_text(path: &Path, text: &str) -> Result<()> {
+    write_whole(path, |partial| std::fs::write(partial, text).map_err(io(path)))
 }

@@ -169,7 +169,7 @@ fn snapshot(repository: &Path) -> Result<Option<PathBuf>> {
 /// The folder that holds a transformer's configuration.
 fn transformer_folder(named: &Path, section: &ModelSection) -> Result<PathBuf> {
     if exists(&named.join("recipe.yaml"))? {
-        return RunFolder::open(named)?.0.checkpoint();
+        return RunFolder::open(named)?.0.checkpoints().newest_whole();
     }
     if exists(&named.join(CONFIG))? && section.subfolder.is_none() {
         return Ok(named.into());

@@ -1,18 +1,23 @@
 //! What a run knows beside its weights.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use flowtape_data::{Cursor, Fingerprint};
+use flowtape_engine::files::exists;
 use flowtape_engine::nn::Params;
-use flowtape_engine::optim::{LossScale, LossScaleState, Optimizer};
-use flowtape_engine::safetensors::SafeTensors;
+use flowtape_engine::optim::{Ema, LossScale, LossScaleState, Optimizer};
+use flowtape_engine::safetensors::{SafeTensors, Shards};
+use flowtape_models::checkpoint::WEIGHTS;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use crate::changes::{Change, listed};
 use crate::error::io;
-use crate::{Error, Result};
+use crate::{Error, Recipe, Result};
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
+pub(crate) const EMA: &str = "ema";
 
 /// Everything that goes on from step to step beside the weights; a checkpoint holds it. Random numbers follow from the
 /// step.
@@ -20,6 +25,8 @@ const STATE: &str = "state.json";
 pub struct TrainState {
     /// The optimiser with what it remembers.
     pub optimizer: Optimizer,
+    /// The average of the weights, where one is kept.
+    pub ema: Option<Ema>,
     /// What the loss is multiplied with before backward, where it is.
     pub loss_scale: Option<LossScale>,
     /// Where the run stands.
@@ -33,65 +40,93 @@ pub struct TrainProgress {
     pub step: u64,
     /// The next batch.
     pub cursor: Cursor,
+    /// The loss of the last validation, where there was one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub validation_loss: Option<f64>,
     /// Seconds of training so far.
     pub train_seconds: f64,
-    /// Of the recipe, but for where it runs and where it is kept.
-    pub recipe: Fingerprint,
     /// Of the samples.
     pub data: Fingerprint,
 }
 
+/// The folder of a checkpoint with the average of the weights, a model of diffusers too, where there is one.
+///
+/// # Errors
+/// When that can't be told.
+pub fn ema_folder(checkpoint: &Path) -> Result<Option<PathBuf>> {
+    let folder = checkpoint.join(EMA);
+    Ok(exists(&folder)?.then_some(folder))
+}
+
+/// The parameters whose average is saved, and the name of its files: a whole model, or adapters alone.
+pub(crate) fn averaged(recipe: &Recipe, params: &Params) -> (Params, &'static str) {
+    if recipe.peft.is_some() { (params.adapters(), EMA) } else { (params.base(), WEIGHTS) }
+}
+
 /// What is stored as JSON.
 #[derive(Serialize, Deserialize)]
-struct Stored {
+pub(crate) struct Stored {
     #[serde(flatten)]
-    progress: TrainProgress,
+    pub progress: TrainProgress,
+    /// The resolved recipe.
+    recipe: Value,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     loss_scale: Option<LossScaleState>,
 }
 
 impl Stored {
-    fn read(folder: &Path) -> Result<Self> {
+    /// Reads it from the folder of a checkpoint.
+    pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(STATE);
         let text = std::fs::read(&path).map_err(io(&path))?;
         serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a state: {e}") })
     }
+
+    /// What is other now, of all that decides about the training.
+    pub fn changes(&self, recipe: &Recipe, data: Fingerprint) -> Vec<Change> {
+        Change::of_run((&self.recipe, self.progress.data), (recipe, data))
+    }
 }
 
 impl TrainState {
-    /// Writes it into the folder of a checkpoint.
+    /// Writes it into the folder of a checkpoint, but for the average of the weights; and the recipe.
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn save(&self, params: &Params, folder: &Path) -> Result<()> {
+    pub fn save(&self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
         self.optimizer.save(params, folder.join(OPTIMIZER))?;
         let scale = self.loss_scale.as_ref().map(|scale| LossScaleState::read(scale.read_later()?)).transpose()?;
-        let stored = serde_json::json!(Stored { progress: self.progress, loss_scale: scale });
+        let stored = Stored { progress: self.progress, recipe: recipe.to_json(), loss_scale: scale };
         let path = folder.join(STATE);
-        std::fs::write(&path, format!("{stored}\n")).map_err(io(&path))
+        std::fs::write(&path, format!("{:#}\n", serde_json::json!(stored))).map_err(io(&path))
     }
 
-    /// Reads it from the folder of a checkpoint. Another recipe or other data are a warning: the run goes on with them.
+    /// Reads it from the folder of a checkpoint. What is other since then is a warning: the run goes on with it.
     ///
     /// # Errors
     /// When a file can't be read or does not fit the parameters.
-    pub fn load(&mut self, params: &Params, folder: &Path) -> Result<()> {
+    pub fn load(&mut self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
         self.optimizer.load(params, &SafeTensors::open(folder.join(OPTIMIZER))?)?;
-        let Stored { progress: found, loss_scale } = Stored::read(folder)?;
-        if let (Some(scale), Some(state)) = (&mut self.loss_scale, loss_scale) {
+        let stored = Stored::read(folder)?;
+        if let (Some(scale), Some(state)) = (&mut self.loss_scale, stored.loss_scale) {
             scale.load(state)?;
         }
-        let TrainProgress { recipe, data, .. } = self.progress;
-        if found.recipe != recipe {
-            tracing::warn!("the recipe was changed since the checkpoint of step {}", found.step);
+        if let (Some(ema), Some(config)) = (&mut self.ema, &recipe.ema) {
+            match ema_folder(folder)? {
+                Some(averages) => {
+                    let (params, stem) = averaged(recipe, params);
+                    ema.load(&params, &Shards::open(&averages, stem)?)?;
+                }
+                // It begins here.
+                None => *ema = Ema::new(config, params)?,
+            }
         }
-        if found.data != data {
-            tracing::warn!(
-                "the data was changed since the checkpoint of step {}: samples come in another order",
-                found.step
-            );
+        let data = self.progress.data;
+        let changes = stored.changes(recipe, data);
+        if !changes.is_empty() {
+            tracing::warn!("since the checkpoint of step {}: {}", stored.progress.step, listed(&changes));
         }
-        self.progress = TrainProgress { recipe, data, ..found };
+        self.progress = TrainProgress { data, ..stored.progress };
         Ok(())
     }
 }
@@ -101,7 +136,7 @@ impl TrainProgress {
     ///
     /// # Errors
     /// When it can't be read.
-    pub fn read(folder: &Path) -> Result<Self> {
-        Ok(Stored::read(folder)?.progress)
+    pub fn read(checkpoint: &Path) -> Result<Self> {
+        Ok(Stored::read(checkpoint)?.progress)
     }
 }

@@ -7,17 +7,18 @@ use std::time::Instant;
 
 use flowtape_engine::Device;
 use flowtape_engine::cpu::awake;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
+use crate::changes::listed;
 use crate::check::{Check, Depth};
-use crate::error::io;
-use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook};
-use crate::observe::{LossCurve, Metrics};
-use crate::run::RunFolder;
-use crate::state::TrainProgress;
+use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
+use crate::observe::{LossCurve, Metrics, Validations};
+use crate::run::{RunFolder, quoted};
+use crate::state::Stored;
 use crate::trainer::{Enqueued, StepRecord, Trainer};
-use crate::{Recipe, Result, builtin};
+use crate::validation::Validated;
+use crate::{Error, Recipe, Result, builtin};
 
 /// Steps over which losses are averaged for people.
 pub const WINDOW: usize = 100;
@@ -25,7 +26,8 @@ pub const WINDOW: usize = 100;
 /// What a run came to.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Summary {
-    /// The run folder.
+    /// The run folder; what of its name is no text is replaced where it is written.
+    #[serde(serialize_with = "as_text")]
     pub run_dir: PathBuf,
     /// Optimiser steps done.
     pub steps: u64,
@@ -43,6 +45,10 @@ pub struct Summary {
     /// What hooks found out, by name.
     #[serde(flatten)]
     pub figures: Map<String, Value>,
+}
+
+fn as_text<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&path.to_string_lossy())
 }
 
 /// Trains a recipe from its beginning. `hooks` are told of everything; `stop` ends the run after the current step, with a
@@ -64,31 +70,75 @@ pub fn train_on(
     hooks: Vec<Box<dyn Hook + '_>>,
     stop: &AtomicBool,
 ) -> Result<Summary> {
-    Check::of(recipe, device, Depth::Handful)?.require()?;
+    if let Some(path) = &recipe.run_dir {
+        RunFolder::check_free(path)?;
+    }
+    let data = builtin::data(&recipe.data, device)?;
+    Check::with_data(recipe, device, data.clone(), Depth::Handful)?.require()?;
     awake(device, || {
-        let trainer = Trainer::on(device, recipe)?;
+        let trainer = Trainer::with_data(device, recipe, data)?;
         let folder = RunFolder::create(trainer.recipe())?;
         with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }
 
-/// Goes on with an interrupted run from its last checkpoint: the result is that of an uninterrupted run, bit for bit,
-/// unless another `device` than the recipe's is named. Of a run that is done already this is what it came to.
+/// What a run goes on with.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Resume<'a> {
+    /// Another device than the recipe's.
+    pub device: Option<&'a str>,
+    /// Overrides `a.b=value` of the run's recipe, such as `step_scheduler.max_steps=2000`. The run keeps them.
+    pub set: &'a [String],
+    /// Whether what changes the training may be other than it was when the checkpoint was written; else that is an error.
+    pub accept_changes: bool,
+}
+
+/// Goes on with an interrupted run from its last whole checkpoint: the result is that of an uninterrupted run, bit for bit,
+/// unless it is asked for something else. Of a run that is done already this is what it came to.
 ///
 /// # Errors
-/// When the device is not there, the folder has no checkpoint, or a step or a hook fails.
-pub fn resume(path: &Path, device: Option<&str>, hooks: Vec<Box<dyn Hook + '_>>, stop: &AtomicBool) -> Result<Summary> {
-    let (folder, mut recipe) = RunFolder::open(path)?;
-    let checkpoint = folder.checkpoint()?;
-    let step = TrainProgress::read(&checkpoint)?.step;
-    if let Some(summary) = folder.report()?.filter(|s| s.steps == step && step >= recipe.step_scheduler.max_steps) {
+/// When the device is not there, the folder has no checkpoint or is another process's, something was changed and that is not
+/// accepted, or a step or a hook fails.
+pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, stop: &AtomicBool) -> Result<Summary> {
+    let (mut folder, mut recipe) = RunFolder::open_with(path, with.set)?;
+    let refuse = |what: String| Err(Error::Run { path: path.into(), what });
+    if !folder.checkpoints().any()? {
+        let (run, file) = (quoted(path), quoted(&path.join("recipe.yaml")));
+        let again = format!("`flowtape train {file} --set run_dir={run}`");
+        return refuse(format!("there is no checkpoint to go on with yet: begin again with {again}"));
+    }
+    // A run that is done needs no device.
+    let data = builtin::data(&recipe.data, &Device::cpu())?;
+    let trained = data.source.len().saturating_sub(recipe.held_out());
+    let steps = recipe.step_scheduler.resolved(trained, recipe.data.drop_last).max_steps;
+    let step = Stored::read(&folder.checkpoints().newest()?).map_or(0, |stored| stored.progress.step);
+    if let Some(summary) = folder.report()?.filter(|s| s.steps == step && step == steps) {
         return Ok(summary);
     }
-    recipe.device = device.map_or(recipe.device, str::to_owned);
+    folder.lock()?;
+    let checkpoint = folder.checkpoints().newest_whole()?;
+    let stored = Stored::read(&checkpoint)?;
+    if stored.progress.step > steps {
+        let done = stored.progress.step;
+        return refuse(format!(
+            "{done} steps are done already: step_scheduler.max_steps must be at least that, got {steps}"
+        ));
+    }
+    recipe.device = with.device.map_or(recipe.device, str::to_owned);
+    let changes = stored.changes(&recipe, data.source.fingerprint());
+    if !changes.is_empty() && !with.accept_changes {
+        let (step, changes) = (stored.progress.step, listed(&changes));
+        return refuse(format!(
+            "since the checkpoint of step {step}: {changes}; to go on with that add --accept-changes"
+        ));
+    }
     let device = flowtape_gpu::device(&recipe.device)?;
+    let data = if device.backend().is_host() { data } else { builtin::data(&recipe.data, &device)? };
+    Check::with_data(&recipe, &device, data.clone(), Depth::Handful)?.require()?;
     awake(&device, || {
-        let mut trainer = Trainer::on(&device, &recipe)?;
+        let mut trainer = Trainer::with_data(&device, &recipe, data)?;
         trainer.load(&checkpoint)?;
+        folder.write_recipe(trainer.recipe())?;
         with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }
@@ -99,6 +149,11 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
     let recipe = run.trainer().recipe().clone();
     let run = run.with(Box::new(Metrics::default()));
     let run = hooks.into_iter().fold(run, Session::with).with(Box::new(LossCurve::default()));
+    let run = match &recipe.validation {
+        // Before the checkpoint of the step, which holds what the validation came to.
+        Some(config) => run.with(Box::new(Validations::default())).with(Box::new(Validate::new(config.every_steps))),
+        None => run,
+    };
     let run = run.with(Box::new(Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)));
     let run = run.with(Box::new(builtin::preview(&recipe)?));
     Ok(builtin::report(&recipe)?.into_iter().fold(run, Session::with))
@@ -137,6 +192,14 @@ impl<'h> Session<'h> {
         &self.trainer
     }
 
+    /// Validates, if the recipe says on what; nothing where the run was asked to stop meanwhile.
+    ///
+    /// # Errors
+    /// Those of [`Trainer::validate`].
+    pub fn validate(&mut self) -> Result<Option<Validated>> {
+        self.trainer.validate(self.stop)
+    }
+
     /// Where the run is kept.
     pub fn folder(&self) -> &RunFolder {
         &self.folder
@@ -171,9 +234,10 @@ impl<'h> Session<'h> {
     /// Steps until all are done or it is asked to stop.
     ///
     /// # Errors
-    /// When a step or a hook fails.
+    /// When a step or a hook fails, or another process trains in the folder.
     pub fn run(mut self) -> Result<Summary> {
         let started = Instant::now();
+        self.folder.lock()?;
         let steps = self.trainer.recipe().step_scheduler.max_steps;
         let progress = &self.trainer.state().progress;
         let (from, seconds_before) = (progress.step, progress.train_seconds);
@@ -218,8 +282,7 @@ impl<'h> Session<'h> {
             figures: self.figures,
         };
         if !summary.interrupted {
-            let path = self.folder.report_path();
-            std::fs::write(&path, format!("{:#}\n", serde_json::json!(summary))).map_err(io(&path))?;
+            self.folder.write_report(&summary)?;
         }
         Ok(summary)
     }

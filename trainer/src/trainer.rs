@@ -3,27 +3,28 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use flowtape_data::{Collator, Loader};
+use flowtape_data::{Collator, Cursor, Loader, Rank, Sampler};
 use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Placement};
-use flowtape_engine::optim::{
-    Clipping, LossScale, LossScaleState, LrScheduler, LrSchedulerConfig, OptimizerStep, Rates, StepConfig,
-};
+use flowtape_engine::optim::{Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, StepConfig};
 use flowtape_engine::{DType, Device, Later, Philox, Tape};
 use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 use serde::{Deserialize, Serialize};
 
-use crate::builtin;
 use crate::data::Data;
+use crate::error::io;
 use crate::generate::{Generator, Request, Samples};
 use crate::recipe::{Init, PeftConfig};
 use crate::start::Start;
-use crate::state::{TrainProgress, TrainState};
+use crate::state::{EMA, TrainProgress, TrainState, averaged};
 use crate::timing::{StepTimes, Timed};
+use crate::validation::{HeldOut, Validated};
 use crate::{Error, Recipe, Result};
+use crate::{builtin, precision};
 
 /// The stream of the steps' random numbers, a fork of the seed.
 const STEPS: u64 = 2;
@@ -112,6 +113,8 @@ pub struct Trainer {
     pipeline: FlowMatchingPipeline,
     schedule: LrScheduler,
     data: Data,
+    held_out: Option<HeldOut>,
+    sampler: Arc<dyn Sampler>,
     collator: Collator,
     /// Made when the first batch is asked for, and again where the cursor was set.
     loader: Option<Loader>,
@@ -132,7 +135,7 @@ impl Trainer {
     /// # Errors
     /// When a section does not fit.
     pub fn on(device: &Device, recipe: &Recipe) -> Result<Self> {
-        Self::with_data(device, recipe, builtin::data(&recipe.data)?)
+        Self::with_data(device, recipe, builtin::data(&recipe.data, device)?)
     }
 
     /// The same with data of one's own instead of the recipe's `data`.
@@ -142,7 +145,15 @@ impl Trainer {
     pub fn with_data(device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
         let mut recipe = recipe.clone();
         let start = Start::of(&recipe.model)?;
+        let flow_matching = start.flow_matching(&recipe.flow_matching);
+        let fingerprint = data.source.fingerprint();
+        let (data, held) = data.split(recipe.held_out())?;
         recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
+        let (local, seed) = (recipe.step_scheduler.local_batch_size, recipe.seed);
+        let collator = data.collator(&recipe.data, seed);
+        let held_out = recipe.validation.is_some();
+        let held_out =
+            held_out.then(|| HeldOut::new(held, collator.clone(), &flow_matching, local, seed)).transpose()?;
         let masks = DropoutMasks::default();
         let adapters = adapters(&recipe, &start, &masks)?;
         let params = match &recipe.peft {
@@ -156,26 +167,30 @@ impl Trainer {
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         let optimizer = &recipe.optimizer;
-        let constant = LrSchedulerConfig {
-            lr_decay_style: flowtape_engine::optim::DecayStyle::Constant,
-            lr_warmup_steps: Some(0),
-            ..LrSchedulerConfig::default()
-        };
-        let steps = recipe.step_scheduler.max_steps;
-        let schedule = recipe.lr_scheduler.as_ref().unwrap_or(&constant);
+        let schedule = recipe.schedule()?;
+        if let Some(max) = recipe.lr_scheduler.and_then(|s| s.max_lr).filter(|max| *max != optimizer.lr) {
+            tracing::warn!("lr_scheduler.max_lr ({max}) is what counts, not optimizer.lr ({})", optimizer.lr);
+        }
+        if device.backend().has_data() {
+            let lr = schedule.config().max_lr.unwrap_or(optimizer.lr);
+            precision::warn(&optimizer.name, lr, model.params())?;
+        }
         Ok(Self {
-            pipeline: create_pipeline(start.flow_matching(&recipe.flow_matching))?,
-            schedule: LrScheduler::new(schedule, optimizer.lr, optimizer.weight_decay, steps)?,
-            collator: data.collator(&recipe.data, recipe.seed),
+            pipeline: create_pipeline(flow_matching)?,
+            schedule,
+            sampler: data.sampler(&recipe.data, local, seed)?,
+            collator,
+            held_out,
             state: TrainState {
                 optimizer: optimizer.build()?,
+                ema: recipe.ema.as_ref().map(|config| Ema::new(config, model.params())).transpose()?,
                 loss_scale: recipe.dtype.loss_scale(recipe.loss_scale, device)?,
                 progress: TrainProgress {
                     step: 0,
                     cursor: Default::default(),
+                    validation_loss: None,
                     train_seconds: 0.0,
-                    recipe: recipe.fingerprint(),
-                    data: data.source.fingerprint(),
+                    data: fingerprint,
                 },
             },
             recipe,
@@ -215,19 +230,42 @@ impl Trainer {
             self.model.params().load(&checkpoint::open_weights(checkpoint)?)?;
         }
         self.loader = None;
-        self.state.load(self.model.params(), checkpoint)
+        self.state.load(self.model.params(), &self.recipe, checkpoint)
     }
 
-    /// Writes a checkpoint's files into a folder: what is trained, and the state.
+    /// Sizes of a sample in pixels: `[C, H, W]` or `[C, F, H, W]`.
+    ///
+    /// # Errors
+    /// When the data has none.
+    pub fn sample_dims(&self) -> Result<Vec<usize>> {
+        self.data.sample_dims()
+    }
+
+    /// Writes a checkpoint's files into a folder: what is trained, its average where one is kept, and what goes on from step to step.
     ///
     /// # Errors
     /// When the folder can't be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        match &self.recipe.peft {
-            Some(config) => config.save(&*self.model, &self.adapters, folder)?,
-            None => checkpoint::save(&*self.model, folder, checkpoint::MAX_SHARD_SIZE)?,
+        self.save_weights(folder)?;
+        if let Some(ema) = &self.state.ema {
+            let folder = folder.join(EMA);
+            std::fs::create_dir(&folder).map_err(io(&folder))?;
+            let (params, stem) = averaged(&self.recipe, self.model.params());
+            ema.save(&params, &folder, stem, checkpoint::MAX_SHARD_SIZE)?;
+            match &self.recipe.peft {
+                // Adapters have files of their own, in the dtype that they are kept in.
+                Some(_) => ema.instead(self.model.params(), || self.save_weights(&folder))?,
+                None => checkpoint::save_config(self.model(), &folder)?,
+            }
         }
-        self.state.save(self.model.params(), folder)
+        self.state.save(self.model.params(), &self.recipe, folder)
+    }
+
+    fn save_weights(&self, folder: &Path) -> Result<()> {
+        match &self.recipe.peft {
+            Some(config) => config.save(&*self.model, &self.adapters, folder),
+            None => Ok(checkpoint::save(&*self.model, folder, checkpoint::MAX_SHARD_SIZE)?),
+        }
     }
 
     /// One optimiser step. Its data and its random numbers follow from the seed and from where the run stands.
@@ -246,12 +284,25 @@ impl Trainer {
         self.state.progress.train_seconds += since.elapsed().as_secs_f64();
     }
 
+    /// Batches of the step at a cursor. An epoch's last step takes those that are left, and is divided by their number, as in NeMo.
+    fn parts(&self, mut at: Cursor) -> usize {
+        let most = self.recipe.step_scheduler.micro_batches();
+        let (mut parts, mut epoch) = (0, None);
+        while most > 1 && parts < most {
+            let Some(plan) = self.sampler.plan(at, Rank::ALONE) else { break };
+            if *epoch.get_or_insert(plan.next.epoch) != plan.next.epoch {
+                break;
+            }
+            (parts, at) = (parts + 1, plan.next);
+        }
+        parts.max(1)
+    }
+
     /// The same, but nothing is read back yet: what is wrong with its numbers is found when they are read.
     pub(crate) fn enqueue(&mut self) -> Result<Enqueued> {
         let started = Instant::now();
-        let (global, local) = (self.recipe.global_batch_size(), self.recipe.step_scheduler.local_batch_size);
-        let parts = global / local;
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
+        let parts = self.parts(cursor);
         let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
@@ -269,7 +320,10 @@ impl Trainer {
             let begun = Instant::now();
             let loader = match &mut self.loader {
                 Some(loader) => loader,
-                none => none.insert(self.data.loader(&self.recipe.data, local, self.recipe.seed, cursor)?),
+                none => {
+                    let sampler = self.sampler.clone();
+                    none.insert(self.data.loader(&self.recipe.data, sampler, self.recipe.seed, cursor)?)
+                }
             };
             let loaded = loader.next()?;
             cursor = loaded.plan.next;
@@ -294,6 +348,9 @@ impl Trainer {
             times.backward += with_loss.elapsed().as_secs_f64();
         }
         drop((sinks, masks));
+        if let Some(ema) = &mut self.state.ema {
+            ema.update(self.model.params(), step + 1)?;
+        }
         times.optimizer = updates.get();
         times.backward -= times.optimizer;
         let nothing = || Error::Run { path: self.recipe.name.clone().into(), what: "no samples".into() };
@@ -301,12 +358,34 @@ impl Trainer {
         let loss_scale = self.state.loss_scale.as_ref().map(LossScale::read_later).transpose()?;
         self.state.progress.step = step + 1;
         self.state.progress.cursor = cursor;
-        Ok(Enqueued { step: step + 1, losses, norm, loss_scale, lr: rates.lr, samples: global, started, times })
+        let samples = parts * self.recipe.step_scheduler.local_batch_size;
+        Ok(Enqueued { step: step + 1, losses, norm, loss_scale, lr: rates.lr, samples, started, times })
     }
 
     /// Whether the numbers of a step are there as soon as it is enqueued.
     pub(crate) fn reads_at_once(&self) -> bool {
         self.device.backend().is_host()
+    }
+
+    /// How well the model does on the samples that are held out, with its weights and with their average; nothing where none are,
+    /// or where it was asked to stop meanwhile.
+    ///
+    /// # Errors
+    /// When a sample can't be read, or the model fails.
+    pub fn validate(&mut self, stop: &AtomicBool) -> Result<Option<Validated>> {
+        let Some(held_out) = &self.held_out else { return Ok(None) };
+        let loss = || held_out.loss(&*self.model, self.recipe.dtype.into(), &self.device, stop);
+        let Some(raw) = loss()? else { return Ok(None) };
+        let ema = match &self.state.ema {
+            Some(ema) => match ema.instead(self.model.params(), loss)? {
+                Some(found) => Some(found),
+                None => return Ok(None),
+            },
+            None => None,
+        };
+        let validated = Validated { step: self.state.progress.step, raw, ema };
+        self.state.progress.validation_loss = Some(validated.loss());
+        Ok(Some(validated))
     }
 
     /// Samples with the checkpoint that the run started from, as it was; none where it was asked to stop meanwhile, or the model
@@ -333,12 +412,17 @@ impl Trainer {
         }
     }
 
-    /// Samples with the model as it is now; none where it was asked to stop meanwhile.
+    /// Samples with the model as it is now, with the average of its weights where one is kept; none where it was asked to stop
+    /// meanwhile.
     ///
     /// # Errors
     /// When a prompt is not taken, or the model fails.
     pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
-        self.generator(&*self.model).generate(request, stop)
+        let generator = self.generator(&*self.model);
+        match &self.state.ema {
+            Some(ema) => ema.instead(self.model.params(), || generator.generate(request, stop)),
+            None => generator.generate(request, stop),
+        }
     }
 }
 

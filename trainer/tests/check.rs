@@ -56,7 +56,7 @@ fn a_steps_memory_is_what_it_takes() {
     for (name, batch) in models {
         for settings in settings {
             let recipe = recipe(name, &[&[batch], settings].concat());
-            let plan = StepPlan::of(&recipe, builtin::data(&recipe.data).unwrap()).unwrap();
+            let plan = StepPlan::of(&recipe, builtin::data(&recipe.data, &Device::cpu()).unwrap()).unwrap();
             let peak = Arc::new(AtomicUsize::new(0));
             let before = Device::cpu().backend().memory().used;
             let device = Device::new(Watched { cpu: Device::cpu(), peak: peak.clone() });
@@ -105,7 +105,7 @@ fn a_model_of_12_billion_parameters_is_checked_at_once() {
     assert!(check.step.weights.abs_diff(6 * parameters) < parameters / 4, "{}", check.step.weights);
     assert!(check.step.optimizer.abs_diff(8 * parameters) < parameters / 4, "{}", check.step.optimizer);
     // The copies alone, and the moments; two of them while one is written.
-    assert!(check.checkpoints.abs_diff(2 * 12 * parameters) < parameters / 2, "{}", check.checkpoints);
+    assert!(check.checkpoints.abs_diff(3 * 12 * parameters) < parameters / 2, "{}", check.checkpoints);
     // 57 blocks with 12 h^2 weights for each of 4,096 patches and 512 words, three products of each; attention has two products
     // forward and five backward.
     let (tokens, width) = (4608.0_f64, 3072.0_f64);

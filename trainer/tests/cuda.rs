@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flowtape_cuda_emulator::{Settings, set, usage};
 use flowtape_trainer::hooks::on_step;
-use flowtape_trainer::train::{Summary, resume, train};
+use flowtape_trainer::train::{Resume, Summary, resume, train};
 use flowtape_trainer::{Error, Recipe, Trained};
 use serde_json::Value;
 
@@ -92,7 +92,7 @@ fn a_run_that_loses_its_device_leaves_a_good_checkpoint() {
         }
         // The run goes on elsewhere, from the last checkpoint, as if nothing had been.
         set(|settings| *settings = Settings::default());
-        let summary = resume(&run, Some("cpu"), Vec::new(), &never).unwrap();
+        let summary = resume(&run, &Resume { device: Some("cpu"), ..Resume::default() }, Vec::new(), &never).unwrap();
         assert_eq!(summary.steps, 5);
         assert_close(&losses(&run), &wanted);
     }

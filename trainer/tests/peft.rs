@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use flowtape_trainer::hooks::{Hook, on_step};
-use flowtape_trainer::train::{resume, train};
+use flowtape_trainer::train::{Resume, resume, train};
 use flowtape_trainer::weights::{SaveFormat, Written, convert, extract, merge};
 use flowtape_trainer::{Recipe, Trained, Trainer};
 
@@ -26,7 +26,7 @@ fn adapted(base: &Path, run: &Path, more: &[&str]) -> Recipe {
 }
 
 fn bytes(run: &Path, file: &str) -> Vec<u8> {
-    std::fs::read(run.join("checkpoint").join(file)).unwrap()
+    std::fs::read(run.join("checkpoints/LATEST").join(file)).unwrap()
 }
 
 #[test]
@@ -35,11 +35,11 @@ fn a_run_of_adapters_keeps_them_alone_and_goes_on_to_the_same_bits() {
     let [base, whole, parted] = ["base", "whole", "parted"].map(|name| folder.path().join(name));
     train(&small(&base, &[]), Vec::new(), &NEVER).unwrap();
     let before = bytes(&base, "diffusion_pytorch_model.safetensors");
-    let summary = train(&adapted(&base, &whole, &[]), Vec::new(), &NEVER).unwrap();
+    let summary = train(&adapted(&base, &whole, &["ema.decay=0.8"]), Vec::new(), &NEVER).unwrap();
     for key in ["accuracy", "before"] {
         assert!(summary.figures.contains_key(key), "{:?}", summary.figures);
     }
-    let mut files: Vec<String> = std::fs::read_dir(whole.join("checkpoint"))
+    let mut files: Vec<String> = std::fs::read_dir(whole.join("checkpoints/LATEST"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
         .collect();
@@ -48,17 +48,27 @@ fn a_run_of_adapters_keeps_them_alone_and_goes_on_to_the_same_bits() {
         "adapter_config.json",
         "adapter_model.safetensors",
         "automodel_peft_config.json",
+        "ema",
+        "manifest.json",
         "optimizer.safetensors",
         "state.json",
     ];
     assert_eq!(files, wanted);
+    // The average is an adapter, too, and what it goes on with.
+    let wanted = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "ema/ema.safetensors",
+        "ema/adapter_model.safetensors",
+    ];
     // Stopped twice, once where there is a checkpoint anyhow; blocks that run again drop the same elements.
     let stop = AtomicBool::new(false);
     let stopping: Vec<Box<dyn Hook + '_>> = vec![on_step(|record| stop.store(record.step == 3, Ordering::Relaxed))];
-    let again = ["performance.activation_checkpointing=true"];
+    let again = ["performance.activation_checkpointing=true", "ema.decay=0.8"];
     train(&adapted(&base, &parted, &again), stopping, &stop).unwrap();
-    resume(&parted, None, Vec::new(), &NEVER).unwrap();
-    for file in &wanted[..4] {
+    resume(&parted, &Resume::default(), Vec::new(), &NEVER).unwrap();
+    for file in &wanted {
         assert!(bytes(&whole, file) == bytes(&parted, file), "{file}");
     }
     assert!(before == bytes(&base, "diffusion_pytorch_model.safetensors"));
@@ -121,7 +131,7 @@ fn adapters_are_merged_extracted_and_gone_on_from() {
     let moved = apart(&before, &want);
     assert!(moved > 0.0);
     // Folded in while sampling, from each form, also by halves.
-    let file = |name: &str| at("lora").join("checkpoint").join(name);
+    let file = |name: &str| at("lora").join("checkpoints/LATEST").join(name);
     let files =
         [file("adapter_model.safetensors"), file("pytorch_lora_weights.safetensors"), file("comfyui_lora.safetensors")];
     for path in files {
@@ -131,7 +141,8 @@ fn adapters_are_merged_extracted_and_gone_on_from() {
         assert!(apart(&sample(&at("base"), &halves), &want) < 1e-3 * moved);
     }
     // A merged checkpoint is one to start from.
-    merge(&at("base"), &[(at("lora").join("checkpoint"), 1.0)], &at("merged"), &Written::default(), false).unwrap();
+    merge(&at("base"), &[(at("lora").join("checkpoints/LATEST"), 1.0)], &at("merged"), &Written::default(), false)
+        .unwrap();
     let merged = format!("model={{pretrained_model_name_or_path: {}}}", at("merged").display());
     let trainer = Trainer::new(&small(&at("x"), &["dtype=f32", &merged])).unwrap();
     let prompts = ["a handwritten seven"; 3];

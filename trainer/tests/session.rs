@@ -15,8 +15,10 @@ use flowtape_trainer::builtin::WordTable;
 use flowtape_trainer::data::Data;
 use flowtape_trainer::hooks::{Cause, Checkpoint, Event, Hook, on_step};
 use flowtape_trainer::run::RunFolder;
-use flowtape_trainer::train::{Session, resume, train};
-use flowtape_trainer::{Error, Recipe, Result, Trainer};
+use flowtape_trainer::state::TrainProgress;
+use flowtape_trainer::train::{Resume, Session, resume, train};
+use flowtape_trainer::validation::Validated;
+use flowtape_trainer::{Error, Recipe, Result, Trained, Trainer};
 
 use crate::common::small;
 
@@ -39,7 +41,7 @@ fn listening(heard: &mut Vec<String>) -> Vec<Box<dyn Hook + '_>> {
 }
 
 fn bytes(run: &Path, file: &str) -> Vec<u8> {
-    std::fs::read(run.join("checkpoint").join(file)).unwrap()
+    std::fs::read(run.join("checkpoints/LATEST").join(file)).unwrap()
 }
 
 fn assert_same_run(a: &Path, b: &Path) {
@@ -88,7 +90,7 @@ fn a_stopped_run_goes_on_to_the_same_bits_whenever_it_was_stopped() {
         // No grid is sampled any more, also if it was due.
         assert!(!run.join("samples/step_000003.png").exists() && !run.join("report.json").exists());
         let mut heard = Vec::new();
-        let summary = resume(&run, None, listening(&mut heard), &NEVER).unwrap();
+        let summary = resume(&run, &Resume::default(), listening(&mut heard), &NEVER).unwrap();
         assert_eq!((summary.steps, summary.interrupted), (5, false));
         assert_eq!(heard[0], format!("begin {stop_at} of 5 after {stop_at}"));
         assert_same_run(&whole, &run);
@@ -109,9 +111,9 @@ fn a_run_that_is_stopped_while_it_samples_is_saved_and_samples_again_later() {
     let recipe = small(&run, &["report.samples_per_class=1"]);
     let summary = train(&recipe, vec![Box::new(stopping)], &stop).unwrap();
     assert!(summary.interrupted && summary.steps == 5 && summary.figures.is_empty(), "{summary:?}");
-    assert!(run.join("checkpoint/state.json").exists() && !run.join("report.json").exists());
+    assert!(run.join("checkpoints/LATEST/state.json").exists() && !run.join("report.json").exists());
     let mut heard = Vec::new();
-    let summary = resume(&run, None, listening(&mut heard), &NEVER).unwrap();
+    let summary = resume(&run, &Resume::default(), listening(&mut heard), &NEVER).unwrap();
     assert!(summary.figures["accuracy"].is_number(), "{summary:?}");
     assert_eq!(heard[1..], [format!("{:?}", Cause::Finished), "step_000005.png at 5".into()]);
 }
@@ -148,7 +150,7 @@ fn by_products_that_are_lost_or_damaged_stop_nothing() {
         train(&small(&run, &[]), vec![stopping], &stop).unwrap();
         let _ = std::fs::remove_file(run.join("loss.svg"));
         damage(&run);
-        resume(&run, None, Vec::new(), &NEVER).unwrap();
+        resume(&run, &Resume::default(), Vec::new(), &NEVER).unwrap();
         assert_same_run(&whole, &run);
         let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
         assert_eq!(metrics.lines().count(), lines, "{metrics}");
@@ -207,8 +209,142 @@ fn a_program_keeps_a_run_of_its_own_samples_with_hooks_of_its_choice() {
     let (again, mut longer) = RunFolder::open(&summary.run_dir).unwrap();
     longer.step_scheduler.max_steps = 7;
     let mut trainer = own(&longer, source);
-    trainer.load(&again.checkpoint().unwrap()).unwrap();
+    trainer.load(&again.checkpoints().newest_whole().unwrap()).unwrap();
     assert_eq!((trainer.state().progress.step, run(trainer, again).steps), (5, 7));
+}
+
+/// So many samples of 4 x 4 pixels.
+fn pixels(n: u32) -> MemorySource {
+    let sample = |i: u32| {
+        let pixels = Philox::new(u64::from(i)).normal(&[1, 4, 4], &Device::cpu()).unwrap();
+        Sample::new(Media::Pixels(pixels), Text::Caption(if i.is_multiple_of(2) { "a two" } else { "a one" }.into()))
+    };
+    MemorySource::new((0..n).map(sample).collect()).unwrap()
+}
+
+fn kept(trainer: &Trainer) -> Vec<Vec<u8>> {
+    trainer.model().params().iter().map(|p| p.kept().unwrap().to_bytes().unwrap()).collect()
+}
+
+#[test]
+fn an_epochs_last_group_is_a_step_of_its_own_size() {
+    let recipe = |global: &str| {
+        small(Path::new("unused"), &["data.drop_last=true", &format!("step_scheduler.global_batch_size={global}")])
+    };
+    // Three batches of four in an epoch.
+    let mut trainer = own(&recipe("8"), pixels(13));
+    let cursors: Vec<(u64, u64)> = (0..4)
+        .map(|_| {
+            trainer.step().unwrap();
+            let cursor = trainer.state().progress.cursor;
+            (cursor.epoch, cursor.batch)
+        })
+        .collect();
+    assert_eq!(cursors, [(0, 2), (0, 3), (1, 2), (1, 3)]);
+    // An epoch of one batch: a group of one, divided by one.
+    let run = |global: &str| {
+        let mut trainer = own(&recipe(global), pixels(5));
+        let losses: Vec<f64> = (0..3).map(|_| trainer.step().unwrap().loss).collect();
+        (losses, kept(&trainer))
+    };
+    assert!(run("4") == run("12"));
+}
+
+#[test]
+fn every_optimiser_goes_on_to_the_same_bits_with_all_that_a_run_may_keep() {
+    let folder = tempfile::tempdir().unwrap();
+    for rule in flowtape_engine::optim::RULES {
+        let optimizer = format!("optimizer={{name: {}, lr: 0.001}}", rule.name);
+        let more = [
+            optimizer.as_str(),
+            "step_scheduler.global_batch_size=8",
+            "data.caption_dropout_prob=0.3",
+            "ema.sigma_rel=0.2",
+            "lr_scheduler={lr_decay_style: WSD, wsd_decay_steps: 3, lr_warmup_steps: 1, wd_incr_style: cosine, end_wd: 0.2}",
+            "validation={num_samples: 6, every_steps: 2}",
+        ];
+        let [whole, parts] = ["whole", "parts"].map(|part| folder.path().join(format!("{part}_{}", rule.name)));
+        train(&small(&whole, &more), Vec::new(), &NEVER).unwrap();
+        let stop = AtomicBool::new(false);
+        let stopping = on_step(|record| stop.store(record.step == 3, Ordering::Relaxed));
+        train(&small(&parts, &more), vec![stopping], &stop).unwrap();
+        resume(&parts, &Resume::default(), Vec::new(), &NEVER).unwrap();
+        assert_same_run(&whole, &parts);
+        assert!(
+            bytes(&whole, "ema/diffusion_pytorch_model.safetensors")
+                == bytes(&parts, "ema/diffusion_pytorch_model.safetensors")
+        );
+        let validations = |run: &Path| std::fs::read_to_string(run.join("validation.jsonl")).unwrap();
+        assert_eq!(validations(&whole), validations(&parts), "{}", rule.name);
+    }
+}
+
+#[test]
+fn the_average_is_saved_as_a_model_and_sampled_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let more = ["step_scheduler.ckpt_every_steps=1", "checkpoint.max_recent_checkpoints=9", "ema.sigma_rel=0.28"];
+    train(&small(&run, &more), Vec::new(), &NEVER).unwrap();
+    // From the checkpoints of all steps: the share of what was before is (1 - 1 / t)^(gamma + 1), and 0.28 is a gamma of 0.169.
+    let gamma = 0.169_344_f64;
+    let width = ((gamma + 1.0) / ((gamma + 2.0).powi(2) * (gamma + 3.0))).sqrt();
+    assert!((width - 0.28).abs() < 1e-5, "{width}");
+    let load = |at: &Path| {
+        let model = flowtape_models::checkpoint::load(at, flowtape_engine::DType::F32, &Device::cpu()).unwrap();
+        model.params().iter().flat_map(|p| p.kept().unwrap().to_vec::<f64>().unwrap()).collect::<Vec<f64>>()
+    };
+    let mut average: Vec<f64> = Vec::new();
+    for step in 1..=5 {
+        let weights = load(&run.join(format!("checkpoints/step_00000{step}")));
+        let before = (1.0 - 1.0 / f64::from(step)).powf(gamma + 1.0);
+        let old = if step == 1 { weights.clone() } else { average };
+        average = old.iter().zip(&weights).map(|(old, new)| before * old + (1.0 - before) * new).collect();
+    }
+    let saved = load(&run.join("checkpoints/LATEST/ema"));
+    assert!(average.iter().zip(&saved).all(|(a, b)| (a - b).abs() < 1e-5), "the average is another");
+    let sample = |trained: Trained| trained.sample("a handwritten one", 1, 1, None).unwrap().pixels;
+    let (with, without) = (Trained::load(&run, None).unwrap(), Trained::load_raw(&run, None).unwrap());
+    assert!(sample(with) != sample(without));
+}
+
+#[test]
+fn validation_looks_at_the_same_thing_each_time_and_keeps_the_best() {
+    // No sample is in both parts; a validation changes nothing, and does not depend on the size of batches.
+    let with = |local: &str, held: &str| {
+        let settings = [
+            "ema.decay=0.5",
+            &format!("step_scheduler.local_batch_size={local}"),
+            &format!("validation.num_samples={held}"),
+        ];
+        own(&small(Path::new("unused"), &settings), pixels(40))
+    };
+    let (mut a, mut b) = (with("4", "20"), with("7", "20"));
+    let validate = |trainer: &mut Trainer| trainer.validate(&NEVER).unwrap().unwrap();
+    let (first, again, other) = (validate(&mut a), validate(&mut a), validate(&mut b));
+    assert_eq!(first, again);
+    assert!((first.raw.loss - other.raw.loss).abs() < 1e-5 * first.raw.loss, "{first:?} {other:?}");
+    // Each part of the timesteps has its share of the samples, and the whole is their mean; there is no other average yet.
+    let bins: Vec<f64> = first.raw.bins.iter().map(|bin| bin.unwrap()).collect();
+    assert!((bins.iter().sum::<f64>() / 10.0 - first.raw.loss).abs() < 1e-9 && first.ema == Some(first.raw.clone()));
+    a.step().unwrap();
+    assert!(validate(&mut a).ema != first.ema);
+    let too_many = small(Path::new("unused"), &["validation.num_samples=40"]);
+    let text = WordTable::new(&["a one", "a two"], too_many.data.text_dim);
+    let refused = Trainer::with_data(&Device::cpu(), &too_many, Data::of_pixels(Arc::new(pixels(40)), text));
+    assert!(refused.err().unwrap().to_string().contains("fewer than the 40 samples"));
+
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let more =
+        ["validation={num_samples: 8, every_steps: 1}", "checkpoint.max_recent_checkpoints=1", "optimizer.lr=0.3"];
+    let mut heard = Vec::new();
+    train(&small(&run, &more), listening(&mut heard), &NEVER).unwrap();
+    let text = std::fs::read_to_string(run.join("validation.jsonl")).unwrap();
+    let lines: Vec<Validated> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().map(|line| line.step).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    let best = lines.iter().min_by(|a, b| a.loss().total_cmp(&b.loss())).unwrap();
+    let marked = TrainProgress::read(&run.join("checkpoints/BEST")).unwrap();
+    assert_eq!((marked.step, marked.validation_loss), (best.step, Some(best.loss())));
 }
 
 /// Samples of which one is broken.

@@ -1,6 +1,8 @@
 //! Where samples come from.
 
 mod memory;
+mod nemo;
+mod part;
 
 use std::collections::BTreeMap;
 
@@ -9,6 +11,8 @@ use flowtape_engine::{Philox, Tensor};
 use crate::{Fingerprint, Result, TextEmbeddings};
 
 pub use memory::MemorySource;
+pub use nemo::NemoCache;
+pub use part::Part;
 
 /// What a sample shows, in host memory.
 #[derive(Clone, Debug)]
@@ -34,7 +38,7 @@ impl Media {
 pub enum Text {
     /// A caption: a [`TextEncoder`](crate::TextEncoder) makes embeddings of it.
     Caption(String),
-    /// Embeddings that were made before, each without the axis of samples; zeros stand for a dropped caption.
+    /// Embeddings that were made before, each without the axis of samples. Zeros stand for a dropped caption; its masks stay.
     Embeddings(TextEmbeddings),
 }
 
@@ -59,7 +63,7 @@ impl Sample {
 /// What is known of a sample before it is read.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SampleHeader {
-    /// Sizes of its media: `[C, H, W]` or `[C, F, H, W]`.
+    /// Sizes of its picture or video, `[C, H, W]` or `[C, F, H, W]` in pixels; those of its latents where nothing else is known.
     pub dims: Vec<usize>,
 }
 

@@ -148,6 +148,8 @@ pub enum Activation {
     GeluTanh,
     /// Exact GELU (`gelu`).
     Gelu,
+    /// x * sigmoid(1.702 x), CLIP's approximation of GELU (`quick_gelu`).
+    QuickGelu,
     /// x * sigmoid(x) (`linear-silu`).
     Silu,
     /// The first half times the exact GELU of the second (`geglu`).
@@ -177,6 +179,7 @@ impl Activation {
         match self {
             Self::GeluTanh => pointwise([x], |[x]| x.gelu_tanh()),
             Self::Gelu => pointwise([x], |[x]| x.gelu_erf()),
+            Self::QuickGelu => pointwise([x], |[x]| x * (x * 1.702).sigmoid()),
             Self::Silu => pointwise([x], |[x]| x.silu()),
             Self::Geglu => gated([0, 1], |gate| gate.gelu_erf()),
             Self::Swiglu => gated([0, 1], |gate| gate.silu()),

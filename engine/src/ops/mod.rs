@@ -9,6 +9,7 @@ pub mod matmul;
 pub mod modulate;
 pub mod norm;
 pub mod pointwise;
+pub mod position;
 pub mod reduce;
 pub mod resample;
 pub mod rope;
@@ -23,6 +24,7 @@ pub use matmul::linear;
 pub use modulate::{ModulatedNormBackward, ModulatedNormForward, modulate, modulated_layer_norm};
 pub use norm::{NormBackward, NormForward, layer_norm, rms_norm, softmax};
 pub use pointwise::{pointwise, pointwise_to};
+pub use position::relative_position_bias;
 pub use resample::{repeat_nearest, resize_linear};
 pub use rope::{NormRopeBackward, NormRopeForward, RopeLayout, rms_norm_rope, rope};
 
@@ -38,6 +40,7 @@ pub fn cases() -> impl Iterator<Item = &'static crate::gradcheck::Case> {
         modulate::CASES,
         norm::CASES,
         pointwise::CASES,
+        position::CASES,
         reduce::CASES,
         resample::CASES,
         rope::CASES,

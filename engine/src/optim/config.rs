@@ -215,7 +215,7 @@ mod tests {
         for (value, part) in [
             (json!({ "lrr": 1 }), "unknown field `lrr`, expected one of `name`, `lr`"),
             (json!({ "name": "sgd", "betas": [0.9, 0.9] }), "unknown field `betas`"),
-            (json!({ "name": "adam" }), "adamw or sgd"),
+            (json!({ "name": "adan" }), "adamw or adam or sgd"),
             (json!({ "eps": 0 }), "eps"),
             (json!({ "betas": [0.9, 1.0] }), "betas"),
             (json!({ "name": "sgd", "nesterov": true }), "nesterov"),

@@ -2,6 +2,7 @@
 
 mod clip;
 mod config;
+mod ema;
 mod loss_scale;
 mod optimizer;
 mod rules;
@@ -10,6 +11,7 @@ mod sinks;
 
 pub use clip::{Clipping, SquareSums, clip_grad_norm};
 pub use config::OptimizerConfig;
+pub use ema::{Ema, EmaConfig};
 pub use loss_scale::{LossScale, LossScaleConfig, LossScaleState};
 pub(crate) use optimizer::functions;
 pub use optimizer::{Optimizer, ParamGroup, Rates};

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::rules::{Operands, Rule};
+use super::rules::{Direction, Operands, Rule, Whole};
 use crate::expr::{Expr, Function};
 use crate::nn::{Param, Params};
-use crate::ops::pointwise::run_pointwise_each;
+use crate::ops::pointwise::{pointwise, run_pointwise_each};
 use crate::safetensors::{SafeTensors, save};
 use crate::{DType, Error, Gradients, Later, Result, Tensor, VarId};
 
@@ -73,6 +73,8 @@ struct State {
     steps: u64,
     /// In the order of [`Rule::slots`].
     slots: Vec<Tensor>,
+    /// In the order of [`Rule::whole_slots`].
+    whole: Vec<Tensor>,
 }
 
 /// An optimiser. It updates the wider copies of the parameters where there are such ([`Placement::with_master`]), and
@@ -156,12 +158,15 @@ struct Update {
     /// What is updated, its slots, and the rounded parameter where what is updated is a wider copy.
     outputs: Vec<Tensor>,
     rounding: bool,
+    /// In place of the step's coefficient where the gradient is a direction, which holds that already: 1, or NaN to gate.
+    gate: Option<Tensor>,
 }
 
 impl Update {
     /// Inputs (with the coefficient of clipping where there is one) and outputs.
     fn operands<'a>(&'a self, clip: Option<&'a Tensor>) -> (Vec<&'a Tensor>, Vec<&'a Tensor>) {
         let kept = &self.outputs[..self.outputs.len() - usize::from(self.rounding)];
+        let clip = clip.map(|clip| self.gate.as_ref().unwrap_or(clip));
         let inputs = kept[..1].iter().chain([&self.gradient]).chain(&kept[1..]).chain(clip);
         (inputs.collect(), self.outputs.iter().collect())
     }
@@ -205,7 +210,7 @@ impl Optimizer {
         let updates: Vec<Update> = params
             .iter()
             .filter_map(|param| Some((gradients.get(param.var()?)?, param)))
-            .filter_map(|(gradient, param)| self.prepare(param, gradient, rates, scalar).transpose())
+            .filter_map(|(gradient, param)| self.prepare(param, gradient, rates, (scalar, clip)).transpose())
             .collect::<Result<_>>()?;
         self.run(&updates, clip)
     }
@@ -231,7 +236,7 @@ impl Optimizer {
 
     /// One update of one parameter.
     pub(super) fn step_one(&mut self, param: &Param, gradient: &Tensor, rates: Rates) -> Result<()> {
-        match self.prepare(param, gradient, rates, 1.0)? {
+        match self.prepare(param, gradient, rates, (1.0, None))? {
             Some(update) => self.run(&[update], None),
             None => Ok(()),
         }
@@ -255,8 +260,15 @@ impl Optimizer {
         Err(Error::NonFinite { op: self.rule.name(), what: "the gradients' norm".into() })
     }
 
-    /// What an update of a parameter takes; nothing where it is frozen.
-    fn prepare(&mut self, param: &Param, gradient: &Tensor, rates: Rates, clip: f64) -> Result<Option<Update>> {
+    /// What an update of a parameter takes; nothing where it is frozen. `clip` is what the gradient is multiplied with: as far as
+    /// the host knows, and on the device.
+    fn prepare(
+        &mut self,
+        param: &Param,
+        gradient: &Tensor,
+        rates: Rates,
+        clip: (f64, Option<&Tensor>),
+    ) -> Result<Option<Update>> {
         let Some(var) = param.var() else { return Ok(None) };
         if gradient.dims() != param.dims() || !gradient.dtype().is_float() {
             let expected = format!("a float gradient of the shape of {}, {:?}", param.path(), param.dims());
@@ -268,18 +280,26 @@ impl Optimizer {
         let state = match self.state.entry(var) {
             Entry::Occupied(e) => e.into_mut(),
             Entry::Vacant(e) => {
-                let zeros = || Tensor::zeros(kept.dims(), kept.dtype(), kept.device());
-                let slots = self.rule.slots().iter().map(|_| zeros()).collect::<Result<_>>()?;
-                e.insert(State { steps: 0, slots })
+                let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, kept.device());
+                let slots =
+                    self.rule.slots().iter().map(|_| zeros(kept.dims(), kept.dtype())).collect::<Result<_>>()?;
+                let whole = self.rule.whole_slots(kept.dims());
+                let whole = whole.iter().map(|(_, dims)| zeros(dims, wide(&kept))).collect::<Result<_>>()?;
+                e.insert(State { steps: 0, slots, whole })
             }
         };
         state.steps += 1;
+        let (mut gradient, mut factor, mut gate) = (gradient.detach(), clip.0, None);
+        if !state.whole.is_empty() {
+            (gradient, gate) = direction(&*self.rule, &kept, &gradient, rates, clip, state)?;
+            factor = 1.0;
+        }
         let mut scalars = self.rule.scalars(rates, state.steps);
-        scalars.insert(0, clip);
+        scalars.insert(0, factor);
         let outputs = [kept].into_iter().chain(state.slots.iter().cloned());
         let rounding = master.is_some();
         let outputs: Vec<Tensor> = outputs.chain(master.map(|_| value)).collect();
-        Ok(Some(Update { scalars, gradient: gradient.clone(), outputs, rounding }))
+        Ok(Some(Update { scalars, gradient, outputs, rounding, gate }))
     }
 
     /// The rates of a parameter.
@@ -325,7 +345,8 @@ impl Optimizer {
             let name = p.path();
             let Some((var, state)) = p.var().and_then(|v| Some((v, self.state.get(&v)?))) else { continue };
             let steps = state.steps - u64::from(gated.is_some_and(|vars| vars.contains(&var)));
-            for (slot, value) in self.rule.slots().iter().zip(&state.slots) {
+            let whole = self.rule.whole_slots(p.dims()).into_iter().map(|(slot, _)| slot).zip(&state.whole);
+            for (slot, value) in self.rule.slots().iter().copied().zip(&state.slots).chain(whole) {
                 all.push((format!("{slot}.{name}"), value.clone()));
             }
             all.push((format!("{STEP}.{name}"), Tensor::from_slice(&[steps as f64], &[], p.device())?));
@@ -344,18 +365,24 @@ impl Optimizer {
             let (name, kept) = (p.path(), p.kept()?);
             let step = format!("{STEP}.{name}");
             let (Some(var), Some(_)) = (p.var(), file.dims(&step)) else { continue };
-            let slots = self.rule.slots().iter();
-            let slots = slots.map(|slot| file.get(&format!("{slot}.{name}"), p.device(), Some(kept.dtype())));
-            let slots = slots.collect::<Result<Vec<_>>>()?;
-            if let Some(wrong) = slots.iter().find(|value| value.dims() != p.dims()) {
-                mismatched.push(format!("{name} expected {:?}, got {:?}", p.dims(), wrong.dims()));
+            let read = |slot: &str, dtype| file.get(&format!("{slot}.{name}"), p.device(), Some(dtype));
+            let slots = self.rule.slots().iter().map(|slot| read(slot, kept.dtype())).collect::<Result<Vec<_>>>()?;
+            let wholes = self.rule.whole_slots(p.dims());
+            let whole = wholes.iter().map(|(slot, _)| read(slot, wide(&kept))).collect::<Result<Vec<_>>>()?;
+            let expected = slots.iter().map(|_| p.dims()).chain(wholes.iter().map(|(_, dims)| &dims[..]));
+            let both = expected.zip(slots.iter().chain(&whole));
+            if let Some((expected, wrong)) = both.into_iter().find(|(dims, value)| value.dims() != *dims) {
+                mismatched.push(format!("{name} expected {expected:?}, got {:?}", wrong.dims()));
             }
             let steps = file.get(&step, p.device(), Some(DType::F64))?.item()? as u64;
-            state.insert(var, State { steps, slots });
+            state.insert(var, State { steps, slots, whole });
         }
         let known = |key: &String| {
-            let slot = |kind: &str| kind == STEP || self.rule.slots().contains(&kind);
-            key.split_once('.').is_some_and(|(kind, name)| slot(kind) && params.get(name).is_some())
+            let Some((kind, param)) = key.split_once('.').and_then(|(kind, n)| Some((kind, params.get(n)?))) else {
+                return false;
+            };
+            let whole = || self.rule.whole_slots(param.dims()).iter().any(|(slot, _)| *slot == kind);
+            kind == STEP || self.rule.slots().contains(&kind) || whole()
         };
         let unexpected: Vec<String> = file.names().into_iter().filter(|n| !known(n)).collect();
         if mismatched.len() + unexpected.len() > 0 {
@@ -367,9 +394,50 @@ impl Optimizer {
 
     /// What is remembered of a parameter under a slot's name, if it was updated.
     pub fn slot(&self, parameter: &Param, name: &str) -> Option<&Tensor> {
-        let place = self.rule.slots().iter().position(|slot| *slot == name)?;
-        self.state.get(&parameter.var()?)?.slots.get(place)
+        let state = self.state.get(&parameter.var()?)?;
+        if let Some(place) = self.rule.slots().iter().position(|slot| *slot == name) {
+            return state.slots.get(place);
+        }
+        let place = self.rule.whole_slots(parameter.dims()).iter().position(|(slot, _)| *slot == name)?;
+        state.whole.get(place)
     }
+}
+
+/// The dtype of what rules for whole tensors compute in and remember.
+fn wide(kept: &Tensor) -> DType {
+    if kept.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// The direction that a rule makes of a gradient, and where the coefficient is on the device what gates it. The rule's whole slots
+/// are written, unless that coefficient is NaN.
+fn direction(
+    rule: &dyn Rule,
+    kept: &Tensor,
+    gradient: &Tensor,
+    rates: Rates,
+    (factor, clip): (f64, Option<&Tensor>),
+    state: &mut State,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let dtype = wide(kept);
+    let (parameter, gradient) = (kept.detach().to_dtype(dtype)?, gradient.to_dtype(dtype)?);
+    let clip = clip.map(|clip| clip.detach().reshape(&[])?.to_dtype(dtype)).transpose()?;
+    let gradient = match &clip {
+        Some(clip) => gradient.mul(clip)?,
+        None if factor == 1.0 => gradient,
+        None => gradient.mul_scalar(factor)?,
+    };
+    let whole = Whole { parameter: &parameter, gradient: &gradient, slots: &state.whole, rates, step: state.steps };
+    let Direction { direction, slots } = rule.direction(&whole)?;
+    for (old, new) in state.whole.iter().zip(slots) {
+        let new = match &clip {
+            Some(clip) => pointwise([clip, old, &new], |[clip, old, new]| clip.select_lt(f64::INFINITY, new, old))?,
+            None => new,
+        };
+        old.copy_from(&new)?;
+    }
+    // NaN times 0 is NaN.
+    let gate = clip.map(|clip| pointwise([&clip], |[clip]| clip * 0.0 + 1.0)).transpose()?;
+    Ok((direction, gate))
 }
 
 /// The name of the counts of updates in files.
@@ -388,20 +456,28 @@ pub(super) mod tests {
         rule: &R,
         mut formula: impl FnMut(i32, usize, f64, f64, Rates) -> f64,
     ) -> Result<()> {
+        follows_whole(rule, &[7], |t, p, g, rates| (0..7).map(|i| formula(t, i, p[i], g[i], rates)).collect())
+    }
+
+    /// The same for a parameter of these sizes, where the formula gets all elements at once.
+    pub(in crate::optim) fn follows_whole<R: Rule + Copy + 'static>(
+        rule: &R,
+        dims: &[usize],
+        mut formula: impl FnMut(i32, &[f64], &[f64], Rates) -> Vec<f64>,
+    ) -> Result<()> {
         let (cpu, folder) = (Device::cpu(), tempfile::tempdir().unwrap());
         let path = folder.path().join("state.safetensors");
         let builder = ParamBuilder::new(4, DType::F64, &cpu);
-        let (w, params) = (builder.get("w", &[7], Init::Normal { std: 1.0 })?, builder.params());
+        let (w, params) = (builder.get("w", dims, Init::Normal { std: 1.0 })?, builder.params());
         let clip = 0.5;
         let mut optimizer = Optimizer::new(*rule);
         let mut expected = w.value()?.to_vec::<f64>()?;
         let mut random = Philox::new(2);
         for t in 1..=4 {
             let rates = Rates { lr: 0.01 / f64::from(t), weight_decay: 0.1 };
-            let g = random.normal(&[7], &cpu)?.to_dtype(DType::F64)?;
-            for (i, g) in g.to_vec::<f64>()?.into_iter().enumerate() {
-                expected[i] = formula(t, i, expected[i], g * clip, rates);
-            }
+            let g = random.normal(dims, &cpu)?.to_dtype(DType::F64)?;
+            let clipped: Vec<f64> = g.to_vec::<f64>()?.iter().map(|g| g * clip).collect();
+            expected = formula(t, &expected, &clipped, rates);
             let mut gradients = Gradients::default();
             gradients.insert(w.var().unwrap(), g);
             let coefficient = Tensor::from_slice(&[clip], &[], &cpu)?;
@@ -414,7 +490,7 @@ pub(super) mod tests {
             optimizer.load(&params, &SafeTensors::open(&path)?)?;
         }
         let other = ParamBuilder::new(4, DType::F64, &cpu);
-        other.get("x", &[7], Init::Zeros)?;
+        other.get("x", dims, Init::Zeros)?;
         assert!(optimizer.load(&other.params(), &SafeTensors::open(&path)?).is_err());
         Ok(())
     }
@@ -466,7 +542,7 @@ pub(super) mod tests {
         let names: HashSet<&str> = RULES.iter().map(|entry| entry.name).collect();
         assert_eq!(names.len(), RULES.len());
         let error = |name: &str, config| RuleEntry::rule(name, config).unwrap_err().to_string();
-        assert!(error("adam", serde_json::json!({})).contains("adamw or sgd"));
+        assert!(error("adan", serde_json::json!({})).contains("adamw or adam or sgd"));
         assert!(error("sgd", serde_json::json!({ "betas": [0.9, 0.9] })).contains("momentum"));
         assert!(error("adamw", serde_json::json!({ "eps": 0.0 })).contains("eps"));
     }

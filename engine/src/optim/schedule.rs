@@ -143,6 +143,24 @@ impl LrScheduler {
         Ok(out)
     }
 
+    /// The configuration without open ends that gives this schedule.
+    pub fn config(&self) -> LrSchedulerConfig {
+        LrSchedulerConfig {
+            lr_decay_style: self.style,
+            lr_warmup_steps: Some(self.warmup_steps),
+            lr_decay_steps: Some(self.decay_steps),
+            init_lr: Some(self.init_lr),
+            max_lr: Some(self.max_lr),
+            min_lr: Some(self.min_lr),
+            start_wd: Some(self.wd.0),
+            end_wd: Some(self.wd.1),
+            wd_incr_steps: Some(self.wd_steps),
+            wd_incr_style: self.wd_style,
+            wsd_decay_steps: Some(self.wsd_steps).filter(|steps| *steps > 0),
+            lr_wsd_decay_style: self.wsd_style,
+        }
+    }
+
     /// The learning rate of a step, from 0.
     pub fn lr(&self, step: u64) -> f64 {
         let (s, warmup, end) = (step as f64, self.warmup_steps as f64, self.decay_steps as f64);
@@ -209,6 +227,17 @@ mod tests {
         for config in wrong {
             assert!(LrScheduler::new(&config, 1e-3, 0.1, 100).is_err(), "{config:?}");
         }
+    }
+
+    #[test]
+    fn a_schedule_that_is_written_out_is_the_same_in_a_longer_run() -> Result<()> {
+        for style in [DecayStyle::Constant, DecayStyle::Linear, DecayStyle::InverseSquareRoot, DecayStyle::Wsd] {
+            let wsd = Some(5).filter(|_| style == DecayStyle::Wsd);
+            let open = LrSchedulerConfig { lr_decay_style: style, wsd_decay_steps: wsd, ..Default::default() };
+            let schedule = LrScheduler::new(&open, 0.1, 0.2, 100)?;
+            assert_eq!(LrScheduler::new(&schedule.config(), 7.0, 7.0, 1000)?, schedule);
+        }
+        Ok(())
     }
 
     #[test]

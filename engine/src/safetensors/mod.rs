@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use safetensors::View;
-use safetensors::tensor::{Metadata, SafeTensorError, serialize_to_file};
+use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo, serialize_to_file};
 
 pub use sharded::{Rows, Shards, save_sharded};
 
@@ -92,20 +92,51 @@ impl SafeTensors {
     /// # Errors
     /// When there is none of that name, its dtype is not one of ours, or an integer is outside u32.
     pub fn get(&self, name: &str, device: &Device, dtype: Option<DType>) -> Result<Tensor> {
+        let (info, bytes) = self.stored(name)?;
+        let tensor = self.read(name, info.dtype, &info.shape, bytes, device)?;
+        dtype.map_or(Ok(tensor.clone()), |d| tensor.to_dtype(d))
+    }
+
+    /// A row of a tensor's first axis, without that axis; the rest of the file is not read.
+    ///
+    /// # Errors
+    /// When there is none of that name or number, or its dtype is not one of ours.
+    pub fn row(&self, name: &str, row: usize, device: &Device) -> Result<Tensor> {
+        let (info, bytes) = self.stored(name)?;
+        let Some((rows, dims)) = info.shape.split_first().filter(|(rows, _)| row < **rows) else {
+            let what = format!("{}: no row {row} of {:?}", printable(name), info.shape);
+            return Err(format_error(&self.path, what));
+        };
+        let width = bytes.len() / rows;
+        self.read(name, info.dtype, dims, &bytes[row * width..][..width], device)
+    }
+
+    /// What the header says of a tensor, and its bytes.
+    fn stored(&self, name: &str) -> Result<(&TensorInfo, &[u8])> {
         let Some(info) = self.metadata.info(name) else {
             return Err(format_error(&self.path, format!("no tensor {}", printable(name))));
         };
         let (from, to) = info.data_offsets;
-        let bytes = &self.map[self.start + from..self.start + to];
+        Ok((info, &self.map[self.start + from..self.start + to]))
+    }
+
+    fn read(
+        &self,
+        name: &str,
+        stored: safetensors::Dtype,
+        dims: &[usize],
+        bytes: &[u8],
+        device: &Device,
+    ) -> Result<Tensor> {
         use safetensors::Dtype as D;
         let shown = printable(name);
         let integers = |values: &mut dyn Iterator<Item = i64>| -> Result<Tensor> {
             let whole = values.map(u32::try_from).collect::<Result<Vec<u32>, _>>();
             let whole = whole.map_err(|_| format_error(&self.path, format!("{shown}: integers outside 0..2^32")))?;
-            Tensor::from_vec(whole, &info.shape, device)
+            Tensor::from_vec(whole, dims, device)
         };
-        let plain = |dtype| Tensor::from_bytes(bytes, &info.shape, dtype, device);
-        let tensor = match info.dtype {
+        let plain = |dtype| Tensor::from_bytes(bytes, dims, dtype, device);
+        match stored {
             D::F32 => plain(DType::F32),
             D::F64 => plain(DType::F64),
             D::F16 => plain(DType::F16),
@@ -115,8 +146,7 @@ impl SafeTensors {
             D::I32 => integers(&mut bytes.as_chunks().0.iter().map(|&b| i64::from(i32::from_le_bytes(b)))),
             D::I64 => integers(&mut bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b))),
             other => Err(format_error(&self.path, format!("{shown}: dtype {other:?} is not supported"))),
-        }?;
-        dtype.map_or(Ok(tensor.clone()), |d| tensor.to_dtype(d))
+        }
     }
 }
 
@@ -194,6 +224,9 @@ mod tests {
         let c = file.get("c", &cpu, Some(DType::F64))?;
         assert_eq!((c.dtype(), c.to_vec::<f64>()?[5]), (DType::F64, 6.0));
         assert!(file.get("d", &cpu, None).unwrap_err().to_string().contains("no tensor d"));
+        let row = file.row("c", 1, &cpu)?;
+        assert_eq!((row.dims(), row.dtype(), row.to_vec::<f32>()?), (&[3][..], DType::BF16, vec![4.0, 5.0, 6.0]));
+        assert!(file.row("c", 2, &cpu).unwrap_err().to_string().contains("no row 2 of [2, 3]"));
         Ok(())
     }
 

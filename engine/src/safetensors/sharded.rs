@@ -111,15 +111,25 @@ impl Shards {
     /// `module.`. A warning names it.
     #[must_use]
     pub fn without_known_prefix(mut self) -> Self {
-        let shared = |at: &BTreeMap<String, usize>| {
-            PREFIXES.into_iter().find(|prefix| !at.is_empty() && at.keys().all(|key| key.starts_with(prefix)))
-        };
-        while let Some(prefix) = shared(&self.at) {
-            self.at = self.at.into_iter().map(|(key, number)| (key[prefix.len()..].to_owned(), number)).collect();
-            self.prefix += prefix;
+        while let Some(prefix) = PREFIXES.into_iter().find(|prefix| self.all_begin_with(prefix)) {
+            self = self.without_prefix(prefix);
         }
         if !self.prefix.is_empty() {
             tracing::warn!("{}: every key begins with `{}`, which is passed over", self.path.display(), self.prefix);
+        }
+        self
+    }
+
+    fn all_begin_with(&self, prefix: &str) -> bool {
+        !self.at.is_empty() && self.at.keys().all(|key| key.starts_with(prefix))
+    }
+
+    /// The same without what stands before every key, where it does.
+    #[must_use]
+    pub fn without_prefix(mut self, prefix: &str) -> Self {
+        if self.all_begin_with(prefix) {
+            self.at = self.at.into_iter().map(|(key, number)| (key[prefix.len()..].to_owned(), number)).collect();
+            self.prefix += prefix;
         }
         self
     }

@@ -2,9 +2,12 @@
 
 pub mod digits;
 pub mod moving_digits;
+pub mod pictures;
 mod word_table;
 
 use std::sync::Arc;
+
+use flowtape_engine::Device;
 
 use crate::data::Data;
 use crate::hooks::{Hook, Preview};
@@ -13,17 +16,23 @@ use crate::{Recipe, Result};
 
 pub use word_table::WordTable;
 
-/// The data of a recipe.
+/// The data of a recipe. What encodes it runs on the device.
 ///
 /// # Errors
-/// When the embedded samples are damaged.
-pub fn data(config: &DataConfig) -> Result<Data> {
+/// When the embedded samples are damaged, or a folder's can't be encoded.
+pub fn data(config: &DataConfig, device: &Device) -> Result<Data> {
+    if let Some(folder) = &config.folder {
+        return folder.data(config.num_workers, device);
+    }
+    if let Some(cache) = &config.cache_dir {
+        return pictures::cached(cache, config.pipeline.as_deref(), device);
+    }
     let text = WordTable::new(&digits::CAPTIONS, config.text_dim);
     Ok(match (config.builtin, config.video) {
-        (SourceName::MovingDigits, Some(size)) => {
+        (Some(SourceName::MovingDigits), Some(size)) => {
             Data::of_pixels(Arc::new(moving_digits::MovingDigits::new(size)?), text)
         }
-        (SourceName::Digits | SourceName::MovingDigits, _) => {
+        _ => {
             let all = digits::Digits::load()?;
             let chosen = config.classes.as_ref().map_or(all.clone(), |classes| all.of_classes(classes));
             Data::of_pixels(Arc::new(chosen), text)
@@ -36,7 +45,11 @@ pub fn data(config: &DataConfig) -> Result<Data> {
 /// # Errors
 /// When the embedded samples are damaged.
 pub fn preview(recipe: &Recipe) -> Result<Preview> {
-    Ok(digits::preview(recipe)?)
+    match (&recipe.data.folder, &recipe.data.builtin) {
+        (Some(folder), _) => folder.preview(recipe),
+        (None, Some(_)) => Ok(digits::preview(recipe)?),
+        (None, None) => Ok(pictures::preview_of(recipe, recipe.sampling.prompts.clone())),
+    }
 }
 
 /// What judges the samples of a finished run, where the recipe asks for it.
@@ -45,5 +58,10 @@ pub fn preview(recipe: &Recipe) -> Result<Preview> {
 /// When the embedded samples are damaged.
 pub fn report(recipe: &Recipe) -> Result<Option<Box<dyn Hook>>> {
     let Some(config) = &recipe.report else { return Ok(None) };
-    Ok(Some(Box::new(digits::DigitsReport::new(recipe, config)?)))
+    Ok(match (&recipe.data.folder, &recipe.data.builtin) {
+        (Some(folder), _) => Some(Box::new(pictures::PictureReport::new(folder, config))),
+        (None, Some(_)) => Some(Box::new(digits::DigitsReport::new(recipe, config)?)),
+        // Of a cache the pictures are not at hand.
+        (None, None) => None,
+    })
 }

@@ -2,20 +2,35 @@
 
 use super::{Event, Hook, due};
 use crate::Result;
+use crate::state::TrainProgress;
 use crate::train::Session;
 
-/// Saves every so many steps and when there are no more.
+/// Saves every so many steps and when there are no more; and the best by validation loss, where the run validates.
 #[derive(Debug)]
 pub struct Checkpoint {
     every: u64,
     /// The step of the newest one; there is none of step 0.
     saved: u64,
+    /// The least validation loss so far.
+    best: Option<f64>,
 }
 
 impl Checkpoint {
     /// Steps between checkpoints; 0 for one at the end alone.
     pub fn new(every: u64) -> Self {
-        Self { every, saved: 0 }
+        Self { every, saved: 0, best: None }
+    }
+
+    /// Saves, if that was not done after this step.
+    fn save(&mut self, run: &mut Session<'_>) -> Result<()> {
+        let step = run.trainer().state().progress.step;
+        if step > self.saved {
+            run.emit(Event::Busy("saving a checkpoint"))?;
+            run.folder().save(run.trainer())?;
+            self.saved = step;
+            run.emit(Event::Saved(step))?;
+        }
+        Ok(())
     }
 }
 
@@ -25,19 +40,22 @@ impl Hook for Checkpoint {
     }
 
     fn on(&mut self, event: &Event<'_>, run: &mut Session<'_>) -> Result<()> {
-        let step = run.trainer().state().progress.step;
         match event {
-            Event::Begin(begin) => self.saved = begin.from,
-            Event::Step(record) if self.needs_state(record.step) => {}
-            Event::Stopped(_) => {}
-            _ => return Ok(()),
+            Event::Begin(begin) => {
+                self.saved = begin.from;
+                // Where it was taken away, the next one is the best.
+                let best = run.folder().checkpoints().best()?.and_then(|best| TrainProgress::read(&best).ok());
+                self.best = best.and_then(|progress| progress.validation_loss);
+                Ok(())
+            }
+            Event::Validated(validated) if self.best.is_none_or(|best| validated.loss() < best) => {
+                self.save(run)?;
+                self.best = Some(validated.loss());
+                run.folder().checkpoints().mark_best(validated.step)
+            }
+            Event::Step(record) if self.needs_state(record.step) => self.save(run),
+            Event::Stopped(_) => self.save(run),
+            _ => Ok(()),
         }
-        if step > self.saved {
-            run.emit(Event::Busy("saving a checkpoint"))?;
-            run.folder().save(run.trainer())?;
-            self.saved = step;
-            run.emit(Event::Saved(step))?;
-        }
-        Ok(())
     }
 }

@@ -2,15 +2,18 @@
 
 mod checkpoint;
 mod preview;
+mod validate;
 
 use std::path::Path;
 
 use crate::Result;
 use crate::train::Session;
 use crate::trainer::StepRecord;
+use crate::validation::Validated;
 
 pub use checkpoint::Checkpoint;
 pub use preview::Preview;
+pub use validate::Validate;
 
 /// Something that happened in a run.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +25,8 @@ pub enum Event<'a> {
     Step(&'a StepRecord),
     /// Something begins that takes its time, such as "sampling a grid".
     Busy(&'a str),
+    /// Held-out samples were looked at.
+    Validated(&'a Validated),
     /// A picture of samples was written.
     Preview(&'a Path),
     /// A checkpoint of this step was written.

@@ -11,7 +11,7 @@ use crate::train::Session;
 pub struct Preview {
     /// Steps between grids; 0 for one at the end alone.
     pub every: u64,
-    /// What is shown, row by row.
+    /// What is shown, row by row; no grids where it is nothing.
     pub prompts: Vec<String>,
     /// Samples side by side.
     pub columns: usize,
@@ -24,6 +24,9 @@ pub struct Preview {
 
 impl Preview {
     fn grids(&self, run: &mut Session<'_>) -> Result<()> {
+        if self.prompts.is_empty() {
+            return Ok(());
+        }
         run.emit(Event::Busy("sampling a grid"))?;
         let prompts: Vec<&str> = self.prompts.iter().map(String::as_str).collect();
         let kinds = [("", None), ("_i2v", self.first_frames.as_deref())];

@@ -2,6 +2,8 @@
 
 mod loss_curve;
 mod metrics;
+mod validation;
 
 pub use loss_curve::LossCurve;
 pub use metrics::Metrics;
+pub use validation::Validations;

@@ -1,6 +1,5 @@
 //! What no single value of a recipe shows.
 
-use flowtape_engine::optim::LrScheduler;
 use flowtape_models::requirements::SampleSizes;
 use flowtape_models::{Condition, ModelKind};
 
@@ -22,6 +21,8 @@ impl Recipe {
             clean(&["name"]).then(|| self.name_problems()),
             clean(&["step_scheduler"]).then(|| self.step_scheduler.problems()),
             clean(&["loss_scale"]).then(|| self.loss_scale.check().err().map(|e| e.to_string()).into_iter().collect()),
+            clean(&["ema"])
+                .then(|| self.ema.and_then(|ema| ema.check().err()).map(|e| e.to_string()).into_iter().collect()),
             clean(&["lr_scheduler", "optimizer", "step_scheduler"]).then(|| self.schedule_problems()),
             clean(&["data"]).then(|| self.data.problems()),
             clean(&["peft", "model"]).then(|| self.peft_problems(own_data)),
@@ -46,13 +47,11 @@ impl Recipe {
     }
 
     fn schedule_problems(&self) -> Vec<String> {
-        let Some(config) = &self.lr_scheduler else { return Vec::new() };
         // Epochs are counted when the data is there.
         if self.step_scheduler.max_steps == 0 {
             return Vec::new();
         }
-        let made =
-            LrScheduler::new(config, self.optimizer.lr, self.optimizer.weight_decay, self.step_scheduler.max_steps);
+        let made = self.schedule();
         made.err().map(|error| error.to_string()).into_iter().collect()
     }
 
@@ -88,6 +87,10 @@ impl Recipe {
     fn model_problems(&self) -> Vec<String> {
         let Ok(kind) = ModelKind::of_adapter(&self.flow_matching.adapter_type) else { return Vec::new() };
         let DataConfig { video, text_dim, .. } = &self.data;
+        // Sizes of encoded samples are known when they are there.
+        if self.data.builtin.is_none() {
+            return Vec::new();
+        }
         let latents = video.map_or(vec![1, SIDE, SIDE], |v| vec![1, v.frames, v.height, v.width]);
         let widths = ["text_embeddings", "text_embeddings_2", "pooled_prompt_embeds"]
             .map(|tensor| (tensor, "data.text_dim", *text_dim));

@@ -20,15 +20,16 @@ mod yaml;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use flowtape_data::Fingerprint;
-use flowtape_engine::optim::{LossScaleConfig, LrSchedulerConfig, OptimizerConfig};
+use flowtape_engine::optim::{DecayStyle, EmaConfig, LossScaleConfig, LrScheduler, LrSchedulerConfig, OptimizerConfig};
 use flowtape_flowmatch::FlowMatchingConfig;
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde::{Deserialize, Serialize};
 
 use self::node::Node;
+use crate::checkpoints::CheckpointConfig;
 use crate::error::io;
+use crate::validation::ValidationConfig;
 use crate::{Error, Result};
 
 pub use self::data::{DataConfig, SourceName};
@@ -87,6 +88,15 @@ pub struct Recipe {
     pub loss_scale: LossScaleConfig,
     /// How long, in which batches.
     pub step_scheduler: StepScheduler,
+    /// The average of the weights that is kept, saved and sampled with; none if the section is absent.
+    #[serde(default)]
+    pub ema: Option<EmaConfig>,
+    /// Validation; none if the section is absent.
+    #[serde(default)]
+    pub validation: Option<ValidationConfig>,
+    /// Which checkpoints are kept.
+    #[serde(default)]
+    pub checkpoint: CheckpointConfig,
     /// What is traded for time.
     #[serde(default)]
     pub performance: Performance,
@@ -137,9 +147,16 @@ impl Recipe {
     /// When the file can't be read, or for everything that is wrong with it: keys that are unknown (with the nearest one) or
     /// missing, values that do not fit, settings that are malformed.
     pub fn load(path: &Path, settings: &[String]) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(io(path))?;
+        Self::from_yaml(path, &std::fs::read(path).map_err(io(path))?, settings)
+    }
+
+    /// The same from the content of a file; errors name it `path`.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn from_yaml(path: &Path, bytes: &[u8], settings: &[String]) -> Result<Self> {
         let refused = |problems| Error::Recipe { path: path.into(), problems };
-        let text = yaml::decode(&bytes).map_err(|problem| refused(vec![problem]))?;
+        let text = yaml::decode(bytes).map_err(|problem| refused(vec![problem]))?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
         let (recipe, without_effect) = Self::parse(text, settings, &name).map_err(refused)?;
         if !without_effect.is_empty() {
@@ -198,15 +215,44 @@ impl Recipe {
         self.step_scheduler.global_batch_size()
     }
 
-    /// Of everything that says what is trained: not of where it runs, nor of where it is kept.
-    pub fn fingerprint(&self) -> Fingerprint {
-        let what = Self { run_dir: None, device: String::new(), ..self.clone() };
-        Fingerprint::of(what.to_yaml().as_bytes())
+    /// Samples that are held out.
+    pub fn held_out(&self) -> usize {
+        self.validation.as_ref().map_or(0, |validation| validation.num_samples)
+    }
+
+    /// Learning rate and weight decay by step.
+    ///
+    /// # Errors
+    /// When the section does not fit.
+    pub fn schedule(&self) -> flowtape_engine::Result<LrScheduler> {
+        let constant = LrSchedulerConfig {
+            lr_decay_style: DecayStyle::Constant,
+            lr_warmup_steps: Some(0),
+            ..LrSchedulerConfig::default()
+        };
+        let OptimizerConfig { lr, weight_decay, .. } = self.optimizer;
+        let config = self.lr_scheduler.as_ref().unwrap_or(&constant);
+        LrScheduler::new(config, lr, weight_decay, self.step_scheduler.max_steps)
+    }
+
+    /// With what a recipe may leave open as it is used: a run that is made longer later keeps its schedule.
+    fn resolved(&self) -> Self {
+        let mut out = self.clone();
+        out.step_scheduler.global_batch_size = Some(self.global_batch_size());
+        if let (Some(config), Ok(schedule)) = (&mut out.lr_scheduler, self.schedule()) {
+            *config = schedule.config();
+        }
+        out
     }
 
     /// The resolved recipe as YAML.
     pub fn to_yaml(&self) -> String {
-        serde_saphyr::to_string(self).unwrap_or_default()
+        serde_saphyr::to_string(&self.resolved()).unwrap_or_default()
+    }
+
+    /// The resolved recipe as an object.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::to_value(self.resolved()).unwrap_or_default()
     }
 }
 

@@ -13,15 +13,24 @@ pub struct SamplingConfig {
     #[schemars(range(min = 1, max = 10_000))]
     pub num_inference_steps: usize,
     /// Scale of classifier-free guidance; 1 for none.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(range(max = 1000), extend("exclusiveMinimum" = 0))]
     pub guidance_scale: f64,
+    /// What grids show, row by row; some of the captions if nothing is named. The digits have grids of their own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub prompts: Vec<String>,
     /// Whether grids and the report also show videos that go on from a given first frame.
     pub image_to_video: bool,
 }
 
 impl Default for SamplingConfig {
     fn default() -> Self {
-        Self { every_steps: 0, num_inference_steps: 20, guidance_scale: 2.0, image_to_video: false }
+        Self {
+            every_steps: 0,
+            num_inference_steps: 20,
+            guidance_scale: 2.0,
+            prompts: Vec::new(),
+            image_to_video: false,
+        }
     }
 }
 

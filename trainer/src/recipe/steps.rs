@@ -69,13 +69,14 @@ impl StepScheduler {
     #[must_use]
     pub fn resolved(&self, samples: usize, drop_last: bool) -> Self {
         let Some(epochs) = self.num_epochs else { return self.clone() };
-        let (local, parts) = (self.local_batch_size.max(1), self.micro_batches());
-        let batches = if drop_last {
-            epochs.saturating_mul((samples / local) as u64)
-        } else {
-            epochs.saturating_mul(samples as u64).div_ceil(local as u64)
-        };
-        let steps = batches.div_ceil(parts as u64).max(1);
+        let (samples, local) = (samples as u64, self.local_batch_size.max(1) as u64);
+        // Each epoch begins so many batches, or one more; its last group may be smaller.
+        let fewer = samples / local;
+        let all = if drop_last { epochs.saturating_mul(fewer) } else { epochs.saturating_mul(samples).div_ceil(local) };
+        let longer = all - epochs.saturating_mul(fewer).min(all);
+        let groups = |batches: u64| batches.div_ceil(self.micro_batches() as u64);
+        let shorter = (epochs - longer.min(epochs)).saturating_mul(groups(fewer));
+        let steps = shorter.saturating_add(longer.saturating_mul(groups(fewer + 1))).max(1);
         let max_steps = if self.max_steps == 0 { steps } else { self.max_steps.min(steps) };
         Self { max_steps, ..self.clone() }
     }

@@ -32,12 +32,12 @@ fn a_recipe_chooses_any_rule() {
     let recipe = parse(DIGITS, &set).unwrap();
     let text = recipe.to_yaml();
     assert!(text.contains("name: sgd") && text.contains("momentum: 0.9") && text.contains("nesterov: false"), "{text}");
-    assert_eq!(parse(&text, &[]).unwrap(), recipe);
+    assert_eq!(parse(&text, &[]).unwrap(), recipe.resolved());
     assert_eq!(recipe.optimizer.groups.len(), 1);
 }
 
 #[test]
-fn the_resolved_recipe_is_the_same_recipe() {
+fn the_resolved_recipe_is_the_same_recipe_with_the_values_that_are_used() {
     let awkward = [
         "name='1e3'",
         "run_dir='null'",
@@ -51,9 +51,17 @@ fn the_resolved_recipe_is_the_same_recipe() {
     for set in [&[][..], &awkward] {
         let recipe = parse(DIGITS, set).unwrap();
         let text = recipe.to_yaml();
-        assert_eq!(parse(&text, &[]).unwrap_or_else(|e| panic!("{e}\n{text}")), recipe, "{text}");
+        assert_eq!(parse(&text, &[]).unwrap_or_else(|e| panic!("{e}\n{text}")), recipe.resolved(), "{text}");
         assert_eq!(Recipe::from_json(serde_json::to_value(&recipe).unwrap()).unwrap(), recipe);
+        assert_eq!(Recipe::from_json(recipe.to_json()).unwrap().to_yaml(), text);
     }
+    let recipe = parse(DIGITS, &[]).unwrap();
+    let lr = recipe.resolved().lr_scheduler.unwrap();
+    assert_eq!((lr.lr_warmup_steps, lr.lr_decay_steps, lr.min_lr), (Some(100), Some(1000), Some(1e-5)));
+    assert_eq!(recipe.resolved().step_scheduler.global_batch_size, Some(64));
+    // Made longer, it keeps its schedule.
+    let longer = parse(&recipe.to_yaml(), &["step_scheduler.max_steps=5000"]).unwrap();
+    assert_eq!(longer.schedule().unwrap(), recipe.schedule().unwrap());
 }
 
 #[test]
@@ -119,7 +127,11 @@ fn errors_say_what_is_expected() {
         ("optimizer.lr.x=1", "`x` is inside a value, not a section"),
         ("optimizer.lr=-1", "optimizer.lr: expected a number above 0"),
         ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; there is"),
-        ("optimizer.name=adam", "optimizer.name: expected one of adamw, sgd"),
+        ("optimizer.name=adan", "optimizer.name: expected one of adamw, adam, sgd, lion, adafactor, came, muon"),
+        ("ema={decay: 1.0}", "ema: expected either decay"),
+        ("ema={decay: 0.9, sigma_rel: 0.1}", "ema: expected either decay"),
+        ("validation={num_samples: 0}", "validation.num_samples: expected"),
+        ("checkpoint.max_recent_checkpoints=0", "checkpoint.max_recent_checkpoints: expected"),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected a list of 2, got a list"),
         ("optimizer.betas=[0.9, 1]", "betas"),
         ("optimizer=", "expected a value"),

@@ -1,8 +1,13 @@
 //! Update rules, a file each.
 
+mod adafactor;
+mod adam;
 mod adamw;
+mod came;
 mod lion;
+mod muon;
 mod sgd;
+mod whole;
 
 use std::fmt::Debug;
 
@@ -10,19 +15,22 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+pub use self::adafactor::Adafactor;
+pub use self::adam::Adam;
 pub use self::adamw::AdamW;
+pub use self::came::Came;
 pub use self::lion::Lion;
+pub use self::muon::{AdjustLr, Muon};
 pub use self::sgd::Sgd;
 use super::Rates;
 use crate::expr::Expr;
-use crate::{Error, Result};
+use crate::{Error, Result, Tensor};
 
 /// How an optimiser updates one parameter: what it remembers, and the new values as a pointwise program. All else (groups,
 /// wider copies, files, launches over many tensors, gating, stepping in backward) is [`Optimizer`]'s, the same for all rules.
 ///
-/// A rule that mixes elements, such as Muon's orthogonalised momentum, would add a method here that makes the direction of a
-/// step from the gradient and the slots by matrix products (`None` by default), which [`Optimizer`] asks before it runs the
-/// program: the program's gradient is then that direction.
+/// A rule that mixes elements, such as Muon's orthogonalised momentum, also has [`Rule::whole_slots`]: then [`Rule::direction`]
+/// makes the direction of a step by operations on whole tensors, and the program's gradient is that direction.
 ///
 /// [`Optimizer`]: super::Optimizer
 pub trait Rule: Debug + Send + Sync {
@@ -40,11 +48,50 @@ pub trait Rule: Debug + Send + Sync {
     /// The new value of the parameter, then those of the slots, in their order.
     fn update<'a>(&self, x: &Operands<'a, '_>) -> Vec<Expr<'a>>;
 
+    /// What it remembers of a parameter of these sizes beside the slots: names and sizes of tensors in f32 (f64 for parameters in
+    /// f64), zero at first. None for rules that are pointwise programs alone.
+    fn whole_slots(&self, dims: &[usize]) -> Vec<(&'static str, Vec<usize>)> {
+        let _ = dims;
+        Vec::new()
+    }
+
+    /// The direction of a step, where there are whole slots.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn direction(&self, x: &Whole<'_>) -> Result<Direction> {
+        Ok(Direction { direction: x.gradient.clone(), slots: x.slots.to_vec() })
+    }
+
     /// Checks the configuration.
     ///
     /// # Errors
     /// When a value is outside its range.
     fn check(&self) -> Result<()>;
+}
+
+/// What a rule that mixes elements is given of a parameter. All tensors are in f32, or f64 for a parameter in f64.
+#[derive(Clone, Copy, Debug)]
+pub struct Whole<'a> {
+    /// The parameter, or its wider copy.
+    pub parameter: &'a Tensor,
+    /// Its gradient, clipped already.
+    pub gradient: &'a Tensor,
+    /// In the order of [`Rule::whole_slots`].
+    pub slots: &'a [Tensor],
+    /// The rates of the step.
+    pub rates: Rates,
+    /// Updates of the parameter with this one, from 1.
+    pub step: u64,
+}
+
+/// What such a rule makes of it.
+#[derive(Clone, Debug)]
+pub struct Direction {
+    /// The gradient of [`Rule::update`], in the parameter's shape.
+    pub direction: Tensor,
+    /// The new values of the whole slots, in their order.
+    pub slots: Vec<Tensor>,
 }
 
 /// What an update computes with, for one element.
@@ -83,8 +130,15 @@ pub struct RuleEntry {
 }
 
 /// All rules.
-pub const RULES: &[RuleEntry] =
-    &[RuleEntry::of::<AdamW>("adamw"), RuleEntry::of::<Sgd>("sgd"), RuleEntry::of::<Lion>("lion")];
+pub const RULES: &[RuleEntry] = &[
+    RuleEntry::of::<AdamW>("adamw"),
+    RuleEntry::of::<Adam>("adam"),
+    RuleEntry::of::<Sgd>("sgd"),
+    RuleEntry::of::<Lion>("lion"),
+    RuleEntry::of::<Adafactor>("adafactor"),
+    RuleEntry::of::<Came>("came"),
+    RuleEntry::of::<Muon>("muon"),
+];
 
 impl RuleEntry {
     const fn of<R: Rule + Serialize + DeserializeOwned + 'static>(name: &'static str) -> Self {

@@ -1,0 +1,91 @@
+//! `flowtape preprocess`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use flowtape_data::Buckets;
+use flowtape_data::preprocess::{Preprocessed, Progress};
+use flowtape_engine::cpu::awake;
+use flowtape_trainer::builtin::pictures::FolderConfig;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::signals::Stop;
+use crate::terminal::{note, say};
+
+/// What to encode, and with what.
+#[derive(Args)]
+pub struct Preprocess {
+    /// A folder of pictures with captions: in metadata.jsonl, or in .txt files of their names.
+    folder: PathBuf,
+    /// A diffusers pipeline, of which the autoencoder and the text encoders are loaded.
+    #[arg(long, value_name = "PIPELINE")]
+    model: PathBuf,
+    /// The cache to make or go on with.
+    #[arg(long, value_name = "CACHE")]
+    out: PathBuf,
+    /// The most pixels of a picture.
+    #[arg(long, default_value_t = Buckets::MAX_PIXELS)]
+    max_pixels: usize,
+    /// The step between sides of pictures.
+    #[arg(long, default_value_t = Buckets::QUANTIZATION)]
+    quantization: usize,
+    /// Red,green,blue of what shows through where a picture is transparent, such as 255,255,255.
+    #[arg(long, value_delimiter = ',', value_name = "R,G,B", default_value = "255,255,255")]
+    background: Vec<u8>,
+    /// Threads that read and resize.
+    #[arg(long, default_value_t = 2)]
+    workers: usize,
+    /// Where to encode; see `flowtape devices`.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+/// Encodes, and prints what it came to.
+pub fn run(args: &Preprocess) -> Result<ExitCode> {
+    let Ok(background) = <[u8; 3]>::try_from(&args.background[..]) else {
+        bail!("--background: expected three numbers, such as 255,255,255");
+    };
+    let config = FolderConfig {
+        path: args.folder.clone(),
+        include: Vec::new(),
+        pipeline: args.model.clone(),
+        cache_dir: args.out.clone(),
+        max_pixels: args.max_pixels,
+        quantization: args.quantization,
+        background,
+    };
+    let stop = Stop::listen().context("listening for Ctrl-C")?;
+    let done = prepare(&config, args.workers, &args.device, &stop)?;
+    say!("{}", args.out.display());
+    say!("{} samples, {} of them encoded now", done.keys.len(), done.encoded);
+    Ok(if stop.asked().load(Ordering::Relaxed) { stop.exit_code() } else { ExitCode::SUCCESS })
+}
+
+/// Encodes what a cache lacks, with a progress bar where there is something to do.
+pub fn prepare(config: &FolderConfig, workers: usize, device: &str, stop: &Stop) -> Result<Preprocessed> {
+    // There is nothing to save that is not saved already: the first signal ends it after the samples under way.
+    stop.run_begins();
+    let device = flowtape_gpu::device(device)?;
+    let started = Instant::now();
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("encoding {bar:30} {pos}/{len}  {per_sec}  ETA {eta}") {
+        bar.set_style(style);
+    }
+    let mut show = |at: Progress| {
+        bar.set_length(at.total as u64);
+        bar.set_position(at.done as u64);
+    };
+    let done = awake(&device, || config.prepare(workers, &device, stop.asked(), &mut show));
+    bar.finish_and_clear();
+    let done = done?;
+    if done.encoded > 0 {
+        let seconds = started.elapsed().as_secs_f64();
+        let speed = done.encoded as f64 / seconds;
+        note!("{} of {} samples encoded in {seconds:.1} s, {speed:.1} a second", done.encoded, done.keys.len());
+    }
+    Ok(done)
+}

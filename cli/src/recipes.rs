@@ -1,0 +1,94 @@
+//! The recipes that come with the binary, so that it trains wherever it is installed.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use flowtape_trainer::Recipe;
+
+use crate::terminal::{delivered, out, say};
+
+/// All of `recipes/`, by the names of its files.
+const RECIPES: &[(&str, &str)] = &[
+    ("digits", include_str!("../../recipes/digits.yaml")),
+    ("digits_lora", include_str!("../../recipes/digits_lora.yaml")),
+    ("digits_no_sevens", include_str!("../../recipes/digits_no_sevens.yaml")),
+    ("moving_digits_hunyuan", include_str!("../../recipes/moving_digits_hunyuan.yaml")),
+    ("moving_digits_wan", include_str!("../../recipes/moving_digits_wan.yaml")),
+];
+
+/// Which to show.
+#[derive(Args)]
+pub struct Recipes {
+    /// Print this one, to be kept in a file and changed.
+    name: Option<String>,
+}
+
+/// Lists the recipes of the binary, or prints one.
+pub fn run(args: &Recipes) -> Result<ExitCode> {
+    match &args.name {
+        Some(name) => match embedded(name) {
+            Some(text) => out(format_args!("{text}")),
+            None => bail!("{name}: not one of the recipes {}", names()),
+        },
+        None => {
+            for (name, text) in RECIPES {
+                say!("{name:<24}{}", about(text));
+            }
+            say!("\ntrain one with `flowtape train NAME`; `flowtape recipes NAME` prints it");
+        }
+    }
+    delivered()
+}
+
+/// A recipe from a file, or by the name of one of the binary's.
+pub fn load(named: &Path, set: &[String]) -> Result<Recipe> {
+    match named.to_str().and_then(embedded) {
+        Some(text) if !named.exists() => Ok(Recipe::from_yaml(named, text.as_bytes(), set)?),
+        _ if named.extension().is_none() && !named.exists() => {
+            bail!("{}: neither a file nor one of the recipes {}", named.display(), names())
+        }
+        _ => Ok(Recipe::load(named, set)?),
+    }
+}
+
+fn embedded(name: &str) -> Option<&'static str> {
+    RECIPES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+}
+
+fn names() -> String {
+    RECIPES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
+/// The first sentence of the comment that a recipe begins with.
+fn about(text: &str) -> String {
+    let lines = text.lines().map_while(|line| line.strip_prefix("# "));
+    let comment = lines.collect::<Vec<_>>().join(" ");
+    comment.split_inclusive(['.', ':']).next().unwrap_or_default().trim_end_matches([':', '.']).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_binary_has_all_of_the_folder() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes");
+        let mut files: Vec<String> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
+            .collect();
+        files.sort();
+        assert_eq!(RECIPES.iter().map(|(name, _)| *name).collect::<Vec<_>>(), files);
+        for (name, text) in RECIPES {
+            assert!(!about(text).is_empty(), "{name} begins with a comment that says what it is");
+            // One that goes on from another's run says so.
+            if let Err(error) = load(Path::new(name), &[]) {
+                assert!(error.to_string().contains("model.pretrained_model_name_or_path: runs/"), "{name}: {error}");
+            }
+        }
+        assert!(load(Path::new("digit"), &[]).unwrap_err().to_string().contains("digits, digits_lora"));
+        assert!(load(Path::new("no/digits.yaml"), &[]).is_err());
+    }
+}

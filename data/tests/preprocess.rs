@@ -1,0 +1,92 @@
+//! A folder of the project's own pictures through its pipeline, into a cache.
+#![allow(clippy::unwrap_used, clippy::panic)] // a test
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use flowtape_data::media::{FolderOptions, list_pictures};
+use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress};
+use flowtape_data::{CacheSource, LatentCodec, Media, Source, Text, VaeCodec};
+use flowtape_engine::{Device, Philox};
+use flowtape_models::pipeline::PipelineFolder;
+
+fn emoji() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("emoji")
+}
+
+/// The lines of the metadata for these files.
+fn metadata(names: &[&str]) -> String {
+    let all = std::fs::read_to_string(emoji().join("pictures/food/metadata.jsonl")).unwrap();
+    let named = |line: &&str| names.iter().any(|name| line.contains(&format!("\"{name}\"")));
+    all.lines().filter(named).map(|line| format!("{line}\n")).collect()
+}
+
+/// A folder with some of the emoji.
+fn pictures(names: &[&str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for name in names {
+        std::fs::copy(emoji().join("pictures/food").join(name), folder.path().join(name)).unwrap();
+    }
+    std::fs::write(folder.path().join("metadata.jsonl"), metadata(names)).unwrap();
+    folder
+}
+
+fn run(folder: &Path, cache: &Path, workers: usize, max_pixels: usize) -> flowtape_data::Result<Preprocessed> {
+    let pipeline = PipelineFolder::open(&emoji().join("pipeline"))?;
+    let preprocess =
+        Preprocess { pipeline, pictures: PictureOptions { max_pixels, ..PictureOptions::default() }, workers };
+    let items = list_pictures(folder, &FolderOptions::default())?;
+    let mut last = Progress::default();
+    let done = preprocess.run(&items, cache, &Device::cpu(), &AtomicBool::new(false), &mut |at| last = at)?;
+    assert_eq!(last, Progress { done: items.len(), total: items.len() });
+    Ok(done)
+}
+
+#[test]
+fn what_is_cached_is_skipped_and_what_changed_is_encoded() {
+    let folder = pictures(&["apple.png", "avocado.png", "bacon.png"]);
+    let cache = tempfile::tempdir().unwrap();
+    let first = run(folder.path(), cache.path(), 2, 4096).unwrap();
+    assert_eq!((first.keys.len(), first.encoded, first.failed.len()), (3, 3, 0));
+    let source = CacheSource::open(cache.path()).unwrap().select(&first.keys).unwrap();
+    assert_eq!(source.header(0).unwrap().dims, [3, 64, 64]);
+    assert!(source.caption(0).unwrap().contains("red apple"), "{}", source.caption(0).unwrap());
+    let sample = source.read(0, &mut Philox::new(0)).unwrap();
+    let (Media::Latents(latents), Text::Embeddings(text)) = (&sample.media, &sample.text) else { panic!("encoded") };
+    assert_eq!(latents.dims(), [16, 8, 8]);
+    assert_eq!(
+        (text.tensors["text_embeddings"].dims(), text.tensors["pooled_prompt_embeds"].dims()),
+        (&[32, 128][..], &[96][..])
+    );
+    // What the autoencoder makes of the latents is near the picture: 26 dB over all of them, says their description.
+    let pipeline = PipelineFolder::open(&emoji().join("pipeline")).unwrap();
+    let decoded = VaeCodec::load(&pipeline, &Device::cpu()).unwrap().decode(&latents.unsqueeze(0).unwrap()).unwrap();
+    let picture = flowtape_data::media::read_picture(&folder.path().join("apple.png"), &Default::default()).unwrap();
+    let wanted = picture.pixels(&Device::cpu()).unwrap().to_vec::<f32>().unwrap();
+    let error: f32 = decoded.to_vec::<f32>().unwrap().iter().zip(&wanted).map(|(a, b)| (a - b).powi(2)).sum();
+    let decibel = 10.0 * (4.0 * wanted.len() as f32 / error).log10();
+    assert!(decibel > 18.0, "{decibel} dB");
+
+    // Again, with other threads: nothing to do, and the order is the folder's.
+    let again = run(folder.path(), cache.path(), 1, 4096).unwrap();
+    assert_eq!((again.keys, again.encoded), (first.keys.clone(), 0));
+    // Another caption is another sample; a picture that is gone is not trained on.
+    let lines = metadata(&["apple.png", "avocado.png"]).replace("red apple", "crimson apple");
+    std::fs::write(folder.path().join("metadata.jsonl"), lines).unwrap();
+    std::fs::remove_file(folder.path().join("bacon.png")).unwrap();
+    let changed = run(folder.path(), cache.path(), 3, 4096).unwrap();
+    assert_eq!((changed.keys.len(), changed.encoded), (2, 1));
+    assert!(changed.keys[0] != first.keys[0] && changed.keys[1] == first.keys[1]);
+}
+
+#[test]
+fn a_damaged_picture_is_named_and_other_settings_are_refused() {
+    let folder = pictures(&["apple.png", "avocado.png", "bacon.png"]);
+    std::fs::write(folder.path().join("bacon.png"), "no picture").unwrap();
+    let cache = tempfile::tempdir().unwrap();
+    let done = run(folder.path(), cache.path(), 2, 4096).unwrap();
+    assert_eq!((done.keys.len(), done.failed.len()), (2, 1));
+    assert!(done.failed[0].to_string().contains("bacon.png"), "{}", done.failed[0]);
+    let error = run(folder.path(), cache.path(), 2, 16384).unwrap_err().to_string();
+    assert!(error.contains("name another folder"), "{error}");
+}

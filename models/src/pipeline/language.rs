@@ -1,0 +1,120 @@
+//! Prompts of pipelines with one text model, which is told what to look for by a template around each prompt.
+
+use std::collections::BTreeMap;
+
+use flowtape_engine::{Device, Tensor};
+
+use super::{PipelineFolder, PromptEncoder};
+use crate::Result;
+use crate::text::{TextModel, Tokenizer, stack_layers};
+
+/// What stands around a prompt, and which states are taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Template {
+    /// Before the prompt.
+    pub before: &'static str,
+    /// After it.
+    pub after: &'static str,
+    /// What is taken out of prompts: it would stand for a picture.
+    pub removed: &'static str,
+    /// What is taken of the states.
+    pub states: States,
+}
+
+/// What is taken of a text model's states.
+#[derive(Clone, Copy, Debug)]
+pub enum States {
+    /// The last one of the text alone, without padding, from this token on.
+    LastFrom(usize),
+    /// Those of three layers side by side, padded to a length; padding is kept as the model leaves it.
+    Layers([usize; 3]),
+}
+
+/// Qwen-Image's: 34 tokens of the template are left out.
+pub const QWEN_IMAGE: Template = Template {
+    before: "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial \
+             relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    after: "<|im_end|>\n<|im_start|>assistant\n",
+    removed: "",
+    states: States::LastFrom(34),
+};
+
+/// FLUX.2-dev's, for Mistral; the line break is the reference's.
+pub const FLUX2: Template = Template {
+    before: "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing on \
+             object relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]",
+    after: "[/INST]",
+    removed: "[IMG]",
+    states: States::Layers([10, 20, 30]),
+};
+
+/// FLUX.2-klein's, for Qwen3 that is told not to think.
+pub const FLUX2_KLEIN: Template = Template {
+    before: "<|im_start|>user\n",
+    after: "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    removed: "",
+    states: States::Layers([9, 18, 27]),
+};
+
+/// The longest text, where none is asked for.
+const MAX_SEQUENCE_LENGTH: usize = 512;
+
+/// Gives `text_embeddings` `[T, D]`, or of three layers `[T, 3 D]`.
+pub struct LanguagePrompts {
+    tokenizer: Tokenizer,
+    model: Box<dyn TextModel>,
+    template: Template,
+    device: Device,
+}
+
+impl LanguagePrompts {
+    /// Loads the text model of a pipeline.
+    ///
+    /// # Errors
+    /// When a part is missing or broken.
+    pub fn load(folder: &PipelineFolder, template: Template, device: &Device) -> Result<Self> {
+        Ok(Self {
+            tokenizer: folder.tokenizer("tokenizer")?,
+            model: folder.text_encoder("text_encoder", None, device)?,
+            template,
+            device: device.clone(),
+        })
+    }
+
+    fn embed(&self, prompt: &str, length: usize) -> Result<Tensor> {
+        let Template { before, after, removed, states } = self.template;
+        let prompt = if removed.is_empty() { prompt.to_owned() } else { prompt.replace(removed, "") };
+        let text = format!("{before}{prompt}{after}");
+        let row = |values: Vec<u32>| {
+            let count = values.len();
+            Tensor::from_vec(values, &[1, count], &self.device)
+        };
+        match states {
+            States::LastFrom(start) => {
+                let mut ids = self.tokenizer.encode(&text, false)?;
+                ids.truncate(start + length);
+                let count = ids.len();
+                let last = self.model.forward(&row(ids)?, None)?.last_hidden_state;
+                Ok(last.narrow(1, start.min(count), count.saturating_sub(start))?.squeeze(0)?)
+            }
+            States::Layers(layers) => {
+                let tokens =
+                    self.tokenizer.pad(self.tokenizer.encode(&text, false)?, length, self.tokenizer.padding_side())?;
+                let output = self.model.forward(&row(tokens.ids)?, Some(&row(tokens.mask)?))?;
+                Ok(stack_layers(&output, &layers)?.squeeze(0)?)
+            }
+        }
+    }
+}
+
+impl PromptEncoder for LanguagePrompts {
+    fn encode(
+        &self,
+        prompts: &[&str],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Vec<BTreeMap<&'static str, Tensor>>> {
+        let length = max_sequence_length.unwrap_or(MAX_SEQUENCE_LENGTH);
+        let one = |prompt: &&str| Ok(BTreeMap::from([("text_embeddings", self.embed(prompt, length)?)]));
+        prompts.iter().map(one).collect()
+    }
+}

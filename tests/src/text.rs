@@ -1,0 +1,215 @@
+//! Text encoders and tokenizers against transformers'.
+
+use std::path::Path;
+
+use flowtape_engine::{DType, Device, Tensor};
+use flowtape_models::pipeline::PipelineFolder;
+use flowtape_models::text::{Padding, TextModelOutput, Tokenizer, load, stack_layers};
+use serde_json::Value;
+
+use crate::Outcome;
+use crate::golden::{Any, Golden, exact, relative, text};
+
+/// The goldens' bound on states.
+const BOUND: f64 = 2e-5;
+
+/// The states of a text encoder, whatever its class.
+pub(crate) fn states(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
+    let model = load(dir, None, &Device::cpu())?;
+    let run = |prefix: &str, masked: bool| -> Any<TextModelOutput> {
+        let ids = inputs.tensor(&format!("{prefix}input_ids"))?.to_dtype(DType::U32)?;
+        let mask = masked.then(|| inputs.tensor(&format!("{prefix}attention_mask"))).transpose()?;
+        Ok(model.forward(&ids, mask.as_ref())?)
+    };
+    // Which run an output is of: what stands before its name.
+    let class = text(&Golden::open(dir, "case")?.json, "class")?.to_owned();
+    let plain = run("", false)?;
+    let masked = run("", true)?;
+    let long = inputs.has("long.input_ids").then(|| run("long.", false)).transpose()?;
+    for (name, want) in outputs.under("")? {
+        let parts = name.split_once('.').filter(|(run, _)| *run != "hidden_states");
+        let (run, what) = parts.unwrap_or(("", &name));
+        let of = match run {
+            "" | "nomask" => &plain,
+            "mask" | "with_mask" => &masked,
+            "long" => long.as_ref().ok_or("no long.input_ids")?,
+            "nemo" | "pipeline" => {
+                let got = derived(&class, what, [&plain, &masked], &inputs)?;
+                out.push(compare(&name, got, &want)?);
+                continue;
+            }
+            _ => return Err(format!("unknown run of {name}").into()),
+        };
+        out.push(compare(&name, state(of, what)?, &want)?);
+    }
+    Ok(())
+}
+
+/// The states of a text model with padding on either side, and what pipelines take of them.
+pub(crate) fn decoder_states(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
+    let model = load(dir, None, &Device::cpu())?;
+    let class = text(&case, "class")?;
+    for side in ["right/", "left/", ""].into_iter().filter(|side| inputs.has(&format!("{side}input_ids"))) {
+        let ids = inputs.tensor(&format!("{side}input_ids"))?.to_dtype(DType::U32)?;
+        let mask = inputs.tensor(&format!("{side}attention_mask"))?;
+        let run = model.forward(&ids, Some(&mask))?;
+        for (name, want) in outputs.under(side)?.into_iter().filter(|(name, _)| !side.is_empty() || !name.contains('/'))
+        {
+            let title = format!("{side}{name}");
+            let got = match &*name {
+                "prompt_embeds" => {
+                    let layers: Vec<usize> = case["layers"]
+                        .as_array()
+                        .into_iter()
+                        .flatten()
+                        .filter_map(|l| Some(l.as_u64()? as usize))
+                        .collect();
+                    Some(stack_layers(&run, &layers)?)
+                }
+                // LTX-2's: the channel slow, the layer fast.
+                "packed" => {
+                    let states: Vec<&Tensor> = run.hidden_states.iter().collect();
+                    Some(Tensor::stack(&states, 3)?.flatten(2, 3)?)
+                }
+                _ => state(&run, &name)?,
+            };
+            out.push(compare(&title, got, &want)?);
+        }
+    }
+    // What is made of the states by pipelines that are not built yet is said.
+    for name in outputs
+        .under("")?
+        .into_keys()
+        .filter(|name| ["qwen_image", "hunyuan15", "nemo", "left_"].iter().any(|p| name.starts_with(p)))
+    {
+        out.push(Outcome::skipped(name, format!("a pipeline's of {class}")));
+    }
+    Ok(())
+}
+
+fn compare(name: &str, got: Option<Tensor>, want: &Tensor) -> Any<Outcome> {
+    Ok(match got {
+        Some(got) => Outcome::measured(name, relative(&got, want)?, BOUND, format!("{:?}", want.dims())),
+        None => Outcome::not_built(name),
+    })
+}
+
+/// A quantity of a run by its name.
+fn state(of: &TextModelOutput, what: &str) -> Any<Option<Tensor>> {
+    Ok(match what {
+        "last_hidden_state" => Some(of.last_hidden_state.clone()),
+        "pooler_output" => of.pooler_output.clone(),
+        _ => match what.strip_prefix("hidden_states.") {
+            Some(number) => of.hidden_states.get(number.parse::<usize>()?).cloned(),
+            None => None,
+        },
+    })
+}
+
+/// What pipelines and NeMo make of the states.
+fn derived(class: &str, what: &str, [plain, masked]: [&TextModelOutput; 2], inputs: &Golden) -> Any<Option<Tensor>> {
+    Ok(match (class, what) {
+        (_, "clip_hidden") => plain.hidden_states.iter().nth_back(1).cloned(),
+        (_, "pooled_prompt_embeds") => plain.pooler_output.clone(),
+        ("T5EncoderModel", "prompt_embeds") => Some(plain.last_hidden_state.clone()),
+        // Wan's: what stands after the text is zero.
+        ("UMT5EncoderModel", "text_embeddings") => {
+            let mask = inputs.tensor("attention_mask")?.unsqueeze(2)?;
+            Some(masked.last_hidden_state.mul(&mask)?)
+        }
+        // HunyuanVideo's glyphs: one text at a time.
+        ("T5EncoderModel", "glyph_embeds") => Some(masked.last_hidden_state.narrow(0, 0, 1)?),
+        ("T5EncoderModel", "glyph_mask") => Some(inputs.tensor("attention_mask")?.narrow(0, 0, 1)?),
+        _ => None,
+    })
+}
+
+/// What a pipeline makes of prompts, as diffusers and NeMo have it.
+pub(crate) fn pipeline_prompts(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let outputs = Golden::tensors(dir, "outputs")?;
+    let encoder = PipelineFolder::open(&dir.join("pipeline"))?.prompts(&Device::cpu())?;
+    let mut runs = case["runs"].as_object().ok_or("no runs")?.values();
+    let length = runs.find_map(|run| run["max_sequence_length"].as_u64()).map(|length| length as usize);
+    for (prefix, key) in [("", "prompt"), ("negative_", "negative_prompt")] {
+        let Some(prompt) = case[key].as_str() else { continue };
+        let tensors = encoder.encode(&[prompt], length)?;
+        let names = [
+            ("prompt_embeds", "text_embeddings"),
+            ("pooled_prompt_embeds", "pooled_prompt_embeds"),
+            ("nemo/prompt_embeds", "text_embeddings"),
+            ("nemo/pooled_prompt_embeds", "pooled_prompt_embeds"),
+            ("nemo/clip_hidden", "clip_hidden"),
+        ];
+        for (golden, ours) in names {
+            let name = format!("{prefix}{golden}");
+            if outputs.has(&name) {
+                let got = tensors[0].get(ours).map(|tensor| tensor.unsqueeze(0)).transpose()?;
+                out.push(compare(&name, got, &outputs.tensor(&name)?)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Difficult strings, token by token.
+pub(crate) fn tokenizers(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, "case")?.json;
+    for name in case["tokenizers"].as_object().ok_or("no tokenizers")?.keys() {
+        let folder = dir.join(name);
+        encodings(name, &folder, &folder, out)?;
+        // What else a tokenizer can be read from gives the same.
+        if folder.join("tokenizer.json").exists()
+            && ["spiece.model", "vocab.json"].iter().any(|f| folder.join(f).exists())
+        {
+            let older = tempfile::tempdir()?;
+            for entry in std::fs::read_dir(&folder)? {
+                let path = entry?.path();
+                if path.file_name().is_some_and(|name| name != "tokenizer.json") {
+                    std::fs::copy(&path, older.path().join(path.file_name().unwrap_or_default()))?;
+                }
+            }
+            encodings(&format!("{name} without tokenizer.json"), &folder, older.path(), out)?;
+        }
+    }
+    Ok(())
+}
+
+fn encodings(name: &str, goldens: &Path, folder: &Path, out: &mut Vec<Outcome>) -> Any<()> {
+    let wanted = Golden::open(goldens, "encodings")?.json;
+    let tokenizer = Tokenizer::open(folder)?;
+    let length = wanted["max_length"].as_u64().ok_or("no max_length")? as usize;
+    let side = match text(&wanted, "padding_side")? {
+        "left" => Padding::Left,
+        _ => Padding::Right,
+    };
+    let ids = |value: &Value| -> Option<Vec<u32>> {
+        value.as_array()?.iter().map(|id| id.as_u64().map(|id| id as u32)).collect()
+    };
+    let strings = wanted["strings"].as_array().ok_or("no strings")?;
+    let mut wrong: [Vec<String>; 4] = Default::default();
+    for string in strings {
+        let input = text(string, "text")?;
+        let plain = string.get("ids_without_special").unwrap_or(&string["ids"]);
+        let padded = tokenizer.encode_padded(input, length, side)?;
+        let all = ids(&string["ids"]).ok_or("no ids")?;
+        let got = [
+            Some(tokenizer.encode(input, true)?) == Some(all.clone()),
+            Some(tokenizer.encode(input, false)?) == ids(plain),
+            Some(padded.ids) == ids(&string["padded"]) && Some(padded.mask) == ids(&string["mask"]),
+            tokenizer.decode(&all)? == text(string, "decoded")?,
+        ];
+        for (list, _) in wrong.iter_mut().zip(got).filter(|(_, holds)| !holds) {
+            list.push(format!("{input:?}"));
+        }
+    }
+    for (what, wrong) in ["ids", "ids without special", "padded", "decoded"].into_iter().zip(&wrong) {
+        let detail = if wrong.is_empty() { format!("{} strings", strings.len()) } else { wrong.join(", ") };
+        out.push(exact(format!("{name}/{what}"), wrong.is_empty(), detail));
+    }
+    out.push(exact(format!("{name}/padding side"), tokenizer.padding_side() == side, ""));
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! Pictures in a folder with captions, encoded by a diffusers pipeline.
+
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use flowtape_data::media::{FolderOptions, PictureItem, ReadOptions, list_pictures};
+use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress};
+use flowtape_data::{
+    Buckets, CacheSource, NemoCache, PipelineText, PixelCodec, Source, TextEmbeddings, TextEncoder, VaeCodec,
+};
+use flowtape_engine::Device;
+use flowtape_engine::files::exists;
+use flowtape_models::pipeline::PipelineFolder;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::data::Data;
+use crate::hooks::Preview;
+use crate::{Recipe, Result};
+
+pub use report::{Nearest, PictureReport};
+
+/// Columns of a grid.
+const COLUMNS: usize = 6;
+/// Captions of a grid where the recipe names none.
+const SHOWN: usize = 24;
+/// The seed of grids: the same in every run, so that pictures can be compared.
+const GRID_SEED: u64 = 1;
+
+/// Which pictures, and what encodes them.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FolderConfig {
+    /// The folder, with captions in `metadata.jsonl` or in files beside the pictures.
+    pub path: PathBuf,
+    /// The folders below it that are used; all of them if none is named.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub include: Vec<PathBuf>,
+    /// A diffusers pipeline, whose autoencoder and text encoders make latents and embeddings.
+    pub pipeline: PathBuf,
+    /// Where those are kept.
+    pub cache_dir: PathBuf,
+    /// The most pixels of a picture: those of other sizes are brought to the buckets of this budget.
+    #[serde(default = "max_pixels")]
+    #[schemars(range(min = 1, max = 268_435_456))]
+    pub max_pixels: usize,
+    /// The step between sides of buckets.
+    #[serde(default = "quantization")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub quantization: usize,
+    /// Red, green and blue of what shows through where a picture is transparent; white.
+    #[serde(default = "white")]
+    pub background: [u8; 3],
+}
+
+fn max_pixels() -> usize {
+    Buckets::MAX_PIXELS
+}
+
+fn white() -> [u8; 3] {
+    [255; 3]
+}
+
+fn quantization() -> usize {
+    Buckets::QUANTIZATION
+}
+
+impl FolderConfig {
+    /// The pictures and their captions, in the order of their paths.
+    ///
+    /// # Errors
+    /// When a folder can't be read, or captions are missing.
+    pub fn items(&self) -> Result<Vec<PictureItem>> {
+        let options = FolderOptions::default();
+        if self.include.is_empty() {
+            return Ok(list_pictures(&self.path, &options)?);
+        }
+        let mut items = Vec::new();
+        for part in &self.include {
+            items.extend(list_pictures(&self.path.join(part), &options)?);
+        }
+        Ok(items)
+    }
+
+    fn preprocess(&self, workers: usize) -> Result<Preprocess> {
+        let read = ReadOptions { background: Some(self.background), ..ReadOptions::default() };
+        let pictures = PictureOptions { quantization: self.quantization, max_pixels: self.max_pixels, read };
+        Ok(Preprocess { pipeline: PipelineFolder::open(&self.pipeline)?, pictures, workers })
+    }
+
+    /// Encodes what the cache does not have yet.
+    ///
+    /// # Errors
+    /// When a picture can't be read (the error counts and names them), or the cache can't be written.
+    pub fn prepare(
+        &self,
+        workers: usize,
+        device: &Device,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Preprocessed> {
+        let mut done = self.preprocess(workers)?.run(&self.items()?, &self.cache_dir, device, stop, progress)?;
+        if done.failed.is_empty() {
+            return Ok(done);
+        }
+        let count = done.failed.len();
+        let first = done.failed.swap_remove(0);
+        tracing::error!("{count} pictures can't be read; the first is told");
+        Err(first.into())
+    }
+
+    /// What is trained on: the samples of the cache that are in the folder now, all of them encoded.
+    pub(super) fn data(&self, workers: usize, device: &Device) -> Result<Data> {
+        let done = self.prepare(workers, device, &AtomicBool::new(false), &mut |_| {})?;
+        let source = CacheSource::open(&self.cache_dir)?.select(&done.keys)?;
+        let pipeline = PipelineFolder::open(&self.pipeline)?;
+        let codec = VaeCodec::load(&pipeline, device)?;
+        Ok(Data { source: Arc::new(source), codec: Arc::new(codec), text: Arc::new(PipelineText::new(pipeline)) })
+    }
+
+    /// Grids of the recipe's prompts, or of some captions.
+    pub(super) fn preview(&self, recipe: &Recipe) -> Result<Preview> {
+        let mut prompts = recipe.sampling.prompts.clone();
+        if prompts.is_empty() {
+            let items = self.items()?;
+            let every = items.len().div_ceil(SHOWN).max(1);
+            prompts = items.iter().step_by(every).map(|item| item.caption.clone()).collect();
+        }
+        Ok(preview_of(recipe, prompts))
+    }
+}
+
+/// Grids of these prompts.
+pub(super) fn preview_of(recipe: &Recipe, prompts: Vec<String>) -> Preview {
+    let every = recipe.sampling.every_steps;
+    Preview { every, prompts, columns: COLUMNS, first_frames: None, seed: GRID_SEED }
+}
+
+/// Samples that were encoded before, by `flowtape preprocess` or by NeMo. Grids need the pipeline that they were made with.
+pub(super) fn cached(cache: &Path, pipeline: Option<&Path>, device: &Device) -> Result<Data> {
+    let source: Arc<dyn Source> = if exists(&cache.join("metadata.json"))? {
+        Arc::new(NemoCache::open(cache)?)
+    } else {
+        Arc::new(CacheSource::open(cache)?)
+    };
+    let Some(pipeline) = pipeline else {
+        return Ok(Data { source, codec: Arc::new(PixelCodec), text: Arc::new(NoText) });
+    };
+    let pipeline = PipelineFolder::open(pipeline)?;
+    let codec = Arc::new(VaeCodec::load(&pipeline, device)?);
+    Ok(Data { source, codec, text: Arc::new(PipelineText::new(pipeline)) })
+}
+
+/// Stands where there is no text encoder.
+struct NoText;
+
+impl TextEncoder for NoText {
+    fn encode(&self, captions: &[Option<&str>], _: &Device) -> flowtape_data::Result<TextEmbeddings> {
+        let what = "a cache has no text encoder: name the pipeline that it was made with in data.pipeline".into();
+        Err(flowtape_data::Error::Caption {
+            caption: captions.iter().flatten().next().unwrap_or(&"").to_string(),
+            what,
+        })
+    }
+}
