@@ -107,7 +107,7 @@ impl Config for AutoencoderKLLTX2AudioConfig {
             let expected = "norm_type pixel, causality_axis height, double_z, and no attention";
             return Err(Error::config("norm_type", expected, &self.norm_type));
         }
-        if self.base_channels % self.latent_channels != 0 {
+        if !self.base_channels.is_multiple_of(self.latent_channels) {
             let expected = format!("a divisor of base_channels {}", self.base_channels);
             return Err(Error::config("latent_channels", expected, self.latent_channels));
         }
