@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use flowtape_engine::backend::call::{Call, CopyTo};
 use flowtape_engine::nn::{Init, ParamBuilder};
-use flowtape_engine::ops::{self, RopeLayout};
+use flowtape_engine::ops::{self, ConvAxis, RopeLayout};
 use flowtape_engine::optim::{AdamW, Optimizer, Rates};
 use flowtape_engine::{DType, Device, Gradients, Philox, Tape, Tensor, cpu};
 use flowtape_models::blocks;
@@ -80,6 +80,7 @@ pub fn ops(options: &OpsOptions, mut report: impl FnMut(&OpMeasurement)) -> Resu
     };
     let out = &mut report;
     bench.products(out)?;
+    bench.convolutions(out)?;
     bench.attention(out)?;
     bench.norms(out)?;
     bench.rope(out)?;
@@ -246,6 +247,37 @@ impl Bench<'_> {
             self.forward(("matmul NT", shape.clone()), work, report, || x.matmul(&w_t))?;
             self.forward(("matmul NN", shape.clone()), work, report, || dy.matmul(&w))?;
             self.forward(("matmul TN", shape), work, report, || dy_t.matmul(&x))?;
+        }
+        Ok(())
+    }
+
+    /// Convolutions of three taps a side, as autoencoders have them: channels, results, rows and columns; then the norm that
+    /// stands before each.
+    fn convolutions(&self, report: Report<'_>) -> Result<()> {
+        let all: &[[usize; 4]] = if self.options.large {
+            &[[512, 512, 128, 128], [512, 512, 256, 256], [256, 256, 512, 512], [128, 128, 1024, 1024]]
+        } else {
+            &[[512, 512, 32, 32], [512, 512, 64, 64], [256, 256, 128, 128], [128, 128, 256, 256], [16, 16, 64, 64]]
+        };
+        for &[channels, results, rows, columns] in all {
+            let shape = sizes(&[channels, results, rows, columns]);
+            let (places, taps) = (rows * columns, channels * results * 9);
+            let work = Work::Flops(2.0 * (places * taps) as f64, (places * (channels + results) + taps) * self.size());
+            let norm = Work::Bytes(2 * places * channels * self.size());
+            let wanted = |op: &str| self.wanted(op, &shape);
+            if !wanted("conv") && !wanted("group_norm_silu") {
+                continue;
+            }
+            // Channels innermost, as convolutions leave their results.
+            let x = self.normal(&[1, rows, columns, channels])?.permute(&[0, 3, 1, 2])?;
+            let weight = self.normal(&[results, channels, 3, 3])?;
+            let bias = self.normal(&[results])?;
+            let axes = [ConvAxis::same(3); 2];
+            self.forward(("conv", shape.clone()), work, report, || ops::conv(&x, &weight, Some(&bias), &axes, 1))?;
+            let (scale, shift) = (self.normal(&[channels])?, self.normal(&[channels])?);
+            let groups = 32.min(channels / 2);
+            let run = || ops::group_norm_silu(&x, groups, &scale, &shift, 1e-6);
+            self.forward(("group_norm_silu", shape), norm, report, run)?;
         }
         Ok(())
     }
@@ -418,7 +450,7 @@ mod tests {
                 assert!(m.threads == 1 && m.fraction.is_some_and(|f| f > 0.0 && f < most), "{m:?}");
             }
             let names: Vec<&str> = all.iter().map(|m| &m.op[..]).collect();
-            for name in ["matmul NT", "matmul NN", "matmul TN", "attention", "attention backward"] {
+            for name in ["matmul NT", "matmul NN", "matmul TN", "conv", "attention", "attention backward"] {
                 assert!(names.contains(&name), "{name} in {names:?}");
             }
         }

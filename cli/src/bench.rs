@@ -5,7 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use flowtape_benches::{Measurement, OpMeasurement, OpsOptions, Options, Point, Work, ops, plot, scaling, step, table};
+use flowtape_benches::{
+    EncoderMeasurement, EncoderOptions, Measurement, OpMeasurement, OpsOptions, Options, Point, Work, encoders, ops,
+    plot, scaling, step, table,
+};
 use flowtape_engine::DType;
 use flowtape_engine::backend::Backend;
 use flowtape_engine::cpu::awake;
@@ -20,6 +23,8 @@ pub enum Bench {
     Step(Step),
     /// The operations one by one, against what the machine can do at best.
     Ops(Ops),
+    /// Autoencoders of published shapes with random weights: encoding and decoding.
+    Encoders(Encoders),
     /// How a step's time and memory grow with the batch, the tokens, the width and the depth.
     Scaling(Scaling),
 }
@@ -82,6 +87,28 @@ pub struct Ops {
 }
 
 #[derive(Args)]
+pub struct Encoders {
+    /// Weights and activations.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: OperandName,
+    /// Where to run: a name that `flowtape devices` lists.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Only what has this in its name or sizes, such as decode or 512x512.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// How often each is run; the fastest counts.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Cut pictures into tiles of this side, in pixels.
+    #[arg(long, value_name = "PIXELS")]
+    tile: Option<usize>,
+    /// Print one JSON object a line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
 pub struct Scaling {
     /// What flows where.
     #[arg(long, value_enum, default_value = "f32")]
@@ -105,6 +132,16 @@ enum OperandName {
     F32,
     Bf16,
     F16,
+}
+
+impl From<OperandName> for DType {
+    fn from(name: OperandName) -> Self {
+        match name {
+            OperandName::F32 => Self::F32,
+            OperandName::Bf16 => Self::BF16,
+            OperandName::F16 => Self::F16,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -145,6 +182,7 @@ pub fn run(bench: &Bench) -> Result<ExitCode> {
     match bench {
         Bench::Step(args) => run_step(args)?,
         Bench::Ops(args) => run_ops(args)?,
+        Bench::Encoders(args) => run_encoders(args)?,
         Bench::Scaling(args) => run_scaling(args)?,
     }
     delivered()
@@ -154,11 +192,7 @@ fn run_ops(args: &Ops) -> Result<()> {
     let options = OpsOptions {
         device: flowtape_gpu::device(&args.device)?,
         device_name: args.device.clone(),
-        dtype: match args.dtype {
-            OperandName::F32 => DType::F32,
-            OperandName::Bf16 => DType::BF16,
-            OperandName::F16 => DType::F16,
-        },
+        dtype: args.dtype.into(),
         large: args.large,
         only: args.only.clone(),
         seconds: args.seconds,
@@ -189,6 +223,21 @@ fn run_ops(args: &Ops) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+fn run_encoders(args: &Encoders) -> Result<()> {
+    let options = EncoderOptions {
+        device: flowtape_gpu::device(&args.device)?,
+        dtype: args.dtype.into(),
+        only: args.only.clone(),
+        rounds: args.rounds,
+        tile: args.tile,
+    };
+    let measured = |m: &EncoderMeasurement| {
+        let line = || format!("{:<16} {:<18} {:>9.3} s {:>7} MiB of tensors", m.name, m.shape, m.s_min, m.tensors_mb);
+        say!("{}", if args.json { serde_json::json!(m).to_string() } else { line() });
+    };
+    Ok(awake(&options.device, || encoders(&options, measured))?)
 }
 
 fn run_scaling(args: &Scaling) -> Result<()> {

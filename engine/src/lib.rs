@@ -26,6 +26,7 @@ pub mod optim;
 mod places;
 pub mod pool;
 pub mod profile;
+pub mod quant;
 pub mod random;
 pub mod safetensors;
 mod saved;

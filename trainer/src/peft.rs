@@ -108,7 +108,7 @@ impl PeftConfig {
     }
 
     /// The plan of a frozen model with these adapters.
-    pub(crate) fn plan(dtype: Dtype, adapters: BTreeMap<String, AdapterSpec>) -> AdapterPlan {
-        AdapterPlan { base: Placement::frozen(dtype.into()), adapters }
+    pub(crate) fn plan(&self, dtype: Dtype, adapters: BTreeMap<String, AdapterSpec>) -> AdapterPlan {
+        AdapterPlan { base: Placement::frozen(dtype.into()).quantised(self.quantize_base), adapters }
     }
 }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::Data;
 use crate::error::io;
 use crate::generate::{Generator, Request, Samples};
-use crate::recipe::{Init, PeftConfig};
+use crate::recipe::Init;
 use crate::start::Start;
 use crate::state::{EMA, TrainProgress, TrainState, averaged};
 use crate::timing::{StepTimes, Timed};
@@ -157,8 +157,8 @@ impl Trainer {
         let masks = DropoutMasks::default();
         let adapters = adapters(&recipe, &start, &masks)?;
         let params = match &recipe.peft {
-            Some(_) => {
-                let plan = PeftConfig::plan(recipe.dtype, adapters.clone());
+            Some(config) => {
+                let plan = config.plan(recipe.dtype, adapters.clone());
                 ParamBuilder::with_plan(recipe.seed, plan, device)
             }
             None => recipe.dtype.params(recipe.seed, device),
@@ -437,13 +437,11 @@ fn adapters(recipe: &Recipe, start: &Start, masks: &DropoutMasks) -> Result<BTre
 /// The model behind a run's checkpoint, as it is sampled.
 pub(crate) fn trained_model(recipe: &Recipe, folder: &Path, device: &Device) -> Result<Box<dyn Transformer>> {
     let dtype: DType = recipe.dtype.into();
-    if recipe.peft.is_none() {
-        return Ok(checkpoint::load(folder, dtype, device)?);
-    }
+    let Some(config) = &recipe.peft else { return Ok(checkpoint::load(folder, dtype, device)?) };
     let start = Start::of(&recipe.model)?;
     let mut adapters = adapters(recipe, &start, &DropoutMasks::default())?;
     adapters.values_mut().for_each(|spec| spec.placement = Placement::frozen(dtype));
-    let plan = PeftConfig::plan(recipe.dtype, adapters);
+    let plan = config.plan(recipe.dtype, adapters);
     let params = ParamBuilder::with_plan(recipe.seed, plan, device).with_adaln_zero(recipe.init == Init::AdalnZero);
     let model = start.model(params)?;
     peft::load(folder)?.load_into(model.params(), &folder.join(peft::ADAPTER_WEIGHTS))?;

@@ -110,6 +110,28 @@ fn what_does_not_fit_is_said_before_anything_runs() {
     assert!(error.contains("`*to_q`"), "{error}");
 }
 
+#[test]
+fn a_quantised_base_loses_little_and_trains_to_the_same_bits_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    train(&small(&at("base"), &["step_scheduler.max_steps=20"]), Vec::new(), &NEVER).unwrap();
+    let steps = ["step_scheduler.max_steps=20", "optimizer.lr=0.01", "peft.dropout=0"];
+    let loss = |name: &str, more: &[&str]| {
+        let recipe = adapted(&at("base"), &at(name), &[&steps[..], more].concat());
+        train(&recipe, Vec::new(), &NEVER).unwrap().final_loss
+    };
+    let dense = loss("dense", &[]);
+    for format in ["int8", "fp8", "nf4"] {
+        let setting = format!("peft.quantize_base={format}");
+        let quantised = loss(format, &[&setting]);
+        assert!((quantised / dense - 1.0).abs() < 0.02, "{format}: {quantised}, {dense}");
+        let again = format!("{format}-again");
+        loss(&again, &[&setting, "performance.activation_checkpointing=true"]);
+        assert!(bytes(&at(format), "adapter_model.safetensors") == bytes(&at(&again), "adapter_model.safetensors"));
+        assert!(Trained::load(&at(format), None).is_ok());
+    }
+}
+
 /// The greatest difference of two samples.
 fn apart(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).fold(0.0, |most, (a, b)| most.max((a - b).abs()))

@@ -1,14 +1,22 @@
 //! The layers of transformers.
 
 use super::adapter::Adapter;
-use super::{Init, Param, ParamBuilder};
+use super::{Init, Operand, Param, ParamBuilder};
 use crate::expr::Expr;
 use crate::ops::{self, RopeLayout, pointwise};
-use crate::{Result, Tensor};
+use crate::{Result, Tensor, quant};
 
 /// The value of a parameter that may be missing.
 fn value(param: Option<&Param>) -> Result<Option<Tensor>> {
     param.map(Param::value).transpose()
+}
+
+/// `x W^T + b`, however the weight is held.
+pub(super) fn product(x: &Tensor, weight: &Param, bias: Option<&Tensor>) -> Result<Tensor> {
+    match weight.operand()? {
+        Operand::Dense(weight) => ops::linear(x, &weight, bias),
+        Operand::Quantised(weight) => quant::linear(x, &weight, bias),
+    }
 }
 
 /// `x W^T + b` over the last axis; parameters `weight` `[out, in]` and maybe `bias` `[out]`, and those of an adapter where the
@@ -42,7 +50,7 @@ impl Linear {
         weight_init: Init,
         bias_init: Init,
     ) -> Result<Self> {
-        let weight = params.get("weight", &[outputs, inputs], weight_init)?;
+        let weight = params.quantisable().get("weight", &[outputs, inputs], weight_init)?;
         let bias = if bias { Some(params.get("bias", &[outputs], bias_init)?) } else { None };
         let adapter = params.linear().map(|spec| Adapter::new(spec, params, &weight)).transpose()?;
         Ok(Self { weight, bias, adapter })
@@ -53,10 +61,10 @@ impl Linear {
     /// # Errors
     /// When shape or dtype do not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (self.weight.value()?, value(self.bias.as_ref())?);
+        let bias = value(self.bias.as_ref())?;
         match &self.adapter {
-            Some(adapter) => adapter.forward(x, &weight, bias.as_ref()),
-            None => ops::linear(x, &weight, bias.as_ref()),
+            Some(adapter) => adapter.forward(x, &self.weight, bias.as_ref()),
+            None => product(x, &self.weight, bias.as_ref()),
         }
     }
 }

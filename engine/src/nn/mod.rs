@@ -17,6 +17,6 @@ pub use blocks::Blocks;
 pub use conv::{Conv, GroupNorm};
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};
 pub use layers::{Activation, FeedForward, LayerNorm, Linear, RmsNorm};
-pub use param::{Param, Role};
+pub use param::{Operand, Param, Role};
 pub use params::{Init, ParamBuilder, Params};
 pub use plan::{ParamPlan, Placement};

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::quant::QTensor;
 use crate::{DType, Device, Error, Result, Tensor, VarId};
 
 /// What becomes of a parameter in training.
@@ -12,6 +13,15 @@ pub enum Role {
     /// It stays as it is: it is no variable, and costs neither a gradient nor an optimiser's state, nor an input that only its
     /// gradient would read.
     Frozen,
+}
+
+/// What a product takes of a parameter.
+#[derive(Clone, Debug)]
+pub enum Operand {
+    /// A tensor.
+    Dense(Tensor),
+    /// A quantised matrix, which the product makes dense piece by piece.
+    Quantised(Arc<QTensor>),
 }
 
 /// A parameter. Its identity stays; its value may be written, and may go and come back. Clones are the same parameter.
@@ -43,6 +53,8 @@ struct Inner {
 struct State {
     /// What models compute with, where it is resident.
     value: Option<Tensor>,
+    /// The same instead, where it is quantised.
+    quantised: Option<Arc<QTensor>>,
     /// The same in a wider dtype, which `value` is rounded from.
     master: Option<Tensor>,
     /// What to add to the version of the value's storage, so that versions go on when the value comes back elsewhere.
@@ -62,7 +74,24 @@ impl Param {
             zero_init,
             adapter,
             device: value.device().clone(),
-            state: Mutex::new(State { value: Some(value), master, version: 0 }),
+            state: Mutex::new(State { value: Some(value), quantised: None, master, version: 0 }),
+        }))
+    }
+
+    /// A quantised matrix that is computed with in a dtype.
+    pub(super) fn quantised(path: String, made_as: MadeAs, weight: QTensor, dtype: DType, device: &Device) -> Self {
+        let MadeAs { role, zero_init, adapter } = made_as;
+        let state = State { value: None, quantised: None, master: None, version: 0 };
+        Self(Arc::new(Inner {
+            var: VarId::fresh(),
+            path,
+            dims: weight.dims().to_vec(),
+            dtype,
+            role,
+            zero_init,
+            adapter,
+            device: device.clone(),
+            state: Mutex::new(State { quantised: Some(Arc::new(weight)), ..state }),
         }))
     }
 
@@ -125,12 +154,31 @@ impl Param {
         (self.0.role == Role::Trained).then_some(self.0.var)
     }
 
-    /// What models compute with. Operations on it are recorded by themselves: see [`crate::tape`].
+    /// What a product takes.
+    ///
+    /// # Errors
+    /// When it is not resident.
+    pub fn operand(&self) -> Result<Operand> {
+        // The lock is let go before the value is asked for.
+        let quantised = self.lock().quantised.clone();
+        match quantised {
+            Some(weight) => Ok(Operand::Quantised(weight)),
+            None => self.value().map(Operand::Dense),
+        }
+    }
+
+    /// What models compute with; what is quantised is made dense. Operations on it are recorded by themselves: see
+    /// [`crate::tape`].
     ///
     /// # Errors
     /// When it is not resident.
     pub fn value(&self) -> Result<Tensor> {
-        let value = self.lock().value.clone().ok_or_else(|| self.absent())?;
+        let state = self.lock();
+        let value = match &state.quantised {
+            Some(weight) => weight.dequantise(self.dtype())?,
+            None => state.value.clone().ok_or_else(|| self.absent())?,
+        };
+        drop(state);
         Ok(value.tracked(self.var(), None).of_param(self.clone()))
     }
 
@@ -145,6 +193,9 @@ impl Param {
     /// When it is not resident.
     pub fn kept(&self) -> Result<Tensor> {
         let state = self.lock();
+        if let Some(weight) = &state.quantised {
+            return weight.dequantise(self.dtype());
+        }
         state.master.clone().or_else(|| state.value.clone()).ok_or_else(|| self.absent())
     }
 
@@ -153,6 +204,16 @@ impl Param {
     /// # Errors
     /// When `value` has another shape, or the parameter is not resident.
     pub fn copy_from(&self, value: &Tensor) -> Result<()> {
+        let mut state = self.lock();
+        if let Some(weight) = &mut state.quantised {
+            if value.dims() != self.dims() {
+                return Err(Error::shape("copy_from", format!("{:?}", self.dims()), value.dims()));
+            }
+            *weight = Arc::new(QTensor::quantise(&value.to_device(self.device())?, weight.format())?);
+            state.version = state.version.wrapping_add(1);
+            return Ok(());
+        }
+        drop(state);
         let kept = self.kept()?;
         kept.copy_from(value)?;
         match self.master() {
@@ -192,6 +253,9 @@ impl Param {
     /// Counts writes to the value, wherever it lies.
     pub(crate) fn version(&self) -> Option<u64> {
         let state = self.lock();
+        if state.quantised.is_some() {
+            return Some(state.version);
+        }
         Some(state.version.wrapping_add(state.value.as_ref()?.storage().version()))
     }
 

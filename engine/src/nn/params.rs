@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::param::MadeAs;
-use super::{AdapterSpec, Param, ParamPlan, Placement};
+use super::{AdapterSpec, Param, ParamPlan, Placement, Role};
+use crate::quant::QTensor;
 use crate::safetensors::{Shards, save_sharded};
 use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
 
@@ -167,6 +168,8 @@ pub struct ParamBuilder {
     adaln_zero: bool,
     /// Whether what is made here is part of an adapter.
     adapter: bool,
+    /// Whether what is made here is the weight of a linear layer, which may be quantised.
+    quantisable: bool,
     made: Arc<Mutex<Params>>,
 }
 
@@ -187,6 +190,7 @@ impl ParamBuilder {
             zero_init: false,
             adaln_zero: false,
             adapter: false,
+            quantisable: false,
             made: Arc::default(),
         }
     }
@@ -214,6 +218,11 @@ impl ParamBuilder {
     pub(super) fn linear(&self) -> Option<AdapterSpec> {
         self.made.lock().unwrap_or_else(PoisonError::into_inner).linears.push(self.path.clone());
         self.plan.adapter(&self.path)
+    }
+
+    /// A builder of the weight of a linear layer.
+    pub(super) fn quantisable(&self) -> Self {
+        Self { quantisable: true, ..self.clone() }
     }
 
     /// A builder of what an adapter adds: held as its specification says, and never found in the model's file.
@@ -259,7 +268,7 @@ impl ParamBuilder {
         if made.get(&path).is_some() {
             return Err(Error::argument("parameter", "a new name", path));
         }
-        let Placement { role, compute, master } = self.plan.place(&path, dims);
+        let Placement { role, compute, master, format } = self.plan.place(&path, dims);
         let kept = master.unwrap_or(compute);
         let init = if self.zero_init && self.adaln_zero { Init::Zeros } else { init };
         let data = self.device.backend().has_data();
@@ -270,17 +279,31 @@ impl ParamBuilder {
             None => Tensor::empty(dims, kept, &self.device),
             Some(_) => Tensor::zeros(&[], kept, &self.device).map(|one| one.shape_only(dims)),
         };
+        let path_of_error = path.clone();
+        let named = |error| Self::named(&path_of_error, error);
+        let made_as = MadeAs { role, zero_init: self.zero_init, adapter: self.adapter };
+        if let Some(format) = format.filter(|_| self.quantisable && role == Role::Frozen) {
+            // One tensor at a time is dense.
+            let weight = value.and_then(|value| QTensor::quantise(&value, format)).map_err(named)?;
+            let param = Param::quantised(path, made_as, weight, compute, &self.device);
+            made.push(param.clone());
+            return Ok(param);
+        }
         let both = value.and_then(|value| Ok((value.to_dtype(compute)?, value)));
-        let (value, wide) = both.map_err(|error| match error {
+        let (value, wide) = both.map_err(named)?;
+        let param = Param::new(path, made_as, value, master.map(|_| wide));
+        made.push(param.clone());
+        Ok(param)
+    }
+
+    /// An error with the name of the parameter that memory ran out for.
+    fn named(path: &str, error: Error) -> Error {
+        match error {
             Error::OutOfMemory { device, bytes, reason } => {
                 Error::OutOfMemory { device, bytes, reason: format!("parameter {path}: {reason}") }
             }
             other => other,
-        })?;
-        let made_as = MadeAs { role, zero_init: self.zero_init, adapter: self.adapter };
-        let param = Param::new(path, made_as, value, master.map(|_| wide));
-        made.push(param.clone());
-        Ok(param)
+        }
     }
 
     /// Starting values of a parameter.
@@ -312,7 +335,6 @@ fn stream(path: &str) -> u64 {
 mod tests {
     use super::*;
     use crate::Tape;
-    use crate::nn::Role;
 
     fn two() -> Result<Params> {
         let root = ParamBuilder::new(1, DType::F32, &Device::cpu());
@@ -373,6 +395,34 @@ mod tests {
         assert_eq!(gradients.iter().count(), 1);
         // A frozen parameter is not expected to have one.
         root.params().check_gradients(&gradients, &[])
+    }
+
+    #[test]
+    fn of_a_quantised_model_one_weight_at_a_time_is_dense() -> Result<()> {
+        use crate::meta::Meta;
+        use crate::nn::Linear;
+        use crate::quant::{FORMATS, QTensor};
+        for format in FORMATS {
+            let meta = Meta::default();
+            let device = meta.device();
+            let plan = Placement::frozen(DType::BF16).quantised(Some(format));
+            let root = ParamBuilder::with_plan(1, plan, &device);
+            let layers: Vec<Linear> =
+                (0..8).map(|i| Linear::new(&root.sub(i), 1024, 2048, false)).collect::<Result<_>>()?;
+            let (codes, dense) = (QTensor::bytes_of(format, [2048, 1024]), 2 * 2048 * 1024);
+            // The shape-only device rounds up as the CPU's pool does.
+            let quantised = meta.used();
+            assert!(quantised >= 8 * codes && quantised <= 8 * (codes + codes / 4), "{format:?}: {quantised}");
+            assert!(meta.peak() <= quantised + dense, "{format:?}: {} of {quantised}", meta.peak());
+            // Nor is it in a step: panels are.
+            let tape = Tape::new();
+            let x = tape.leaf(&Tensor::zeros(&[1, 1024], DType::BF16, &device)?);
+            let before = meta.used();
+            let y = layers[0].forward(&x)?;
+            tape.backward(&y.sum_all()?)?;
+            assert!(meta.peak() - before <= dense, "{format:?}");
+        }
+        Ok(())
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 
 use super::{AdapterSpec, Role};
 use crate::DType;
+use crate::quant::Format;
 
 /// How a parameter is held.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,17 +16,25 @@ pub struct Placement {
     pub compute: DType,
     /// The dtype of a wider copy, which an optimiser updates and which is saved; none where it is that of `compute`.
     pub master: Option<DType>,
+    /// How the weight of a linear layer that is not trained is quantised, if it is.
+    pub format: Option<Format>,
 }
 
 impl Placement {
     /// Trained in one dtype.
     pub fn trained(compute: DType) -> Self {
-        Self { role: Role::Trained, compute, master: None }
+        Self { role: Role::Trained, compute, master: None, format: None }
     }
 
     /// Not trained.
     pub fn frozen(compute: DType) -> Self {
         Self { role: Role::Frozen, ..Self::trained(compute) }
+    }
+
+    /// With the weights of linear layers quantised where they are not trained.
+    #[must_use]
+    pub fn quantised(self, format: Option<Format>) -> Self {
+        Self { format, ..self }
     }
 
     /// With a wider copy, where that is another dtype.

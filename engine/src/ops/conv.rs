@@ -488,8 +488,12 @@ pub const CASES: &[Case] = &[
     Case {
         name: "convolution of wide rows",
         make: |draw| {
-            // Sizes at which a kernel has whole blocks and what is left over of them.
-            let (width, outputs, places) = (draw.size(1, 3) * 13, draw.size(30, 70), draw.size(10, 40));
+            // Sizes at which a kernel has whole blocks and what is left over of them, and channels that it takes in parts.
+            let (width, outputs) = match draw.size(0, 2) {
+                0 => (draw.size(130, 300), draw.size(1, 5)),
+                _ => (draw.size(1, 3) * 13, draw.size(30, 70)),
+            };
+            let places = draw.size(10, 40);
             let x = draw.standard(&[1, width, 3, places])?;
             let weight = draw.standard(&[outputs, width, 3, 3])?;
             let axes = [ConvAxis::same(3), ConvAxis::same(3).with_stride(draw.size(1, 2))];

@@ -210,7 +210,10 @@ fn original(module: &str) -> Option<(String, Place)> {
 pub(super) fn comfyui(class: &str, module: &str) -> Option<String> {
     let underscored = |prefix: &str, path: &str| Some(format!("{prefix}{}", path.replace('.', "_")));
     match class {
-        "FluxTransformer2DModel" | "Flux2Transformer2DModel" => underscored("lora_transformer_", module),
+        // Its map of FLUX's layers is the one above.
+        "FluxTransformer2DModel" | "Flux2Transformer2DModel" => {
+            original(module).and_then(|_| underscored("lora_transformer_", module))
+        }
         "WanTransformer3DModel" if module == "proj_out" => underscored("lora_unet_", WAN_HEAD),
         "WanTransformer3DModel" => underscored("lora_unet_", &original(module)?.0),
         "QwenImageTransformer2DModel" => underscored("lora_unet_", module),

@@ -8,6 +8,7 @@
 //! | `autoencoder_kl` | [`AutoencoderKL`]: FLUX.1, Z-Image |
 //! | `autoencoder_kl_flux2` | [`AutoencoderKLFlux2`]: FLUX.2 |
 //! | `hunyuan_video` | [`AutoencoderKLHunyuanVideo15`]: HunyuanVideo 1.5 |
+//! | `ltx2_audio` | [`AutoencoderKLLTX2Audio`]: the sound of LTX-2 |
 //! | `ltx2_video` | [`AutoencoderKLLTX2Video`]: the pictures of LTX-2 |
 //! | `wan` | [`AutoencoderKLWan`]: Wan 2.1 and 2.2, Qwen-Image |
 //!
@@ -17,6 +18,7 @@ mod autoencoder_kl;
 mod autoencoder_kl_flux2;
 mod blocks;
 mod hunyuan_video;
+mod ltx2_audio;
 mod ltx2_video;
 mod tiling;
 mod video;
@@ -34,6 +36,7 @@ use serde_json::Value;
 pub use self::autoencoder_kl::{AutoencoderKL, AutoencoderKLConfig};
 pub use self::autoencoder_kl_flux2::{AutoencoderKLFlux2, AutoencoderKLFlux2Config};
 pub use self::hunyuan_video::{AutoencoderKLHunyuanVideo15, AutoencoderKLHunyuanVideo15Config};
+pub use self::ltx2_audio::{AutoencoderKLLTX2Audio, AutoencoderKLLTX2AudioConfig};
 pub use self::ltx2_video::{AutoencoderKLLTX2Video, AutoencoderKLLTX2VideoConfig, Flags, PaddingMode, Scaling};
 pub use self::tiling::Tiling;
 pub use self::wan::{AutoencoderKLQwenImageConfig, AutoencoderKLWan, AutoencoderKLWanConfig};
@@ -48,7 +51,8 @@ pub trait Autoencoder: Debug + Send + Sync {
     fn params(&self) -> &Params;
     /// The configuration, as `config.json` holds it.
     fn config(&self) -> Value;
-    /// What the encoder makes of pixels `[B, C, H, W]` or `[B, C, F, H, W]`.
+    /// What the encoder makes of pixels `[B, C, H, W]` or `[B, C, F, H, W]`, or of sound (logarithms of a mel spectrogram,
+    /// `[B, C, T, M]`).
     ///
     /// # Errors
     /// When the sizes do not fit.
@@ -154,6 +158,11 @@ pub const AUTOENCODERS: &[AutoencoderKind] = &[
         class: AutoencoderKLHunyuanVideo15Config::CLASS,
         config: ConfigReader::of::<AutoencoderKLHunyuanVideo15Config>(),
         new: |config, params| Ok(Box::new(AutoencoderKLHunyuanVideo15::new(read(config)?, params)?)),
+    },
+    AutoencoderKind {
+        class: AutoencoderKLLTX2AudioConfig::CLASS,
+        config: ConfigReader::of::<AutoencoderKLLTX2AudioConfig>(),
+        new: |config, params| Ok(Box::new(AutoencoderKLLTX2Audio::new(read(config)?, params)?)),
     },
     AutoencoderKind {
         class: AutoencoderKLLTX2VideoConfig::CLASS,

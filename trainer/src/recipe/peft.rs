@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use flowtape_engine::DType;
 use flowtape_engine::nn::{DropoutPosition, LoraInit, ModuleSelection};
+use flowtape_engine::quant::Format;
 use flowtape_models::peft::SaveFormat;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -45,6 +46,9 @@ pub struct PeftConfig {
     pub lora_a_init: LoraInit,
     /// The dtype in which the adapter is kept, such as `float32`; the weights' own if it is left out.
     pub lora_dtype: Option<KeptDtype>,
+    /// How the weights of the model's own linear layers are held, to take less memory: `int8`, `fp8` or `nf4`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantize_base: Option<Format>,
     /// An adapter to go on from, in any known form; a new one if it is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
@@ -135,6 +139,7 @@ impl Default for PeftConfig {
             match_all_linear: false,
             lora_a_init: LoraInit::default(),
             lora_dtype: None,
+            quantize_base: None,
             init_from: None,
             save_formats: vec![SaveFormat::Peft],
             use_memory_efficient_lora: None,

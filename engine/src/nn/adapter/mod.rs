@@ -13,7 +13,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Init, Param, ParamBuilder, ParamPlan, Placement};
-use crate::ops::{linear, pointwise};
+use crate::nn::layers::product;
+use crate::ops::pointwise;
 use crate::{DType, Error, Result, Tensor};
 
 pub use dropout::{Dropout, DropoutMasks, DropoutPosition};
@@ -175,7 +176,7 @@ impl Adapter {
 
     /// What the layer computes with it: x `[.., in]` to `[.., out]`. `W x + b + scale dW x`; with DoRA
     /// `m (W x + scale dW x) / |W + scale dW| + b`, where no gradient passes the lengths.
-    pub fn forward(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, weight: &Param, bias: Option<&Tensor>) -> Result<Tensor> {
         let value = |(name, param): &(String, Param)| Ok((name.clone(), param.value()?));
         let parts: Parts = self.parts.iter().map(value).collect::<Result<_>>()?;
         let read = self.dropped(DropoutPosition::Pre, x.clone())?;
@@ -187,17 +188,17 @@ impl Adapter {
         };
         let added = self.dropped(DropoutPosition::Post, added)?;
         if self.spec.kind != AdapterKind::Dora {
-            return linear(x, weight, bias)?.add(&added);
+            return product(x, weight, bias)?.add(&added);
         }
         let plain = parts.iter().map(|(name, part)| (name.clone(), part.detach())).collect();
-        let length = row_lengths(&self.spec.changed(&weight.detach(), &plain)?)?;
+        let length = row_lengths(&self.spec.changed(&weight.value()?.detach(), &plain)?)?;
         let relative = part(&parts, MAGNITUDE)?.div(&length.on_tape_of(x))?;
         // Where what the adapter reads is dropped, the layer's own output changes by what is not.
-        let base = linear(&read, weight, None)?;
+        let base = product(&read, weight, None)?;
         let scaled = pointwise([&base, &added, &relative], |[base, added, m]| (base + added) * m)?;
         match (&self.spec.dropout, bias) {
             (Some(dropout), _) if dropout.position == DropoutPosition::Pre => {
-                linear(x, weight, bias)?.add(&scaled.sub(&base)?)
+                product(x, weight, bias)?.add(&scaled.sub(&base)?)
             }
             (_, Some(bias)) => scaled.add(bias),
             (_, None) => Ok(scaled),
@@ -215,6 +216,7 @@ mod tests {
     use super::*;
     use crate::meta::Meta;
     use crate::nn::{Linear, Params};
+    use crate::ops::linear;
     use crate::{Device, Gradients, Philox, Tape};
 
     fn layer(spec: AdapterSpec, [inputs, outputs]: [usize; 2], device: &Device) -> Result<(Linear, Params)> {

@@ -1,0 +1,104 @@
+//! Autoencoders of published shapes with random weights: encoding and decoding, as preprocessing and previews run them.
+
+use std::time::Instant;
+
+use flowtape_engine::nn::{ParamBuilder, Placement};
+use flowtape_engine::{DType, Device, Philox, Tensor};
+use flowtape_models::vae::{Autoencoder, AutoencoderKind, Tiling};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::Result;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct EncoderOptions {
+    /// Where.
+    pub device: Device,
+    /// Of weights and activations.
+    pub dtype: DType,
+    /// Only what has this in its name or sizes.
+    pub only: Option<String>,
+    /// How often each is run; the fastest counts.
+    pub rounds: usize,
+    /// Side of tiles in pixels, where pictures are cut into such.
+    pub tile: Option<usize>,
+}
+
+/// What a run takes.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct EncoderMeasurement {
+    /// Which autoencoder, and which way.
+    pub name: String,
+    /// Sizes of the pixels.
+    pub shape: String,
+    /// Of weights and activations.
+    pub dtype: &'static str,
+    /// Threads of the CPU.
+    pub threads: usize,
+    /// Seconds of the fastest run.
+    pub s_min: f64,
+    /// MiB of tensors at most, weights included.
+    pub tensors_mb: usize,
+}
+
+/// Name, configuration, and the pixels of a sample.
+fn works() -> Vec<(&'static str, Value, Vec<usize>)> {
+    let flux = json!({
+        "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+        "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
+        "latent_channels": 16, "use_quant_conv": false, "use_post_quant_conv": false,
+    });
+    vec![
+        ("flux.1", flux.clone(), vec![1, 3, 512, 512]),
+        ("flux.1", flux, vec![1, 3, 1024, 1024]),
+        ("wan2.1", json!({"_class_name": "AutoencoderKLWan"}), vec![1, 3, 17, 256, 256]),
+    ]
+}
+
+/// Measures all; `report` gets each as soon as it is measured.
+///
+/// # Errors
+/// When the device fails or memory runs out.
+pub fn encoders(options: &EncoderOptions, mut report: impl FnMut(&EncoderMeasurement)) -> Result<()> {
+    for (name, config, pixels) in works() {
+        let shape = pixels.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+        let wanted =
+            |way: &str| options.only.as_deref().is_none_or(|only| format!("{name} {way} {shape}").contains(only));
+        if !wanted("encode") && !wanted("decode") {
+            continue;
+        }
+        let placement = Placement::frozen(options.dtype);
+        let params = ParamBuilder::with_plan(0, placement, &options.device);
+        let kind = AutoencoderKind::of_class(config["_class_name"].as_str().unwrap_or_default())?;
+        let mut model = (kind.new)(&kind.config.complete(&config)?, &params)?;
+        model.set_tiling(options.tile.map(Tiling::square))?;
+        let normal = |dims: &[usize]| -> Result<Tensor> {
+            Ok(Philox::new(1).normal(dims, &options.device)?.to_dtype(options.dtype)?)
+        };
+        let (x, z) = (normal(&pixels)?, normal(&model.latent_dims(&pixels))?);
+        let runs: [(&str, Run); 2] =
+            [("encode", |model, x| Ok(model.encode(x)?.mean)), ("decode", |model, z| Ok(model.decode(z)?))];
+        for ((way, run), input) in runs.into_iter().zip([&x, &z]).filter(|((way, _), _)| wanted(way)) {
+            let mut fastest = f64::INFINITY;
+            for _ in 0..options.rounds.max(1) {
+                let start = Instant::now();
+                // One value is read, so that all of it was computed.
+                run(&*model, input)?.flatten(1, input.rank() - 1)?.narrow(1, 0, 1)?.to_vec::<f32>()?;
+                fastest = fastest.min(start.elapsed().as_secs_f64());
+            }
+            report(&EncoderMeasurement {
+                name: format!("{name} {way}"),
+                shape: shape.clone(),
+                dtype: options.dtype.name(),
+                threads: rayon::current_num_threads(),
+                s_min: fastest,
+                tensors_mb: options.device.backend().memory().peak >> 20,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// One way through an autoencoder.
+type Run = fn(&dyn Autoencoder, &Tensor) -> Result<Tensor>;

@@ -1,0 +1,134 @@
+//! The published autoencoders: their parameters as PyTorch counts them, and the memory that a picture takes. Nothing is
+//! computed: on a device without data tensors have sizes alone.
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
+
+use flowtape_engine::meta::Meta;
+use flowtape_engine::nn::{ParamBuilder, Placement};
+use flowtape_engine::{DType, Device, Tensor};
+use flowtape_models::vae::{Autoencoder, AutoencoderKind, Tiling};
+use serde_json::{Value, json};
+
+const GIB: usize = 1 << 30;
+
+fn make(config: &Value, device: &Device) -> Box<dyn Autoencoder> {
+    let params = ParamBuilder::with_plan(0, Placement::frozen(DType::F32), device);
+    let kind = AutoencoderKind::of_class(config["_class_name"].as_str().unwrap()).unwrap();
+    (kind.new)(&kind.config.complete(config).unwrap(), &params).unwrap()
+}
+
+fn flux() -> Value {
+    json!({
+        "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+        "down_block_types": vec!["DownEncoderBlock2D"; 4], "up_block_types": vec!["UpDecoderBlock2D"; 4],
+        "latent_channels": 16, "use_quant_conv": false, "use_post_quant_conv": false,
+        "scaling_factor": 0.3611, "shift_factor": 0.1159,
+    })
+}
+
+/// Configuration, parameters and tensors; statistics of latents in a weight file are buffers, which PyTorch does not count.
+fn published() -> Vec<(&'static str, Value, usize, usize, usize)> {
+    let ltx = |more: Value| {
+        let mut config = json!({"_class_name": "AutoencoderKLLTX2Video", "decoder_causal": false});
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let ltx_23 = json!({
+        "block_out_channels": [256, 512, 1024, 1024], "decoder_block_out_channels": [256, 512, 512, 1024],
+        "layers_per_block": [4, 6, 4, 2, 2], "decoder_layers_per_block": [4, 6, 4, 2, 2],
+        "decoder_spatio_temporal_scaling": [true, true, true, true], "decoder_inject_noise": [false, false, false, false, false],
+        "upsample_type": ["spatiotemporal", "spatiotemporal", "temporal", "spatial"],
+        "upsample_residual": [false, false, false, false], "upsample_factor": [2, 2, 1, 2],
+        "decoder_spatial_padding_mode": "zeros",
+    });
+    let wan_22 = json!({
+        "_class_name": "AutoencoderKLWan", "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": true,
+        "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+        "latents_mean": vec![0.0; 48], "latents_std": vec![1.0; 48],
+    });
+    vec![
+        ("FLUX.1", flux(), 83_819_683, 244, 0),
+        ("FLUX.2", json!({"_class_name": "AutoencoderKLFlux2"}), 84_046_115, 248, 2),
+        ("Wan 2.1", json!({"_class_name": "AutoencoderKLWan"}), 126_892_531, 194, 0),
+        ("Wan 2.2", wan_22, 704_688_668, 196, 0),
+        ("Qwen-Image", json!({"_class_name": "AutoencoderKLQwenImage"}), 126_892_531, 194, 0),
+        ("HunyuanVideo 1.5", json!({"_class_name": "AutoencoderKLHunyuanVideo15"}), 1_260_634_115, 218, 0),
+        ("LTX-2's sound", json!({"_class_name": "AutoencoderKLLTX2Audio"}), 53_248_146, 100, 2),
+        ("LTX-2.0", ltx(json!({})), 1_222_479_601, 182, 2),
+        ("LTX-2.3", ltx(ltx_23), 726_105_969, 168, 2),
+    ]
+}
+
+#[test]
+fn published_autoencoders_have_the_parameters_that_pytorch_counts() {
+    for (name, config, parameters, tensors, buffers) in published() {
+        let model = make(&config, &Meta::default().device());
+        let counted = model.params().iter().filter(|param| !is_buffer(param.path()));
+        let (count, size) = counted.fold((0, 0), |(count, size), param| (count + 1, size + param.numel()));
+        assert_eq!((size, count, model.params().len()), (parameters, tensors, tensors + buffers), "{name}");
+    }
+}
+
+fn is_buffer(path: &str) -> bool {
+    ["bn.running_mean", "bn.running_var", "latents_mean", "latents_std"].contains(&path)
+}
+
+/// Bytes that decoding and encoding a picture take at most, weights included.
+fn peaks(side: usize, tiling: Option<Tiling>) -> [usize; 2] {
+    let peak = |run: &dyn Fn(&dyn Autoencoder, &Device)| {
+        let meta = Meta::default();
+        let device = meta.device();
+        let mut model = make(&flux(), &device);
+        model.set_tiling(tiling).unwrap();
+        run(&*model, &device);
+        meta.peak()
+    };
+    [
+        peak(&|model, device| {
+            let latents = Tensor::zeros(&[1, 16, side / 8, side / 8], DType::F32, device).unwrap();
+            assert_eq!(model.decode(&latents).unwrap().dims(), [1, 3, side, side]);
+        }),
+        peak(&|model, device| {
+            let pixels = Tensor::zeros(&[1, 3, side, side], DType::F32, device).unwrap();
+            assert_eq!(model.encode(&pixels).unwrap().mean.dims(), [1, 16, side / 8, side / 8]);
+        }),
+    ]
+}
+
+#[test]
+fn tiles_bound_the_memory_of_a_large_picture() {
+    let small = peaks(1024, Some(Tiling::square(512)));
+    assert!(small.iter().all(|peak| *peak < 3 * GIB), "{small:?}");
+    // Four times the picture takes little more: the picture itself.
+    let large = peaks(2048, Some(Tiling::square(512)));
+    for (small, large) in small.into_iter().zip(large) {
+        assert!(large < small + GIB / 4, "{small} and {large}");
+    }
+    let [whole, _] = peaks(1024, None);
+    assert!(whole > small[0], "{whole}");
+}
+
+#[test]
+fn what_does_not_fit_is_said() {
+    let device = Meta::default().device();
+    let mut model = make(&flux(), &device);
+    let encode =
+        |dims: &[usize]| model.encode(&Tensor::zeros(dims, DType::F32, &device).unwrap()).unwrap_err().to_string();
+    for dims in [&[1, 3, 60, 64][..], &[1, 4, 64, 64], &[3, 64, 64], &[1, 3, 0, 64]] {
+        let message = encode(dims);
+        assert!(message.contains("[B, 3, H, W]") && message.contains("multiples of 8"), "{message}");
+    }
+    let tiling = model.set_tiling(Some(Tiling::square(4))).unwrap_err().to_string();
+    assert!(tiling.contains("at least 8 pixels"), "{tiling}");
+    for (key, value) in [
+        ("down_block_types", json!(["AttnDownEncoderBlock2D"])),
+        ("norm_num_groups", json!(3)),
+        ("act_fn", json!("relu")),
+    ] {
+        let mut config = flux();
+        config[key] = value;
+        let kind = AutoencoderKind::of_class("AutoencoderKL").unwrap();
+        let message = kind.config.complete(&config).unwrap_err().to_string();
+        assert!(message.contains(key) || message.contains("block_out_channels"), "{message}");
+    }
+    assert!(AutoencoderKind::of_class("VQModel").unwrap_err().to_string().contains("AutoencoderKLWan"));
+}
