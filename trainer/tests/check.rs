@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use flowtape_data::{Media, MemorySource, Sample, Text, TextEmbeddings};
@@ -15,6 +15,9 @@ use flowtape_trainer::data::Data;
 use flowtape_trainer::plan::StepPlan;
 use flowtape_trainer::{Recipe, Trainer};
 use serde_json::json;
+
+/// The CPU's memory is counted for the whole process: the tests take turns.
+static TURN: Mutex<()> = Mutex::new(());
 
 fn recipe(name: &str, settings: &[&str]) -> Recipe {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes").join(name);
@@ -43,6 +46,7 @@ impl Decorator for Watched {
 
 #[test]
 fn a_steps_memory_is_what_it_takes() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let models = [
         ("digits.yaml", "step_scheduler.local_batch_size=32"),
         ("moving_digits_wan.yaml", "step_scheduler.local_batch_size=8"),
@@ -96,6 +100,7 @@ fn twelve_billion() -> (Recipe, Data) {
 
 #[test]
 fn a_model_of_12_billion_parameters_is_checked_at_once() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let (recipe, data) = twelve_billion();
     let started = Instant::now();
     let check = Check::with_data(&recipe, &Device::cpu(), data, Depth::Handful).unwrap();
@@ -124,6 +129,7 @@ fn a_model_of_12_billion_parameters_is_checked_at_once() {
 
 #[test]
 fn a_check_counts_samples_by_size() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let recipe = recipe("digits.yaml", &["data.drop_last=true", "step_scheduler.num_epochs=2"]);
     let check = Check::of(&recipe, &Device::cpu(), Depth::All).unwrap();
     let [bucket] = &check.buckets[..] else { panic!("{:?}", check.buckets) };

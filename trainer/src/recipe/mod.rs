@@ -1,8 +1,8 @@
 //! Recipes: YAML with NeMo's names where it has them.
 //!
-//! A file is read to nodes with their places ([`yaml`], [`node`]), settings are put into them, and [`read`] makes values of
+//! A file is read to nodes with their places (`yaml`, `node`), settings are put into them, and `read` makes values of
 //! them by the JSON Schema of [`Recipe`]: so all problems are told at once, with their places, and an editor that is given the
-//! schema knows what we know. What a schema can't say is checked by [`check`].
+//! schema knows what we know. What a schema can't say is checked by `check`.
 
 mod check;
 mod data;
