@@ -220,7 +220,7 @@ mod tests {
     fn all_that_is_wrong_with_a_section_is_told_at_once_and_in_words() {
         #[derive(Debug, Default, Deserialize)]
         #[serde(deny_unknown_fields, default)]
-        #[allow(dead_code)]
+        #[allow(dead_code)] // only what is refused is looked at
         struct Known {
             layers: usize,
             scale: f64,
