@@ -9,11 +9,13 @@ mod media;
 mod ops;
 mod optim;
 mod pipeline_math;
+mod pipelines;
 pub mod sampling;
 pub mod step;
 pub mod suite;
 mod text;
 mod vae;
+mod vision;
 
 use std::path::PathBuf;
 
