@@ -9,6 +9,7 @@ mod media;
 mod ops;
 mod optim;
 mod pipeline_math;
+mod recipe;
 pub mod sampling;
 pub mod step;
 pub mod suite;

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, data, lora, media, ops, optim, pipeline_math, sampling, step, text, vae};
+use crate::{Outcome, adapters, data, lora, media, ops, optim, pipeline_math, recipe, sampling, step, text, vae};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -28,6 +28,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_flux2", text::pipeline_prompts),
     ("pipe_flux2_klein", text::pipeline_prompts),
     ("pipe_qwen_image", text::pipeline_prompts),
+    ("recipe_*", recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
     ("text_byt5", text::states),

@@ -154,7 +154,10 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
         Some(config) => run.with(Box::new(Validations::default())).with(Box::new(Validate::new(config.every_steps))),
         None => run,
     };
-    let run = run.with(Box::new(Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)));
+    let run = run.with(Box::new(
+        Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)
+            .at_epoch_ends(recipe.step_scheduler.save_checkpoint_every_epoch),
+    ));
     let run = run.with(Box::new(builtin::preview(&recipe)?));
     Ok(builtin::report(&recipe)?.into_iter().fold(run, Session::with))
 }

@@ -11,7 +11,7 @@ use flowtape_data::{Collator, Cursor, Loader, Rank, Sampler};
 use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Placement};
 use flowtape_engine::optim::{Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, StepConfig};
 use flowtape_engine::{DType, Device, Later, Philox, Tape};
-use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
+use flowtape_flowmatch::{Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +115,8 @@ pub struct Trainer {
     data: Data,
     held_out: Option<HeldOut>,
     sampler: Arc<dyn Sampler>,
+    /// Where random numbers come from instead of the seed, where a run is replayed.
+    draws: Option<Box<dyn Draws + Send>>,
     collator: Collator,
     /// Made when the first batch is asked for, and again where the cursor was set.
     loader: Option<Loader>,
@@ -179,6 +181,7 @@ impl Trainer {
             pipeline: create_pipeline(flow_matching)?,
             schedule,
             sampler: data.sampler(&recipe.data, local, seed)?,
+            draws: None,
             collator,
             held_out,
             state: TrainState {
@@ -202,6 +205,12 @@ impl Trainer {
             loader: None,
             device: device.clone(),
         })
+    }
+
+    /// With batches and random numbers of one's own instead of those that follow from the seed: to replay another program's run.
+    #[must_use]
+    pub fn replaying(self, sampler: Arc<dyn Sampler>, draws: impl Draws + Send + 'static) -> Self {
+        Self { sampler, draws: Some(Box::new(draws)), loader: None, ..self }
     }
 
     /// The recipe.
@@ -284,6 +293,12 @@ impl Trainer {
         self.state.progress.train_seconds += since.elapsed().as_secs_f64();
     }
 
+    /// Whether the next batch begins another epoch.
+    pub(crate) fn ends_epoch(&self) -> bool {
+        let at = self.state.progress.cursor;
+        self.sampler.plan(at, Rank::ALONE).is_none_or(|plan| plan.next.epoch != at.epoch)
+    }
+
     /// Batches of the step at a cursor. An epoch's last step takes those that are left, and is divided by their number, as in NeMo.
     fn parts(&self, mut at: Cursor) -> usize {
         let most = self.recipe.step_scheduler.micro_batches();
@@ -303,7 +318,11 @@ impl Trainer {
         let started = Instant::now();
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let parts = self.parts(cursor);
-        let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
+        let mut of_step = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
+        let draws: &mut dyn Draws = match &mut self.draws {
+            Some(recorded) => &mut **recorded,
+            None => &mut of_step,
+        };
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let config = StepConfig { micro_batches: parts, max_norm };
@@ -336,7 +355,7 @@ impl Trainer {
                 check_loss: self.recipe.performance.check_loss,
                 ..StepOptions::recorded(&tape)
             };
-            let output = self.pipeline.step(&*self.model, &batch, step, &mut draws, &options)?;
+            let output = self.pipeline.step(&*self.model, &batch, step, &mut *draws, &options)?;
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             losses.push(share.read_later()?);
             let without = self.model.parameters_without_gradient(&output.inputs);
