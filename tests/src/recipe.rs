@@ -40,7 +40,8 @@ pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
         ],
     )?;
     let steps = list(&case, "optimizer_steps")?;
-    let trainer = Trainer::new(&recipe)?.replaying(Arc::new(Batches::read(dir, &case)?), draws(dir, &case, &recipe)?);
+    let batches = Arc::new(Batches::read(dir, &case)?);
+    let trainer = Trainer::new(&recipe)?.replaying(batches.clone(), draws(dir, &case, &recipe)?);
     out.push(exact("optimiser steps", trainer.recipe().step_scheduler.max_steps == steps.len() as u64, ""));
     let params = trainer.model().params();
     let trained: usize = params.iter().filter(|param| param.var().is_some()).map(|param| param.numel()).sum();
@@ -53,9 +54,11 @@ pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
     {
         let run = RunFolder::create(trainer.recipe())?;
         let session = Session::new(trainer, run, &NEVER).with(on_step(|record| records.push(record.clone())));
-        session.with(Box::new(Checkpoint::new(every).at_epoch_ends(recipe.step_scheduler.save_checkpoint_every_epoch))).run()?;
+        session
+            .with(Box::new(Checkpoint::new(every).at_epoch_ends(recipe.step_scheduler.save_checkpoint_every_epoch)))
+            .run()?;
     }
-    figures(&case, &records, out)?;
+    figures(&case, &records, &batches.steps(recipe.step_scheduler.micro_batches()), out)?;
     let saved = Saved { case: &case, folder: run_dir.join("checkpoints"), adapters: recipe.peft.is_some() };
     saved.listed(&checkpoints, out)?;
     saved.compare(dir, out)
@@ -89,17 +92,23 @@ impl Batches {
                 places.insert(text(item, "image_path")?.to_owned(), places.len());
             }
         }
-        let lines = list(case, "train_log_lines")?;
-        let mut epochs: Vec<Vec<Vec<usize>>> = Vec::new();
+        let mut epochs: Vec<Vec<Vec<usize>>> = vec![Vec::new()];
         for micro in list(case, "micro_batches")? {
-            let step = number(micro, "global_step_argument")? as usize;
-            let epoch: usize = text(lines.get(step).ok_or("no log line of a step")?, "epoch")?.parse()?;
             let place = |name: &str| places.get(name).copied().ok_or_else(|| format!("no picture {name}"));
-            let batch = strings(&micro["image_paths"]).into_iter().map(place).collect::<Result<_, _>>()?;
-            epochs.resize(epochs.len().max(epoch + 1), Vec::new());
-            epochs[epoch].push(batch);
+            let batch = strings(&micro["image_paths"]).into_iter().map(place).collect::<Result<Vec<_>, _>>()?;
+            // An epoch has each sample once.
+            if epochs.iter().rev().take(1).flatten().flatten().any(|index| batch.contains(index)) {
+                epochs.push(Vec::new());
+            }
+            epochs.iter_mut().rev().take(1).for_each(|epoch| epoch.push(batch.clone()));
         }
         Ok(Self(epochs))
+    }
+
+    /// The micro-batches of each optimiser step: so many, or what is left of an epoch.
+    fn steps(&self, micro_batches: usize) -> Vec<usize> {
+        let of_epoch = |epoch: &Vec<Vec<usize>>| epoch.chunks(micro_batches).map(<[_]>::len).collect::<Vec<_>>();
+        self.0.iter().flat_map(of_epoch).collect()
     }
 }
 
@@ -148,15 +157,16 @@ fn give(params: &Params, values: &BTreeMap<String, Tensor>) -> Any<()> {
 }
 
 /// Losses, norms and learning rates, step by step.
-fn figures(case: &Value, records: &[StepRecord], out: &mut Vec<Outcome>) -> Any<()> {
+fn figures(case: &Value, records: &[StepRecord], parts: &[usize], out: &mut Vec<Outcome>) -> Any<()> {
     let steps = list(case, "optimizer_steps")?;
     let micros = list(case, "micro_batches")?;
     let detail = format!("{} steps", steps.len());
     out.push(exact("every step", records.len() == steps.len(), &*detail));
+    let mut micros = micros.iter();
     let mut losses = Vec::new();
-    for group in micros.chunk_by(|a, b| a["global_step_argument"] == b["global_step_argument"]) {
-        let sum = group.iter().map(|micro| number(micro, "loss")).sum::<Any<f64>>()?;
-        losses.push(sum / group.len() as f64);
+    for count in parts {
+        let sum = micros.by_ref().take(*count).map(|micro| number(micro, "loss")).sum::<Any<f64>>()?;
+        losses.push(sum / *count as f64);
     }
     let of = |key: &str| steps.iter().map(|step| number(step, key)).collect::<Any<Vec<f64>>>();
     let bound = |what: &str| number(&case["tolerance"][what], "rtol");

@@ -57,6 +57,15 @@ pub struct StepRecord {
     pub times: StepTimes,
 }
 
+/// Samples that a run does not train on, beside those that are held out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Readings that failed since the run began or went on; they are told in the log one by one (`data.skip_bad`).
+    pub unreadable: u64,
+    /// Samples that fill no batch at an epoch's end (`data.drop_last`).
+    pub dropped_each_epoch: usize,
+}
+
 /// JSON has no NaN.
 fn null_is_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
@@ -149,7 +158,7 @@ impl Trainer {
         let start = Start::of(&recipe.model)?;
         let flow_matching = start.flow_matching(&recipe.flow_matching);
         let fingerprint = data.source.fingerprint();
-        let (data, held) = data.split(recipe.held_out())?;
+        let (data, held) = data.split(recipe.validation.as_ref())?;
         recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
         let (local, seed) = (recipe.step_scheduler.local_batch_size, recipe.seed);
         let collator = data.collator(&recipe.data, seed);
@@ -168,6 +177,12 @@ impl Trainer {
         let mut model = start.model(params.with_adaln_zero(recipe.init == Init::AdalnZero))?;
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
+        let sampler = data.sampler(&recipe.data, local, seed)?;
+        let dropped = sampler.dropped(Rank::ALONE);
+        if dropped > 0 && device.backend().has_data() {
+            let of = data.source.len();
+            tracing::warn!("data.drop_last: each epoch leaves out {dropped} of {of} samples, which fill no batch");
+        }
         let optimizer = &recipe.optimizer;
         let schedule = recipe.schedule()?;
         if let Some(max) = recipe.lr_scheduler.and_then(|s| s.max_lr).filter(|max| *max != optimizer.lr) {
@@ -180,7 +195,7 @@ impl Trainer {
         Ok(Self {
             pipeline: create_pipeline(flow_matching)?,
             schedule,
-            sampler: data.sampler(&recipe.data, local, seed)?,
+            sampler,
             draws: None,
             collator,
             held_out,
@@ -216,6 +231,14 @@ impl Trainer {
     /// The recipe.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
+    }
+
+    /// What is not trained on although it is there.
+    pub fn left_out(&self) -> LeftOut {
+        LeftOut {
+            unreadable: self.loader.as_ref().map_or(0, Loader::skipped),
+            dropped_each_epoch: self.sampler.dropped(Rank::ALONE),
+        }
     }
 
     /// The model.
