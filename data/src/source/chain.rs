@@ -26,13 +26,13 @@ impl Chain {
         Self { ends: ends.collect(), parts }
     }
 
-    /// The part of a sample, and its number there.
-    fn at(&self, index: usize) -> Result<(&(Arc<dyn Source>, usize), usize)> {
+    /// The source of a sample and its number there, and how often an epoch has it.
+    fn at(&self, index: usize) -> Result<(&dyn Source, usize, usize)> {
         let part = self.ends.partition_point(|end| *end <= index);
         let found = self.parts.get(part);
         let found = found.ok_or_else(|| Error::batch("sample", format!("a number below {}", self.len()), index))?;
         let start = part.checked_sub(1).map_or(0, |before| self.ends[before]);
-        Ok((found, index - start))
+        Ok((&*found.0, index - start, found.1))
     }
 }
 
@@ -42,41 +42,41 @@ impl Source for Chain {
     }
 
     fn header(&self, index: usize) -> Result<SampleHeader> {
-        let ((source, _), index) = self.at(index)?;
+        let (source, index, _) = self.at(index)?;
         source.header(index)
     }
 
     fn read(&self, index: usize, random: &mut Philox) -> Result<Sample> {
-        let ((source, _), index) = self.at(index)?;
+        let (source, index, _) = self.at(index)?;
         source.read(index, random)
     }
 
     fn name(&self, index: usize) -> String {
-        self.at(index).map_or_else(|_| format!("sample {index}"), |((source, _), index)| source.name(index))
+        self.at(index).map_or_else(|_| format!("sample {index}"), |(source, index, _)| source.name(index))
     }
 
     fn file(&self, index: usize) -> Result<Option<String>> {
-        let ((source, _), index) = self.at(index)?;
+        let (source, index, _) = self.at(index)?;
         source.file(index)
     }
 
     fn caption(&self, index: usize) -> Result<Option<String>> {
-        let ((source, _), index) = self.at(index)?;
+        let (source, index, _) = self.at(index)?;
         source.caption(index)
     }
 
     fn key(&self, index: usize) -> Result<Fingerprint> {
-        let ((source, _), index) = self.at(index)?;
+        let (source, index, _) = self.at(index)?;
         source.key(index)
     }
 
     fn verify(&self, index: usize) -> Result<()> {
-        let ((source, _), index) = self.at(index)?;
+        let (source, index, _) = self.at(index)?;
         source.verify(index)
     }
 
     fn repeats(&self, index: usize) -> usize {
-        self.at(index).map_or(1, |((source, times), index)| times * source.repeats(index))
+        self.at(index).map_or(1, |(source, index, times)| times * source.repeats(index))
     }
 
     fn fingerprint(&self) -> Fingerprint {
