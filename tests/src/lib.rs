@@ -10,6 +10,7 @@ mod ops;
 mod optim;
 mod pipeline_math;
 mod pipelines;
+mod recipe;
 pub mod sampling;
 pub mod step;
 pub mod suite;

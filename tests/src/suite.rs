@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
 use crate::{
-    Outcome, adapters, data, lora, media, ops, optim, pipeline_math, pipelines, sampling, step, text, vae, vision,
+    Outcome, adapters, data, lora, media, ops, optim, pipeline_math, pipelines, recipe, sampling, step, text, vae,
+    vision,
 };
 
 /// Compares the cases of a file `<name>.json` in a folder.
@@ -32,6 +33,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_hunyuan15", pipelines::check),
     ("pipe_qwen_image", pipelines::check),
     ("pipe_wan", pipelines::check),
+    ("recipe_*", recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
     ("text_byt5", text::states),

@@ -56,4 +56,4 @@ pub use error::{Error, Result};
 pub use recipe::Recipe;
 pub use timing::StepTimes;
 pub use trained::Trained;
-pub use trainer::{StepRecord, Trainer};
+pub use trainer::{LeftOut, StepRecord, Trainer};
