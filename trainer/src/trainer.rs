@@ -11,7 +11,7 @@ use flowtape_data::{Collator, Cursor, Loader, Rank, Sampler};
 use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Placement};
 use flowtape_engine::optim::{Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, StepConfig};
 use flowtape_engine::{DType, Device, Later, Philox, Tape};
-use flowtape_flowmatch::{FlowMatchingPipeline, PhiloxDraws, StepOptions};
+use flowtape_flowmatch::{Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +55,15 @@ pub struct StepRecord {
     /// Where its time went; not part of the line.
     #[serde(skip)]
     pub times: StepTimes,
+}
+
+/// Samples that a run does not train on, beside those that are held out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Readings that failed since the run began or went on; they are told in the log one by one (`data.skip_bad`).
+    pub unreadable: u64,
+    /// Samples that fill no batch at an epoch's end (`data.drop_last`).
+    pub dropped_each_epoch: usize,
 }
 
 /// JSON has no NaN.
@@ -115,6 +124,8 @@ pub struct Trainer {
     data: Data,
     held_out: Option<HeldOut>,
     sampler: Arc<dyn Sampler>,
+    /// Where random numbers come from instead of the seed, where a run is replayed.
+    draws: Option<Box<dyn Draws + Send>>,
     collator: Collator,
     /// Made when the first batch is asked for, and again where the cursor was set.
     loader: Option<Loader>,
@@ -147,7 +158,7 @@ impl Trainer {
         let start = Start::of(&recipe.model)?;
         let flow_matching = start.flow_matching(&recipe.flow_matching);
         let fingerprint = data.source.fingerprint();
-        let (data, held) = data.split(recipe.held_out())?;
+        let (data, held) = data.split(recipe.validation.as_ref())?;
         recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
         let (local, seed) = (recipe.step_scheduler.local_batch_size, recipe.seed);
         let collator = data.collator(&recipe.data, seed);
@@ -166,6 +177,12 @@ impl Trainer {
         let mut model = start.model(params.with_adaln_zero(recipe.init == Init::AdalnZero))?;
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
+        let sampler = data.sampler(&recipe.data, local, seed)?;
+        let dropped = sampler.dropped(Rank::ALONE);
+        if dropped > 0 && device.backend().has_data() {
+            let of = data.source.len();
+            tracing::warn!("data.drop_last: each epoch leaves out {dropped} of {of} samples, which fill no batch");
+        }
         let optimizer = &recipe.optimizer;
         let schedule = recipe.schedule()?;
         if let Some(max) = recipe.lr_scheduler.and_then(|s| s.max_lr).filter(|max| *max != optimizer.lr) {
@@ -178,7 +195,8 @@ impl Trainer {
         Ok(Self {
             pipeline: create_pipeline(flow_matching)?,
             schedule,
-            sampler: data.sampler(&recipe.data, local, seed)?,
+            sampler,
+            draws: None,
             collator,
             held_out,
             state: TrainState {
@@ -204,9 +222,23 @@ impl Trainer {
         })
     }
 
+    /// With batches and random numbers of one's own instead of those that follow from the seed: to replay another program's run.
+    #[must_use]
+    pub fn replaying(self, sampler: Arc<dyn Sampler>, draws: impl Draws + Send + 'static) -> Self {
+        Self { sampler, draws: Some(Box::new(draws)), loader: None, ..self }
+    }
+
     /// The recipe.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
+    }
+
+    /// What is not trained on although it is there.
+    pub fn left_out(&self) -> LeftOut {
+        LeftOut {
+            unreadable: self.loader.as_ref().map_or(0, Loader::skipped),
+            dropped_each_epoch: self.sampler.dropped(Rank::ALONE),
+        }
     }
 
     /// The model.
@@ -284,6 +316,12 @@ impl Trainer {
         self.state.progress.train_seconds += since.elapsed().as_secs_f64();
     }
 
+    /// Whether the next batch begins another epoch.
+    pub(crate) fn ends_epoch(&self) -> bool {
+        let at = self.state.progress.cursor;
+        self.sampler.plan(at, Rank::ALONE).is_none_or(|plan| plan.next.epoch != at.epoch)
+    }
+
     /// Batches of the step at a cursor. An epoch's last step takes those that are left, and is divided by their number, as in NeMo.
     fn parts(&self, mut at: Cursor) -> usize {
         let most = self.recipe.step_scheduler.micro_batches();
@@ -303,7 +341,11 @@ impl Trainer {
         let started = Instant::now();
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let parts = self.parts(cursor);
-        let mut draws = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
+        let mut of_step = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
+        let draws: &mut dyn Draws = match &mut self.draws {
+            Some(recorded) => &mut **recorded,
+            None => &mut of_step,
+        };
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let config = StepConfig { micro_batches: parts, max_norm };
@@ -336,7 +378,7 @@ impl Trainer {
                 check_loss: self.recipe.performance.check_loss,
                 ..StepOptions::recorded(&tape)
             };
-            let output = self.pipeline.step(&*self.model, &batch, step, &mut draws, &options)?;
+            let output = self.pipeline.step(&*self.model, &batch, step, &mut *draws, &options)?;
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             losses.push(share.read_later()?);
             let without = self.model.parameters_without_gradient(&output.inputs);

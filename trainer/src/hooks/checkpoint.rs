@@ -5,10 +5,11 @@ use crate::Result;
 use crate::state::TrainProgress;
 use crate::train::Session;
 
-/// Saves every so many steps and when there are no more; and the best by validation loss, where the run validates.
+/// Saves every so many steps, perhaps at the ends of epochs, and when there are no more; and the best by validation loss, where the run validates.
 #[derive(Debug)]
 pub struct Checkpoint {
     every: u64,
+    each_epoch: bool,
     /// The step of the newest one; there is none of step 0.
     saved: u64,
     /// The least validation loss so far.
@@ -18,7 +19,13 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Steps between checkpoints; 0 for one at the end alone.
     pub fn new(every: u64) -> Self {
-        Self { every, saved: 0, best: None }
+        Self { every, each_epoch: false, saved: 0, best: None }
+    }
+
+    /// Also after the last step of each epoch, or not. To know it, each step is waited for.
+    #[must_use]
+    pub fn at_epoch_ends(self, each_epoch: bool) -> Self {
+        Self { each_epoch, ..self }
     }
 
     /// Saves, if that was not done after this step.
@@ -36,7 +43,7 @@ impl Checkpoint {
 
 impl Hook for Checkpoint {
     fn needs_state(&self, step: u64) -> bool {
-        due(self.every, step)
+        due(self.every, step) || self.each_epoch
     }
 
     fn on(&mut self, event: &Event<'_>, run: &mut Session<'_>) -> Result<()> {
@@ -53,7 +60,8 @@ impl Hook for Checkpoint {
                 self.best = Some(validated.loss());
                 run.folder().checkpoints().mark_best(validated.step)
             }
-            Event::Step(record) if self.needs_state(record.step) => self.save(run),
+            Event::Step(record) if due(self.every, record.step) => self.save(run),
+            Event::Step(_) if self.each_epoch && run.trainer().ends_epoch() => self.save(run),
             Event::Stopped(_) => self.save(run),
             _ => Ok(()),
         }
