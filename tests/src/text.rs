@@ -4,7 +4,7 @@ use std::path::Path;
 
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::ltx2::LTX2TextConnectors;
-use flowtape_models::pipeline::PipelineFolder;
+use flowtape_models::pipeline::{PipelineFolder, clean_prompt, glyph_text};
 use flowtape_models::text::{Padding, TextModel, TextModelOutput, Tokenizer, load, stack_layers};
 use serde_json::Value;
 
@@ -197,6 +197,9 @@ pub(crate) fn pipeline_prompts(dir: &Path, name: &str, out: &mut Vec<Outcome>) -
 /// Difficult strings, token by token.
 pub(crate) fn tokenizers(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
     let case = Golden::open(dir, "case")?.json;
+    if dir.join("prompts.json").exists() {
+        prompts(dir, out)?;
+    }
     for name in case["tokenizers"].as_object().ok_or("no tokenizers")?.keys() {
         let folder = dir.join(name);
         encodings(name, &folder, &folder, out)?;
@@ -214,6 +217,25 @@ pub(crate) fn tokenizers(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()>
             encodings(&format!("{name} without tokenizer.json"), &folder, older.path(), out)?;
         }
     }
+    Ok(())
+}
+
+/// What pipelines make of a prompt before it is tokenised: Wan's cleaning where `ftfy` is not installed, HunyuanVideo's quotes.
+fn prompts(dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
+    let all = Golden::open(dir, "prompts")?.json;
+    let rows = |key: &str| all[key].as_array().cloned().unwrap_or_default();
+    let mut wrong = Vec::new();
+    for row in rows("clean") {
+        let want = row.get("without_ftfy").unwrap_or(&row["with_ftfy"]);
+        if want != &Value::from(clean_prompt(text(&row, "text")?)) {
+            wrong.push(format!("{}", row["text"]));
+        }
+    }
+    out.push(exact("prompts/clean", wrong.is_empty(), wrong.join(", ")));
+    let glyphs = rows("glyph");
+    let same =
+        |row: &Value| row["glyph_text"].as_str() == glyph_text(row["prompt"].as_str().unwrap_or_default()).as_deref();
+    out.push(exact("prompts/glyph", glyphs.iter().all(same), format!("{} prompts", glyphs.len())));
     Ok(())
 }
 

@@ -3,11 +3,13 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `generate` | [`Generator`]: from a prompt to pictures and films |
+//! | `guidance` | how predictions are led away from others |
 //! | `flux`, `hunyuan_video`, `language`, `ltx2`, `qwen_image_edit`, `wan` | what prompts become in each family |
 //! | `part` | a text encoder with its tokenizer |
 
 mod flux;
 pub mod generate;
+mod guidance;
 mod hunyuan_video;
 mod language;
 mod ltx2;
@@ -28,7 +30,8 @@ use crate::vision::qwen25_vl::Grid;
 use crate::{Error, Result};
 
 pub use flux::FluxPrompts;
-pub use generate::{Generated, Generation, Generator, Request, Settings, SoundGuidance, Waveform};
+pub use generate::{Generated, Generation, Generator, Request, Settings, Waveform};
+pub use guidance::SoundGuidance;
 pub use hunyuan_video::{HunyuanPrompts, glyph_text};
 pub use language::{FLUX2, FLUX2_KLEIN, LanguagePrompts, QWEN_IMAGE, States, Template};
 pub use ltx2::LTX2Prompts;

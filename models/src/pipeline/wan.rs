@@ -31,7 +31,9 @@ impl WanPrompts {
 pub fn clean_prompt(prompt: &str) -> String {
     let unescaped = htmlize::unescape(prompt);
     let unescaped = htmlize::unescape(&*unescaped);
-    unescaped.split_whitespace().collect::<Vec<_>>().join(" ")
+    // Python counts the separators of ASCII among white space.
+    let space = |c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c);
+    unescaped.split(space).filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 impl PromptEncoder for WanPrompts {
