@@ -44,7 +44,7 @@ def animate(digit):
     room = [(side - SIDE) // stride for side in (height, width)]
     start = [rng.integers(r + 1) for r in room]
     velocity = (0, 0)
-    while velocity == (0, 0):
+    while any(room) and not any(v and r for v, r in zip(velocity, room)):
         velocity = tuple(int(rng.integers(-SPEED, SPEED + 1)) for _ in room)
     out = np.full((frames, height, width), -1, np.float32)
     for t in range(frames):
