@@ -39,7 +39,8 @@ pub fn run(args: &Import) -> Result<ExitCode> {
         }
         let dims = source.header(index)?.dims;
         let sample = source.read(index, &mut Philox::new(0))?;
-        writer.add(key, &name, source.caption(index), dims.get(1..).unwrap_or_default(), sample)?;
+        let caption = source.caption(index)?.unwrap_or_default();
+        writer.add(key, &name, &caption, dims.get(1..).unwrap_or_default(), sample)?;
         copied += 1;
     }
     writer.finish()?;

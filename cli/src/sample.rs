@@ -1,28 +1,29 @@
 //! `flowtape sample`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use flowtape_trainer::Trained;
+use flowtape_trainer::compose::{Options, Request, SOLVERS, Solver, compose, is_pipeline};
 use flowtape_trainer::generate::{MAX_GUIDANCE_SCALE, MAX_INFERENCE_STEPS, MAX_SAMPLES};
 use flowtape_trainer::picture::{beside, check_path, load_grey, save_samples};
 
-use crate::terminal::say;
-use crate::weights::with_factor;
+use crate::terminal::{note, say};
+use crate::weights::{Dtype, with_factor};
 
 /// What to generate.
 #[derive(Args)]
 pub struct Sample {
-    /// A run folder.
-    run: PathBuf,
+    /// A run folder, or that of a diffusers pipeline.
+    from: PathBuf,
     /// What to draw, such as "a handwritten seven".
     #[arg(long)]
     prompt: String,
-    /// How many images.
-    #[arg(long, default_value_t = 16, value_parser = |text: &str| whole(text, MAX_SAMPLES))]
-    n: usize,
+    /// How many: 16 of a run in a grid, 1 of a pipeline; several of a pipeline are a file each.
+    #[arg(long, value_parser = |text: &str| whole(text, MAX_SAMPLES))]
+    n: Option<usize>,
     /// The same seed gives the same images.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -32,10 +33,10 @@ pub struct Sample {
     /// Sample with the weights of the last step, though their average was kept.
     #[arg(long)]
     raw: bool,
-    /// Euler steps; the run's own number by default.
+    /// Steps of the solver; the run's or the pipeline's own number by default.
     #[arg(long, value_parser = |text: &str| whole(text, MAX_INFERENCE_STEPS))]
     steps: Option<usize>,
-    /// Scale of classifier-free guidance; the run's own by default.
+    /// Scale of guidance, told to models that are distilled for it, else of classifier-free guidance; the run's own by default.
     #[arg(long, value_parser = scale)]
     guidance: Option<f64>,
     /// A grey PNG of a frame's size, from which the videos go on: for models trained on image-to-video.
@@ -47,9 +48,49 @@ pub struct Sample {
     /// Pass over keys of adapters that the model has no use for.
     #[arg(long)]
     allow_unused: bool,
-    /// The PNG to write, which its name ends in; videos are animated, and their frames stand beside it in NAME_frames.png.
+    /// The PNG to write, which its name ends in; videos are animated, and those of a run have their frames beside it in NAME_frames.png.
     #[arg(long, default_value = "samples.png")]
     out: PathBuf,
+    #[command(flatten)]
+    pipeline: OfPipeline,
+}
+
+/// What can be asked of a pipeline, or of a run whose data names one.
+#[derive(Args)]
+#[command(next_help_heading = "Of a pipeline, or of a run whose data names one")]
+struct OfPipeline {
+    /// What the pictures are led away from.
+    #[arg(long, value_name = "PROMPT")]
+    negative: Option<String>,
+    /// Scale of classifier-free guidance beside a told one: the model runs a second time, on --negative.
+    #[arg(long, value_name = "SCALE", value_parser = scale)]
+    true_cfg: Option<f64>,
+    /// Width and height in pixels.
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    size: Option<[usize; 2]>,
+    /// Frames of a film.
+    #[arg(long, value_parser = |text: &str| whole(text, 1 << 14))]
+    frames: Option<usize>,
+    /// A static shift of the noise levels instead of the scheduler's.
+    #[arg(long, value_parser = scale)]
+    shift: Option<f64>,
+    /// How steps are taken: euler, heun, dpm++2m or unipc; the pipeline's own way by default.
+    #[arg(long, value_parser = sampler)]
+    sampler: Option<Solver>,
+    /// Tokens that the prompt is cut or padded to.
+    #[arg(long, value_parser = |text: &str| whole(text, 1 << 14))]
+    max_sequence_length: Option<usize>,
+    /// What a pipeline's transformer computes in; a run's is the recipe's.
+    #[arg(long)]
+    dtype: Option<Dtype>,
+}
+
+impl OfPipeline {
+    fn asked(&self) -> bool {
+        let Self { negative, true_cfg, size, frames, shift, sampler, max_sequence_length, dtype } = self;
+        let of_pictures = size.is_some() || frames.is_some() || negative.is_some() || max_sequence_length.is_some();
+        of_pictures || true_cfg.is_some() || shift.is_some() || sampler.is_some() || dtype.is_some()
+    }
 }
 
 /// A whole number from 1 on.
@@ -58,18 +99,34 @@ fn whole(text: &str, most: usize) -> Result<usize, String> {
     number.ok_or_else(|| format!("expected a whole number from 1 to {most}"))
 }
 
-/// A scale of guidance.
+/// A scale of guidance or a shift.
 fn scale(text: &str) -> Result<f64, String> {
     let number = text.parse().ok().filter(|number| *number > 0.0 && *number <= MAX_GUIDANCE_SCALE);
     number.ok_or_else(|| format!("expected a number above 0 and at most {MAX_GUIDANCE_SCALE}"))
 }
 
+/// `WxH` as height and width.
+fn size(text: &str) -> Result<[usize; 2], String> {
+    let side = |text: &str| text.parse().ok().filter(|side| (1..=1 << 14).contains(side));
+    let sides = text.split_once('x').and_then(|(width, height)| Some([side(height)?, side(width)?]));
+    sides.ok_or_else(|| "expected width and height in pixels, such as 1024x768".to_owned())
+}
+
+/// A solver's name.
+fn sampler(text: &str) -> Result<Solver, String> {
+    let names: Vec<&str> = SOLVERS.iter().map(|(name, _)| *name).collect();
+    text.parse().map_err(|_| format!("expected one of {}", names.join(", ")))
+}
+
 /// Generates, and writes the pictures.
 pub fn run(args: &Sample) -> Result<ExitCode> {
     check_path(&args.out)?;
-    let load = if args.raw { Trained::load_raw } else { Trained::load };
-    let mut trained = load(&args.run, args.device.as_deref())?;
     let loras = args.loras.iter().map(|text| with_factor(text)).collect::<Result<Vec<_>>>()?;
+    if is_pipeline(&args.from) || args.pipeline.asked() {
+        return of_pipeline(args, &loras);
+    }
+    let load = if args.raw { Trained::load_raw } else { Trained::load };
+    let mut trained = load(&args.from, args.device.as_deref())?;
     trained.add_adapters(&loras, args.allow_unused)?;
     if let Some(steps) = args.steps {
         trained.sampling.num_inference_steps = steps;
@@ -81,9 +138,43 @@ pub fn run(args: &Sample) -> Result<ExitCode> {
         (Some(path), [.., height, width]) => Some(load_grey(path, (*height, *width))?),
         _ => None,
     };
-    let samples = trained.sample(&args.prompt, args.n, args.seed, first_frame.as_deref())?;
-    let columns = (args.n as f64).sqrt().ceil() as usize;
+    let n = args.n.unwrap_or(16);
+    let samples = trained.sample(&args.prompt, n, args.seed, first_frame.as_deref())?;
+    let columns = (n as f64).sqrt().ceil() as usize;
     save_samples(&samples, columns, |kind| beside(&args.out, kind))?;
     say!("{}", args.out.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Pictures and films with all that a pipeline can be asked.
+fn of_pipeline(args: &Sample, loras: &[(PathBuf, f64)]) -> Result<ExitCode> {
+    if args.first_frame.is_some() || args.raw {
+        bail!("--first-frame and --raw are for runs, without the options of pipelines");
+    }
+    let asked = &args.pipeline;
+    let device = flowtape_gpu::device(args.device.as_deref().unwrap_or("cpu"))?;
+    let request = Request {
+        negative_prompt: asked.negative.as_deref(),
+        size: asked.size,
+        frames: asked.frames,
+        steps: args.steps,
+        guidance_scale: args.guidance,
+        true_cfg_scale: asked.true_cfg,
+        shift: asked.shift,
+        sampler: asked.sampler,
+        max_sequence_length: asked.max_sequence_length,
+        seed: args.seed,
+        n: args.n.unwrap_or(1),
+        ..Request::new(&args.prompt)
+    };
+    let options = Options {
+        dtype: asked.dtype.unwrap_or(Dtype::Bf16).into(),
+        device: &device,
+        loras,
+        allow_unused: args.allow_unused,
+        out: &args.out,
+    };
+    let written = compose(&args.from, &request, &options, &mut |step| note!("step {step}"))?;
+    written.iter().for_each(|path: &PathBuf| say!("{}", Path::new(path).display()));
     Ok(ExitCode::SUCCESS)
 }

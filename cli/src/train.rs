@@ -91,6 +91,12 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
     say!("final loss      {:.4}  (mean of the last {} steps)", s.final_loss, s.steps.min(WINDOW as u64));
     say!("training        {:.1} s, {:.4} s a step", s.train_seconds, s.train_seconds / s.steps.max(1) as f64);
     say!("everything      {:.1} s", s.total_seconds);
+    if s.left_out.unreadable > 0 {
+        say!("left out        {} readings of samples failed, as the log says", s.left_out.unreadable);
+    }
+    if s.left_out.dropped_each_epoch > 0 {
+        say!("dropped         {} samples each epoch, which fill no batch", s.left_out.dropped_each_epoch);
+    }
     if let Some(q) = figures::<Quality>(Some(&Value::Object(s.figures.clone()))) {
         let each = report.map_or(String::new(), |r| format!(", {} a class", r.samples_per_class));
         say!("accuracy        {:.1} %  (3 nearest real digits; {} samples{each})", 100.0 * q.accuracy, q.samples);

@@ -25,20 +25,25 @@ pub struct Output {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Dtype {
+pub(crate) enum Dtype {
     F32,
     Bf16,
     F16,
 }
 
+impl From<Dtype> for DType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::BF16,
+            Dtype::F16 => Self::F16,
+        }
+    }
+}
+
 impl Output {
     fn written(&self) -> Written {
-        let dtype = self.dtype.map(|dtype| match dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::Bf16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-        });
-        Written { dtype, max_shard_size: self.max_shard_size }
+        Written { dtype: self.dtype.map(DType::from), max_shard_size: self.max_shard_size }
     }
 }
 

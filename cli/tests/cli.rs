@@ -925,3 +925,78 @@ fn weights_of_every_kind_are_inspected() {
         assert!(message.matches("os error").count() == 1 && message.contains("loop: "), "{message}");
     }
 }
+
+/// The texts of a PNG by keyword, its sides, and how many frames it has.
+fn png_of(path: &Path) -> (std::collections::BTreeMap<String, String>, [u32; 2], u32) {
+    let reader = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(path).unwrap())).read_info().unwrap();
+    let info = reader.info();
+    let texts = info.utf8_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.get_text().unwrap())).collect();
+    (texts, [info.width, info.height], info.animation_control().map_or(1, |control| control.num_frames))
+}
+
+#[test]
+fn a_pipeline_is_sampled_and_its_files_say_how() {
+    let folder = tempfile::tempdir().unwrap();
+    let goldens = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/goldens");
+    let (flux, wan) = (format!("{goldens}/pipe_flux/pipeline"), format!("{goldens}/pipe_wan/pipeline"));
+    let out = |name: &str| folder.path().join(name).display().to_string();
+    let common =
+        ["--prompt", "a red fox", "--steps", "2", "--dtype", "f32", "--max-sequence-length", "16", "--seed", "5"];
+    let sample = |from: &str, more: &[&str], name: &str| {
+        flowtape(&[&["sample", from, "--out", &out(name)], &common[..], more].concat())
+    };
+    // Two pictures, each with the numbers that made it; one alone is the same as the first of two.
+    let more = ["--size", "64x48", "--sampler", "heun", "--shift", "2", "--negative", "blurry", "--true-cfg", "1.5"];
+    let written = stdout(&sample(&flux, &[&more[..], &["--n", "2", "--guidance", "4"]].concat(), "fox.png"));
+    assert_eq!(written.lines().collect::<Vec<_>>(), [out("fox_0.png"), out("fox_1.png")]);
+    let (texts, sides, frames) = png_of(Path::new(&out("fox_1.png")));
+    assert_eq!((sides, frames), ([64, 48], 1));
+    let weights = Path::new(&flux).join("transformer/diffusion_pytorch_model.safetensors");
+    let expected = Command::new("sha256sum").arg(&weights).output().unwrap();
+    let hash = String::from_utf8_lossy(&expected.stdout).split_whitespace().next().unwrap().to_owned();
+    for (keyword, text) in [
+        ("prompt", "a red fox"),
+        ("negative_prompt", "blurry"),
+        ("seed", "5"),
+        ("picture", "1"),
+        ("sampler", "heun"),
+        ("steps", "2"),
+        ("shift", "2"),
+        ("guidance_scale", "4"),
+        ("true_cfg_scale", "1.5"),
+        ("weights", &format!("{hash}  diffusion_pytorch_model.safetensors")),
+    ] {
+        assert_eq!(texts.get(keyword).map(String::as_str), Some(text), "{keyword}");
+    }
+    stdout(&sample(&flux, &[&more[..], &["--guidance", "4"]].concat(), "one.png"));
+    let pixels = |name: &str| {
+        let file = std::io::BufReader::new(std::fs::File::open(out(name)).unwrap());
+        let mut reader = png::Decoder::new(file).read_info().unwrap();
+        let mut rgb = vec![0; reader.output_buffer_size().unwrap()];
+        reader.next_frame(&mut rgb).unwrap();
+        rgb
+    };
+    assert!(pixels("one.png") == pixels("fox_0.png") && pixels("one.png") != pixels("fox_1.png"));
+    // A film, as its scheduler samples it.
+    stdout(&sample(&wan, &["--size", "48x32", "--frames", "5"], "film.png"));
+    let (texts, sides, frames) = png_of(Path::new(&out("film.png")));
+    assert_eq!((sides, frames, &*texts["sampler"], &*texts["shift"]), ([48, 32], 5, "unipc", "3"));
+
+    // Wrong input is named, and nothing is written.
+    for (more, part) in [
+        (&["--size", "60x48"][..], "multiples of 16 pixels"),
+        (&["--size", "60"], "such as 1024x768"),
+        (&["--sampler", "ddim"], "euler, heun, dpm++2m, unipc"),
+        (&["--lora", "/no/such/adapter.safetensors", "--size", "64x48"], "/no/such/adapter.safetensors"),
+        (&["--raw", "--size", "64x48"], "--raw"),
+    ] {
+        let message = failure(&sample(&flux, more, "wrong.png"));
+        assert!(message.contains(part), "{message}");
+    }
+    let broken = folder.path().join("broken");
+    std::fs::create_dir(&broken).unwrap();
+    std::fs::copy(format!("{flux}/model_index.json"), broken.join("model_index.json")).unwrap();
+    let message = failure(&sample(&broken.display().to_string(), &["--size", "64x48"], "wrong.png"));
+    assert!(message.contains("broken") && message.contains("it is not there"), "{message}");
+    assert!(!Path::new(&out("wrong.png")).exists());
+}

@@ -100,6 +100,12 @@ impl BucketSampler {
         }
     }
 
+    /// Samples of a bucket that an epoch leaves out.
+    pub fn dropped_of(&self, bucket: &Bucket, rank: Rank) -> usize {
+        let taken = self.batches(bucket, rank) * self.batch_size(bucket) * rank.count.max(1) as usize;
+        if self.options.drop_last { bucket.indices.len().saturating_sub(taken) } else { 0 }
+    }
+
     /// The stream of an epoch's order of buckets, and forks of it for each bucket.
     fn random(&self, epoch: u64) -> Option<Philox> {
         self.options.seed.map(|seed| Philox::new(seed).fork(epoch))
@@ -155,6 +161,10 @@ impl Sampler for BucketSampler {
             return Some(BatchPlan { picks: picks.collect(), next: Cursor { batch: at.batch + 1, ..at } });
         }
         None
+    }
+
+    fn dropped(&self, rank: Rank) -> usize {
+        self.buckets.iter().map(|bucket| self.dropped_of(bucket, rank)).sum()
     }
 }
 

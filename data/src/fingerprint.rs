@@ -68,7 +68,7 @@ impl Fingerprint {
     }
 
     /// From its 64 bits.
-    pub fn from_bits(bits: u64) -> Self {
+    pub const fn from_bits(bits: u64) -> Self {
         Self(bits)
     }
 }

@@ -81,11 +81,9 @@ impl Preprocess {
     pub fn header(&self) -> Result<CacheHeader> {
         // Everything that changes what is made of a file.
         let settings = format!("{:?} mean bf16", self.pictures);
-        let mut fingerprint = Fingerprint::of(settings.as_bytes());
-        for part in self.pipeline.kind()?.prompt_parts.iter().chain(&["vae"]) {
-            fingerprint = fingerprint.and(part.as_bytes()).and_folder(&self.pipeline.part(part)?)?;
-        }
-        Ok(CacheHeader::new(self.pipeline.class(), fingerprint))
+        let weights = encoders_of(&self.pipeline)?;
+        let header = CacheHeader::new(self.pipeline.class(), weights.and(settings.as_bytes()));
+        Ok(CacheHeader { weights: Some(weights), ..header })
     }
 
     /// Encodes what a cache does not have yet. A picture that can't be read is left out and told. Where it is asked to stop, the
@@ -204,6 +202,18 @@ impl Preprocess {
         }
         Ok(Prepared { key, pixels: Some(self.pixels(item, buckets)?) })
     }
+}
+
+/// Of the files of a pipeline that encode.
+///
+/// # Errors
+/// When a part of the pipeline is missing or can't be read.
+pub fn encoders_of(pipeline: &PipelineFolder) -> Result<Fingerprint> {
+    let mut fingerprint = Fingerprint::of(pipeline.class().as_bytes());
+    for part in pipeline.kind()?.prompt_parts.iter().chain(&["vae"]) {
+        fingerprint = fingerprint.and(part.as_bytes()).and_folder(&pipeline.part(part)?)?;
+    }
+    Ok(fingerprint)
 }
 
 /// What makes latents and embeddings.

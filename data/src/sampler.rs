@@ -52,6 +52,12 @@ pub struct BatchPlan {
 pub trait Sampler: Send + Sync {
     /// The batch of a rank at a cursor, or the first one after it where its epoch has no more. `None` if there is none at all.
     fn plan(&self, at: Cursor, rank: Rank) -> Option<BatchPlan>;
+
+    /// Samples that each epoch leaves out because they fill no batch.
+    fn dropped(&self, rank: Rank) -> usize {
+        let _ = rank;
+        0
+    }
 }
 
 /// The numbers below `len`, shuffled (Fisher and Yates) where there is something to draw from.
@@ -142,6 +148,10 @@ impl Sampler for EpochSampler {
         });
         Some(BatchPlan { picks: picks.collect(), next: Cursor { batch: at.batch + 1, ..at } })
     }
+
+    fn dropped(&self, rank: Rank) -> usize {
+        if self.drop_last { (u128::from(self.len) % self.stride(rank).max(1)) as usize } else { 0 }
+    }
 }
 
 #[cfg(test)]
@@ -196,6 +206,7 @@ mod tests {
         let plans = plans(&dropping, Cursor::default(), Rank::ALONE, 4);
         assert_eq!(indices(&plans), [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]);
         assert_eq!(plans[2].picks[0].place, 10);
+        assert_eq!((dropping.dropped(Rank::ALONE), EpochSampler::new(10, 4, None, false).dropped(Rank::ALONE)), (2, 0));
         assert_eq!(
             plans.iter().map(|p| (p.next.epoch, p.next.batch)).collect::<Vec<_>>(),
             [(0, 1), (0, 2), (1, 1), (1, 2)]

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use flowtape_engine::{Device, Philox, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, TimestepSample};
 
 /// A source of random numbers.
 ///
@@ -40,6 +40,16 @@ pub trait Draws {
     /// # Errors
     /// When a record does not hold it, or memory runs out.
     fn noise(&mut self, dims: &[usize], device: &Device) -> Result<Tensor>;
+
+    /// σ and timesteps of `batch_size` samples that are known already, so that the strategy draws nothing: a record may hold them
+    /// instead of what they came from.
+    ///
+    /// # Errors
+    /// When a record holds those of another number of samples.
+    fn timesteps(&mut self, batch_size: usize) -> Result<Option<TimestepSample>> {
+        let _ = batch_size;
+        Ok(None)
+    }
 }
 
 /// Draws from Philox4x32-10. The generator's state is all there is to save.
@@ -118,6 +128,8 @@ pub enum Recorded {
     Decision(f64),
     /// Of [`Draws::noise`].
     Noise(Tensor),
+    /// Of [`Draws::timesteps`], in place of the uniform-or-not decision and `u` or σ.
+    Timesteps(TimestepSample),
 }
 
 impl Recorded {
@@ -128,6 +140,7 @@ impl Recorded {
             Self::Beta(v) => format!("{} beta numbers", v.len()),
             Self::Decision(_) => "a decision".to_owned(),
             Self::Noise(t) => format!("noise of shape {:?}", t.dims()),
+            Self::Timesteps(sample) => format!("timesteps of {} samples", sample.sigma.len()),
         }
     }
 }
@@ -196,6 +209,17 @@ impl Draws for RecordedDraws {
             _ => None,
         })
     }
+
+    fn timesteps(&mut self, batch_size: usize) -> Result<Option<TimestepSample>> {
+        if !matches!(self.queue.front(), Some(Recorded::Timesteps(_))) {
+            return Ok(None);
+        }
+        let known = self.take(format!("timesteps of {batch_size} samples"), |next| match next {
+            Recorded::Timesteps(sample) if sample.sigma.len() == batch_size => Some(sample.clone()),
+            _ => None,
+        });
+        known.map(Some)
+    }
 }
 
 #[cfg(test)]
@@ -212,6 +236,17 @@ mod tests {
         assert_eq!(draws.decision().unwrap(), 0.25);
         let error = draws.noise(&[2], &Device::cpu()).unwrap_err().to_string();
         assert!(error.contains("noise of shape [2]") && error.contains("end"), "{error}");
+    }
+
+    #[test]
+    fn known_timesteps_take_the_place_of_what_they_come_from() {
+        let known = TimestepSample { sigma: vec![0.25], timesteps: vec![250.0], method: "mode".into() };
+        let config = crate::FlowMatchingConfig::default();
+        let sampler = crate::TimestepSampler::new(&config).unwrap();
+        let mut draws = RecordedDraws::new([Recorded::Timesteps(known.clone())]);
+        assert!(sampler.sample_timesteps(2, &mut draws).unwrap_err().to_string().contains("timesteps of 2 samples"));
+        assert_eq!(sampler.sample_timesteps(1, &mut draws).unwrap(), known);
+        assert_eq!(draws.remaining(), 0);
     }
 
     #[test]

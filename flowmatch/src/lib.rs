@@ -13,6 +13,7 @@
 //! | [`metrics`], [`log`] | the scalars of a step, and its log through `tracing` |
 //! | [`config`] | [`FlowMatchingConfig`]: the `flow_matching` section of a recipe |
 //! | [`time_shift`] | shifts that depend on the sequence length; density helpers |
+//! | [`scheduler`], [`solver`] | [`Scheduler`]: a pipeline's noise levels; [`Solver`]: Euler, Heun, DPM-Solver++ and UniPC along them |
 //! | [`sampler`] | [`FlowMatchEulerDiscrete`]: the ODE solver, with and without guidance |
 //!
 //! A step draws the task type, σ and the noise, mixes the noisy latents, lets the adapter prepare the model's inputs
@@ -29,6 +30,8 @@ pub mod metrics;
 pub mod pipeline;
 pub mod sampler;
 pub mod schedule;
+pub mod scheduler;
+pub mod solver;
 pub mod task;
 pub mod time_shift;
 pub mod timestep;
@@ -45,6 +48,8 @@ pub use metrics::{Metric, Metrics};
 pub use pipeline::{FlowMatchingPipeline, Loss, Noised, StepOptions, StepOutput};
 pub use sampler::{EulerConfig, EulerSchedule, EulerStep, FlowMatchEulerDiscrete, Guidance, Sampling};
 pub use schedule::LinearInterpolationSchedule;
+pub use scheduler::Scheduler;
+pub use solver::Solver;
 pub use task::{DataType, TaskType};
 pub use timestep::{TimestepSample, TimestepSampler, TimestepSampling};
 pub use weighting::LossWeighting;

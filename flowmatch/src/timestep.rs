@@ -136,6 +136,9 @@ impl TimestepSampler {
     /// # Errors
     /// When the draws run out.
     pub fn sample_timesteps(&self, batch_size: usize, draws: &mut dyn Draws) -> Result<TimestepSample> {
+        if let Some(known) = draws.timesteps(batch_size)? {
+            return Ok(known);
+        }
         if !self.use_sigma_noise {
             return Ok(self.finish(draws.uniform(batch_size)?, "uniform_no_shift"));
         }

@@ -11,6 +11,7 @@
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |
 //! | [`text`] | text encoders and tokenizers |
+//! | [`vision`] | what sees pictures for text encoders and transformers |
 //! | [`vae`] | autoencoders between pixels and latents: [`vae::Autoencoder`], [`vae::AUTOENCODERS`] |
 //! | [`checkpoint`] | diffusers' folders: `config.json` + `diffusion_pytorch_model.safetensors`, or shards of it |
 //! | [`original`] | the layouts of the models' authors, read and written |
@@ -38,6 +39,7 @@ pub mod summary;
 mod testing;
 pub mod text;
 pub mod vae;
+pub mod vision;
 pub mod wan;
 
 use flowtape_engine::nn::{Param, Params};

@@ -9,11 +9,14 @@ mod media;
 mod ops;
 mod optim;
 mod pipeline_math;
+mod pipelines;
+mod recipe;
 pub mod sampling;
 pub mod step;
 pub mod suite;
 mod text;
 mod vae;
+mod vision;
 
 use std::path::PathBuf;
 

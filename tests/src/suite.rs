@@ -4,7 +4,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{Outcome, adapters, data, lora, media, ops, optim, pipeline_math, sampling, step, text, vae};
+use crate::{
+    Outcome, adapters, data, lora, media, ops, optim, pipeline_math, pipelines, recipe, sampling, step, text, vae,
+    vision,
+};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -24,10 +27,13 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipeline_math/schedule_and_loss", pipeline_math::schedule_and_loss),
     ("pipeline_math/sigma_statistics", pipeline_math::sigma_statistics),
     ("pipeline_math/time_shift", pipeline_math::time_shifts),
-    ("pipe_flux", text::pipeline_prompts),
-    ("pipe_flux2", text::pipeline_prompts),
-    ("pipe_flux2_klein", text::pipeline_prompts),
-    ("pipe_qwen_image", text::pipeline_prompts),
+    ("pipe_flux", pipelines::check),
+    ("pipe_flux2", pipelines::check),
+    ("pipe_flux2_klein", pipelines::check),
+    ("pipe_hunyuan15", pipelines::check),
+    ("pipe_qwen_image", pipelines::check),
+    ("pipe_wan", pipelines::check),
+    ("recipe_*", recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
     ("text_byt5", text::states),
@@ -35,11 +41,13 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("text_gemma3", text::decoder_states),
     ("text_mistral3", text::decoder_states),
     ("text_qwen25vl", text::decoder_states),
+    ("text_qwen25vl_image", vision::qwen25_vl),
     ("text_qwen3", text::decoder_states),
     ("text_t5", text::states),
     ("text_umt5", text::states),
     ("tokenizers", text::tokenizers),
     ("vae_*", vae::check),
+    ("vision_siglip", vision::siglip),
 ];
 
 /// The outcomes of all that lies in a folder of goldens, in the order of its names.

@@ -11,7 +11,7 @@ use crate::Outcome;
 use crate::golden::{Any, Golden, exact, relative, text};
 
 /// The goldens' bound on states.
-const BOUND: f64 = 2e-5;
+pub(crate) const BOUND: f64 = 2e-5;
 
 /// The states of a text encoder, whatever its class.
 pub(crate) fn states(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
@@ -141,6 +141,8 @@ pub(crate) fn pipeline_prompts(dir: &Path, name: &str, out: &mut Vec<Outcome>) -
             ("prompt_embeds", "text_embeddings"),
             ("pooled_prompt_embeds", "pooled_prompt_embeds"),
             ("nemo/prompt_embeds", "text_embeddings"),
+            ("nemo/text_embeddings", "text_embeddings"),
+            ("prompt_embeds_valid", "text_embeddings"),
             ("nemo/pooled_prompt_embeds", "pooled_prompt_embeds"),
             ("nemo/clip_hidden", "clip_hidden"),
         ];

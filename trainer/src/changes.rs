@@ -17,6 +17,7 @@ const FREE: &[&str] = &[
     "step_scheduler.max_steps",
     "step_scheduler.num_epochs",
     "step_scheduler.ckpt_every_steps",
+    "step_scheduler.save_checkpoint_every_epoch",
     "performance",
     "checkpoint",
     "validation.every_steps",

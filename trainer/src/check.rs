@@ -3,12 +3,16 @@
 use std::fmt;
 use std::path::Path;
 
+use flowtape_data::{BucketSampler, Media, Rank, Sample, Source, Text};
 use flowtape_engine::{Device, Philox};
+use flowtape_models::ModelKind;
+use flowtape_models::requirements::SampleSizes;
 use serde::Serialize;
 
-use crate::data::Data;
+use crate::data::{Data, bucket_options};
 use crate::plan::{StepPlan, gigabytes};
 use crate::recipe::Dtype;
+use crate::start::Start;
 use crate::{Error, Recipe, Result, builtin};
 
 /// What was found out about a recipe that fits together.
@@ -18,8 +22,12 @@ pub struct Check {
     pub name: String,
     /// Where it would run.
     pub device: String,
-    /// Samples of the data.
+    /// Samples of an epoch.
     pub samples: usize,
+    /// Samples that are held out for validation.
+    pub held_out: usize,
+    /// What reading some of them told, or all.
+    pub read: Read,
     /// Their sizes, `[C, H, W]` or `[C, F, H, W]`, each with its number of samples, of whole batches, and of samples that
     /// fill none and are left out.
     pub buckets: Vec<Bucket>,
@@ -35,6 +43,17 @@ pub struct Check {
     pub checkpoints: usize,
     /// Bytes that are free where the run is kept, where that is known.
     pub disk: Option<u64>,
+}
+
+/// What reading samples told.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Read {
+    /// How many were read.
+    pub samples: usize,
+    /// Those that can't be, with the reason, where `data.skip_bad` leaves them out; else they are an error.
+    pub unreadable: Vec<String>,
+    /// Those that have no caption, of all whose captions are known.
+    pub without_caption: Vec<String>,
 }
 
 /// Samples of one size.
@@ -65,12 +84,10 @@ pub enum Depth {
     /// A handful, the same for a seed.
     #[default]
     Handful,
-    /// All.
+    /// All, and each is compared with its hash where there is one.
     All,
 }
 
-/// Samples whose sizes are looked at.
-const LOOKED_AT: usize = 1_000_000;
 /// Samples that are read.
 const HANDFUL: usize = 8;
 /// The most samples that are told of.
@@ -90,8 +107,9 @@ impl Check {
     /// # Errors
     /// As above.
     pub fn with_data(recipe: &Recipe, device: &Device, data: Data, depth: Depth) -> Result<Self> {
-        read_samples(recipe, &data, depth)?;
-        let samples = data.source.len().saturating_sub(recipe.held_out());
+        let read = read_samples(recipe, &data, depth)?;
+        let (trained, held) = data.clone().split(recipe.validation.as_ref())?;
+        let samples = trained.source.len();
         let steps = recipe.step_scheduler.resolved(samples, recipe.data.drop_last).max_steps;
         let step = StepPlan::of(recipe, data.clone())?;
         // Those that are kept, the best one, and the next while it is written.
@@ -103,7 +121,9 @@ impl Check {
             name: recipe.name.clone(),
             device: recipe.device.clone(),
             samples,
-            buckets: buckets(recipe, &data)?,
+            held_out: held.len(),
+            read,
+            buckets: buckets(recipe, &trained)?,
             steps,
             step,
             capacity,
@@ -159,6 +179,14 @@ impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let StepPlan { weights, optimizer, gradients, activations, workspace, peak, flops, .. } = self.step;
         writeln!(f, "{:<14}{} samples, {} steps on {}", self.name, self.samples, self.steps, self.device)?;
+        writeln!(f, "{:<14}{} samples held out, {} read and checked", "", self.held_out, self.read.samples)?;
+        for (what, names) in
+            [("left out: can't be read", &self.read.unreadable), ("without a caption", &self.read.without_caption)]
+        {
+            if !names.is_empty() {
+                writeln!(f, "\n{} of them {what}:\n{}", names.len(), told(names))?;
+            }
+        }
         writeln!(f, "\n{:<20}{:>10}{:>10}{:>10}", "size", "samples", "batches", "dropped")?;
         for Bucket { dims, samples, batches, dropped } in &self.buckets {
             let dims = dims.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
@@ -182,8 +210,15 @@ impl fmt::Display for Check {
     }
 }
 
-/// Reads samples: all that can't be are told together.
-fn read_samples(recipe: &Recipe, data: &Data, depth: Depth) -> Result<()> {
+/// The first of many, and how many more there are.
+fn told(all: &[String]) -> String {
+    let more = all.len().saturating_sub(TOLD);
+    let more = if more > 0 { format!("\nand {more} more") } else { String::new() };
+    format!("{}{more}", all[..all.len().min(TOLD)].join("\n"))
+}
+
+/// Reads samples: all that can't be, or do not fit the model, are told together.
+fn read_samples(recipe: &Recipe, data: &Data, depth: Depth) -> Result<Read> {
     let samples = data.source.len();
     let mut random = Philox::new(recipe.seed);
     let chosen: Vec<usize> = match depth {
@@ -197,28 +232,98 @@ fn read_samples(recipe: &Recipe, data: &Data, depth: Depth) -> Result<()> {
         }
         _ => (0..samples).collect(),
     };
-    let read = |i: usize| data.source.read(i, &mut random.fork(i as u64)).err().map(|error| error.to_string());
-    let wrong: Vec<String> = chosen.into_iter().filter_map(read).collect();
-    if wrong.is_empty() {
-        return Ok(());
+    let mut read = Read { samples: chosen.len(), ..Read::default() };
+    let mut sizes = Sizes::of(recipe, data)?;
+    let mut wrong = Vec::new();
+    for i in chosen {
+        let sample = data.source.read(i, &mut random.fork(i as u64)).and_then(|sample| match depth {
+            Depth::Handful => Ok(sample),
+            Depth::All => data.source.verify(i).map(|()| sample),
+        });
+        match sample {
+            Ok(sample) => {
+                let caption = match &sample.text {
+                    Text::Caption(caption) => Some(caption.clone()),
+                    Text::Embeddings(_) => data.source.caption(i)?,
+                };
+                if caption.is_some_and(|caption| caption.trim().is_empty()) {
+                    read.without_caption.push(data.source.name(i));
+                }
+                wrong.extend(sizes.problems(&sample, &*data.source, i));
+            }
+            Err(error) => read.unreadable.push(error.to_string()),
+        }
     }
-    let more = if wrong.len() > TOLD { format!("\nand {} more", wrong.len() - TOLD) } else { String::new() };
-    let what = format!("{} samples can't be read:\n{}{more}", wrong.len(), wrong[..wrong.len().min(TOLD)].join("\n"));
+    if !recipe.data.skip_bad || read.unreadable.len() == read.samples {
+        wrong.append(&mut read.unreadable);
+    }
+    if wrong.is_empty() {
+        return Ok(read);
+    }
+    let what = format!("{} samples can't be read, or do not fit the model:\n{}", wrong.len(), told(&wrong));
     Err(Error::Run { path: "data".into(), what })
 }
 
-/// Sizes of the samples, in the order of their sizes.
-fn buckets(recipe: &Recipe, data: &Data) -> Result<Vec<Bucket>> {
-    let mut counts = std::collections::BTreeMap::<Vec<usize>, usize>::new();
-    for i in 0..data.source.len().min(LOOKED_AT) {
-        *counts.entry(data.source.header(i)?.dims).or_default() += 1;
+/// Compares sizes of samples with what the model asks for: those of one kind once.
+struct Sizes<'a> {
+    recipe: &'a Recipe,
+    data: &'a Data,
+    kind: &'static ModelKind,
+    config: serde_json::Value,
+    seen: std::collections::HashSet<String>,
+}
+
+impl<'a> Sizes<'a> {
+    fn of(recipe: &'a Recipe, data: &'a Data) -> Result<Self> {
+        let kind = ModelKind::of_adapter(&recipe.flow_matching.adapter_type)?;
+        let config = Start::of(&recipe.model)?.config;
+        Ok(Self { recipe, data, kind, config, seen: Default::default() })
     }
-    let batch = recipe.step_scheduler.local_batch_size.max(1);
-    let bucket = |(dims, samples): (Vec<usize>, usize)| {
-        let dropped = if recipe.data.drop_last { samples % batch } else { 0 };
-        Bucket { dims, samples, batches: (samples - dropped).div_ceil(batch), dropped }
+
+    /// What is wrong with a sample's channels, sides and widths.
+    fn problems(&mut self, sample: &Sample, source: &dyn Source, index: usize) -> Vec<String> {
+        let dims = sample.media.tensor().dims();
+        let latents = match &sample.media {
+            Media::Latents(_) => dims.to_vec(),
+            Media::Pixels(_) => self.data.codec.latent_dims(dims),
+        };
+        let embeddings = match &sample.text {
+            Text::Embeddings(embeddings) => embeddings.tensors.iter().collect(),
+            Text::Caption(_) => Vec::new(),
+        };
+        let width = |tensor: &flowtape_engine::Tensor| tensor.dims().last().copied().unwrap_or(0);
+        let names: Vec<(&str, String, usize)> = embeddings
+            .into_iter()
+            .chain(&sample.tensors)
+            .map(|(name, tensor)| (&**name, format!("the width of its {name}"), width(tensor)))
+            .collect();
+        if !self.seen.insert(format!("{latents:?} {names:?}")) {
+            return Vec::new();
+        }
+        let widths: Vec<(&str, &str, usize)> = names.iter().map(|(name, key, width)| (*name, &**key, *width)).collect();
+        let name = source.name(index);
+        let sizes = SampleSizes { source: "the sample", latents: &latents, widths: &widths };
+        let found = self.kind.contradictions(&self.config, &self.recipe.flow_matching.adapter_kwargs, &sizes);
+        found.into_iter().map(|what| format!("{name}: {what}")).collect()
+    }
+}
+
+/// Sizes of the samples that are trained on, the smallest first.
+fn buckets(recipe: &Recipe, data: &Data) -> Result<Vec<Bucket>> {
+    let options = bucket_options(&recipe.data, recipe.step_scheduler.local_batch_size, recipe.seed);
+    let sampler = BucketSampler::new(BucketSampler::buckets_of(&*data.source)?, options);
+    let bucket = |bucket: &flowtape_data::Bucket| {
+        Ok(Bucket {
+            dims: bucket
+                .indices
+                .first()
+                .map_or(Ok(Vec::new()), |i| data.source.header(*i).map(|header| header.dims))?,
+            samples: bucket.indices.len(),
+            batches: sampler.batches(bucket, Rank::ALONE),
+            dropped: sampler.dropped_of(bucket, Rank::ALONE),
+        })
     };
-    Ok(counts.into_iter().map(bucket).collect())
+    sampler.buckets().iter().map(bucket).collect()
 }
 
 /// What settings would take, those that change the result least first.

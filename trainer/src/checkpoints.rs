@@ -285,10 +285,10 @@ struct Manifest {
 
 /// What a file must be.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-struct Content {
+pub(crate) struct Content {
     bytes: u64,
     /// In hexadecimal digits, as `sha256sum` prints it.
-    sha256: String,
+    pub(crate) sha256: String,
 }
 
 impl Manifest {
@@ -346,7 +346,7 @@ impl Manifest {
 }
 
 impl Content {
-    fn of(path: &Path) -> Result<Self> {
+    pub(crate) fn of(path: &Path) -> Result<Self> {
         let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io(path))?);
         let (mut hash, mut bytes) = (Sha256::new(), 0);
         loop {

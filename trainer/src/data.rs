@@ -8,8 +8,9 @@ use flowtape_data::{
 };
 use flowtape_engine::Philox;
 
+use crate::Result;
 use crate::recipe::DataConfig;
-use crate::{Error, Result};
+use crate::validation::ValidationConfig;
 
 /// The stream of a run's data, a fork of its seed.
 const DATA: u64 = 1;
@@ -39,16 +40,19 @@ impl Data {
         Ok(self.source.header(0)?.dims)
     }
 
-    /// The same without the last `held_out` samples, and those.
-    pub(crate) fn split(self, held_out: usize) -> Result<(Self, Arc<dyn Source>)> {
-        let len = self.source.len();
-        if held_out > 0 && held_out >= len {
-            let what = format!("validation.num_samples: expected fewer than the {len} samples, got {held_out}");
-            return Err(Error::Run { path: "data".into(), what });
-        }
-        let part = |range| -> Arc<dyn Source> { Arc::new(Part::new(self.source.clone(), range)) };
-        let (trained, held) = (part(0..len - held_out), part(len - held_out..len));
-        let source = if held_out > 0 { trained } else { self.source.clone() };
+    /// What is trained on, each sample as often as an epoch has it, and what is held out.
+    ///
+    /// # Errors
+    /// When nothing would be left on either side, or a list names what is not there.
+    pub fn split(self, validation: Option<&ValidationConfig>) -> Result<(Self, Arc<dyn Source>)> {
+        let held = validation.map_or(Ok(Vec::new()), |config| config.held_out(&*self.source))?;
+        let all = 0..self.source.len();
+        let trained = all.clone().filter(|index| held.binary_search(index).is_err());
+        let trained: Vec<usize> =
+            trained.flat_map(|index| std::iter::repeat_n(index, self.source.repeats(index))).collect();
+        let part = |indices| -> Arc<dyn Source> { Arc::new(Part::new(self.source.clone(), indices)) };
+        let source = if trained.iter().copied().eq(all) { self.source.clone() } else { part(trained) };
+        let held = part(held);
         Ok((Self { source, ..self }, held))
     }
 
@@ -57,15 +61,12 @@ impl Data {
     /// # Errors
     /// When a header can't be read.
     pub(crate) fn sampler(&self, config: &DataConfig, size: usize, seed: u64) -> Result<Arc<dyn Sampler>> {
-        let (seed, drop_last) = (config.shuffle.then_some(data_seed(seed)), config.drop_last);
+        let options = bucket_options(config, size, seed);
         let buckets = BucketSampler::buckets_of(&*self.source)?;
-        let [width, height] = config.base_resolution;
-        let base_resolution = config.dynamic_batch_size.then_some(Resolution { width, height });
-        if buckets.len() > 1 || base_resolution.is_some() {
-            let options = BucketOptions { batch_size: size, base_resolution, seed, drop_last };
+        if buckets.len() > 1 || options.base_resolution.is_some() {
             return Ok(Arc::new(BucketSampler::new(buckets, options)));
         }
-        Ok(Arc::new(EpochSampler::new(self.source.len(), size, seed, drop_last)))
+        Ok(Arc::new(EpochSampler::new(self.source.len(), size, options.seed, options.drop_last)))
     }
 
     /// What reads a sampler's batches from a cursor on.
@@ -85,6 +86,17 @@ impl Data {
     pub(crate) fn collator(&self, config: &DataConfig, seed: u64) -> Collator {
         let (codec, text) = (self.codec.clone(), self.text.clone());
         Collator { codec, text, caption_dropout_prob: config.caption_dropout_prob, seed: data_seed(seed) }
+    }
+}
+
+/// How batches of `size` are made of samples of several sizes.
+pub(crate) fn bucket_options(config: &DataConfig, size: usize, seed: u64) -> BucketOptions {
+    let [width, height] = config.base_resolution;
+    BucketOptions {
+        batch_size: size,
+        base_resolution: config.dynamic_batch_size.then_some(Resolution { width, height }),
+        seed: config.shuffle.then_some(data_seed(seed)),
+        drop_last: config.drop_last,
     }
 }
 

@@ -12,6 +12,7 @@
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`validation`] | losses on held-out samples, with noise that stays |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
+//! | [`compose`] | pictures and films of a diffusers pipeline, with what made them |
 //! | [`run`] | the run folder: one process's at a time, all files whole or absent |
 //! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
 //! | [`replay`] | steps that were not finite, kept to be run again |
@@ -30,6 +31,7 @@ pub mod builtin;
 pub mod changes;
 pub mod check;
 pub mod checkpoints;
+pub mod compose;
 pub mod data;
 mod error;
 pub mod generate;
@@ -57,4 +59,4 @@ pub use error::{Error, Result};
 pub use recipe::Recipe;
 pub use timing::StepTimes;
 pub use trained::Trained;
-pub use trainer::{StepRecord, Trainer};
+pub use trainer::{LeftOut, StepRecord, Trainer};

@@ -17,7 +17,7 @@ use crate::observe::{Learning, LossCurve, Metrics, Validations};
 use crate::replay::told;
 use crate::run::{RunFolder, quoted};
 use crate::state::Stored;
-use crate::trainer::{Enqueued, StepRecord, Trainer};
+use crate::trainer::{Enqueued, LeftOut, StepRecord, Trainer};
 use crate::validation::Validated;
 use crate::{Error, Recipe, Result, builtin};
 
@@ -43,6 +43,9 @@ pub struct Summary {
     /// Steps that were skipped because a gradient was not finite, where the loss is scaled.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub skipped_steps: Option<u64>,
+    /// Samples that were not trained on although they are there.
+    #[serde(default)]
+    pub left_out: LeftOut,
     /// What hooks found out, by name.
     #[serde(flatten)]
     pub figures: Map<String, Value>,
@@ -110,7 +113,7 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
     }
     // A run that is done needs no device.
     let data = builtin::data(&recipe.data, &Device::cpu())?;
-    let trained = data.source.len().saturating_sub(recipe.held_out());
+    let trained = data.clone().split(recipe.validation.as_ref())?.0.source.len();
     let steps = recipe.step_scheduler.resolved(trained, recipe.data.drop_last).max_steps;
     let step = Stored::read(&folder.checkpoints().newest()?).map_or(0, |stored| stored.progress.step);
     if let Some(summary) = folder.report()?.filter(|s| s.steps == step && step == steps) {
@@ -156,7 +159,10 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
         Some(config) => run.with(Box::new(Validations::default())).with(Box::new(Validate::new(config.every_steps))),
         None => run,
     };
-    let run = run.with(Box::new(Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)));
+    let run = run.with(Box::new(
+        Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)
+            .at_epoch_ends(recipe.step_scheduler.save_checkpoint_every_epoch),
+    ));
     let run = run.with(Box::new(builtin::preview(&recipe)?));
     Ok(builtin::report(&recipe)?.into_iter().fold(run, Session::with))
 }
@@ -291,6 +297,7 @@ impl<'h> Session<'h> {
             total_seconds: seconds_before + started.elapsed().as_secs_f64(),
             interrupted: self.stopping(),
             skipped_steps: recent.back().and_then(|record| record.skipped_steps),
+            left_out: self.trainer.left_out(),
             figures: self.figures,
         };
         if !summary.interrupted {

@@ -13,7 +13,7 @@ use flowtape_engine::optim::{
     Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, Rounding, StepConfig,
 };
 use flowtape_engine::{DType, Device, Later, Philox, Tape};
-use flowtape_flowmatch::{Batch, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput};
+use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput};
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,15 @@ pub struct StepRecord {
     pub times: StepTimes,
 }
 
+/// Samples that a run does not train on, beside those that are held out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Readings that failed since the run began or went on; they are told in the log one by one (`data.skip_bad`).
+    pub unreadable: u64,
+    /// Samples that fill no batch at an epoch's end (`data.drop_last`).
+    pub dropped_each_epoch: usize,
+}
+
 /// JSON has no NaN.
 fn null_is_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
@@ -105,6 +114,8 @@ pub struct Trainer {
     data: Data,
     held_out: Option<HeldOut>,
     sampler: Arc<dyn Sampler>,
+    /// Where random numbers come from instead of the seed, where a run is replayed.
+    draws: Option<Box<dyn Draws + Send>>,
     collator: Collator,
     /// Made when the first batch is asked for, and again where the cursor was set.
     loader: Option<Loader>,
@@ -141,7 +152,7 @@ impl Trainer {
         let start = Start::of(&recipe.model)?;
         let flow_matching = start.flow_matching(&recipe.flow_matching);
         let fingerprint = data.source.fingerprint();
-        let (data, held) = data.split(recipe.held_out())?;
+        let (data, held) = data.split(recipe.validation.as_ref())?;
         recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
         let (local, seed) = (recipe.step_scheduler.local_batch_size, recipe.seed);
         let collator = data.collator(&recipe.data, seed);
@@ -160,6 +171,12 @@ impl Trainer {
         let mut model = start.model(params.with_adaln_zero(recipe.init == Init::AdalnZero))?;
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
+        let sampler = data.sampler(&recipe.data, local, seed)?;
+        let dropped = sampler.dropped(Rank::ALONE);
+        if dropped > 0 && device.backend().has_data() {
+            let of = data.source.len();
+            tracing::warn!("data.drop_last: each epoch leaves out {dropped} of {of} samples, which fill no batch");
+        }
         let optimizer = &recipe.optimizer;
         let schedule = recipe.schedule()?;
         if let Some(max) = recipe.lr_scheduler.and_then(|s| s.max_lr).filter(|max| *max != optimizer.lr) {
@@ -174,7 +191,8 @@ impl Trainer {
         Ok(Self {
             pipeline: create_pipeline(flow_matching)?,
             schedule,
-            sampler: data.sampler(&recipe.data, local, seed)?,
+            sampler,
+            draws: None,
             collator,
             held_out,
             state: TrainState {
@@ -203,9 +221,23 @@ impl Trainer {
         })
     }
 
+    /// With batches and random numbers of one's own instead of those that follow from the seed: to replay another program's run.
+    #[must_use]
+    pub fn replaying(self, sampler: Arc<dyn Sampler>, draws: impl Draws + Send + 'static) -> Self {
+        Self { sampler, draws: Some(Box::new(draws)), loader: None, ..self }
+    }
+
     /// The recipe.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
+    }
+
+    /// What is not trained on although it is there.
+    pub fn left_out(&self) -> LeftOut {
+        LeftOut {
+            unreadable: self.loader.as_ref().map_or(0, Loader::skipped),
+            dropped_each_epoch: self.sampler.dropped(Rank::ALONE),
+        }
     }
 
     /// The model.
@@ -367,6 +399,12 @@ impl Trainer {
         self.state.progress.train_seconds += since.elapsed().as_secs_f64();
     }
 
+    /// Whether the next batch begins another epoch.
+    pub(crate) fn ends_epoch(&self) -> bool {
+        let at = self.state.progress.cursor;
+        self.sampler.plan(at, Rank::ALONE).is_none_or(|plan| plan.next.epoch != at.epoch)
+    }
+
     /// Batches of the step at a cursor. An epoch's last step takes those that are left, and is divided by their number, as in NeMo.
     fn parts(&self, mut at: Cursor) -> usize {
         let most = self.recipe.step_scheduler.micro_batches();
@@ -388,6 +426,11 @@ impl Trainer {
         let started = Instant::now();
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let parts = self.parts(cursor);
+        let mut of_step = draws_of(&self.recipe, step);
+        let draws: &mut dyn Draws = match &mut self.draws {
+            Some(recorded) => &mut **recorded,
+            None => &mut of_step,
+        };
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let skip_non_finite = self.recipe.non_finite == NonFinite::Skip;
@@ -421,7 +464,7 @@ impl Trainer {
             let batch = self.collator.batch(&loaded, &self.device)?;
             self.recent[0].1.push(loaded);
             let with_data = Instant::now();
-            let (tape, output) = forward.step(&batch)?;
+            let (tape, output) = forward.step(&batch, &mut *draws)?;
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             // Before anything is updated by it, where the host need not wait.
             if on_host && !skip_non_finite && !scaled {
@@ -537,8 +580,7 @@ pub(crate) fn trained_model(recipe: &Recipe, folder: &Path, device: &Device) -> 
     Ok(model)
 }
 
-/// What a step does forward, micro-batch by micro-batch. Its random numbers follow from the seed and the step alone. Dropout is on as
-/// long as this is there, whatever ends it.
+/// What a step does forward, micro-batch by micro-batch. Dropout is on as long as this is there, whatever ends it.
 pub(crate) struct Forward<'a> {
     recipe: &'a Recipe,
     model: &'a dyn Transformer,
@@ -546,7 +588,11 @@ pub(crate) struct Forward<'a> {
     masks: &'a DropoutMasks,
     step: u64,
     part: u64,
-    draws: PhiloxDraws,
+}
+
+/// The random numbers of a step after so many others.
+pub(crate) fn draws_of(recipe: &Recipe, step: u64) -> PhiloxDraws {
+    PhiloxDraws { philox: Philox::new(recipe.seed).fork(STEPS).fork(step) }
 }
 
 impl<'a> Forward<'a> {
@@ -557,12 +603,11 @@ impl<'a> Forward<'a> {
         masks: &'a DropoutMasks,
         step: u64,
     ) -> Self {
-        let draws = PhiloxDraws { philox: Philox::new(recipe.seed).fork(STEPS).fork(step) };
-        Self { recipe, model, pipeline, masks, step, part: 0, draws }
+        Self { recipe, model, pipeline, masks, step, part: 0 }
     }
 
     /// The next micro-batch, with the tape that it was recorded on.
-    pub fn step(&mut self, batch: &Batch) -> Result<(Tape, StepOutput)> {
+    pub fn step(&mut self, batch: &Batch, draws: &mut dyn Draws) -> Result<(Tape, StepOutput)> {
         let dropout = Philox::new(self.recipe.seed).fork(DROPOUT).fork(self.step);
         self.masks.set(Some(dropout.fork(self.part)));
         self.part += 1;
@@ -573,7 +618,7 @@ impl<'a> Forward<'a> {
             check_loss: self.recipe.performance.check_loss,
             ..StepOptions::recorded(&tape)
         };
-        let output = self.pipeline.step(self.model, batch, self.step, &mut self.draws, &options)?;
+        let output = self.pipeline.step(self.model, batch, self.step, draws, &options)?;
         Ok((tape, output))
     }
 }

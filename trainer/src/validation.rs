@@ -1,5 +1,7 @@
 //! How well a model does on samples that it is not trained on.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,7 +14,8 @@ use flowtape_models::{Transformer, create_pipeline};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
+use crate::error::io;
+use crate::{Error, Result};
 
 /// Equal parts of σ's range from 0 to 1 that losses are also told for.
 pub const BINS: usize = 10;
@@ -21,16 +24,89 @@ const VALIDATION: u64 = 4;
 /// Multiples of the golden ratio are far from their neighbours.
 const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
-/// Validation.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
+/// Validation: on one of `num_samples`, `fraction` and `list`.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ValidationConfig {
     /// Samples that are held out: the last ones of the source.
     #[schemars(range(min = 1))]
-    pub num_samples: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_samples: Option<usize>,
+    /// The share of the samples that is held out. Which ones their content decides, so a sample stays on its side when others are
+    /// added or taken away.
+    #[schemars(extend("exclusiveMinimum" = 0, "exclusiveMaximum" = 1))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fraction: Option<f64>,
+    /// A text file with the files of the samples that are held out, one a line: whole paths or names alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub list: Option<PathBuf>,
     /// Steps between validations; 0 for one at the end alone.
     #[serde(default)]
     pub every_steps: u64,
+}
+
+impl ValidationConfig {
+    /// What does not fit together.
+    pub(crate) fn problems(&self) -> Vec<String> {
+        let given = [self.num_samples.is_some(), self.fraction.is_some(), self.list.is_some()];
+        match given.into_iter().filter(|given| *given).count() {
+            1 => Vec::new(),
+            count => vec![format!("validation: expected one of num_samples, fraction and list, got {count} of them")],
+        }
+    }
+
+    /// The numbers of the samples that are held out, in ascending order.
+    pub(crate) fn held_out(&self, source: &dyn Source) -> Result<Vec<usize>> {
+        let len = source.len();
+        let refused = |what: String| Err(Error::Run { path: "data".into(), what });
+        let (key, held): (&str, Vec<usize>) = match (&self.list, self.fraction, self.num_samples) {
+            (Some(list), ..) => ("list", listed(list, source)?),
+            (None, Some(fraction), _) => {
+                let mut held = Vec::new();
+                for index in 0..len {
+                    // The hash's own bits are not spread evenly.
+                    if Philox::new(source.key(index)?.bits()).next_f64() < fraction {
+                        held.push(index);
+                    }
+                }
+                ("fraction", held)
+            }
+            (None, None, held) => ("num_samples", (len.saturating_sub(held.unwrap_or(0))..len).collect()),
+        };
+        if held.len() >= len {
+            return refused(format!("validation.{key}: expected fewer than the {len} samples, got {}", held.len()));
+        }
+        if held.is_empty() {
+            return refused(format!("validation.{key}: holds out none of the {len} samples"));
+        }
+        Ok(held)
+    }
+}
+
+/// The samples of the files that a list names.
+fn listed(list: &Path, source: &dyn Source) -> Result<Vec<usize>> {
+    let text = std::fs::read_to_string(list).map_err(io(list))?;
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let mut wanted: BTreeMap<&str, bool> = lines.map(|line| (line, false)).collect();
+    let mut held = Vec::new();
+    for index in 0..source.len() {
+        let file = source.file(index)?.unwrap_or_else(|| source.name(index));
+        let name = Path::new(&file).file_name().and_then(|name| name.to_str()).unwrap_or(&file);
+        let named: Vec<bool> = [&*file, name]
+            .into_iter()
+            .filter_map(|name| wanted.get_mut(name).map(|found| std::mem::replace(found, true)))
+            .collect();
+        if !named.is_empty() {
+            held.push(index);
+        }
+    }
+    let lacking: Vec<&str> = wanted.iter().filter(|(_, found)| !**found).map(|(name, _)| *name).collect();
+    if lacking.is_empty() {
+        return Ok(held);
+    }
+    let first = lacking.iter().take(3).copied().collect::<Vec<_>>().join(", ");
+    let what = format!("validation.list: {} of its lines name no sample of the data: {first}", lacking.len());
+    Err(Error::Run { path: list.into(), what })
 }
 
 /// A loss on held-out samples.

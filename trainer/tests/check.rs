@@ -6,13 +6,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use flowtape_data::{Media, MemorySource, Sample, Text, TextEmbeddings};
+use flowtape_data::{
+    Error as DataError, Fingerprint, Media, MemorySource, Result as DataResult, Sample, SampleHeader, Source, Text,
+    TextEmbeddings, TextEncoder,
+};
 use flowtape_engine::backend::{Backend, Buffer, Decorator};
-use flowtape_engine::{DType, Device, Result as EngineResult, Tensor};
+use flowtape_engine::{DType, Device, Philox, Result as EngineResult, Tensor};
 use flowtape_trainer::builtin::{self, WordTable};
 use flowtape_trainer::check::{Check, Depth};
 use flowtape_trainer::data::Data;
 use flowtape_trainer::plan::StepPlan;
+use flowtape_trainer::recipe::DataConfig;
 use flowtape_trainer::{Recipe, Trainer};
 use serde_json::json;
 
@@ -125,6 +129,105 @@ fn a_model_of_12_billion_parameters_is_checked_at_once() {
         assert!(least < check.step.peak / 2, "{error}");
     }
     assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
+}
+
+/// Still pictures of ones and twos; those of some numbers can't be read, or have no caption.
+struct Marred {
+    len: usize,
+    unreadable: Vec<usize>,
+    without_caption: Vec<usize>,
+}
+
+impl Source for Marred {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn header(&self, _: usize) -> DataResult<SampleHeader> {
+        Ok(SampleHeader { dims: vec![1, 8, 8] })
+    }
+
+    fn read(&self, index: usize, _: &mut Philox) -> DataResult<Sample> {
+        if self.unreadable.contains(&index) {
+            return Err(DataError::Open { name: self.name(index), what: "cut short".into() });
+        }
+        let caption = if self.without_caption.contains(&index) { " " } else { "a handwritten one" };
+        let pixels = Tensor::full(&[1, 8, 8], index as f64, DType::F32, &Device::cpu())?;
+        Ok(Sample::new(Media::Pixels(pixels), Text::Caption(caption.into())))
+    }
+
+    fn name(&self, index: usize) -> String {
+        format!("pictures/{index}.png")
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(b"marred")
+    }
+}
+
+/// Takes every caption for one.
+struct AnyWords(WordTable);
+
+impl TextEncoder for AnyWords {
+    fn encode(&self, captions: &[Option<&str>], device: &Device) -> DataResult<TextEmbeddings> {
+        self.0.encode(&vec![Some("a handwritten one"); captions.len()], device)
+    }
+}
+
+#[test]
+fn what_a_deep_check_leaves_out_is_told() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let recipe = recipe("digits.yaml", &["data.skip_bad=true", "validation={fraction: 0.25}"]);
+    let text_dim = recipe.data.text_dim;
+    let data = |unreadable: &[usize]| {
+        let source = Marred { len: 100, unreadable: unreadable.to_vec(), without_caption: vec![7, 9] };
+        Data::of_pixels(Arc::new(source), AnyWords(WordTable::new(&["a handwritten one"], text_dim)))
+    };
+    // The split reads what there is: the two that can't be read are no part of it.
+    let unsplit = Recipe { validation: None, ..recipe.clone() };
+    let check = Check::with_data(&unsplit, &Device::cpu(), data(&[3, 40]), Depth::All).unwrap();
+    assert_eq!((check.read.samples, check.read.unreadable.len(), check.held_out), (100, 2, 0));
+    assert!(check.read.unreadable[0].contains("pictures/3.png"), "{:?}", check.read);
+    assert_eq!(check.read.without_caption, ["pictures/7.png", "pictures/9.png"]);
+    let shown = check.to_string();
+    assert!(shown.contains("2 of them without a caption:\npictures/7.png") && shown.contains("cut short"), "{shown}");
+    let strict = Recipe { data: DataConfig { skip_bad: false, ..recipe.data.clone() }, ..unsplit };
+    let error = Check::with_data(&strict, &Device::cpu(), data(&[3, 40]), Depth::All).unwrap_err().to_string();
+    assert!(error.contains("2 samples can't be read") && error.contains("pictures/40.png"), "{error}");
+    let split = Check::with_data(&recipe, &Device::cpu(), data(&[]), Depth::Handful).unwrap();
+    assert_eq!(split.samples + split.held_out, 100);
+    assert!((10..40).contains(&split.held_out) && split.read.samples == 8, "{split:?}");
+}
+
+#[test]
+fn samples_that_do_not_fit_the_model_are_named() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let (recipe, _) = twelve_billion();
+    let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::cpu()).unwrap();
+    let sample = |latents: &[usize], text: usize, pooled: usize| {
+        let text = TextEmbeddings::default()
+            .with("text_embeddings", zeros(&[8, text]))
+            .with("pooled_prompt_embeds", zeros(&[pooled]));
+        Sample::new(Media::Latents(zeros(latents)), Text::Embeddings(text))
+    };
+    let samples = vec![
+        sample(&[16, 8, 8], 4096, 768),
+        sample(&[4, 8, 8], 4096, 768),
+        sample(&[16, 8, 7], 4096, 768),
+        sample(&[16, 8, 8], 2048, 512),
+        sample(&[16, 8, 8], 2048, 512),
+    ];
+    let data = Data::of_pixels(Arc::new(MemorySource::new(samples).unwrap()), WordTable::new(&[], 4096));
+    let error = Check::with_data(&recipe, &Device::cpu(), data, Depth::All).unwrap_err().to_string();
+    for part in [
+        "sample 1: the channels of the sample (4) must equal model.in_channels / 4 (16)",
+        "sample 2: the sides [8, 7]",
+        "sample 3: the width of its text_embeddings (2048)",
+        "sample 3: the width of its pooled_prompt_embeds (512)",
+    ] {
+        assert!(error.contains(part), "{part:?} in {error}");
+    }
+    assert!(!error.contains("sample 0") && !error.contains("sample 4"), "{error}");
 }
 
 #[test]

@@ -39,12 +39,15 @@ pub struct CacheHeader {
     pub encoder: String,
     /// Of the encoders' weights and of all settings that change what they make of a sample.
     pub fingerprint: Fingerprint,
+    /// Of the encoders' files alone, where they are known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<Fingerprint>,
 }
 
 impl CacheHeader {
     /// The header of samples that are encoded so.
     pub fn new(encoder: impl Into<String>, fingerprint: Fingerprint) -> Self {
-        Self { version: VERSION, encoder: encoder.into(), fingerprint }
+        Self { version: VERSION, encoder: encoder.into(), fingerprint, weights: None }
     }
 
     /// That of a folder, where it is a cache.
@@ -93,6 +96,25 @@ impl CacheHeader {
         );
         Err(open(folder, what))
     }
+
+    /// Checks that a cache's samples were encoded by a pipeline with these files ([`crate::preprocess::encoders_of`]), where it is
+    /// known which did.
+    ///
+    /// # Errors
+    /// When others did: the samples are stale.
+    pub fn check_weights(&self, folder: &Path, weights: Fingerprint) -> Result<()> {
+        match self.weights.filter(|own| *own != weights) {
+            None => Ok(()),
+            Some(own) => {
+                let what = format!(
+                    "its samples are stale: {} with files {own} encoded them, and those of data.pipeline are {weights} now; \
+                     name that pipeline, or encode the data again",
+                    self.encoder
+                );
+                Err(open(folder, what))
+            }
+        }
+    }
 }
 
 fn open(path: &Path, what: impl ToString) -> Error {
@@ -110,6 +132,8 @@ pub(crate) struct Record {
     pub key: Fingerprint,
     pub shard: u32,
     pub row: u32,
+    /// Of the sample's tensors, [`Record::UNHASHED`] where it was not noted.
+    pub content: Fingerprint,
     /// Frames, rows and columns of its pixels; no frames for a picture.
     pub frames: u32,
     pub height: u32,
@@ -119,23 +143,29 @@ pub(crate) struct Record {
 impl Record {
     /// Bytes of a record: room for what comes later.
     pub const WIDTH: usize = 64;
+    /// Stands for no hash.
+    pub const UNHASHED: Fingerprint = Fingerprint::from_bits(0);
 
     pub fn to_bytes(self) -> [u8; Self::WIDTH] {
         let mut bytes = [0; Self::WIDTH];
         bytes[..8].copy_from_slice(&self.key.bits().to_le_bytes());
         let numbers = [self.shard, self.row, self.frames, self.height, self.width];
-        for (place, number) in bytes[8..].chunks_exact_mut(4).zip(numbers) {
+        for (place, number) in bytes[8..28].chunks_exact_mut(4).zip(numbers) {
             place.copy_from_slice(&number.to_le_bytes());
         }
+        bytes[28..36].copy_from_slice(&self.content.bits().to_le_bytes());
         bytes
     }
 
     pub fn from_bytes(bytes: &[u8; Self::WIDTH]) -> Self {
-        let (key, numbers) = bytes.split_at(8);
-        let key = Fingerprint::from_bits(key.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte)));
-        let mut numbers = numbers.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
+        let hash = |at: usize| {
+            let bytes = bytes[at..at + 8].iter().rev();
+            Fingerprint::from_bits(bytes.fold(0, |bits, byte| bits << 8 | u64::from(*byte)))
+        };
+        let (key, content) = (hash(0), hash(28));
+        let mut numbers = bytes[8..28].as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
         let mut next = || numbers.next().unwrap_or_default();
-        Self { key, shard: next(), row: next(), frames: next(), height: next(), width: next() }
+        Self { key, shard: next(), row: next(), frames: next(), height: next(), width: next(), content }
     }
 
     /// All whole records of a folder: the last may have been cut short, then its sample is not there.
@@ -202,8 +232,10 @@ mod tests {
             assert_eq!(some.header(place).unwrap().dims, [3, 8 * side, 8 * side]);
             let read = some.read(place, &mut Philox::new(0)).unwrap();
             assert_eq!((values(&read), read.media.tensor().dtype()), (values(&sample(number, side)), DType::BF16));
+            some.verify(place).unwrap();
+            assert_eq!(some.file(place).unwrap(), Some(format!("{number}.png")));
             assert!(some.name(place).starts_with(&format!("{number}.png")), "{}", some.name(place));
-            assert_eq!(some.caption(place).unwrap(), format!("caption é {number}"));
+            assert_eq!(some.caption(place).unwrap(), Some(format!("caption é {number}")));
         }
         assert!(all.select(&[key(99)]).unwrap_err().to_string().contains("1 of 1"));
     }
@@ -243,7 +275,22 @@ mod tests {
         (0..2).for_each(|i| add(&mut writer, i, 2));
         writer.finish().unwrap();
         let source = CacheSource::open(folder.path()).unwrap();
-        std::fs::write(shard_path(folder.path(), 0), "cut").unwrap();
+        source.verify(1).unwrap();
+        // A bit of the first sample's latents, which lie at the end.
+        let shard = shard_path(folder.path(), 0);
+        let whole = std::fs::read(&shard).unwrap();
+        let latents = flowtape_engine::safetensors::SafeTensors::open(&shard).unwrap();
+        let bytes = latents.row(LATENTS, 0, &Device::cpu()).unwrap().to_bytes().unwrap();
+        let at = whole.windows(bytes.len()).position(|window| window == &*bytes).unwrap();
+        drop(latents);
+        let mut changed = whole.clone();
+        changed[at] ^= 1;
+        std::fs::write(&shard, changed).unwrap();
+        let again = CacheSource::open(folder.path()).unwrap();
+        assert!(again.verify(0).unwrap_err().to_string().contains("hash differs"));
+        again.verify(1).unwrap();
+        std::fs::write(shard, "cut").unwrap();
+        let source = CacheSource::open(folder.path()).unwrap();
         assert!(source.read(0, &mut Philox::new(0)).unwrap_err().to_string().contains("shard-00000"));
         let text = std::fs::read_to_string(folder.path().join(HEADER)).unwrap();
         std::fs::write(folder.path().join(HEADER), text.replace("\"version\": 1", "\"version\": 2")).unwrap();

@@ -79,14 +79,6 @@ impl CacheSource {
         let text = range.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
         text.ok_or_else(|| open(shard.path(), format!("no {name} in row {row}: encode the data again")))
     }
-
-    /// The caption of a sample.
-    ///
-    /// # Errors
-    /// When its shard can't be read.
-    pub fn caption(&self, index: usize) -> Result<String> {
-        self.string(0, index)
-    }
 }
 
 impl Source for CacheSource {
@@ -124,6 +116,27 @@ impl Source for CacheSource {
             self.record(index).map(|r| format!("row {} of {}", r.row, shard_path(&self.folder, r.shard).display()));
         let place = place.unwrap_or_else(|_| format!("sample {index}"));
         self.string(1, index).map_or(place.clone(), |name| format!("{name} ({place})"))
+    }
+
+    fn file(&self, index: usize) -> Result<Option<String>> {
+        self.string(1, index).map(Some)
+    }
+
+    fn caption(&self, index: usize) -> Result<Option<String>> {
+        self.string(0, index).map(Some)
+    }
+
+    fn key(&self, index: usize) -> Result<Fingerprint> {
+        Ok(self.record(index)?.key)
+    }
+
+    fn verify(&self, index: usize) -> Result<()> {
+        let stored = self.record(index)?.content;
+        if stored == Record::UNHASHED || stored == self.read(index, &mut Philox::new(0))?.fingerprint()? {
+            return Ok(());
+        }
+        let what = "is another than was written (its hash differs): encode the data again";
+        Err(open(&self.folder, format!("{} {what}", self.name(index))))
     }
 
     fn fingerprint(&self) -> Fingerprint {

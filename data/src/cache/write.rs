@@ -77,6 +77,7 @@ impl CacheWriter {
     /// # Errors
     /// When it is not encoded, or a shard can't be written.
     pub fn add(&mut self, key: Fingerprint, name: &str, caption: &str, pixels: &[usize], sample: Sample) -> Result<()> {
+        let content = sample.fingerprint()?;
         let (Media::Latents(latents), Text::Embeddings(text)) = (sample.media, sample.text) else {
             return Err(Error::batch(name, "latents and embeddings", "pixels or a caption"));
         };
@@ -84,7 +85,7 @@ impl CacheWriter {
             return Ok(());
         }
         let size = |from_end: usize| pixels.iter().rev().nth(from_end).map_or(0, |size| *size as u32);
-        let record = Record { key, shard: 0, row: 0, frames: size(2), height: size(1), width: size(0) };
+        let record = Record { key, content, shard: 0, row: 0, frames: size(2), height: size(1), width: size(0) };
         let mut tensors = BTreeMap::from([(LATENTS.to_owned(), latents)]);
         tensors.extend(text.tensors.into_iter().map(|(name, tensor)| (format!("{TEXT}{name}"), tensor)));
         tensors.extend(sample.tensors.into_iter().map(|(name, tensor)| (format!("{OTHER}{name}"), tensor)));

@@ -21,4 +21,4 @@ pub use crop::{Cropped, resize_and_crop};
 pub use folder::{FolderOptions, PictureItem, list_pictures};
 pub use picture::{Picture, ReadOptions, is_picture, read_picture};
 pub use resample::{Filter, resize};
-pub use write::{grid, read_png_texts, write_png};
+pub use write::{grid, read_png_texts, write_film, write_png};

@@ -16,18 +16,38 @@ const GAP: usize = 4;
 /// # Errors
 /// When the file can't be written, or a keyword is none of PNG's (1 to 79 letters of Latin-1).
 pub fn write_png(path: &Path, picture: &Picture, texts: &[(&str, String)]) -> Result<()> {
+    write_film(path, std::slice::from_ref(picture), 1.0, texts)
+}
+
+/// Writes pictures of one size as an animated PNG with so many frames a second, which plays again and again; one is a still
+/// picture.
+///
+/// # Errors
+/// As above, and when there is no frame or the sizes differ.
+pub fn write_film(path: &Path, frames: &[Picture], fps: f64, texts: &[(&str, String)]) -> Result<()> {
     let failed = |what: String| Error::Open { name: path.display().to_string(), what };
+    let Some(first) = frames.first().filter(|first| frames.iter().all(|frame| frame.rgb.len() == first.rgb.len()))
+    else {
+        return Err(failed("expected frames of one size".into()));
+    };
     write_whole(path, |partial| {
         let file = std::fs::File::create(partial).map_err(|error| failed(error.to_string()))?;
-        let sides = [picture.width, picture.height].map(|side| u32::try_from(side).unwrap_or(u32::MAX));
+        let sides = [first.width, first.height].map(|side| u32::try_from(side).unwrap_or(u32::MAX));
         let mut encoder = png::Encoder::new(BufWriter::new(file), sides[0], sides[1]);
         encoder.set_color(png::ColorType::Rgb);
         let encoded = |result: std::result::Result<(), png::EncodingError>| result.map_err(|e| failed(e.to_string()));
+        if frames.len() > 1 {
+            encoded(encoder.set_animated(u32::try_from(frames.len()).unwrap_or(u32::MAX), 0))?;
+            // Hundredths of a frame a second: 23.98 is exact enough.
+            encoded(encoder.set_frame_delay(100, (fps * 100.0).round().clamp(1.0, f64::from(u16::MAX)) as u16))?;
+        }
         for (keyword, text) in texts {
             encoded(encoder.add_itxt_chunk((*keyword).to_owned(), text.clone()))?;
         }
         let mut writer = encoder.write_header().map_err(|error| failed(error.to_string()))?;
-        encoded(writer.write_image_data(&picture.rgb))?;
+        for frame in frames {
+            encoded(writer.write_image_data(&frame.rgb))?;
+        }
         encoded(writer.finish())
     })
 }
@@ -81,6 +101,29 @@ mod tests {
         let error = write_png(&folder.path().join("b.png"), &picture, &[("", String::new())]).unwrap_err().to_string();
         assert!(error.contains("b.png") && !folder.path().join("b.png").exists(), "{error}");
         assert!(write_png(&folder.path().join("no/c.png"), &picture, &[]).is_err());
+    }
+
+    #[test]
+    fn a_film_has_its_frames_their_time_and_its_texts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("film.png");
+        let frame = |level: u8| Picture { width: 2, height: 1, rgb: vec![level; 6] };
+        write_film(&path, &[frame(3), frame(200), frame(7)], 16.0, &[("seed", "7".to_owned())]).unwrap();
+        let mut reader =
+            png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap())).read_info().unwrap();
+        assert_eq!(reader.info().animation_control().unwrap().num_frames, 3);
+        let mut rgb = vec![0; 6];
+        for level in [3, 200, 7] {
+            reader.next_frame(&mut rgb).unwrap();
+            assert_eq!(rgb, [level; 6]);
+        }
+        let control = reader.info().frame_control().unwrap();
+        assert_eq!(f64::from(control.delay_num) / f64::from(control.delay_den), 1.0 / 16.0);
+        assert_eq!(read_png_texts(&path).unwrap(), [("seed".to_owned(), "7".to_owned())]);
+        let other = Picture { width: 1, height: 1, rgb: vec![0; 3] };
+        assert!(
+            write_film(&path, &[frame(1), other], 16.0, &[]).is_err() && write_film(&path, &[], 16.0, &[]).is_err()
+        );
     }
 
     #[test]

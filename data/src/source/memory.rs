@@ -32,17 +32,7 @@ impl MemorySource {
     pub fn new(samples: Vec<Sample>) -> Result<Self> {
         let mut fingerprint = Fingerprint::of(b"memory");
         for sample in &samples {
-            let text = match &sample.text {
-                Text::Caption(caption) => {
-                    fingerprint = fingerprint.and(caption.as_bytes());
-                    None
-                }
-                Text::Embeddings(embeddings) => Some(embeddings.tensors.iter()),
-            };
-            for (name, tensor) in text.into_iter().flatten().chain(&sample.tensors) {
-                fingerprint = fingerprint.and(name.as_bytes()).and(&tensor.to_bytes()?);
-            }
-            fingerprint = fingerprint.and(&sample.media.tensor().to_bytes()?);
+            fingerprint = fingerprint.and(&sample.fingerprint()?.bits().to_le_bytes());
         }
         Ok(Self { samples, fingerprint })
     }
@@ -64,6 +54,13 @@ impl Source for MemorySource {
 
     fn read(&self, index: usize, _: &mut Philox) -> Result<Sample> {
         self.sample(index).cloned()
+    }
+
+    fn caption(&self, index: usize) -> Result<Option<String>> {
+        Ok(match &self.sample(index)?.text {
+            Text::Caption(caption) => Some(caption.clone()),
+            Text::Embeddings(_) => None,
+        })
     }
 
     fn fingerprint(&self) -> Fingerprint {

@@ -1,5 +1,6 @@
 //! Where samples come from.
 
+mod chain;
 mod memory;
 mod nemo;
 mod part;
@@ -10,6 +11,7 @@ use flowtape_engine::{Philox, Tensor};
 
 use crate::{Fingerprint, Result, TextEmbeddings};
 
+pub use chain::Chain;
 pub use memory::MemorySource;
 pub use nemo::NemoCache;
 pub use part::Part;
@@ -58,6 +60,25 @@ impl Sample {
     pub fn new(media: Media, text: Text) -> Self {
         Self { media, text, tensors: BTreeMap::new() }
     }
+
+    /// Of everything in it.
+    ///
+    /// # Errors
+    /// When a tensor can't be read.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        let mut all = Fingerprint::of(b"sample");
+        let embeddings = match &self.text {
+            Text::Caption(caption) => {
+                all = all.and(caption.as_bytes());
+                None
+            }
+            Text::Embeddings(embeddings) => Some(embeddings.tensors.iter()),
+        };
+        for (name, tensor) in embeddings.into_iter().flatten().chain(&self.tensors) {
+            all = all.and(name.as_bytes()).and(&tensor.to_bytes()?);
+        }
+        Ok(all.and(&self.media.tensor().to_bytes()?))
+    }
 }
 
 /// What is known of a sample before it is read.
@@ -93,6 +114,47 @@ pub trait Source: Send + Sync {
     /// What a sample is called in errors, such as its file.
     fn name(&self, index: usize) -> String {
         format!("sample {index}")
+    }
+
+    /// The file that a sample was made of, where that is known: by it a list names the sample.
+    ///
+    /// # Errors
+    /// When what says so is damaged.
+    fn file(&self, index: usize) -> Result<Option<String>> {
+        let _ = index;
+        Ok(None)
+    }
+
+    /// What a sample is told by in words, where that is known; the words of one that is read may be in the sample alone.
+    ///
+    /// # Errors
+    /// When what says so is damaged.
+    fn caption(&self, index: usize) -> Result<Option<String>> {
+        let _ = index;
+        Ok(None)
+    }
+
+    /// Differs where two samples do, and stays where others are added: a split by content goes by it.
+    ///
+    /// # Errors
+    /// When the sample can't be read.
+    fn key(&self, index: usize) -> Result<Fingerprint> {
+        self.read(index, &mut Philox::new(0))?.fingerprint()
+    }
+
+    /// Compares a sample with the hash that was stored with it, where one was.
+    ///
+    /// # Errors
+    /// When it is another than was stored.
+    fn verify(&self, index: usize) -> Result<()> {
+        let _ = index;
+        Ok(())
+    }
+
+    /// How often an epoch has a sample.
+    fn repeats(&self, index: usize) -> usize {
+        let _ = index;
+        1
     }
 
     /// Differs where the samples do, so that a run that goes on notices other data.

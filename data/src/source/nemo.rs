@@ -26,6 +26,7 @@ struct Item {
     crop_resolution: Option<[usize; 2]>,
     num_frames: Option<usize>,
     video_path: Option<String>,
+    image_path: Option<String>,
     #[serde(default)]
     prompt: String,
 }
@@ -34,7 +35,8 @@ struct Item {
 #[derive(Clone, Debug)]
 pub struct NemoCache {
     samples: Vec<(PathBuf, SampleHeader)>,
-    captions: Vec<String>,
+    /// Caption and picture or video of each.
+    sources: Vec<(String, Option<String>)>,
     fingerprint: Fingerprint,
 }
 
@@ -46,7 +48,7 @@ impl NemoCache {
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("metadata.json");
         let metadata: Metadata = read(&path)?.0;
-        let (mut samples, mut captions, mut fingerprint) = (Vec::new(), Vec::new(), Fingerprint::of(b"nemo"));
+        let (mut samples, mut sources, mut fingerprint) = (Vec::new(), Vec::new(), Fingerprint::of(b"nemo"));
         for shard in &metadata.shards {
             if Path::new(shard).file_name() != Some(shard.as_ref()) {
                 return Err(open(&path, format!("expected names of files beside it, got {shard:?}")));
@@ -61,18 +63,18 @@ impl NemoCache {
                 let frames = item.num_frames.filter(|_| item.video_path.is_some());
                 let dims = [3].into_iter().chain(frames).chain([height, width]).collect();
                 samples.push((inside(folder, &shard, &item.cache_file)?, SampleHeader { dims }));
-                captions.push(item.prompt);
+                sources.push((item.prompt, item.video_path.or(item.image_path)));
             }
         }
         if samples.is_empty() {
             return Err(open(&path, "it lists no sample: run NeMo's preprocessing again".into()));
         }
-        Ok(Self { samples, captions, fingerprint })
+        Ok(Self { samples, sources, fingerprint })
     }
 
-    /// The caption of a sample; empty where there is none.
-    pub fn caption(&self, index: usize) -> &str {
-        self.captions.get(index).map_or("", String::as_str)
+    fn sample(&self, index: usize) -> Result<&(PathBuf, SampleHeader)> {
+        let found = self.samples.get(index);
+        found.ok_or_else(|| Error::batch("sample", format!("a number below {}", self.samples.len()), index))
     }
 }
 
@@ -115,12 +117,11 @@ impl Source for NemoCache {
     }
 
     fn header(&self, index: usize) -> Result<SampleHeader> {
-        let found = self.samples.get(index).map(|(_, header)| header.clone());
-        found.ok_or_else(|| Error::batch("sample", format!("a number below {}", self.len()), index))
+        Ok(self.sample(index)?.1.clone())
     }
 
     fn read(&self, index: usize, _: &mut Philox) -> Result<Sample> {
-        let (path, _) = &self.samples[index];
+        let (path, _) = self.sample(index)?;
         let mut tensors = TorchFile::open(path)?.tensors;
         // Everything but latents of pictures has an axis of one sample.
         let single = |name: &str, tensor: Tensor| -> Result<Tensor> {
@@ -164,6 +165,22 @@ impl Source for NemoCache {
 
     fn name(&self, index: usize) -> String {
         self.samples.get(index).map_or_else(|| format!("sample {index}"), |(path, _)| path.display().to_string())
+    }
+
+    fn file(&self, index: usize) -> Result<Option<String>> {
+        let cached = self.sample(index)?.0.display().to_string();
+        Ok(Some(self.sources.get(index).and_then(|(_, file)| file.clone()).unwrap_or(cached)))
+    }
+
+    fn caption(&self, index: usize) -> Result<Option<String>> {
+        Ok(self.sources.get(index).map(|(caption, _)| caption.clone()))
+    }
+
+    /// Of the file's name in the cache, which NeMo makes of the picture's, and of the caption: nothing is read.
+    fn key(&self, index: usize) -> Result<Fingerprint> {
+        let name = self.sample(index)?.0.file_name().unwrap_or_default();
+        let caption = self.caption(index)?.unwrap_or_default();
+        Ok(Fingerprint::of(name.as_encoded_bytes()).and(&[0]).and(caption.as_bytes()))
     }
 
     fn fingerprint(&self) -> Fingerprint {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use flowtape_engine::{Device, Tensor};
 
-use super::{PipelineFolder, PromptEncoder};
-use crate::text::{TextModel, TextModelOutput, Tokenizer};
+use super::part::Part;
+use super::{Encoded, PipelineFolder, PromptEncoder};
 use crate::{Error, Result};
 
 /// The longest text where T5's tokenizer has no limit.
@@ -18,31 +18,6 @@ const MAX_SEQUENCE_LENGTH: usize = 512;
 pub struct FluxPrompts {
     clip: Part,
     t5: Part,
-}
-
-/// A text encoder and its tokenizer.
-struct Part {
-    tokenizer: Tokenizer,
-    model: Box<dyn TextModel>,
-    length: usize,
-    device: Device,
-}
-
-impl Part {
-    fn load(folder: &PipelineFolder, suffix: &str, length: usize, device: &Device) -> Result<Self> {
-        let tokenizer = folder.tokenizer(&format!("tokenizer{suffix}"))?;
-        let length = tokenizer.model_max_length().unwrap_or(length);
-        let model = folder.text_encoder(&format!("text_encoder{suffix}"), None, device)?;
-        Ok(Self { tokenizer, model, length, device: device.clone() })
-    }
-
-    fn run(&self, prompts: &[&str], length: usize) -> Result<TextModelOutput> {
-        let mut ids = Vec::new();
-        for prompt in prompts {
-            ids.extend(self.tokenizer.encode_padded(prompt, length, self.tokenizer.padding_side())?.ids);
-        }
-        self.model.forward(&Tensor::from_vec(ids, &[prompts.len(), length], &self.device)?, None)
-    }
 }
 
 impl FluxPrompts {
@@ -59,11 +34,7 @@ impl FluxPrompts {
 }
 
 impl PromptEncoder for FluxPrompts {
-    fn encode(
-        &self,
-        prompts: &[&str],
-        max_sequence_length: Option<usize>,
-    ) -> Result<Vec<BTreeMap<&'static str, Tensor>>> {
+    fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>> {
         if prompts.is_empty() {
             return Ok(Vec::new());
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use flowtape_engine::{Device, Tensor};
 
-use super::{PipelineFolder, PromptEncoder};
+use super::{Encoded, PipelineFolder, PromptEncoder};
 use crate::Result;
 use crate::text::{TextModel, Tokenizer, stack_layers};
 
@@ -108,11 +108,7 @@ impl LanguagePrompts {
 }
 
 impl PromptEncoder for LanguagePrompts {
-    fn encode(
-        &self,
-        prompts: &[&str],
-        max_sequence_length: Option<usize>,
-    ) -> Result<Vec<BTreeMap<&'static str, Tensor>>> {
+    fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>> {
         let length = max_sequence_length.unwrap_or(MAX_SEQUENCE_LENGTH);
         let one = |prompt: &&str| Ok(BTreeMap::from([("text_embeddings", self.embed(prompt, length)?)]));
         prompts.iter().map(one).collect()

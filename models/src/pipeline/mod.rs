@@ -1,20 +1,34 @@
 //! diffusers' pipelines: a folder with `model_index.json` and a part in each of its folders, loaded as a whole or by part.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `generate` | [`Generator`]: from a prompt to pictures and films |
+//! | `flux`, `hunyuan_video`, `language`, `wan` | what prompts become in each family |
+//! | `part` | a text encoder with its tokenizer |
 
 mod flux;
+pub mod generate;
+mod hunyuan_video;
 mod language;
+mod part;
+mod wan;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::files::exists;
 use flowtape_engine::{DType, Device, Error as EngineError, Tensor};
-use serde_json::Value;
+use flowtape_flowmatch::sampler::{calculate_shift, compute_empirical_mu};
+use serde_json::{Value, json};
 
 use crate::text::{TextModel, Tokenizer, load};
 use crate::{Error, Result};
 
 pub use flux::FluxPrompts;
+pub use generate::{Generated, Generation, Generator, Request, Settings};
+pub use hunyuan_video::{HunyuanPrompts, glyph_text};
 pub use language::{FLUX2, FLUX2_KLEIN, LanguagePrompts, QWEN_IMAGE, States, Template};
+pub use wan::{WanPrompts, clean_prompt};
 
 /// The file that lists a pipeline's parts.
 pub const MODEL_INDEX: &str = "model_index.json";
@@ -24,6 +38,8 @@ pub const MODEL_INDEX: &str = "model_index.json";
 pub struct PipelineFolder {
     path: PathBuf,
     class: String,
+    /// The file's object.
+    index: Value,
     /// The class of each part that is there.
     parts: BTreeMap<String, String>,
 }
@@ -35,12 +51,11 @@ pub trait PromptEncoder: Send + Sync {
     ///
     /// # Errors
     /// When a model fails.
-    fn encode(
-        &self,
-        prompts: &[&str],
-        max_sequence_length: Option<usize>,
-    ) -> Result<Vec<BTreeMap<&'static str, Tensor>>>;
+    fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>>;
 }
+
+/// The tensors of one prompt by name.
+pub type Encoded = BTreeMap<&'static str, Tensor>;
 
 /// Makes the encoder of prompts from a pipeline's folder, on a device.
 pub type NewPromptEncoder = fn(&PipelineFolder, &Device) -> Result<Box<dyn PromptEncoder>>;
@@ -54,33 +69,113 @@ pub struct PipelineKind {
     pub prompt_parts: &'static [&'static str],
     /// Loads them.
     pub prompts: NewPromptEncoder,
+    /// How pictures are made of them.
+    pub generation: Generation,
 }
 
 /// All pipelines.
 pub const PIPELINES: &[PipelineKind] = &[
     PipelineKind {
         class: "FluxPipeline",
-        prompt_parts: &["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"],
+        prompt_parts: TWO_MODELS,
         prompts: |folder, device| Ok(Box::new(FluxPrompts::load(folder, device)?)),
+        generation: Generation {
+            adapter: "flux",
+            kwargs: tell_guidance,
+            steps: 28,
+            guidance_scale: 3.5,
+            told: true,
+            mu: |tokens, _, config| calculate_shift(tokens, config),
+            ..PICTURE
+        },
     },
     PipelineKind {
         class: "Flux2Pipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, FLUX2, device)?)),
+        generation: Generation { adapter: "flux2", kwargs: tell_guidance, guidance_scale: 4.0, told: true, ..PICTURE },
     },
     PipelineKind {
         class: "Flux2KleinPipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, FLUX2_KLEIN, device)?)),
+        generation: Generation {
+            adapter: "flux2",
+            kwargs: |_, _| json!({"use_guidance_embeds": false}),
+            guidance_scale: 4.0,
+            negative_prompt: Some(""),
+            ..PICTURE
+        },
     },
     PipelineKind {
         class: "QwenImagePipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, QWEN_IMAGE, device)?)),
+        generation: Generation {
+            adapter: "qwen_image",
+            guidance_scale: 4.0,
+            keeps_norm: true,
+            mu: |tokens, _, config| calculate_shift(tokens, config),
+            ..PICTURE
+        },
+    },
+    PipelineKind {
+        class: "WanPipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(WanPrompts::load(folder, device)?)),
+        generation: Generation {
+            adapter: "simple",
+            size: [480, 832],
+            frames: 81,
+            fps: 16.0,
+            guidance_scale: 5.0,
+            negative_prompt: Some(""),
+            own_levels: true,
+            ..PICTURE
+        },
+    },
+    PipelineKind {
+        class: "HunyuanVideo15Pipeline",
+        prompt_parts: TWO_MODELS,
+        prompts: |folder, device| Ok(Box::new(HunyuanPrompts::load(folder, device)?)),
+        generation: Generation {
+            adapter: "hunyuan",
+            kwargs: |config, _| json!({"default_image_embed_shape": [SEMANTIC_TOKENS, config["image_embed_dim"]]}),
+            size: [480, 832],
+            frames: 121,
+            guidance_scale: 6.0,
+            negative_prompt: Some(""),
+            ..PICTURE
+        },
     },
 ];
 
 const ONE_MODEL: &[&str] = &["tokenizer", "text_encoder"];
+const TWO_MODELS: &[&str] = &["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"];
+
+/// diffusers' `vision_num_semantic_tokens`: tokens of a first frame's embedding.
+const SEMANTIC_TOKENS: usize = 729;
+
+/// The arguments of an adapter that tells its model a scale of guidance, where the model embeds one.
+fn tell_guidance(config: &Value, scale: f64) -> Value {
+    json!({"guidance_scale": scale, "use_guidance_embeds": config["guidance_embeds"].as_bool().unwrap_or(false)})
+}
+
+/// What most pipelines of pictures have in common.
+const PICTURE: Generation = Generation {
+    adapter: "",
+    kwargs: |_, _| json!({}),
+    size: [1024; 2],
+    frames: 1,
+    fps: 24.0,
+    steps: 50,
+    guidance_scale: 1.0,
+    told: false,
+    negative_prompt: None,
+    keeps_norm: false,
+    mu: |tokens, steps, _| compute_empirical_mu(tokens, steps),
+    own_levels: false,
+};
 
 impl PipelineFolder {
     /// Reads which parts a folder has.
@@ -100,7 +195,7 @@ impl PipelineFolder {
         // A part is [library, class]; one that is left out is [null, null].
         let part = |(name, value): (&String, &Value)| Some((name.clone(), value.get(1)?.as_str()?.to_owned()));
         let parts = listed.filter(|(name, _)| !name.starts_with('_')).filter_map(part).collect();
-        Ok(Self { path: folder.into(), class, parts })
+        Ok(Self { path: folder.into(), class, parts, index })
     }
 
     /// The folder.
@@ -142,6 +237,29 @@ impl PipelineFolder {
             return Err(EngineError::Format { path, what }.into());
         }
         Ok(path)
+    }
+
+    /// A switch of `model_index.json`, such as `is_distilled`; off where it is not there.
+    pub fn flag(&self, name: &str) -> bool {
+        self.index[name].as_bool().unwrap_or(false)
+    }
+
+    /// A number of `model_index.json`, such as `boundary_ratio`, where there is one.
+    pub fn number(&self, name: &str) -> Option<f64> {
+        self.index[name].as_f64()
+    }
+
+    /// The configuration of the part `guider`; null where the pipeline has none.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub fn guider(&self) -> Result<Value> {
+        if !self.parts.contains_key("guider") {
+            return Ok(Value::Null);
+        }
+        let path = self.part("guider")?.join("guider_config.json");
+        let text = std::fs::read(&path).map_err(|source| EngineError::Io { path: path.clone(), source })?;
+        Ok(serde_json::from_slice(&text).map_err(|e| EngineError::Format { path, what: e.to_string() })?)
     }
 
     /// A tokenizer among the parts.

@@ -70,9 +70,19 @@ impl CLIPTextConfig {
     }
 }
 
-/// A layer: attention, then a feed-forward layer, each normalised before.
+/// Sizes and options of an [`EncoderLayer`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EncoderSizes {
+    pub(crate) width: usize,
+    pub(crate) heads: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) eps: f64,
+    pub(crate) act: Activation,
+}
+
+/// A layer of CLIP and SigLIP: attention, then a feed-forward layer, each normalised before.
 #[derive(Clone, Debug)]
-struct Layer {
+pub(crate) struct EncoderLayer {
     norm1: LayerNorm,
     qkv: QkvHeads,
     out: Linear,
@@ -82,9 +92,9 @@ struct Layer {
     fc2: Linear,
 }
 
-impl Layer {
-    fn new(params: &ParamBuilder, config: &CLIPTextConfig) -> Result<Self> {
-        let (width, heads, eps) = (config.hidden_size, config.num_attention_heads, config.layer_norm_eps);
+impl EncoderLayer {
+    pub(crate) fn new(params: &ParamBuilder, sizes: &EncoderSizes) -> Result<Self> {
+        let EncoderSizes { width, heads, intermediate, eps, act } = *sizes;
         let qkv = QkvConfig { norm: QkNorm::None, ..QkvConfig::joint(width, heads) };
         let (attention, mlp) = (params.sub("self_attn"), params.sub("mlp"));
         Ok(Self {
@@ -92,14 +102,15 @@ impl Layer {
             qkv: QkvHeads::new(&attention, ["q_proj", "k_proj", "v_proj", "", ""], qkv)?,
             out: Linear::new(&attention.sub("out_proj"), width, width, true)?,
             norm2: LayerNorm::new(&params.sub("layer_norm2"), width, eps, true)?,
-            fc1: Linear::new(&mlp.sub("fc1"), width, config.intermediate_size, true)?,
-            act: activation(&config.hidden_act)?,
-            fc2: Linear::new(&mlp.sub("fc2"), config.intermediate_size, width, true)?,
+            fc1: Linear::new(&mlp.sub("fc1"), width, intermediate, true)?,
+            act,
+            fc2: Linear::new(&mlp.sub("fc2"), intermediate, width, true)?,
         })
     }
 
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> flowtape_engine::Result<Tensor> {
-        let attended = attend(self.qkv.forward(&self.norm1.forward(x)?, None)?, Some(mask))?;
+    /// x `[B, T, width]`; a mask is added to the scores.
+    pub(crate) fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> flowtape_engine::Result<Tensor> {
+        let attended = attend(self.qkv.forward(&self.norm1.forward(x)?, None)?, mask)?;
         let x = x.add(&self.out.forward(&attended)?)?;
         let hidden = self.act.forward(&self.fc1.forward(&self.norm2.forward(&x)?)?)?;
         x.add(&self.fc2.forward(&hidden)?)
@@ -113,7 +124,7 @@ pub struct CLIPTextModel {
     params: Params,
     token_embedding: Table,
     position_embedding: Table,
-    layers: nn::Blocks<Layer>,
+    layers: nn::Blocks<EncoderLayer>,
     final_layer_norm: LayerNorm,
 }
 
@@ -125,11 +136,18 @@ impl CLIPTextModel {
     pub fn new(config: CLIPTextConfig, root: &ParamBuilder) -> Result<Self> {
         let (embeddings, layers) = (root.sub("embeddings"), root.sub("encoder").sub("layers"));
         let width = config.hidden_size;
+        let sizes = EncoderSizes {
+            width,
+            heads: config.num_attention_heads,
+            intermediate: config.intermediate_size,
+            eps: config.layer_norm_eps,
+            act: activation(&config.hidden_act)?,
+        };
         let table = |name: &str, rows: usize| Table::new(&embeddings.sub(name), rows, width);
         Ok(Self {
             token_embedding: table("token_embedding", config.vocab_size)?,
             position_embedding: table("position_embedding", config.max_position_embeddings)?,
-            layers: nn::Blocks::new(config.num_hidden_layers, |i| Layer::new(&layers.sub(i), &config))?,
+            layers: nn::Blocks::new(config.num_hidden_layers, |i| EncoderLayer::new(&layers.sub(i), &sizes))?,
             final_layer_norm: LayerNorm::new(&root.sub("final_layer_norm"), width, config.layer_norm_eps, true)?,
             params: root.params(),
             config,
@@ -163,7 +181,7 @@ impl TextModel for CLIPTextModel {
         let mask = mask.map_or(Ok(causal.clone()), |mask| causal.add(&mask))?;
         let mut hidden_states = vec![x];
         for layer in self.layers.iter() {
-            let next = layer.forward(&hidden_states[hidden_states.len() - 1], &mask)?;
+            let next = layer.forward(&hidden_states[hidden_states.len() - 1], Some(&mask))?;
             hidden_states.push(next);
         }
         let last = self.final_layer_norm.forward(&hidden_states[hidden_states.len() - 1])?;

@@ -114,6 +114,18 @@ impl DecoderConfig {
         Ok(config)
     }
 
+    /// Which of a token's three positions a pair turns by: `mrope_section` shares them out, where there is one.
+    fn axis(&self, pair: usize) -> usize {
+        let scaling = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        let sections = scaling.and_then(|scaling| scaling["mrope_section"].as_array());
+        let lengths = sections.into_iter().flatten().map(|length| length.as_u64().unwrap_or(0) as usize);
+        let ends = lengths.scan(0, |end, length| {
+            *end += length;
+            Some(*end)
+        });
+        ends.filter(|end| *end <= pair).count().min(2)
+    }
+
     fn head_dim(&self) -> usize {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
@@ -304,24 +316,64 @@ impl DecoderModel {
     }
 
     /// Cosines and sines `[T, head_dim]`; the pairs are an element of the first half and one of the second. In f32, as the
-    /// reference has them.
-    fn tables(&self, rope: Rope, length: usize, device: &Device) -> EngineResult<RopeTables> {
+    /// reference has them. Each pair turns by one of a token's three positions.
+    fn tables(&self, rope: Rope, positions: &[[f32; 3]], device: &Device) -> EngineResult<RopeTables> {
         let dim = self.config.head_dim();
         let frequency =
             |i: usize| 1.0 / (rope.rope_theta as f32).powf((2 * i) as f32 / dim as f32) / rope.factor as f32;
-        let frequencies: Vec<f32> = (0..dim / 2).map(frequency).collect();
+        let frequencies: Vec<(usize, f32)> = (0..dim / 2).map(|i| (self.config.axis(i), frequency(i))).collect();
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        for position in 0..length {
+        for position in positions {
             for _ in 0..2 {
-                for frequency in &frequencies {
-                    let (s, c) = (position as f32 * frequency).sin_cos();
+                for (axis, frequency) in &frequencies {
+                    let (s, c) = (position[*axis] * frequency).sin_cos();
                     cos.push(c);
                     sin.push(s);
                 }
             }
         }
-        let table = |values| Tensor::from_vec(values, &[length, dim], device);
+        let table = |values| Tensor::from_vec(values, &[positions.len(), dim], device);
         Ok(RopeTables { cos: table(cos)?, sin: table(sin)?, layout: RopeLayout::Split })
+    }
+
+    /// Embeddings `[B, T, D]` of tokens u32 `[B, T]`, before any layer.
+    ///
+    /// # Errors
+    /// When a token is unknown.
+    pub fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
+        Ok(embedding(&self.embed_tokens.value()?, input_ids)?)
+    }
+
+    /// States of embeddings `[B, T, D]`, which the first of the states is, at these positions: of words, three alike.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn run(
+        &self,
+        embedded: Tensor,
+        attention_mask: Option<&Tensor>,
+        positions: &[[f32; 3]],
+    ) -> Result<TextModelOutput> {
+        let (length, device) = (embedded.dim(1)?, embedded.device().clone());
+        let causal = causal_mask(length, &device)?;
+        let padding = attention_mask.map(key_mask).transpose()?;
+        let full = padding.map_or(Ok(causal.clone()), |padding| causal.add(&padding))?;
+        let sliding = match self.config.sliding_window {
+            Some(window) => full.add(&window_mask(length, window, &device)?)?,
+            None => full.clone(),
+        };
+        let [full_rope, sliding_rope] =
+            [self.tables(self.ropes[0], positions, &device)?, self.tables(self.ropes[1], positions, &device)?];
+        let mut hidden_states = vec![embedded];
+        for layer in self.layers.iter() {
+            let (rope, mask) = if layer.slides { (&sliding_rope, &sliding) } else { (&full_rope, &full) };
+            let next = layer.forward(&hidden_states[hidden_states.len() - 1], rope, mask)?;
+            hidden_states.push(next);
+        }
+        let last = self.norm.forward(&hidden_states[hidden_states.len() - 1])?;
+        hidden_states.pop();
+        hidden_states.push(last.clone());
+        Ok(TextModelOutput { hidden_states, last_hidden_state: last, pooler_output: None })
     }
 }
 
@@ -342,32 +394,14 @@ impl TextModel for DecoderModel {
     }
 
     fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<TextModelOutput> {
-        let (length, device) = (input_ids.dim(1)?, input_ids.device());
-        let causal = causal_mask(length, device)?;
-        let padding = attention_mask.map(key_mask).transpose()?;
-        let full = padding.map_or(Ok(causal.clone()), |padding| causal.add(&padding))?;
-        let sliding = match self.config.sliding_window {
-            Some(window) => full.add(&window_mask(length, window, device)?)?,
-            None => full.clone(),
-        };
-        let [full_rope, sliding_rope] =
-            [self.tables(self.ropes[0], length, device)?, self.tables(self.ropes[1], length, device)?];
-        let mut x = embedding(&self.embed_tokens.value()?, input_ids)?;
+        let mut x = self.embed(input_ids)?;
         if self.family.gemma {
             // The root in the dtype of the weights.
-            let root = Tensor::full(&[1], (self.config.hidden_size as f64).sqrt(), x.dtype(), device)?;
+            let root = Tensor::full(&[1], (self.config.hidden_size as f64).sqrt(), x.dtype(), x.device())?;
             x = x.mul(&root)?;
         }
-        let mut hidden_states = vec![x];
-        for layer in self.layers.iter() {
-            let (rope, mask) = if layer.slides { (&sliding_rope, &sliding) } else { (&full_rope, &full) };
-            let next = layer.forward(&hidden_states[hidden_states.len() - 1], rope, mask)?;
-            hidden_states.push(next);
-        }
-        let last = self.norm.forward(&hidden_states[hidden_states.len() - 1])?;
-        hidden_states.pop();
-        hidden_states.push(last.clone());
-        Ok(TextModelOutput { hidden_states, last_hidden_state: last, pooler_output: None })
+        let positions: Vec<[f32; 3]> = (0..input_ids.dim(1)?).map(|i| [i as f32; 3]).collect();
+        self.run(x, attention_mask, &positions)
     }
 }
 

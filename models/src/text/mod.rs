@@ -73,7 +73,7 @@ pub struct TextModelKind {
 }
 
 /// The models of [`decoder`].
-const QWEN25_VL: Family =
+pub(crate) const QWEN25_VL: Family =
     Family { class: "Qwen2_5_VLForConditionalGeneration", qkv_bias: true, qk_norm: false, gemma: false };
 const QWEN3: Family = Family { class: "Qwen3ForCausalLM", qkv_bias: false, qk_norm: true, gemma: false };
 const MISTRAL3: Family =
@@ -131,22 +131,39 @@ pub fn compute_dtype(weights: &Shards) -> DType {
     if first.as_deref() == Some("BF16") { DType::BF16 } else { DType::F32 }
 }
 
+/// Opens a transformers folder: `config.json`, the weights (`model.safetensors` or shards of it) without what may stand before every
+/// key, and a builder that reads them, frozen, in `dtype` or in what [`compute_dtype`] finds.
+pub(crate) fn open(
+    folder: &Path,
+    prefix: &str,
+    dtype: Option<DType>,
+    device: &Device,
+) -> Result<(Value, Arc<Shards>, ParamBuilder)> {
+    let config = read_config(folder)?;
+    let weights = Arc::new(Shards::open(folder, WEIGHTS)?.without_prefix(prefix));
+    let placement = Placement::frozen(dtype.unwrap_or_else(|| compute_dtype(&weights)));
+    let params = ParamBuilder::with_plan(0, placement, device).reading(weights.clone());
+    Ok((config, weights, params))
+}
+
+fn read_config(folder: &Path) -> Result<Value> {
+    let path = folder.join(CONFIG);
+    let text = std::fs::read(&path).map_err(|source| EngineError::Io { path: path.clone(), source })?;
+    Ok(serde_json::from_slice(&text).map_err(|e| EngineError::Format { path, what: e.to_string() })?)
+}
+
 /// Loads a text encoder of a transformers folder, frozen: `config.json` and `model.safetensors` or shards of it. It computes in
 /// `dtype`, or in what [`compute_dtype`] finds.
 ///
 /// # Errors
 /// When a file can't be read, the class is unknown, or keys do not fit.
 pub fn load(folder: &Path, dtype: Option<DType>, device: &Device) -> Result<Box<dyn TextModel>> {
-    let path = folder.join(CONFIG);
-    let text = std::fs::read(&path).map_err(|source| EngineError::Io { path: path.clone(), source })?;
-    let wrong = |what: String| EngineError::Format { path: path.clone(), what };
-    let config: Value = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
+    let wrong = |error: Error| EngineError::Format { path: folder.join(CONFIG), what: error.to_string() };
+    let config = read_config(folder)?;
     let class = config["architectures"][0].as_str().unwrap_or("no architectures");
-    let kind = TextModelKind::of_class(class).map_err(|e| wrong(e.to_string()))?;
-    let weights = Arc::new(Shards::open(folder, WEIGHTS)?.without_prefix(kind.prefix));
-    let placement = Placement::frozen(dtype.unwrap_or_else(|| compute_dtype(&weights)));
-    let params = ParamBuilder::with_plan(0, placement, device).reading(weights.clone());
-    let model = (kind.new)(&config, &params).map_err(|e| wrong(e.to_string()))?;
+    let kind = TextModelKind::of_class(class).map_err(wrong)?;
+    let (_, weights, params) = open(folder, kind.prefix, dtype, device)?;
+    let model = (kind.new)(&config, &params).map_err(wrong)?;
     model
         .params()
         .check_keys(&weights, |name| model.is_ignored_key(name))
@@ -156,10 +173,10 @@ pub fn load(folder: &Path, dtype: Option<DType>, device: &Device) -> Result<Box<
 
 /// A table of embeddings; parameter `weight` `[rows, width]`.
 #[derive(Clone, Debug)]
-struct Table(Param);
+pub(crate) struct Table(Param);
 
 impl Table {
-    fn new(params: &ParamBuilder, rows: usize, width: usize) -> flowtape_engine::Result<Self> {
+    pub(crate) fn new(params: &ParamBuilder, rows: usize, width: usize) -> flowtape_engine::Result<Self> {
         Self::with_init(params, rows, width, Init::Normal { std: 0.02 })
     }
 
@@ -167,13 +184,13 @@ impl Table {
         Ok(Self(params.get("weight", &[rows, width], init)?))
     }
 
-    fn value(&self) -> flowtape_engine::Result<Tensor> {
+    pub(crate) fn value(&self) -> flowtape_engine::Result<Tensor> {
         self.0.value()
     }
 }
 
 /// The function that transformers' configurations call by this name.
-fn activation(name: &str) -> Result<Activation> {
+pub(crate) fn activation(name: &str) -> Result<Activation> {
     match name {
         "quick_gelu" => Ok(Activation::QuickGelu),
         "gelu" => Ok(Activation::Gelu),

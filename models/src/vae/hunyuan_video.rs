@@ -464,6 +464,10 @@ impl Autoencoder for AutoencoderKLHunyuanVideo15 {
         Ok(flowtape_engine::ops::pointwise([latents], |[z]| z / self.config.scaling_factor)?)
     }
 
+    fn has_frames(&self) -> bool {
+        true
+    }
+
     fn latent_dims(&self, pixels: &[usize]) -> Vec<usize> {
         let (ratio, time) = (self.config.spatial_compression_ratio, self.config.temporal_compression_ratio);
         match pixels {

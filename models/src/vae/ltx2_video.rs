@@ -569,6 +569,10 @@ impl Autoencoder for AutoencoderKLLTX2Video {
         Ok(pointwise_to(latents.dtype(), [latents, &mean, &std], |[z, m, s]| z * s / scale + m)?)
     }
 
+    fn has_frames(&self) -> bool {
+        true
+    }
+
     fn latent_dims(&self, pixels: &[usize]) -> Vec<usize> {
         let (ratio, time) = (self.config.space_ratio(), self.config.time_ratio());
         match pixels {

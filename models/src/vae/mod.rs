@@ -72,6 +72,10 @@ pub trait Autoencoder: Debug + Send + Sync {
     /// # Errors
     /// When the sizes do not fit.
     fn denormalise(&self, latents: &Tensor) -> Result<Tensor>;
+    /// Whether pixels and latents have an axis of frames.
+    fn has_frames(&self) -> bool {
+        false
+    }
     /// Sizes of normalised latents for pixels of these sizes, with or without the axis of samples.
     fn latent_dims(&self, pixels: &[usize]) -> Vec<usize>;
     /// Whether what is larger than a tile is taken tile by tile. The results are near those without tiles, not the same.

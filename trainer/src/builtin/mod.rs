@@ -5,8 +5,10 @@ pub mod moving_digits;
 pub mod pictures;
 mod word_table;
 
+use std::path::Path;
 use std::sync::Arc;
 
+use flowtape_data::Chain;
 use flowtape_engine::Device;
 
 use crate::data::Data;
@@ -21,11 +23,24 @@ pub use word_table::WordTable;
 /// # Errors
 /// When the embedded samples are damaged, or a folder's can't be encoded.
 pub fn data(config: &DataConfig, device: &Device) -> Result<Data> {
+    let data = once(config, device)?;
+    if config.repeats == 1 {
+        return Ok(data);
+    }
+    Ok(Data { source: Arc::new(Chain::new(vec![(data.source, config.repeats)])), ..data })
+}
+
+/// The same before it is repeated.
+fn once(config: &DataConfig, device: &Device) -> Result<Data> {
     if let Some(folder) = &config.folder {
         return folder.data(config.num_workers, device);
     }
     if let Some(cache) = &config.cache_dir {
-        return pictures::cached(cache, config.pipeline.as_deref(), device);
+        return pictures::cached(&[(cache, 1)], config.pipeline.as_deref(), device);
+    }
+    if !config.caches.is_empty() {
+        let caches: Vec<(&Path, usize)> = config.caches.iter().map(|cache| (&*cache.path, cache.repeats)).collect();
+        return pictures::cached(&caches, config.pipeline.as_deref(), device);
     }
     let text = WordTable::new(&digits::CAPTIONS, config.text_dim);
     Ok(match (config.builtin, config.video) {

@@ -8,11 +8,12 @@ use crate::state::TrainProgress;
 use crate::train::Session;
 use crate::{Error, Result};
 
-/// Saves every so many steps and when there are no more; and the best by validation loss, where the run validates. The files are
-/// written at once; a thread hashes them and brings them to the disk while training goes on.
+/// Saves every so many steps, perhaps at the ends of epochs, and when there are no more; and the best by validation loss, where the run
+/// validates. The files are written at once; a thread hashes them and brings them to the disk while training goes on.
 #[derive(Debug)]
 pub struct Checkpoint {
     every: u64,
+    each_epoch: bool,
     /// The step of the newest one, finished or not; there is none of step 0.
     saved: u64,
     /// The least validation loss so far.
@@ -24,7 +25,14 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Steps between checkpoints; 0 for one at the end alone.
     pub fn new(every: u64) -> Self {
-        Self { every, saved: 0, best: None, finishing: None }
+        Self { every, each_epoch: false, saved: 0, best: None, finishing: None }
+    }
+
+    /// Also after the last step of each epoch, or not. To know it, each step is waited for.
+    #[must_use]
+    pub fn at_epoch_ends(mut self, each_epoch: bool) -> Self {
+        self.each_epoch = each_epoch;
+        self
     }
 
     /// Saves, if that was not done after this step.
@@ -64,7 +72,7 @@ impl Drop for Checkpoint {
 
 impl Hook for Checkpoint {
     fn needs_state(&self, step: u64) -> bool {
-        due(self.every, step)
+        due(self.every, step) || self.each_epoch
     }
 
     fn on(&mut self, event: &Event<'_>, run: &mut Session<'_>) -> Result<()> {
@@ -84,7 +92,8 @@ impl Hook for Checkpoint {
                 self.finish(run)?;
                 run.folder().checkpoints().mark_best(validated.step)
             }
-            Event::Step(record) if self.needs_state(record.step) => self.save(false, run),
+            Event::Step(record) if due(self.every, record.step) => self.save(false, run),
+            Event::Step(_) if self.each_epoch && run.trainer().ends_epoch() => self.save(false, run),
             Event::Step(_) if self.finishing.as_ref().is_some_and(|(_, thread)| thread.is_finished()) => {
                 self.finish(run)
             }

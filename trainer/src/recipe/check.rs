@@ -25,6 +25,7 @@ impl Recipe {
                 .then(|| self.ema.and_then(|ema| ema.check().err()).map(|e| e.to_string()).into_iter().collect()),
             clean(&["lr_scheduler", "optimizer", "step_scheduler"]).then(|| self.schedule_problems()),
             clean(&["data"]).then(|| self.data.problems()),
+            clean(&["validation"]).then(|| self.validation.as_ref().map_or(Vec::new(), |v| v.problems())),
             clean(&["peft", "model"]).then(|| self.peft_problems(own_data)),
             clean(&["flow_matching", "sampling", "data"]).then(|| self.adapter_problems()),
             (own_data && clean(&["model", "flow_matching", "data"])).then(|| self.model_problems()),

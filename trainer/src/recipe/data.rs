@@ -33,6 +33,13 @@ pub struct DataConfig {
     /// A folder of samples that were encoded before: one of `flowtape preprocess`, or of NeMo's preprocessing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_dir: Option<PathBuf>,
+    /// Several such folders, all encoded alike, each as often in an epoch as it says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub caches: Vec<CacheConfig>,
+    /// How often an epoch has each sample.
+    #[serde(default = "once", skip_serializing_if = "is_once")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub repeats: usize,
     /// The diffusers pipeline that a cache was made with, for sample grids; without it there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pipeline: Option<PathBuf>,
@@ -60,6 +67,27 @@ pub struct DataConfig {
     #[serde(default = "num_workers")]
     #[schemars(range(max = 1024))]
     pub num_workers: usize,
+}
+
+/// One of several folders of encoded samples.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CacheConfig {
+    /// The folder.
+    pub path: PathBuf,
+    /// How often an epoch has each of its samples.
+    #[serde(default = "once")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub repeats: usize,
+}
+
+fn once() -> usize {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's form
+fn is_once(times: &usize) -> bool {
+    *times == 1
 }
 
 fn is_zero(number: &usize) -> bool {
@@ -98,6 +126,8 @@ impl DataConfig {
             video: None,
             folder: None,
             cache_dir: None,
+            caches: Vec::new(),
+            repeats: 1,
             pipeline: None,
             dynamic_batch_size: false,
             base_resolution: base_resolution(),
@@ -111,10 +141,10 @@ impl DataConfig {
 
     /// What does not fit together.
     pub(super) fn problems(&self) -> Vec<String> {
-        let given = [self.builtin.is_some(), self.folder.is_some(), self.cache_dir.is_some()];
+        let given = [self.builtin.is_some(), self.folder.is_some(), self.cache_dir.is_some(), !self.caches.is_empty()];
         let count = given.into_iter().filter(|given| *given).count();
         if count != 1 {
-            return vec![format!("data: expected one of builtin, folder and cache_dir, got {count} of them")];
+            return vec![format!("data: expected one of builtin, folder, cache_dir and caches, got {count} of them")];
         }
         let Some(builtin) = self.builtin else { return Vec::new() };
         if self.text_dim == 0 {

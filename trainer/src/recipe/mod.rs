@@ -32,7 +32,7 @@ use crate::error::io;
 use crate::validation::ValidationConfig;
 use crate::{Error, Result};
 
-pub use self::data::{DataConfig, SourceName};
+pub use self::data::{CacheConfig, DataConfig, SourceName};
 pub use self::dtype::Dtype;
 pub use self::model::{Mode, ModelSection, Stage};
 pub use self::peft::{Algorithm, KeptDtype, PeftConfig};
@@ -216,11 +216,6 @@ impl Recipe {
     /// Samples of an optimiser step.
     pub fn global_batch_size(&self) -> usize {
         self.step_scheduler.global_batch_size()
-    }
-
-    /// Samples that are held out.
-    pub fn held_out(&self) -> usize {
-        self.validation.as_ref().map_or(0, |validation| validation.num_samples)
     }
 
     /// Learning rate and weight decay by step.

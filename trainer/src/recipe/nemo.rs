@@ -52,6 +52,7 @@ const KEYS: &[(&str, Fate)] = &[
     ("optimizer.maximize", Must("false")),
     ("performance.grad_clip_foreach", Elsewhere),
     ("step_scheduler.log_remote_every_steps", Elsewhere),
+    ("step_scheduler.val_every_steps", Elsewhere),
     ("step_scheduler.gc_every_steps", Elsewhere),
     ("step_scheduler.loss_average_window_steps", Elsewhere),
     ("step_scheduler.preemption_signal", Elsewhere),

@@ -41,6 +41,9 @@ pub struct StepScheduler {
     /// Steps between checkpoints; 0 for one at the end alone.
     #[serde(default)]
     pub ckpt_every_steps: u64,
+    /// Whether there is also one at the end of each epoch.
+    #[serde(default)]
+    pub save_checkpoint_every_epoch: bool,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's form

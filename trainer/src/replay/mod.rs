@@ -25,7 +25,7 @@ use crate::checkpoints::{partial, remove, sync};
 use crate::data::Data;
 use crate::error::io;
 use crate::run::quoted;
-use crate::trainer::Trainer;
+use crate::trainer::{Trainer, draws_of};
 use crate::{Error, Recipe, Result, builtin};
 
 const RECIPE: &str = "recipe.yaml";
@@ -151,9 +151,9 @@ fn find(
             break;
         }
     }
-    let mut forward = trainer.forward_of(step - 1);
+    let (mut forward, mut draws) = (trainer.forward_of(step - 1), draws_of(trainer.recipe(), step - 1));
     for (part, names) in parts.iter().zip(names) {
-        let (tape, output) = forward.step(&trainer.collate(part)?)?;
+        let (tape, output) = forward.step(&trainer.collate(part)?, &mut draws)?;
         let losses = output.weighted_loss();
         let losses = losses.mean(&(1..losses.rank()).collect::<Vec<_>>(), false)?.to_vec::<f64>()?;
         let all =

@@ -155,6 +155,10 @@ impl Autoencoder for AutoencoderKLWan {
         Ok(pointwise_to(latents.dtype(), [latents, &mean, &std], |[z, m, s]| z * s + m)?)
     }
 
+    fn has_frames(&self) -> bool {
+        true
+    }
+
     fn latent_dims(&self, pixels: &[usize]) -> Vec<usize> {
         let ratio = self.ratio();
         match pixels {

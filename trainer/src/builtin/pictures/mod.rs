@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use flowtape_data::media::{FolderOptions, PictureItem, ReadOptions, list_pictures};
-use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress};
+use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress, encoders_of};
 use flowtape_data::{
-    Buckets, CacheSource, NemoCache, PipelineText, PixelCodec, Source, TextEmbeddings, TextEncoder, VaeCodec,
+    Buckets, CacheHeader, CacheSource, Chain, NemoCache, PipelineText, PixelCodec, Source, TextEmbeddings, TextEncoder,
+    VaeCodec,
 };
 use flowtape_engine::Device;
 use flowtape_engine::files::exists;
@@ -139,17 +140,31 @@ pub(super) fn preview_of(recipe: &Recipe, prompts: Vec<String>) -> Preview {
     Preview { every, prompts, columns: COLUMNS, first_frames: None, seed: GRID_SEED }
 }
 
-/// Samples that were encoded before, by `flowtape preprocess` or by NeMo. Grids need the pipeline that they were made with.
-pub(super) fn cached(cache: &Path, pipeline: Option<&Path>, device: &Device) -> Result<Data> {
-    let source: Arc<dyn Source> = if exists(&cache.join("metadata.json"))? {
-        Arc::new(NemoCache::open(cache)?)
-    } else {
-        Arc::new(CacheSource::open(cache)?)
+/// Samples that were encoded before, by `flowtape preprocess` or by NeMo, and how often an epoch has those of each folder. Grids
+/// need the pipeline that they were made with.
+pub(super) fn cached(caches: &[(&Path, usize)], pipeline: Option<&Path>, device: &Device) -> Result<Data> {
+    let pipeline = pipeline.map(PipelineFolder::open).transpose()?;
+    let mut parts: Vec<(Arc<dyn Source>, usize)> = Vec::new();
+    let mut first: Option<CacheHeader> = None;
+    for (cache, repeats) in caches {
+        if exists(&cache.join("metadata.json"))? {
+            parts.push((Arc::new(NemoCache::open(cache)?), *repeats));
+            continue;
+        }
+        let source = CacheSource::open(cache)?;
+        if let Some(pipeline) = &pipeline {
+            source.encoder().check_weights(cache, encoders_of(pipeline)?)?;
+        }
+        first.get_or_insert_with(|| source.encoder().clone()).check(cache, source.encoder())?;
+        parts.push((Arc::new(source), *repeats));
+    }
+    let source = match &parts[..] {
+        [(only, 1)] => only.clone(),
+        _ => Arc::new(Chain::new(parts)),
     };
     let Some(pipeline) = pipeline else {
         return Ok(Data { source, codec: Arc::new(PixelCodec), text: Arc::new(NoText) });
     };
-    let pipeline = PipelineFolder::open(pipeline)?;
     let codec = Arc::new(VaeCodec::load(&pipeline, device)?);
     Ok(Data { source, codec, text: Arc::new(PipelineText::new(pipeline)) })
 }

@@ -1,0 +1,404 @@
+//! From a prompt to pictures with the parts of a pipeline's folder.
+
+use flowtape_engine::nn::{ParamBuilder, Placement};
+use flowtape_engine::ops::pointwise;
+use flowtape_engine::{DType, Device, Error as EngineError, Philox, Tensor};
+use flowtape_flowmatch::sampler::guided;
+use flowtape_flowmatch::solver::OnStep;
+use flowtape_flowmatch::{
+    Batch, DataType, EulerConfig, EulerSchedule, EulerStep, ModelAdapter, Sampling, Scheduler, Solver, TaskType,
+};
+use serde_json::Value;
+
+use super::PipelineFolder;
+use crate::checkpoint::{CONFIG, load_config};
+use crate::vae::{self, Autoencoder};
+use crate::{Error, ModelKind, Result, Transformer, checkpoint};
+
+/// What is asked for. What is left out is the pipeline's own.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// What is shown.
+    pub prompt: &'a str,
+    /// What it is led away from.
+    pub negative_prompt: Option<&'a str>,
+    /// Height and width in pixels.
+    pub size: Option<[usize; 2]>,
+    /// Frames of a film.
+    pub frames: Option<usize>,
+    /// Steps of the solver.
+    pub steps: Option<usize>,
+    /// The scale of guidance: told to the model where it is distilled, else that of [`Self::true_cfg_scale`].
+    pub guidance_scale: Option<f64>,
+    /// The scale of classifier-free guidance, for which the model runs a second time; 1 is none.
+    pub true_cfg_scale: Option<f64>,
+    /// A static shift of the noise levels instead of the scheduler's.
+    pub shift: Option<f64>,
+    /// How steps are taken.
+    pub sampler: Option<Solver>,
+    /// Tokens that a text is cut or padded to.
+    pub max_sequence_length: Option<usize>,
+    /// The same seed gives the same pictures.
+    pub seed: u64,
+    /// How many.
+    pub n: usize,
+    /// Latents to begin with instead of drawn ones: `[n, C, h, w]` or `[n, C, F, h, w]`.
+    pub noise: Option<Tensor>,
+}
+
+impl<'a> Request<'a> {
+    /// One picture of a prompt.
+    pub fn new(prompt: &'a str) -> Self {
+        Self {
+            prompt,
+            negative_prompt: None,
+            size: None,
+            frames: None,
+            steps: None,
+            guidance_scale: None,
+            true_cfg_scale: None,
+            shift: None,
+            sampler: None,
+            max_sequence_length: None,
+            seed: 0,
+            n: 1,
+            noise: None,
+        }
+    }
+}
+
+/// How a pipeline goes from noise to latents: diffusers' choices as data.
+#[derive(Debug)]
+pub struct Generation {
+    /// The adapter's name in [`crate::MODELS`].
+    pub adapter: &'static str,
+    /// Its arguments, from the transformer's configuration and the scale of guidance.
+    pub kwargs: fn(&Value, f64) -> Value,
+    /// Height and width in pixels.
+    pub size: [usize; 2],
+    /// Frames of a film; 1 for pictures.
+    pub frames: usize,
+    /// Frames of a film in a second.
+    pub fps: f64,
+    /// Steps.
+    pub steps: usize,
+    /// The scale of guidance.
+    pub guidance_scale: f64,
+    /// Whether the model is told that scale, or runs twice for it.
+    pub told: bool,
+    /// What it is led away from where nothing else is asked for; without one there is no second run then.
+    pub negative_prompt: Option<&'static str>,
+    /// Whether a guided prediction gets back the length that the conditional one has at each token.
+    pub keeps_norm: bool,
+    /// μ of a dynamic shift, from the tokens, the steps and the scheduler.
+    pub mu: fn(usize, usize, &EulerConfig) -> f64,
+    /// Whether noise levels are spaced as the scheduler does it by itself, not from 1 to 1 / n.
+    pub own_levels: bool,
+}
+
+/// What was made.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    /// Pixels `[n, 3, H, W]` or `[n, 3, F, H, W]` from about -1 to 1, f32.
+    pub pixels: Tensor,
+    /// Frames of a film in a second.
+    pub fps: f64,
+    /// What was asked for, complete: for the metadata of a picture.
+    pub settings: Settings,
+}
+
+/// The choices that led to a picture.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Steps.
+    pub steps: usize,
+    /// The scale that the model was told.
+    pub guidance_scale: Option<f64>,
+    /// The scale of classifier-free guidance, where the model ran twice.
+    pub true_cfg_scale: Option<f64>,
+    /// What it was led away from.
+    pub negative_prompt: Option<String>,
+    /// The solver.
+    pub sampler: Solver,
+    /// The static shift, where there is one.
+    pub shift: Option<f64>,
+    /// The noise levels.
+    pub schedule: EulerSchedule,
+}
+
+/// What is done to each transformer that is loaded.
+pub type OnLoad<'a> = dyn Fn(&dyn Transformer) -> Result<()> + 'a;
+
+/// A pipeline ready to generate. Parts are loaded when they are needed, and go when they were used: the text encoders are gone
+/// before the transformer comes.
+pub struct Generator<'a> {
+    folder: &'a PipelineFolder,
+    how: &'static Generation,
+    scheduler: Scheduler,
+    device: Device,
+    dtype: DType,
+    /// What is done to each transformer that is loaded, such as adapters that are folded in.
+    on_load: Option<&'a OnLoad<'a>>,
+    transformer: Option<&'a dyn Transformer>,
+}
+
+impl<'a> Generator<'a> {
+    /// From a folder. The transformer computes in `dtype`, the autoencoder in f32.
+    ///
+    /// # Errors
+    /// When its class is unknown, or its scheduler can't be read.
+    pub fn new(folder: &'a PipelineFolder, dtype: DType, device: &Device) -> Result<Self> {
+        Ok(Self {
+            how: &folder.kind()?.generation,
+            scheduler: Scheduler::load(&folder.part("scheduler")?)?,
+            folder,
+            device: device.clone(),
+            dtype,
+            on_load: None,
+            transformer: None,
+        })
+    }
+
+    /// With something that is done to each transformer when it was loaded.
+    #[must_use]
+    pub fn on_load(mut self, what: &'a OnLoad<'a>) -> Self {
+        self.on_load = Some(what);
+        self
+    }
+
+    /// With a transformer that is there already, such as a run's, in place of the folder's.
+    #[must_use]
+    pub fn with_transformer(mut self, model: &'a dyn Transformer) -> Self {
+        self.transformer = Some(model);
+        self
+    }
+
+    fn load_transformer(&self, name: &str) -> Result<Loaded<'a>> {
+        let lent = self.transformer.filter(|_| name == TRANSFORMER).map(Loaded::Lent);
+        let model = match lent {
+            Some(model) => model,
+            None => {
+                let params = ParamBuilder::with_plan(0, Placement::frozen(self.dtype), &self.device);
+                Loaded::Own(checkpoint::load_with(&self.folder.part(name)?, params)?)
+            }
+        };
+        if let Some(on_load) = self.on_load {
+            on_load(model.get())?;
+        }
+        Ok(model)
+    }
+
+    /// Generates. `on_step` sees the latents after each step.
+    ///
+    /// # Errors
+    /// When a part is missing or broken, or what is asked for does not fit.
+    pub fn generate(&self, request: &Request<'_>, on_step: &mut OnStep<'_>) -> Result<Generated> {
+        let config = match self.transformer {
+            Some(model) => model.config(),
+            None => load_config(&self.folder.part(TRANSFORMER)?.join(CONFIG))?,
+        };
+        let kind = ModelKind::of_adapter(self.how.adapter)?;
+        let kwargs = (self.how.kwargs)(&config, request.guidance_scale.unwrap_or(self.how.guidance_scale));
+        let kwargs = kwargs.as_object().cloned().unwrap_or_default();
+        let adapter = (kind.new_adapter)(&kwargs)?;
+        let patch = (kind.requirements)(&config, &kwargs)?.patch;
+        let autoencoder = vae::load(&self.folder.part("vae")?, Some(DType::F32), &self.device)?;
+        let noise = self.noise(&*autoencoder, request, &patch, &kind.capabilities.data)?;
+        let settings = self.settings(request, &noise, &patch)?;
+        let batches =
+            self.conditioning(request, &noise, &kind.capabilities.data, settings.negative_prompt.as_deref())?;
+        let latents = self.denoise(&*adapter, &batches, &settings, noise, on_step)?;
+        let pixels = self.decode(&*autoencoder, &latents)?;
+        Ok(Generated { pixels, fps: self.how.fps, settings })
+    }
+
+    /// Latents to begin with.
+    fn noise(
+        &self,
+        autoencoder: &dyn Autoencoder,
+        request: &Request<'_>,
+        patch: &[usize],
+        data: &DataType,
+    ) -> Result<Tensor> {
+        let [height, width] = request.size.unwrap_or(self.how.size);
+        let film = *data == DataType::Video;
+        let frames = if film { request.frames.unwrap_or(self.how.frames) } else { 1 };
+        let dims = latent_dims(autoencoder, request.n, frames, [height, width]);
+        let dims = if film { dims } else { [&dims[..2], &dims[dims.len() - 2..]].concat() };
+        // How many pixels a token's side has.
+        let probe = latent_dims(autoencoder, 1, 1, [PROBE; 2]);
+        let ratio = probe.last().map_or(1, |side| PROBE / side.max(&1));
+        let step = ratio * patch.last().unwrap_or(&1);
+        let whole = |side: usize| side > 0 && side.is_multiple_of(step);
+        if !whole(height) || !whole(width) {
+            let expected = format!("sides that are multiples of {step} pixels");
+            return Err(Error::config("size", expected, format!("{width} x {height}")));
+        }
+        if request.n == 0 || frames == 0 {
+            return Err(Error::config("n", "at least one picture of at least one frame", (request.n, frames)));
+        }
+        match &request.noise {
+            Some(noise) if noise.dims() != dims => {
+                Err(EngineError::shape("noise", format!("{dims:?}"), noise.dims()).into())
+            }
+            Some(noise) => Ok(noise.to_device(&self.device)?.to_dtype(self.dtype)?),
+            None => drawn(request.seed, &dims, &self.device, self.dtype),
+        }
+    }
+
+    fn settings(&self, request: &Request<'_>, noise: &Tensor, patch: &[usize]) -> Result<Settings> {
+        let how = self.how;
+        let steps = request.steps.unwrap_or(how.steps);
+        let mut scheduler =
+            request.shift.map_or(Ok(self.scheduler.clone()), |shift| self.scheduler.with_shift(shift))?;
+        scheduler.solver = request.sampler.unwrap_or(scheduler.solver);
+        let tokens = noise.dims()[2..].iter().product::<usize>() / patch.iter().product::<usize>().max(1);
+        let config = scheduler.config();
+        let mu = config.use_dynamic_shifting.then(|| (how.mu)(tokens, steps, config));
+        let schedule = if how.own_levels { scheduler.own(steps, mu)? } else { scheduler.even(steps, mu)? };
+        let scale = request.guidance_scale.unwrap_or(self.default_guidance()?);
+        let cfg = request.true_cfg_scale.unwrap_or(if how.told { 1.0 } else { scale });
+        let negative = request.negative_prompt.or(how.negative_prompt).filter(|_| cfg != 1.0);
+        Ok(Settings {
+            steps,
+            guidance_scale: how.told.then_some(scale),
+            true_cfg_scale: negative.map(|_| cfg),
+            negative_prompt: negative.map(String::from),
+            sampler: scheduler.solver,
+            shift: (!config.use_dynamic_shifting).then_some(config.shift),
+            schedule,
+        })
+    }
+
+    /// The scale where none is asked for: 1 for a model that is distilled, that of the folder's guider, or the class's.
+    fn default_guidance(&self) -> Result<f64> {
+        if self.folder.flag("is_distilled") {
+            return Ok(1.0);
+        }
+        Ok(self.folder.guider()?["guidance_scale"].as_f64().unwrap_or(self.how.guidance_scale))
+    }
+
+    /// What the model is told of the prompt and, where there is one, of what it is led away from.
+    fn conditioning(
+        &self,
+        request: &Request<'_>,
+        noise: &Tensor,
+        data: &DataType,
+        negative: Option<&str>,
+    ) -> Result<Conditioning> {
+        let encoder = self.folder.prompts(&self.device)?;
+        let batch = |prompt: &str| -> Result<Batch> {
+            let mut batch = Batch::new(noise.clone(), data.clone());
+            let encoded = encoder.encode(&[prompt], request.max_sequence_length)?;
+            for (name, tensor) in encoded.into_iter().flatten() {
+                let all = [&[request.n], tensor.dims()].concat();
+                batch = batch.with(name, tensor.detach().unsqueeze(0)?.expand(&all)?);
+            }
+            Ok(batch)
+        };
+        Ok(Conditioning { positive: batch(request.prompt)?, negative: negative.map(batch).transpose()? })
+    }
+
+    fn denoise(
+        &self,
+        adapter: &dyn ModelAdapter,
+        batches: &Conditioning,
+        settings: &Settings,
+        noise: Tensor,
+        on_step: &mut OnStep<'_>,
+    ) -> Result<Tensor> {
+        let boundary = self.folder.number("boundary_ratio").map(|ratio| ratio * self.timesteps());
+        let mut loaded: Option<(&str, Loaded<'_>)> = None;
+        let mut velocity = |x: &[Tensor], step: EulerStep| {
+            // The second transformer takes over where little noise is left.
+            let name = match boundary {
+                Some(boundary) if f64::from(step.timestep) < boundary => TRANSFORMER_2,
+                _ => TRANSFORMER,
+            };
+            if loaded.as_ref().is_none_or(|(known, _)| *known != name) {
+                loaded = None;
+                loaded = Some((name, self.load_transformer(name)?));
+            }
+            let Some((_, model)) = &loaded else { return Err(Error::config("transformer", "one", name)) };
+            let sampling =
+                |batch| Sampling { adapter, model: model.get(), batch, task_type: TaskType::T2V, guidance: None };
+            let positive = &batches.positive;
+            let conditional = sampling(positive).velocity(positive, &x[0], step)?;
+            let (Some(negative), Some(scale)) = (&batches.negative, settings.true_cfg_scale) else {
+                return Ok(vec![conditional]);
+            };
+            let unconditional = sampling(negative).velocity(negative, &x[0], step)?;
+            let guided = guided(&conditional, &unconditional, scale)?;
+            Ok(vec![if self.how.keeps_norm { with_norm_of(&guided, &conditional)? } else { guided }])
+        };
+        let mut x = settings.sampler.integrate(&[noise], &settings.schedule, &mut velocity, on_step)?;
+        x.pop().ok_or_else(|| Error::batch("latents", "none"))
+    }
+
+    fn timesteps(&self) -> f64 {
+        self.scheduler.config().num_train_timesteps as f64
+    }
+
+    fn decode(&self, autoencoder: &dyn Autoencoder, latents: &Tensor) -> Result<Tensor> {
+        let latents = latents.to_dtype(DType::F32)?;
+        // Pictures of an autoencoder of films are films of one frame.
+        let one_frame = latents.rank() == 4 && autoencoder.has_frames();
+        let latents = if one_frame { latents.unsqueeze(2)? } else { latents };
+        let pixels = autoencoder.decode(&autoencoder.denormalise(&latents)?)?;
+        Ok(if one_frame { pixels.narrow(2, 0, 1)?.squeeze(2)? } else { pixels })
+    }
+}
+
+/// A transformer of one's own or somebody else's.
+enum Loaded<'a> {
+    Own(Box<dyn Transformer>),
+    Lent(&'a dyn Transformer),
+}
+
+impl Loaded<'_> {
+    fn get(&self) -> &dyn Transformer {
+        match self {
+            Self::Own(model) => &**model,
+            Self::Lent(model) => *model,
+        }
+    }
+}
+
+/// Of a prompt, and of what it is led away from.
+struct Conditioning {
+    positive: Batch,
+    negative: Option<Batch>,
+}
+
+/// Parts of a pipeline.
+const TRANSFORMER: &str = "transformer";
+const TRANSFORMER_2: &str = "transformer_2";
+/// A side in pixels that every autoencoder halves without rest.
+const PROBE: usize = 1024;
+
+/// Sizes of latents, with the axis of frames where the autoencoder is one of films.
+fn latent_dims(autoencoder: &dyn Autoencoder, n: usize, frames: usize, [height, width]: [usize; 2]) -> Vec<usize> {
+    match autoencoder.has_frames() {
+        true => autoencoder.latent_dims(&[n, 3, frames, height, width]),
+        false => autoencoder.latent_dims(&[n, 3, height, width]),
+    }
+}
+
+/// Standard normal numbers, a stream for each picture: it stays the same, however many there are.
+fn drawn(seed: u64, dims: &[usize], device: &Device, dtype: DType) -> Result<Tensor> {
+    let one = |i: usize| Philox::new(seed).fork(i as u64).normal(&dims[1..], device);
+    let all = (0..dims[0]).map(one).collect::<flowtape_engine::Result<Vec<_>>>()?;
+    Ok(Tensor::stack(&all.iter().collect::<Vec<_>>(), 0)?.to_dtype(dtype)?)
+}
+
+/// `x |y| / |x|`, with lengths over the channels of each token: Qwen-Image's tokens are 2 x 2 latents.
+fn with_norm_of(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let &[batch, channels, height, width] = x.dims() else {
+        return Err(EngineError::shape("guidance", "latents [B, C, H, W]", x.dims()).into());
+    };
+    let cells = [batch, channels, height / 2, 2, width / 2, 2];
+    let (x, y) = (x.to_dtype(DType::F32)?.reshape(&cells)?, y.to_dtype(DType::F32)?.reshape(&cells)?);
+    let squares = |x: &Tensor| x.square()?.sum(&[1, 3, 5], true);
+    let scaled = pointwise([&x, &squares(&y)?, &squares(&x)?], |[x, of_y, of_x]| x * (of_y / of_x).sqrt())?;
+    Ok(scaled.reshape(&[batch, channels, height, width])?)
+}

@@ -1,0 +1,12 @@
+//! What sees pictures for text encoders and transformers, with transformers' names and checkpoints.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`siglip`] | [`SiglipVisionModel`]: the first frame of HunyuanVideo 1.5's image-to-video |
+//! | [`qwen25_vl`] | [`Qwen25VisionTransformer`] and [`Qwen25VL`]: pictures among the words of Qwen2.5-VL |
+
+pub mod qwen25_vl;
+pub mod siglip;
+
+pub use qwen25_vl::{Positions, Qwen25VL, Qwen25VisionTransformer};
+pub use siglip::SiglipVisionModel;

@@ -1,0 +1,150 @@
+//! Pictures and films of a diffusers pipeline, written with what made them.
+
+use std::path::{Path, PathBuf};
+
+use flowtape_data::media::{Picture, write_film, write_png};
+use flowtape_engine::cpu::awake;
+use flowtape_engine::{DType, Device, Tensor};
+use flowtape_models::Transformer;
+use flowtape_models::peft::load_any;
+use flowtape_models::pipeline::{Generated, Generator, PipelineFolder};
+
+pub use flowtape_flowmatch::solver::{SOLVERS, Solver};
+pub use flowtape_models::pipeline::{MODEL_INDEX, Request};
+
+use crate::Result;
+use crate::checkpoints::Content;
+use crate::picture::beside;
+use crate::run::RunFolder;
+use crate::state::ema_folder;
+use crate::trainer::trained_model;
+use crate::weights::check_used;
+
+/// What a pipeline or a run of one is asked for beside the request.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// What the transformer computes in.
+    pub dtype: DType,
+    /// Where everything runs.
+    pub device: &'a Device,
+    /// Adapters to fold in, each with its factor.
+    pub loras: &'a [(PathBuf, f64)],
+    /// Whether keys of adapters that are of no use are passed over.
+    pub allow_unused: bool,
+    /// The PNG to write; several get numbers before the ending.
+    pub out: &'a Path,
+}
+
+/// Whether a folder is a pipeline's.
+pub fn is_pipeline(folder: &Path) -> bool {
+    folder.join(MODEL_INDEX).is_file()
+}
+
+/// Generates with a pipeline's folder or, with a run's checkpoint in it, a run that names a pipeline in `data`. Writes a PNG for each
+/// picture and film, and gives their paths.
+///
+/// # Errors
+/// When a part is missing or broken, what is asked for does not fit, or a file can't be written.
+pub fn compose(
+    named: &Path,
+    request: &Request<'_>,
+    options: &Options<'_>,
+    on_step: &mut dyn FnMut(usize),
+) -> Result<Vec<PathBuf>> {
+    let fold = |model: &dyn Transformer| -> flowtape_models::Result<()> {
+        for (path, factor) in options.loras {
+            let (weights, unused) = load_any(path, model.params())?;
+            check_used(path, &unused, weights.0.is_empty(), options.allow_unused)
+                .map_err(|error| flowtape_models::Error::Model { model: "adapter".into(), source: Box::new(error) })?;
+            weights.merge_into(model.params(), *factor)?;
+        }
+        Ok(())
+    };
+    let mut generate = |generator: Generator<'_>| {
+        awake(options.device, || {
+            generator.on_load(&fold).generate(request, &mut |step, _| {
+                on_step(step.index + 1);
+                Ok(())
+            })
+        })
+    };
+    let (pipeline, weights, generated);
+    if is_pipeline(named) {
+        let folder = PipelineFolder::open(named)?;
+        pipeline = named.to_owned();
+        weights = hashes(&folder.part("transformer")?)?;
+        generated = generate(Generator::new(&folder, options.dtype, options.device)?)?;
+    } else {
+        let (run, recipe) = RunFolder::open(named)?;
+        let Some(path) = recipe.data.folder.as_ref().map(|folder| &folder.pipeline).or(recipe.data.pipeline.as_ref())
+        else {
+            let what = "expected a pipeline's folder or a run whose `data` names one: its samples have one size and no other options";
+            return Err(crate::Error::Run { path: named.into(), what: what.into() });
+        };
+        let checkpoint = run.checkpoints().newest_whole()?;
+        let checkpoint = ema_folder(&checkpoint)?.unwrap_or(checkpoint);
+        let model = trained_model(&recipe, &checkpoint, options.device)?;
+        let folder = PipelineFolder::open(path)?;
+        pipeline = path.clone();
+        weights = hashes(&checkpoint)?;
+        generated = generate(Generator::new(&folder, recipe.dtype.into(), options.device)?.with_transformer(&*model))?;
+    }
+    let mut texts = texts(request, &generated, &pipeline);
+    texts.push(("weights", weights));
+    write(&generated.pixels, generated.fps, &texts, options.out)
+}
+
+/// The hashes of a folder's weights, as `sha256sum` prints them.
+fn hashes(folder: &Path) -> Result<String> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+        .map_err(crate::error::io(folder))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|end| end == "safetensors"))
+        .collect();
+    files.sort();
+    let line = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(format!("{}  {name}", Content::of(path)?.sha256))
+    };
+    Ok(files.iter().map(line).collect::<Result<Vec<_>>>()?.join("\n"))
+}
+
+/// What made a picture, by keyword.
+fn texts(request: &Request<'_>, generated: &Generated, pipeline: &Path) -> Vec<(&'static str, String)> {
+    let settings = &generated.settings;
+    let mut texts = vec![
+        ("prompt", request.prompt.to_owned()),
+        ("seed", request.seed.to_string()),
+        ("sampler", settings.sampler.name().to_owned()),
+        ("steps", settings.steps.to_string()),
+        ("pipeline", pipeline.display().to_string()),
+    ];
+    let numbers = [
+        ("guidance_scale", settings.guidance_scale),
+        ("true_cfg_scale", settings.true_cfg_scale),
+        ("shift", settings.shift),
+    ];
+    texts.extend(numbers.into_iter().filter_map(|(name, number)| Some((name, number?.to_string()))));
+    texts.extend(settings.negative_prompt.clone().map(|negative| ("negative_prompt", negative)));
+    texts
+}
+
+/// Pixels `[n, 3, H, W]` or `[n, 3, F, H, W]` as one file each.
+fn write(pixels: &Tensor, fps: f64, texts: &[(&str, String)], out: &Path) -> Result<Vec<PathBuf>> {
+    let n = pixels.dim(0)?;
+    let mut paths = Vec::new();
+    for i in 0..n {
+        let one = pixels.narrow(0, i, 1)?.squeeze(0)?;
+        let path = if n == 1 { out.to_owned() } else { beside(out, &format!("_{i}")) };
+        let texts = [texts, &[("picture", i.to_string())]].concat();
+        if one.rank() == 3 {
+            write_png(&path, &Picture::from_pixels(&one)?, &texts)?;
+        } else {
+            let frame = |at| Ok(Picture::from_pixels(&one.narrow(1, at, 1)?.squeeze(1)?)?);
+            let frames = (0..one.dim(1)?).map(frame).collect::<Result<Vec<_>>>()?;
+            write_film(&path, &frames, fps, &texts)?;
+        }
+        paths.push(path);
+    }
+    Ok(paths)
+}
