@@ -341,6 +341,7 @@ fn a_model_starts_from_whatever_holds_it() {
         (7, "model/consolidated", "model-00001-of-00001.safetensors", "."),
     ] {
         let folder = nemo.join(format!("epoch_0_step_{step}")).join(folder);
+        std::fs::create_dir_all(&folder).unwrap();
         std::fs::create_dir_all(folder.join(metadata)).unwrap();
         std::fs::copy(&weights, folder.join(file)).unwrap();
         std::fs::copy(saved.join("config.json"), folder.join(metadata).join("config.json")).unwrap();

@@ -140,7 +140,7 @@ fn buckets_go_on_over_epochs_with_other_threads() {
             format!("data.dataloader.cache_dir={}", goldens.join("recipe_flux/cache").display()),
             format!("checkpoint.checkpoint_dir={}", run.display()),
             "step_scheduler.num_epochs=3".into(),
-            "data.num_workers=2".into(),
+            "data.dataloader.num_workers=2".into(),
             "ema.sigma_rel=0.2".into(),
         ];
         Recipe::load(&goldens.join("recipe_flux/config.yaml"), &settings).unwrap()

@@ -12,7 +12,7 @@
 mod samples;
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use flowtape_data::{Loaded, MemorySource, Sample, Text};
@@ -127,10 +127,10 @@ impl GradientSink for FirstGradient<'_> {
     fn gradient(&mut self, var: VarId, gradient: Tensor) -> flowtape_engine::Result<()> {
         let params = self.trainer.model().params();
         let of = params.iter().find(|param| param.var() == Some(var));
-        if let (None, Some(param)) = (&self.found, of) {
-            if is_bad(&gradient)? {
-                self.found = Some(param.path().into());
-            }
+        if let (None, Some(param)) = (&self.found, of)
+            && is_bad(&gradient)?
+        {
+            self.found = Some(param.path().into());
         }
         Ok(())
     }
@@ -273,6 +273,6 @@ pub fn replay(bundle: &Path, device: Option<&str>) -> Result<Replayed> {
 }
 
 /// What an error says of a bundle.
-pub(crate) fn told(finding: &Finding, path: &PathBuf) -> String {
+pub(crate) fn told(finding: &Finding, path: &Path) -> String {
     format!("{finding}; `flowtape replay {}` runs it again", quoted(path))
 }
