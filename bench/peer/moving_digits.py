@@ -29,7 +29,7 @@ csv = Path(__file__).parents[2] / "trainer/data/digits.csv.gz"
 table = np.loadtxt(gzip.open(csv, "rt"), delimiter=",")
 digits, labels = (table[:, :64] / 8 - 1).astype(np.float32), table[:, 64].astype(int)
 video, flow = recipe["data"]["video"], recipe["flow_matching"]
-frames, height, width = video["frames"], video["height"], video["width"]
+frames, height, width, stride = video["frames"], video["height"], video["width"], video.get("stride", 1)
 dim = recipe["data"]["text_dim"]
 vectors = {w: torch.randn(dim) for w in ["a", "handwritten", *WORDS]}
 i2v_prob = flow.get("i2v_prob", 0.0) if flow["adapter_type"] == "hunyuan" else 0.0
@@ -41,14 +41,14 @@ def bounce(position, room):
 
 
 def animate(digit):
-    room = (height - SIDE, width - SIDE)
+    room = [(side - SIDE) // stride for side in (height, width)]
     start = [rng.integers(r + 1) for r in room]
     velocity = (0, 0)
     while velocity == (0, 0):
         velocity = tuple(int(rng.integers(-SPEED, SPEED + 1)) for _ in room)
     out = np.full((frames, height, width), -1, np.float32)
     for t in range(frames):
-        y, x = (bounce(s + v * t, r) for s, v, r in zip(start, velocity, room))
+        y, x = (stride * bounce(s + v * t, r) for s, v, r in zip(start, velocity, room))
         out[t, y : y + SIDE, x : x + SIDE] = digit.reshape(SIDE, SIDE)
     return out
 

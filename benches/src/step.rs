@@ -88,7 +88,7 @@ pub struct Measurement {
     pub profile: Vec<(String, Entry)>,
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
@@ -180,7 +180,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
 }
 
 /// What the system says about this process; zeros where it has no `/proc`.
-mod process {
+pub(crate) mod process {
     fn status(key: &str) -> u64 {
         let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let line = text.lines().find_map(|l| l.strip_prefix(key));

@@ -2,16 +2,17 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use flowtape_benches::{
-    EncoderMeasurement, EncoderOptions, Measurement, OpMeasurement, OpsOptions, Options, Point, Work, encoders, ops,
-    plot, scaling, step, table,
+    EncoderMeasurement, EncoderOptions, Measurement, OpMeasurement, OpsOptions, Options, Point, Work, data, encoders,
+    ops, plot, scaling, step, table,
 };
-use flowtape_engine::DType;
 use flowtape_engine::backend::Backend;
 use flowtape_engine::cpu::awake;
+use flowtape_engine::{DType, Device};
 use flowtape_trainer::recipe::Dtype;
 
 use crate::terminal::{delivered, note, out, say};
@@ -25,6 +26,8 @@ pub enum Bench {
     Ops(Ops),
     /// Autoencoders of published shapes with random weights: encoding and decoding.
     Encoders(Encoders),
+    /// Whether reading slow samples keeps up with the steps, and what the index of a large cache takes.
+    Data(DataBench),
     /// How a step's time and memory grow with the batch, the tokens, the width and the depth.
     Scaling(Scaling),
 }
@@ -109,6 +112,22 @@ pub struct Encoders {
 }
 
 #[derive(Args)]
+pub struct DataBench {
+    /// Milliseconds that reading a sample takes.
+    #[arg(long, value_name = "MS", default_value_t = 5)]
+    pause: u64,
+    /// Steps of each kind that count.
+    #[arg(long, default_value_t = 15)]
+    steps: usize,
+    /// Samples of the index.
+    #[arg(long, default_value_t = 1_000_000)]
+    samples: usize,
+    /// A folder to write the index into, which must be empty or not there.
+    #[arg(long, value_name = "FOLDER")]
+    index: PathBuf,
+}
+
+#[derive(Args)]
 pub struct Scaling {
     /// What flows where.
     #[arg(long, value_enum, default_value = "f32")]
@@ -183,6 +202,7 @@ pub fn run(bench: &Bench) -> Result<ExitCode> {
         Bench::Step(args) => run_step(args)?,
         Bench::Ops(args) => run_ops(args)?,
         Bench::Encoders(args) => run_encoders(args)?,
+        Bench::Data(args) => run_data(args)?,
         Bench::Scaling(args) => run_scaling(args)?,
     }
     delivered()
@@ -238,6 +258,15 @@ fn run_encoders(args: &Encoders) -> Result<()> {
         say!("{}", if args.json { serde_json::json!(m).to_string() } else { line() });
     };
     Ok(awake(&options.device, || encoders(&options, measured))?)
+}
+
+/// A JSON object a line. The index comes first: its memory is the process's.
+fn run_data(args: &DataBench) -> Result<()> {
+    say!("{}", serde_json::json!(data::index(&args.index, args.samples)?));
+    let (work, device) = (Work::s(), Device::cpu());
+    let measured = awake(&device, || data::loading(&work, &device, Duration::from_millis(args.pause), args.steps))?;
+    say!("{}", serde_json::json!(measured));
+    Ok(())
 }
 
 fn run_scaling(args: &Scaling) -> Result<()> {

@@ -8,7 +8,7 @@ use clap::Args;
 use flowtape_trainer::Trained;
 use flowtape_trainer::compose::{Options, Request, SOLVERS, Solver, compose, is_pipeline};
 use flowtape_trainer::generate::{MAX_GUIDANCE_SCALE, MAX_INFERENCE_STEPS, MAX_SAMPLES};
-use flowtape_trainer::picture::{beside, check_path, load_grey, save_samples};
+use flowtape_trainer::picture::{beside, check_path, load_grey, save_grey, save_samples};
 
 use crate::terminal::{note, say};
 use crate::weights::{Dtype, with_factor};
@@ -48,7 +48,8 @@ pub struct Sample {
     /// Pass over keys of adapters that the model has no use for.
     #[arg(long)]
     allow_unused: bool,
-    /// The PNG to write, which its name ends in; videos are animated, and those of a run have their frames beside it in NAME_frames.png.
+    /// The PNG to write, which its name ends in; videos are animated, and those of a run have their frames beside it in NAME_frames.png,
+    /// and the first video's first frame, for --first-frame, in NAME_first.png.
     #[arg(long, default_value = "samples.png")]
     out: PathBuf,
     #[command(flatten)]
@@ -143,6 +144,11 @@ pub fn run(args: &Sample) -> Result<ExitCode> {
     let columns = (n as f64).sqrt().ceil() as usize;
     save_samples(&samples, columns, |kind| beside(&args.out, kind))?;
     say!("{}", args.out.display());
+    if let [1, _, height, width] = samples.dims[..] {
+        let path = beside(&args.out, "_first");
+        save_grey(&path, &samples.pixels[..height * width], (height, width))?;
+        say!("{}  (the first frame, for --first-frame)", path.display());
+    }
     Ok(ExitCode::SUCCESS)
 }
 

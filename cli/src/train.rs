@@ -125,7 +125,10 @@ fn print_summary(s: &Summary, report: Option<&ReportConfig>) {
         say!("first frame     error {:.4}, against another's {:.4}", first.error, first.error_shuffled);
     }
     say!("look at         {}, {}", s.run_dir.join("samples").display(), s.run_dir.join("loss.svg").display());
-    say!("sample it       flowtape sample {run} --prompt \"a handwritten seven\" --n 16 --seed 1 --out sevens.png");
+    if let Some(prompt) = s.figures.get("prompt").and_then(Value::as_str) {
+        let prompt = shlex::try_quote(prompt).unwrap_or_default();
+        say!("sample it       flowtape sample {run} --prompt {prompt} --n 16 --seed 1 --out samples.png");
+    }
 }
 
 /// Figures that a report may hold.

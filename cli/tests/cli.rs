@@ -822,20 +822,23 @@ fn video_recipes_leave_moving_pictures_and_go_on_from_a_frame() {
         let first = json["image_to_video"]["first_frame"]["error"].as_f64();
         assert_eq!(first.is_some(), name == "hunyuan", "{json}");
     }
-    // A frame's size in grey, written by hand: 12 columns of black.
-    let frame = folder.path().join("frame.png");
-    let mut encoder = png::Encoder::new(std::fs::File::create(&frame).unwrap(), 12, 10);
-    encoder.set_color(png::ColorType::Grayscale);
-    encoder.write_header().unwrap().write_image_data(&[0; 120]).unwrap();
-    let sample = |name: &str| {
+    let sample = |name: &str, more: &[&str]| {
         let (run, out) = (folder.path().join(name), folder.path().join(format!("{name}.png")));
         let prompt = ["--prompt", "a handwritten two", "--n", "2", "--steps", "2"];
-        let paths = ["--first-frame", frame.to_str().unwrap(), "--out", out.to_str().unwrap()];
-        flowtape(&[&["sample", run.to_str().unwrap()], &prompt[..], &paths].concat())
+        let paths = ["sample", run.to_str().unwrap(), "--out", out.to_str().unwrap()];
+        flowtape(&[&paths[..], &prompt, more].concat())
     };
-    stdout(&sample("hunyuan"));
-    assert!(folder.path().join("hunyuan.png").exists() && folder.path().join("hunyuan_frames.png").exists());
-    assert!(failure(&sample("wan")).contains("hunyuan"));
+    let there = |name: &str| folder.path().join(name).exists();
+    stdout(&sample("wan", &[]));
+    assert!(there("wan.png") && there("wan_frames.png"));
+    // What was written is a frame that videos go on from, pixel by pixel.
+    let frame = folder.path().join("wan_first.png");
+    let picture = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&frame).unwrap())).read_info().unwrap();
+    assert_eq!((picture.info().width, picture.info().height), (12, 10));
+    let from = ["--first-frame", frame.to_str().unwrap()];
+    stdout(&sample("hunyuan", &from));
+    assert!(there("hunyuan.png") && there("hunyuan_frames.png"));
+    assert!(failure(&sample("wan", &from)).contains("hunyuan"));
 }
 
 #[test]

@@ -58,7 +58,7 @@ fn the_binary_starts_without_a_driver_and_says_what_is_in_the_way() {
     for arguments in commands {
         for (environment, part) in [
             (vec![missing], "no NVIDIA driver"),
-            (vec![fake, ("FAKE_CUDA_DEVICES", "0")], "expected device cuda:0"),
+            (vec![fake, ("FAKE_CUDA_DEVICES", "0")], "can't use cuda:0"),
             (vec![fake], "CUDA error 46"),
         ] {
             let output = flowtape(&environment, arguments);

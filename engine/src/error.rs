@@ -27,7 +27,15 @@ pub enum Error {
         /// What it was given.
         got: String,
     },
-    /// Tensors on different devices, or a device that is not there.
+    /// A device that is not there, or that nothing can run on.
+    #[error("can't use {device}: {reason}")]
+    Unavailable {
+        /// What `--device` calls it.
+        device: String,
+        /// What is in the way, and what to do.
+        reason: String,
+    },
+    /// Tensors on different devices.
     #[error("{op}: expected device {expected}, got {got}")]
     Device {
         /// The operation.

@@ -41,7 +41,7 @@ fn a_driver_that_is_too_old_is_said() {
 #[test]
 fn a_missing_device_is_said() {
     let _alone = driver(|d| d.devices = 0);
-    assert!(refusal().contains("expected device cuda:0") && refusal().contains("nvidia-smi"), "{}", refusal());
+    assert!(refusal().contains("can't use cuda:0") && refusal().contains("nvidia-smi"), "{}", refusal());
     assert!(reports()[0].unusable.as_ref().unwrap().contains("no device"));
 }
 

@@ -3,6 +3,7 @@
 mod adapters;
 mod data;
 pub mod devices;
+pub mod fuzz;
 mod golden;
 pub mod lora;
 mod media;

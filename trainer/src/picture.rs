@@ -50,8 +50,7 @@ impl Canvas {
                 for x in 0..sides.1 * zoom {
                     for channel in 0..channels {
                         let value = image[(channel * sides.0 + y / zoom) * sides.1 + x / zoom];
-                        bytes[((top + y) * width + left + x) * channels + channel] =
-                            ((value.clamp(-1.0, 1.0) + 1.0) * 127.5).round() as u8;
+                        bytes[((top + y) * width + left + x) * channels + channel] = byte(value);
                     }
                 }
             }
@@ -139,6 +138,19 @@ pub fn save_samples(samples: &Samples, columns: usize, path: impl Fn(&str) -> Pa
             Err(Error::Picture { path: path(""), what })
         }
     }
+}
+
+/// Writes a grey picture (-1 black to 1 white) of `sides` (rows, columns), a pixel for each number: what [`load_grey`] reads.
+///
+/// # Errors
+/// When the file can't be written.
+pub fn save_grey(path: &Path, pixels: &[f32], (height, width): (usize, usize)) -> Result<()> {
+    save_png(path, &[Canvas { bytes: pixels.iter().map(|v| byte(*v)).collect(), channels: 1, width, height }])
+}
+
+/// A pixel's byte.
+fn byte(value: f32) -> u8 {
+    ((value.clamp(-1.0, 1.0) + 1.0) * 127.5).round() as u8
 }
 
 /// Writes one picture, or several of one size as an animation.

@@ -101,9 +101,9 @@ fn inside(folder: &Path, shard: &Path, file: &Path) -> Result<PathBuf> {
     if file.starts_with(folder) {
         return Ok(file.into());
     }
-    let names: Vec<_> = file.iter().collect();
-    match names[..] {
-        [.., bucket, name] => {
+    let parts: Vec<_> = file.components().collect();
+    match parts[..] {
+        [.., Component::Normal(bucket), Component::Normal(name)] => {
             let moved = folder.join(bucket).join(name);
             if moved.exists() { Ok(moved) } else { Err(outside()) }
         }

@@ -256,16 +256,17 @@ impl Machine {
         Value::Dict(self.dicts.len() - 1)
     }
 
-    fn tuple(&mut self) -> Result<&[Value], String> {
+    fn tuple(&mut self) -> Result<usize, String> {
         match self.pop()? {
-            Value::Tuple(tuple) => Ok(&self.lists[tuple]),
+            Value::Tuple(tuple) => Ok(tuple),
             _ => Err(CUT.into()),
         }
     }
 
     /// ('storage', class, key, place, elements).
     fn storage(&mut self) -> Result<Value, String> {
-        let [_, Value::Global(class), Value::Text(key), ..] = self.tuple()? else { return Err(CUT.into()) };
+        let tuple = self.tuple()?;
+        let [_, Value::Global(class), Value::Text(key), ..] = &self.lists[tuple][..] else { return Err(CUT.into()) };
         let kind = StorageKind::of_class(class).ok_or_else(|| format!("a storage {class} is not supported"))?;
         // The key becomes a name in the archive.
         if !key.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
@@ -276,16 +277,16 @@ impl Machine {
 
     /// A tensor (storage, offset, dims, strides, ..) or an empty dictionary.
     fn rebuild(&mut self) -> Result<Value, String> {
-        let arguments = self.tuple()?.to_vec();
+        let tuple = self.tuple()?;
         let Value::Global(function) = self.pop()? else { return Err(CUT.into()) };
+        let arguments = &self.lists[tuple][..];
         if &*function == "collections.OrderedDict" && arguments.is_empty() {
             return Ok(self.dict());
         }
         if &*function != "torch._utils._rebuild_tensor_v2" {
             return Err(refused(&function));
         }
-        let [Value::Storage(storage), Value::Number(offset), Value::Tuple(dims), Value::Tuple(strides), ..] =
-            &arguments[..]
+        let [Value::Storage(storage), Value::Number(offset), Value::Tuple(dims), Value::Tuple(strides), ..] = arguments
         else {
             return Err(CUT.into());
         };
@@ -301,7 +302,8 @@ impl Machine {
             return Err(CUT.into());
         }
         let offset = usize::try_from(*offset).map_err(|_| CUT)?;
-        self.tensors.push(TensorSpec { storage: (**storage).clone(), offset, dims, strides });
+        let storage = (**storage).clone();
+        self.tensors.push(TensorSpec { storage, offset, dims, strides });
         Ok(Value::Tensor(self.tensors.len() - 1))
     }
 }

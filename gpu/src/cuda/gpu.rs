@@ -78,7 +78,7 @@ impl Failure {
 
 /// A device that is not there or can't be used, and why.
 fn absent(ordinal: u32, why: String) -> Error {
-    Error::Device { op: "cuda", expected: format!("cuda:{ordinal}"), got: why }
+    Error::Unavailable { device: format!("cuda:{ordinal}"), reason: why }
 }
 
 /// An opened device. All its work is on one stream, in order.

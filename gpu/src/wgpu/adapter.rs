@@ -46,8 +46,8 @@ pub(super) fn unusable(adapter: &Adapter) -> Option<String> {
     lacking.map(|(what, has, needed)| format!("it has {has} {what}, {needed} are needed"))
 }
 
-fn missing(expected: impl ToString, got: impl ToString) -> Error {
-    Error::Device { op: "wgpu", expected: expected.to_string(), got: got.to_string() }
+fn unavailable(device: impl ToString, reason: impl ToString) -> Error {
+    Error::Unavailable { device: device.to_string(), reason: reason.to_string() }
 }
 
 /// A device of adapter `index`; of the first that is usable, GPUs before software, if none is named.
@@ -62,14 +62,15 @@ pub(super) fn open(index: Option<usize>, options: WgpuOptions) -> Result<Gpu> {
     let best = || (0..found.len()).filter(|i| unusable(&found[*i]).is_none()).min_by_key(|i| rank(&found[*i]));
     let chosen = index.or_else(best).and_then(|i| Some((i, found.get(i)?)));
     let Some((index, adapter)) = chosen else {
-        let expected = index.map_or("a usable adapter".to_owned(), |i| format!("adapter {i}"));
-        return Err(missing(expected, format!("{} adapters; `flowtape devices` lists them", found.len())));
+        let (device, which) = index.map_or(("wgpu".to_owned(), ""), |i| (format!("wgpu:{i}"), " of that number"));
+        let reason = format!("there is no usable adapter{which} among {}; `flowtape devices` lists them", found.len());
+        return Err(unavailable(device, reason));
     };
     if let Some(reason) = unusable(adapter) {
-        return Err(missing("a usable adapter", format!("{}: {reason}", adapter.get_info().name)));
+        return Err(unavailable(format!("wgpu:{index} ({})", adapter.get_info().name), reason));
     }
     let info = adapter.get_info();
-    let (device, queue) = request(adapter).map_err(|e| missing(&info.name, e))?;
+    let (device, queue) = request(adapter).map_err(|e| unavailable(format!("wgpu:{index} ({})", info.name), e))?;
     let mut bounds = Bounds::of(&adapter.limits());
     if let Some(size) = options.max_binding_size {
         bounds.binding.size = bounds.binding.size.min(size.max(1 << 10) / 16 * 16);

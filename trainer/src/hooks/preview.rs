@@ -62,7 +62,12 @@ impl Hook for Preview {
             {
                 self.grids(run)
             }
-            Event::Stopped(Cause::Finished) => self.grids(run),
+            Event::Stopped(Cause::Finished) => {
+                // An example of what can be asked for.
+                let prompt = self.prompts.first().map(|prompt| ("prompt".to_owned(), prompt.as_str().into()));
+                run.figures.extend(prompt);
+                self.grids(run)
+            }
             _ => Ok(()),
         }
     }

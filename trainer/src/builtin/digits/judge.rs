@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn real_videos_are_right_and_their_first_frames_are_their_own() {
         let digits = Digits::load().unwrap();
-        let size = VideoSize { frames: 2, height: 11, width: 11 };
+        let size = VideoSize { frames: 2, height: 11, width: 11, stride: 1 };
         let mut random = flowtape_engine::Philox::new(2);
         let videos: Vec<f32> = (0..20).flat_map(|i| size.animate(digits.image(i), &mut random)).collect();
         let quality = judge_videos(&videos, &size, &digits.labels[..20], &digits);

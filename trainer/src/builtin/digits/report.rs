@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_first_frame_is_a_digit_of_its_class() {
-        let (digits, video) = (Digits::load().unwrap(), VideoSize { frames: 2, height: 12, width: 12 });
+        let (digits, video) = (Digits::load().unwrap(), VideoSize { frames: 2, height: 12, width: 12, stride: 1 });
         let frames = first_frames(&digits, &video, &[3, 8], 5);
         for (frame, class) in frames.chunks_exact(video.frame()).zip([3, 8]) {
             let real = |crop: Vec<f32>| (0..digits.labels.len()).find(|i| digits.image(*i) == crop);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::builtin::digits::{Digits, SIDE};
 
-/// The greatest speed, in pixels a frame on each axis.
+/// The greatest speed, in strides a frame on each axis.
 const SPEED: i64 = 1;
 
 /// Videos of the embedded digits: a digit moves anew each time that it is read.
@@ -47,8 +47,8 @@ impl Source for MovingDigits {
     }
 
     fn fingerprint(&self) -> Fingerprint {
-        let sizes = self.dims().map(|size| size as u64);
-        sizes.iter().fold(self.digits.fingerprint(), |so_far, size| so_far.and(&size.to_le_bytes()))
+        let sizes = self.dims().into_iter().chain([self.size.stride]).map(|size| size as u64);
+        sizes.fold(self.digits.fingerprint(), |so_far, size| so_far.and(&size.to_le_bytes()))
     }
 }
 
@@ -65,6 +65,15 @@ pub struct VideoSize {
     /// Columns of a frame.
     #[schemars(range(min = 8, max = 65_536))]
     pub width: usize,
+    /// Pixels between the places where a digit may be, on each axis: it moves by one place a frame. Where it is the patch size of
+    /// a model, patches move as a whole.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub stride: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// The most pixels of a video.
@@ -75,10 +84,19 @@ impl VideoSize {
     pub(crate) fn problems(&self) -> Vec<String> {
         // Of sides that are bounded by themselves.
         let pixels = self.frames.saturating_mul(self.frame());
-        if pixels <= MAX_PIXELS {
-            return Vec::new();
+        let mut problems = Vec::new();
+        if pixels > MAX_PIXELS {
+            problems.push(format!(
+                "frames: expected frames x height x width of at most {MAX_PIXELS} together, got {pixels}"
+            ));
         }
-        vec![format!("frames: expected frames x height x width of at most {MAX_PIXELS} together, got {pixels}")]
+        if self.room().iter().any(|room| room % self.stride.max(1) != 0) {
+            let (height, width, stride) = (self.height, self.width, self.stride);
+            problems.push(format!(
+                "stride: expected a divisor of height - {SIDE} and width - {SIDE}, the room of a digit; got {stride} for {height} x {width}"
+            ));
+        }
+        problems
     }
 
     /// Pixels of a frame.
@@ -91,12 +109,18 @@ impl VideoSize {
         self.frames * self.frame()
     }
 
+    /// Pixels that a digit can move on each axis.
+    fn room(&self) -> [usize; 2] {
+        [self.height, self.width].map(|side| side.saturating_sub(SIDE))
+    }
+
     /// A video `[F, H, W]` of a digit: its start and its velocity come from `random`, the ground is black (-1).
     ///
     /// The canvas must be at least as large as the digit.
     pub fn animate(&self, digit: &[f32], random: &mut Philox) -> Vec<f32> {
         let mut below = |n: usize| (random.next_f64() * n as f64) as i64;
-        let room = [self.height - SIDE, self.width - SIDE];
+        // In places, not pixels.
+        let room = self.room().map(|room| room / self.stride);
         let start = room.map(|r| below(r + 1));
         let velocity = loop {
             let v = [0; 2].map(|_: i64| below(2 * SPEED as usize + 1) - SPEED);
@@ -106,7 +130,7 @@ impl VideoSize {
         };
         let mut video = vec![-1.0; self.pixels()];
         for (time, frame) in video.chunks_exact_mut(self.frame()).enumerate() {
-            let at = |axis: usize| bounce(start[axis] + velocity[axis] * time as i64, room[axis]);
+            let at = |axis: usize| bounce(start[axis] + velocity[axis] * time as i64, room[axis]) * self.stride;
             let (top, left) = (at(0), at(1));
             for (y, row) in digit.chunks_exact(SIDE).enumerate() {
                 frame[(top + y) * self.width + left..][..SIDE].copy_from_slice(row);
@@ -162,8 +186,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn places_are_multiples_of_the_stride() {
+        let size = VideoSize { frames: 8, height: 12, width: 14, stride: 2 };
+        assert_eq!(size.problems(), Vec::<String>::new());
+        let digit = [1.0; SIDE * SIDE];
+        let mut random = Philox::new(2);
+        let places: std::collections::BTreeSet<_> = (0..50)
+            .flat_map(|_| {
+                size.animate(&digit, &mut random)
+                    .chunks_exact(size.frame())
+                    .map(|f| f.iter().position(|v| *v > 0.0))
+                    .collect::<Vec<_>>()
+            })
+            .map(|first| first.map(|at| (at / size.width, at % size.width)).unwrap())
+            .collect();
+        assert_eq!(places, [0, 2, 4].into_iter().flat_map(|y| [0, 2, 4, 6].map(|x| (y, x))).collect());
+        assert!(VideoSize { width: 13, ..size }.problems()[0].contains("divisor"));
+    }
+
+    #[test]
     fn digits_stay_whole_move_and_bounce() {
-        let size = VideoSize { frames: 12, height: 11, width: 14 };
+        let size = VideoSize { frames: 12, height: 11, width: 14, stride: 1 };
         let digit: Vec<f32> = (0..64).map(|i| i as f32 / 64.0).collect();
         let mut random = Philox::new(5);
         for _ in 0..50 {
