@@ -49,7 +49,7 @@ enum Command {
     /// Run a step again that was not finite, and say where numbers stopped being that.
     Replay(replay::Replay),
     /// Generate images with a trained run.
-    Sample(sample::Sample),
+    Sample(Box<sample::Sample>),
     /// Fold adapters (LoRA and its kin, in any known form) into a checkpoint.
     Merge(weights::Merge),
     /// Write a checkpoint in another dtype, or in files of another size.
