@@ -46,7 +46,7 @@ enum Command {
     /// List the recipes that come with this binary, or print one.
     Recipes(recipes::Recipes),
     /// Generate images with a trained run.
-    Sample(sample::Sample),
+    Sample(Box<sample::Sample>),
     /// Fold adapters (LoRA and its kin, in any known form) into a checkpoint.
     Merge(weights::Merge),
     /// Write a checkpoint in another dtype, or in files of another size.

@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 use flowtape_trainer::Trained;
-use flowtape_trainer::compose::{Options, Request, SOLVERS, Solver, compose, is_pipeline};
+use flowtape_trainer::compose::{Options, Request, SOLVERS, Solver, SoundGuidance, compose, is_pipeline};
 use flowtape_trainer::generate::{MAX_GUIDANCE_SCALE, MAX_INFERENCE_STEPS, MAX_SAMPLES};
+use flowtape_trainer::generation::GenerationFile;
 use flowtape_trainer::picture::{beside, check_path, load_grey, save_grey, save_samples};
 
 use crate::terminal::{note, say};
@@ -17,10 +18,17 @@ use crate::weights::{Dtype, with_factor};
 #[derive(Args)]
 pub struct Sample {
     /// A run folder, or that of a diffusers pipeline.
-    from: PathBuf,
+    #[arg(required_unless_present = "config")]
+    from: Option<PathBuf>,
+    /// NeMo's YAML of generating: it says all but the device.
+    #[arg(short, long, value_name = "YAML", conflicts_with_all = ["from", "prompt"])]
+    config: Option<PathBuf>,
+    /// A setting of that file, such as inference.height=512; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    settings: Vec<String>,
     /// What to draw, such as "a handwritten seven".
-    #[arg(long)]
-    prompt: String,
+    #[arg(long, required_unless_present = "config")]
+    prompt: Option<String>,
     /// How many: 16 of a run in a grid, 1 of a pipeline; several of a pipeline are a file each.
     #[arg(long, value_parser = |text: &str| whole(text, MAX_SAMPLES))]
     n: Option<usize>,
@@ -63,6 +71,9 @@ struct OfPipeline {
     /// What the pictures are led away from.
     #[arg(long, value_name = "PROMPT")]
     negative: Option<String>,
+    /// A picture to edit; may be repeated.
+    #[arg(long = "image", value_name = "PICTURE")]
+    images: Vec<PathBuf>,
     /// Scale of classifier-free guidance beside a told one: the model runs a second time, on --negative.
     #[arg(long, value_name = "SCALE", value_parser = scale)]
     true_cfg: Option<f64>,
@@ -81,6 +92,24 @@ struct OfPipeline {
     /// Tokens that the prompt is cut or padded to.
     #[arg(long, value_parser = |text: &str| whole(text, 1 << 14))]
     max_sequence_length: Option<usize>,
+    /// Scale of guidance of the sound of films.
+    #[arg(long, value_name = "SCALE", value_parser = strength)]
+    audio_guidance: Option<f64>,
+    /// Scale of spatio-temporal guidance of films with sound, away from a run in which tokens of --stg-blocks see themselves alone.
+    #[arg(long, value_name = "SCALE", value_parser = strength)]
+    stg: Option<f64>,
+    /// The blocks of --stg, such as 28,29.
+    #[arg(long, value_name = "BLOCKS", value_delimiter = ',')]
+    stg_blocks: Vec<u32>,
+    /// Scale of guidance away from a run in which film and sound do not see each other; 1 is none.
+    #[arg(long, value_name = "SCALE", value_parser = strength)]
+    modality: Option<f64>,
+    /// How far guidance of films with sound gives back the deviation of what it begins with: 0 to 1.
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    rescale: Option<f64>,
+    /// Sides in pixels of tiles in which pictures are decoded, so that memory is bounded.
+    #[arg(long, value_parser = |text: &str| whole(text, 1 << 14))]
+    tile: Option<usize>,
     /// What a pipeline's transformer computes in; a run's is the recipe's.
     #[arg(long)]
     dtype: Option<Dtype>,
@@ -88,9 +117,24 @@ struct OfPipeline {
 
 impl OfPipeline {
     fn asked(&self) -> bool {
-        let Self { negative, true_cfg, size, frames, shift, sampler, max_sequence_length, dtype } = self;
-        let of_pictures = size.is_some() || frames.is_some() || negative.is_some() || max_sequence_length.is_some();
-        of_pictures || true_cfg.is_some() || shift.is_some() || sampler.is_some() || dtype.is_some()
+        let Self { negative, images, true_cfg, size, frames, shift, sampler, max_sequence_length, dtype, tile, .. } =
+            self;
+        let of_pictures = !images.is_empty() || size.is_some() || frames.is_some() || negative.is_some();
+        let of_steps = true_cfg.is_some() || shift.is_some() || sampler.is_some() || max_sequence_length.is_some();
+        of_pictures || of_steps || dtype.is_some() || tile.is_some() || self.sound() != SoundGuidance::default()
+    }
+
+    /// Guidance of films with sound.
+    fn sound(&self) -> SoundGuidance {
+        let usual = SoundGuidance::default();
+        let both = |asked: Option<f64>, usual: [f64; 2]| asked.map_or(usual, |scale| [scale; 2]);
+        SoundGuidance {
+            audio_guidance_scale: self.audio_guidance.unwrap_or(usual.audio_guidance_scale),
+            stg_scale: both(self.stg, usual.stg_scale),
+            stg_blocks: if self.stg_blocks.is_empty() { usual.stg_blocks } else { self.stg_blocks.clone() },
+            modality_scale: both(self.modality, usual.modality_scale),
+            guidance_rescale: both(self.rescale, usual.guidance_rescale),
+        }
     }
 }
 
@@ -104,6 +148,18 @@ fn whole(text: &str, most: usize) -> Result<usize, String> {
 fn scale(text: &str) -> Result<f64, String> {
     let number = text.parse().ok().filter(|number| *number > 0.0 && *number <= MAX_GUIDANCE_SCALE);
     number.ok_or_else(|| format!("expected a number above 0 and at most {MAX_GUIDANCE_SCALE}"))
+}
+
+/// A scale of guidance that may be 0.
+fn strength(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.0..=MAX_GUIDANCE_SCALE).contains(number));
+    number.ok_or_else(|| format!("expected a number from 0 to {MAX_GUIDANCE_SCALE}"))
+}
+
+/// A share.
+fn share(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.0..=1.0).contains(number));
+    number.ok_or_else(|| "expected a number from 0 to 1".to_owned())
 }
 
 /// `WxH` as height and width.
@@ -121,13 +177,21 @@ fn sampler(text: &str) -> Result<Solver, String> {
 
 /// Generates, and writes the pictures.
 pub fn run(args: &Sample) -> Result<ExitCode> {
+    if let Some(path) = &args.config {
+        let device = flowtape_gpu::device(args.device.as_deref().unwrap_or("cpu"))?;
+        let file = GenerationFile::load(path, &args.settings)?;
+        let written = file.run(&device, &mut |prompt, step| note!("prompt {}, step {step}", prompt + 1))?;
+        written.iter().for_each(|path| say!("{}", path.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(from) = &args.from else { bail!("expected a run folder or that of a pipeline") };
     check_path(&args.out)?;
     let loras = args.loras.iter().map(|text| with_factor(text)).collect::<Result<Vec<_>>>()?;
-    if is_pipeline(&args.from) || args.pipeline.asked() {
-        return of_pipeline(args, &loras);
+    if is_pipeline(from) || args.pipeline.asked() {
+        return of_pipeline(from, args, &loras);
     }
     let load = if args.raw { Trained::load_raw } else { Trained::load };
-    let mut trained = load(&args.from, args.device.as_deref())?;
+    let mut trained = load(from, args.device.as_deref())?;
     trained.add_adapters(&loras, args.allow_unused)?;
     if let Some(steps) = args.steps {
         trained.sampling.num_inference_steps = steps;
@@ -140,7 +204,7 @@ pub fn run(args: &Sample) -> Result<ExitCode> {
         _ => None,
     };
     let n = args.n.unwrap_or(16);
-    let samples = trained.sample(&args.prompt, n, args.seed, first_frame.as_deref())?;
+    let samples = trained.sample(args.prompt.as_deref().unwrap_or_default(), n, args.seed, first_frame.as_deref())?;
     let columns = (n as f64).sqrt().ceil() as usize;
     save_samples(&samples, columns, |kind| beside(&args.out, kind))?;
     say!("{}", args.out.display());
@@ -153,7 +217,7 @@ pub fn run(args: &Sample) -> Result<ExitCode> {
 }
 
 /// Pictures and films with all that a pipeline can be asked.
-fn of_pipeline(args: &Sample, loras: &[(PathBuf, f64)]) -> Result<ExitCode> {
+fn of_pipeline(from: &Path, args: &Sample, loras: &[(PathBuf, f64)]) -> Result<ExitCode> {
     if args.first_frame.is_some() || args.raw {
         bail!("--first-frame and --raw are for runs, without the options of pipelines");
     }
@@ -171,16 +235,21 @@ fn of_pipeline(args: &Sample, loras: &[(PathBuf, f64)]) -> Result<ExitCode> {
         max_sequence_length: asked.max_sequence_length,
         seed: args.seed,
         n: args.n.unwrap_or(1),
-        ..Request::new(&args.prompt)
+        with_sound: asked.sound(),
+        ..Request::new(args.prompt.as_deref().unwrap_or_default())
     };
     let options = Options {
         dtype: asked.dtype.unwrap_or(Dtype::Bf16).into(),
         device: &device,
+        transformers: &[],
         loras,
         allow_unused: args.allow_unused,
+        images: &asked.images,
+        tile: asked.tile,
+        fps: None,
         out: &args.out,
     };
-    let written = compose(&args.from, &request, &options, &mut |step| note!("step {step}"))?;
-    written.iter().for_each(|path: &PathBuf| say!("{}", Path::new(path).display()));
+    let written = compose(from, &request, &options, &mut |step| note!("step {step}"))?;
+    written.iter().for_each(|path| say!("{}", path.display()));
     Ok(ExitCode::SUCCESS)
 }

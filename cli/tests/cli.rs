@@ -933,9 +933,43 @@ fn a_pipeline_is_sampled_and_its_files_say_how() {
     let (texts, sides, frames) = png_of(Path::new(&out("film.png")));
     assert_eq!((sides, frames, &*texts["sampler"], &*texts["shift"]), ([48, 32], 5, "unipc", "3"));
 
+    // A film with sound, led in all ways; and a picture that is edited.
+    let ltx2 = format!("{goldens}/pipe_ltx2/pipeline");
+    let more =
+        ["--size", "64x32", "--frames", "9", "--stg", "1", "--stg-blocks", "1", "--modality", "2", "--rescale", "0.7"];
+    let written = stdout(&sample(&ltx2, &more, "loud.png"));
+    assert_eq!(written.lines().collect::<Vec<_>>(), [out("loud.png"), out("loud.wav")]);
+    assert!(std::fs::read(out("loud.wav")).unwrap().starts_with(b"RIFF"));
+    let edit = format!("{goldens}/pipe_qwen_image_edit");
+    let picture = format!("{edit}/context0.png");
+    let more = ["--image", &picture, "--size", "64x48", "--negative", " "];
+    stdout(&sample(&format!("{edit}/pipeline"), &more, "edited.png"));
+    assert_eq!(png_of(Path::new(&out("edited.png"))).1, [64, 48]);
+
+    // NeMo's YAML, with another folder's weights in place of the pipeline's.
+    let yaml = folder.path().join("generate.yaml");
+    let text = format!(
+        "model:\n  pretrained_model_name_or_path: {wan}\n  checkpoint: {wan}/transformer\n  lora_weights: null\n\
+         inference:\n  num_inference_steps: 2\n  guidance_scale: 5.0\n  height: 32\n  width: 48\n  dtype: float32\n  max_samples: 1\n  \
+         prompts: [a fox, a dog]\n  pipeline_kwargs: {{num_frames: 5, negative_prompt: blurry, max_sequence_length: 16}}\n\
+         output:\n  output_dir: {}\n  fps: 8\nvae: {{enable_tiling: true, enable_slicing: true}}\nseed: 42\n",
+        out("generated")
+    );
+    std::fs::write(&yaml, text).unwrap();
+    let yaml = yaml.display().to_string();
+    let written = stdout(&flowtape(&["sample", "-c", &yaml, "--set", "inference.num_inference_steps=1"]));
+    assert_eq!(written.trim(), out("generated/sample_000.png"));
+    let (texts, sides, frames) = png_of(Path::new(written.trim()));
+    assert_eq!((sides, frames, &*texts["steps"], &*texts["seed"]), ([48, 32], 5, "1", "42"));
+    let message = failure(&flowtape(&["sample", "-c", &yaml, "--set", "inference.heigth=64"]));
+    assert!(message.contains("heigth") && message.contains("height"), "{message}");
+
     // Wrong input is named, and nothing is written.
+    let message = failure(&sample(&format!("{edit}/pipeline"), &["--size", "64x48"], "wrong.png"));
+    assert!(message.contains("at least one picture to edit"), "{message}");
     for (more, part) in [
-        (&["--size", "60x48"][..], "multiples of 16 pixels"),
+        (&["--image", &picture, "--size", "64x48"][..], "processor"),
+        (&["--size", "60x48"], "multiples of 16 pixels"),
         (&["--size", "60"], "such as 1024x768"),
         (&["--sampler", "ddim"], "euler, heun, dpm++2m, unipc"),
         (&["--lora", "/no/such/adapter.safetensors", "--size", "64x48"], "/no/such/adapter.safetensors"),

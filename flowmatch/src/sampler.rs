@@ -1,12 +1,12 @@
 //! From noise to data: Euler's method along the learned velocity, with diffusers' `FlowMatchEulerDiscreteScheduler`
 //! tables.
 
-use std::collections::BTreeMap;
-
 use flowtape_engine::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::{Batch, Error, FlowMatchingContext, FlowModel, ModelAdapter, RecordedDraws, Result, TaskType};
+use crate::{
+    Batch, Error, FlowMatchingContext, FlowModel, Input, ModelAdapter, NoisedStream, RecordedDraws, Result, TaskType,
+};
 
 /// The function that a dynamic shift uses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -308,23 +308,55 @@ impl Sampling<'_> {
     /// # Errors
     /// Those of the adapter and the model.
     pub fn velocity(&self, batch: &Batch, x: &Tensor, step: EulerStep) -> Result<Tensor> {
-        let (size, dtype) = (x.dim(0)?, x.dtype());
-        let per_sample = |value: f32| Tensor::from_slice(&vec![value; size], &[size], x.device());
+        self.predict(batch, std::slice::from_ref(x), step, &[]).map(|mut all| all.swap_remove(0))
+    }
+
+    /// The velocities of all streams: the latents first, then those of [`ModelAdapter::stream_latents`], whose sizes are the batch's.
+    /// The model's inputs are those of the adapter and `more`, such as what is to be left out for guidance.
+    ///
+    /// # Errors
+    /// Those of the adapter and the model, and when streams are missing.
+    pub fn predict(&self, batch: &Batch, x: &[Tensor], step: EulerStep, more: &[(&str, Input)]) -> Result<Vec<Tensor>> {
+        let (first, others) = x.split_first().ok_or_else(|| Error::batch("latents", "none"))?;
+        let (size, dtype) = (first.dim(0)?, first.dtype());
+        let names: Vec<&str> = match others {
+            [] => Vec::new(),
+            _ => self.adapter.stream_latents(batch)?.into_iter().map(|(name, _)| name).collect(),
+        };
+        if names.len() != others.len() {
+            return Err(Error::batch(format!("the streams {names:?}"), format!("{} of them", others.len())));
+        }
+        let stream = |(name, x): (&&str, &Tensor)| {
+            let noisy_latents = x.detach().to_dtype(DType::F32)?;
+            // Nothing is trained on.
+            let target = Tensor::zeros(x.dims(), DType::F32, x.device())?;
+            Ok(((*name).to_owned(), NoisedStream { noisy_latents, target }))
+        };
+        let per_sample = |value: f32| Tensor::from_slice(&vec![value; size], &[size], first.device());
         let cx = FlowMatchingContext {
-            noisy_latents: x.detach(),
+            noisy_latents: first.detach(),
             latents: batch.latents.detach().to_dtype(dtype)?,
             timesteps: per_sample(step.timestep)?,
             sigma: per_sample(step.sigma)?,
             task_type: self.task_type,
             data_type: batch.data_type.clone(),
-            device: x.device().clone(),
+            device: first.device().clone(),
             dtype,
             cfg_dropout_prob: 0.0,
-            streams: BTreeMap::new(),
+            streams: names.iter().zip(others).map(stream).collect::<Result<_>>()?,
             batch,
         };
-        let inputs = self.adapter.prepare_inputs(&cx, &mut RecordedDraws::default())?;
-        Ok(self.adapter.forward(&cx, self.model, &inputs)?.velocity)
+        let mut inputs = self.adapter.prepare_inputs(&cx, &mut RecordedDraws::default())?;
+        for (name, input) in more {
+            inputs.insert(name, input.clone());
+        }
+        let mut prediction = self.adapter.forward(&cx, self.model, &inputs)?;
+        let mut all = vec![prediction.velocity];
+        for name in names {
+            let velocity = prediction.auxiliary.remove(name);
+            all.push(velocity.ok_or_else(|| Error::batch(format!("a prediction of `{name}`"), "none"))?);
+        }
+        Ok(all)
     }
 }
 
@@ -368,7 +400,7 @@ mod tests {
     use flowtape_engine::Device;
 
     use super::*;
-    use crate::{DataType, Draws, Input, ModelInputs, ModelOutput};
+    use crate::{DataType, Draws, ModelInputs, ModelOutput};
 
     fn euler(config: EulerConfig) -> FlowMatchEulerDiscrete {
         FlowMatchEulerDiscrete::new(config).unwrap()

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use flowtape_data::media::{Filter, Picture, ReadOptions, read_picture, resize, resize_and_crop};
+use flowtape_data::media::{
+    EditAreas, Filter, Picture, Qwen2VLImageProcessor, ReadOptions, normalised, read_picture, resize, resize_and_crop,
+    sides_of_area,
+};
 use flowtape_engine::{Device, Tensor};
 use serde_json::Value;
 
@@ -10,7 +13,7 @@ use crate::Outcome;
 use crate::golden::{Any, Golden, exact, max, text};
 
 /// What other parts of the project will make of these files.
-const NOT_BUILT: [&str; 4] = ["vae_image_processor", "video", "qwen2vl", "siglip"];
+const NOT_BUILT: [&str; 1] = ["video"];
 
 /// The bytes of a picture among the outputs.
 fn picture(tensor: &Tensor) -> Any<Picture> {
@@ -112,11 +115,66 @@ pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
             out.push(same(name.clone(), &resized, &picture(&outputs.tensor(&name)?)?, 0.0));
         }
     }
+    processors(dir, &case, &outputs, out)?;
     if outputs.has("postprocess/input") {
         let pixels = outputs.tensor("postprocess/input")?.squeeze(0)?;
         let want = picture(&outputs.tensor("postprocess/uint8")?)?;
         out.push(same("postprocess/uint8".into(), &Picture::from_pixels(&pixels)?, &want, 0.0));
     }
     out.extend(NOT_BUILT.into_iter().filter(|key| !case[*key].is_null()).map(Outcome::not_built));
+    Ok(())
+}
+
+/// What vision encoders and editing pipelines make of pictures.
+fn processors(dir: &Path, case: &Value, outputs: &Golden, out: &mut Vec<Outcome>) -> Any<()> {
+    let rgb = picture(&outputs.tensor("rgb.png/decoded")?)?;
+    let mut compare = |name: &str, got: &Tensor| -> Any<()> {
+        let want = outputs.tensor(name)?;
+        let (a, b) = (got.to_vec::<f64>()?, want.to_vec::<f64>()?);
+        let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, max);
+        let worst = if got.dims() == want.dims() { worst } else { f64::INFINITY };
+        out.push(Outcome::measured(name, worst, 1e-6, format!("{:?}", want.dims())));
+        Ok(())
+    };
+    if case["qwen2vl"].is_object() {
+        let mut config = case["qwen2vl"].clone();
+        for (ours, theirs) in [("image_mean", "mean"), ("image_std", "std")] {
+            config[ours] = config[theirs].clone();
+        }
+        let processor = Qwen2VLImageProcessor::from_json(&config)?;
+        let (mut patches, mut grids) = (Vec::new(), Vec::new());
+        for file in case["qwen2vl"]["images"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            let source = read_picture(&dir.join("files").join(file), &ReadOptions::like_nemo())?;
+            let (seen, grid) = processor.process(&source, &Device::cpu())?;
+            patches.push(seen);
+            grids.extend(grid.map(|count| count as f32));
+        }
+        compare("qwen2vl/pixel_values", &Tensor::cat(&patches.iter().collect::<Vec<_>>(), 0)?)?;
+        compare("qwen2vl/image_grid_thw", &Tensor::from_slice(&grids, &[grids.len() / 3, 3], &Device::cpu())?)?;
+    }
+    if let Some(side) = case["siglip"]["size"].as_u64().map(|side| side as usize) {
+        let three = |key: &str| serde_json::from_value(case["siglip"][key].clone());
+        let resized = resize(&rgb, side, side, Filter::Bicubic);
+        let got = normalised(&resized, three("mean")?, three("std")?, &Device::cpu())?;
+        compare("siglip/pixel_values", &got.unsqueeze(0)?)?;
+    }
+    let mut others = Vec::new();
+    for mode in case["vae_image_processor"].as_array().into_iter().flatten() {
+        let name = format!("vae_image_processor/{}", text(mode, "resize_mode")?);
+        let sides = serde_json::from_value::<[usize; 2]>(serde_json::json!([mode["width"], mode["height"]]))?;
+        match text(mode, "resize_mode")? {
+            "default" => {
+                let resized = resize(&rgb, sides[0], sides[1], Filter::Lanczos);
+                compare(&name, &resized.pixels(&Device::cpu())?.unsqueeze(0)?)?;
+            }
+            _ => others.push(name),
+        }
+    }
+    out.extend(others.into_iter().map(Outcome::not_built));
+    for geometry in case["edit_geometry"].as_array().into_iter().flatten() {
+        let ([width, height], want) = (pair(&geometry["image"])?, pair(&geometry["condition_size"])?);
+        let got = sides_of_area(EditAreas::default().condition, width, height);
+        out.push(exact(format!("edit_geometry/{width}x{height}"), got == want, format!("{got:?}")));
+    }
     Ok(())
 }

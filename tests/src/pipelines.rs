@@ -2,14 +2,19 @@
 
 use std::path::Path;
 
-use flowtape_data::media::Picture;
+use flowtape_data::media::{
+    EditAreas, Filter, Picture, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture, resize,
+};
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::Solver;
 use flowtape_models::blocks::{ChannelOrder, patchify, unpatchify};
-use flowtape_models::pipeline::{Generator, PipelineFolder, Request};
+use flowtape_models::pipeline::{
+    ConditionImage, Generator, PipelineFolder, PromptEncoder, QwenImageEditPrompts, Request, SoundGuidance,
+};
+use flowtape_models::vae::{self, LTX2Vocoder};
 use serde_json::Value;
 
-use crate::golden::{Any, Golden, max, number, relative, text};
+use crate::golden::{Any, Golden, exact, max, number, relative, text};
 use crate::{Outcome, text::pipeline_prompts};
 
 /// The goldens' bound on noise levels and timesteps.
@@ -20,13 +25,95 @@ pub(crate) fn check(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     pipeline_prompts(dir, name, out)?;
     let case = Golden::open(dir, name)?.json;
     for (run, asked) in case["runs"].as_object().into_iter().flatten() {
-        generate(dir, &case, run, asked, out)?;
+        generate(dir, &case, run, asked, &[], out)?;
+    }
+    Ok(())
+}
+
+/// What LTX-2's vocoder makes of spectrograms; that of LTX-2.3 is not built.
+pub(crate) fn vocoder(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
+    let bound = number(&case["tolerance"], "waveform")?;
+    for run in case["config"].as_object().into_iter().flat_map(|runs| runs.keys()) {
+        let title = format!("{run}/waveform");
+        let config: Value = serde_json::from_str(&std::fs::read_to_string(dir.join(run).join("config.json"))?)?;
+        if config["_class_name"] != "LTX2Vocoder" {
+            out.push(Outcome::not_built(title));
+            continue;
+        }
+        let vocoder = LTX2Vocoder::load(&dir.join(run), DType::F32, &Device::cpu())?;
+        let (got, want) = (vocoder.forward(&inputs.tensor(&format!("{run}/mel"))?)?, outputs.tensor(&title)?);
+        out.push(Outcome::measured(title, relative(&got, &want)?, bound, format!("{:?}", want.dims())));
+    }
+    Ok(())
+}
+
+/// A folder of editing: how its pictures are taken, its prompts among them, and its run.
+pub(crate) fn edit(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
+    let folder = PipelineFolder::open(&dir.join("pipeline"))?;
+    let device = Device::cpu();
+    let area = |key: &str| number(&case["narrowed_constants"], key).map(|area| area as usize);
+    let areas = EditAreas { condition: area("CONDITION_IMAGE_SIZE")?, vae: area("VAE_IMAGE_SIZE")? };
+    let processor = Qwen2VLImageProcessor::load(&folder.part("processor")?)?;
+    let files: Vec<&str> = case["images"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let read = |file: &str| read_picture(&dir.join(file), &ReadOptions::like_nemo());
+    let taken = |file: &&str| Ok(condition_image(&read(file)?, &processor, areas, &device)?);
+    let images = files.iter().map(taken).collect::<Any<Vec<ConditionImage>>>()?;
+    let patches: Vec<&Tensor> = images.iter().map(|image| &image.patches).collect();
+    let worst = relative(&Tensor::cat(&patches, 0)?, &inputs.tensor("pixel_values")?)?;
+    out.push(Outcome::measured("pixel_values", worst, 1e-6, format!("{} pictures", images.len())));
+    let run = &case["run"];
+    let encoder = QwenImageEditPrompts::load(&folder, &device)?;
+    let tokens = encoder.tokens(text(run, "prompt")?, &images)?;
+    let ids: Vec<u32> = inputs.values("input_ids")?.into_iter().map(|id| id as u32).collect();
+    out.push(exact("input_ids", tokens == ids, format!("{} tokens", ids.len())));
+    let encoded = encoder.encode_with_images(&[text(run, "prompt")?], &images, None)?;
+    let states = encoded.first().and_then(|one| one.get("text_embeddings")).ok_or("no text_embeddings")?;
+    for name in ["prompt_embeds", "nemo/prompt_embeddings"] {
+        let want = outputs.tensor(name)?;
+        let worst = relative(&states.reshape(want.dims())?, &want)?;
+        out.push(Outcome::measured(
+            name,
+            worst,
+            number(&case["tolerance"], "prompt tensors")?,
+            format!("{:?}", want.dims()),
+        ));
+    }
+    generate(dir, &case, "edit", run, &images, out)?;
+    // NeMo takes other sizes.
+    let vae = vae::load(&folder.part("vae")?, None, &device)?;
+    let sizes = &case["nemo"]["metadata"]["preprocessed_pixel_shapes"];
+    let contexts =
+        files.iter().enumerate().map(|(i, file)| (format!("context_latent.{i}"), *file, &sizes["contexts"][i]));
+    for (name, file, size) in contexts.chain([("target_latent".to_owned(), "target.png", &sizes["target"])]) {
+        let [height, width]: [usize; 2] = serde_json::from_value(size.clone())?;
+        let pixels = resize(&read(file)?, width, height, Filter::Lanczos).pixels(&device)?;
+        let latents = vae.normalise(&vae.encode(&pixels.unsqueeze(1)?.unsqueeze(0)?)?.mean)?;
+        let name = format!("nemo/{name}");
+        let want = outputs.tensor(&name)?;
+        let worst = relative(&latents.reshape(want.dims())?, &want)?;
+        out.push(Outcome::measured(
+            name,
+            worst,
+            number(&case["tolerance"], "nemo latents")?,
+            format!("{:?}", want.dims()),
+        ));
     }
     Ok(())
 }
 
 /// One run, from its noise on.
-fn generate(dir: &Path, case: &Value, run: &str, asked: &Value, out: &mut Vec<Outcome>) -> Any<()> {
+fn generate(
+    dir: &Path,
+    case: &Value,
+    run: &str,
+    asked: &Value,
+    images: &[ConditionImage],
+    out: &mut Vec<Outcome>,
+) -> Any<()> {
     let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
     let folder = PipelineFolder::open(&dir.join("pipeline"))?;
     let generator = Generator::new(&folder, DType::F32, &Device::cpu())?;
@@ -34,6 +121,7 @@ fn generate(dir: &Path, case: &Value, run: &str, asked: &Value, out: &mut Vec<Ou
     let whole = |key: &str| asked[key].as_u64().map(|value| value as usize);
     let mut request = Request::new(text(asked, "prompt")?);
     request.negative_prompt = asked["negative_prompt"].as_str();
+    request.images = images;
     request.size = Some(size);
     request.frames = whole("num_frames");
     request.steps = whole("num_inference_steps");
@@ -41,11 +129,27 @@ fn generate(dir: &Path, case: &Value, run: &str, asked: &Value, out: &mut Vec<Ou
     request.true_cfg_scale = asked["true_cfg_scale"].as_f64();
     request.max_sequence_length = whole("max_sequence_length");
     (request.sampler, request.shift) = scheduler(asked["scheduler"].as_str())?;
-    request.noise = Some(unpacked(&inputs.tensor(&format!("{run}/latents"))?, size)?);
+    let sound = inputs.has(&format!("{run}/audio_noise"));
+    request.noise = Some(match sound {
+        true => inputs.tensor(&format!("{run}/video_noise"))?,
+        false => unpacked(&inputs.tensor(&format!("{run}/latents"))?, size)?,
+    });
+    request.audio_noise = if sound { Some(inputs.tensor(&format!("{run}/audio_noise"))?) } else { None };
+    let usual = SoundGuidance::default();
+    let scale = |key: &str, default: f64| asked[key].as_f64().unwrap_or(default);
+    let both = |key: &str, usual: [f64; 2]| [scale(key, usual[0]), scale(&format!("audio_{key}"), usual[1])];
+    let blocks = &asked["spatio_temporal_guidance_blocks"];
+    request.with_sound = SoundGuidance {
+        audio_guidance_scale: scale("audio_guidance_scale", usual.audio_guidance_scale),
+        stg_scale: both("stg_scale", usual.stg_scale),
+        stg_blocks: serde_json::from_value(blocks.clone()).unwrap_or(usual.stg_blocks),
+        modality_scale: both("modality_scale", usual.modality_scale),
+        guidance_rescale: both("guidance_rescale", usual.guidance_rescale),
+    };
     let bound = number(&case["tolerance"], "latents_after_step")?;
-    let mut steps: Vec<Tensor> = Vec::new();
+    let mut steps: Vec<Vec<Tensor>> = Vec::new();
     let made = generator.generate(&request, &mut |_, streams| {
-        steps.push(streams[0].clone());
+        steps.push(streams.to_vec());
         Ok(())
     })?;
     let schedule = &made.settings.schedule;
@@ -55,15 +159,26 @@ fn generate(dir: &Path, case: &Value, run: &str, asked: &Value, out: &mut Vec<Ou
         let worst = relative(&got, &outputs.tensor(&title)?)?;
         out.push(Outcome::measured(title, worst, SIGMAS, format!("{:?}", got.dims())));
     }
-    for (i, latents) in steps.iter().enumerate() {
-        let title = format!("{run}/latents_after_step.{i}");
+    let named = |(i, streams): (usize, &Vec<Tensor>)| {
+        let names = ["latents_after_step", "audio_latents_after_step"].into_iter();
+        let titles = names.map(move |name| format!("{run}/{name}.{i}"));
+        titles.zip(streams.clone()).collect::<Vec<(String, Tensor)>>()
+    };
+    for (title, latents) in steps.iter().enumerate().flat_map(named) {
         let want = outputs.tensor(&title)?;
+        // A token of sound has all bands of a moment.
+        let latents = &if title.contains("/audio_") { patchify(&latents, &[1, latents.dim(3)?])? } else { latents };
         out.push(Outcome::measured(
             title,
             relative(&packed(latents, &want)?, &want)?,
             bound,
             format!("{:?}", want.dims()),
         ));
+    }
+    if let Some(sound) = &made.audio {
+        let (title, bound) = (format!("{run}/audio"), number(&case["tolerance"], "audio")?);
+        let want = outputs.tensor(&title)?;
+        out.push(Outcome::measured(title, relative(&sound.samples, &want)?, bound, format!("{:?}", want.dims())));
     }
     pixels(&made.pixels, run, case, &outputs, out)
 }
@@ -118,7 +233,7 @@ fn unpacked(latents: &Tensor, size: [usize; 2]) -> Any<Tensor> {
 
 /// Latents as they are stored: as they are, or as tokens.
 fn packed(latents: &Tensor, stored: &Tensor) -> Any<Tensor> {
-    if stored.rank() != 3 {
+    if stored.rank() != 3 || latents.rank() == 3 {
         return Ok(latents.clone());
     }
     let side = if stored.dim(2)? == latents.dim(1)? { 1 } else { 2 };

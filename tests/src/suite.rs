@@ -31,7 +31,9 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_flux2", pipelines::check),
     ("pipe_flux2_klein", pipelines::check),
     ("pipe_hunyuan15", pipelines::check),
+    ("pipe_ltx2", pipelines::check),
     ("pipe_qwen_image", pipelines::check),
+    ("pipe_qwen_image_edit", pipelines::edit),
     ("pipe_wan", pipelines::check),
     ("recipe_*", recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
@@ -47,6 +49,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("text_umt5", text::states),
     ("tokenizers", text::tokenizers),
     ("vae_*", vae::check),
+    ("vocoder_ltx2", pipelines::vocoder),
     ("vision_siglip", vision::siglip),
 ];
 

@@ -2,15 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use flowtape_data::media::{Picture, write_film, write_png};
+use flowtape_data::media::{
+    EditAreas, Picture, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture, write_film, write_png,
+    write_wav,
+};
 use flowtape_engine::cpu::awake;
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::Transformer;
 use flowtape_models::peft::load_any;
-use flowtape_models::pipeline::{Generated, Generator, PipelineFolder};
+use flowtape_models::pipeline::{ConditionImage, Generated, Generator, PipelineFolder, Waveform};
 
 pub use flowtape_flowmatch::solver::{SOLVERS, Solver};
-pub use flowtape_models::pipeline::{MODEL_INDEX, Request};
+pub use flowtape_models::pipeline::{MODEL_INDEX, Request, SoundGuidance};
 
 use crate::Result;
 use crate::checkpoints::Content;
@@ -27,10 +30,18 @@ pub struct Options<'a> {
     pub dtype: DType,
     /// Where everything runs.
     pub device: &'a Device,
+    /// Folders of transformers in place of the pipeline's, by their part's name.
+    pub transformers: &'a [(&'static str, PathBuf)],
     /// Adapters to fold in, each with its factor.
     pub loras: &'a [(PathBuf, f64)],
     /// Whether keys of adapters that are of no use are passed over.
     pub allow_unused: bool,
+    /// Pictures to edit.
+    pub images: &'a [PathBuf],
+    /// Sides in pixels of tiles in which pictures are decoded, where memory is to be bounded.
+    pub tile: Option<usize>,
+    /// Frames of a film in a second, if others than the pipeline's.
+    pub fps: Option<f64>,
     /// The PNG to write; several get numbers before the ending.
     pub out: &'a Path,
 }
@@ -41,7 +52,7 @@ pub fn is_pipeline(folder: &Path) -> bool {
 }
 
 /// Generates with a pipeline's folder or, with a run's checkpoint in it, a run that names a pipeline in `data`. Writes a PNG for each
-/// picture and film, and gives their paths.
+/// picture and film, and a WAV for a film's sound, and gives their paths.
 ///
 /// # Errors
 /// When a part is missing or broken, what is asked for does not fit, or a file can't be written.
@@ -60,20 +71,27 @@ pub fn compose(
         }
         Ok(())
     };
-    let mut generate = |generator: Generator<'_>| {
-        awake(options.device, || {
-            generator.on_load(&fold).generate(request, &mut |step, _| {
+    let mut generate = |folder: &PipelineFolder, generator: Generator<'_>| -> Result<Generated> {
+        let images = images(folder, options.images)?;
+        let request = Request { images: &images, ..request.clone() };
+        let made = awake(options.device, || {
+            generator.on_load(&fold).with_tile(options.tile).generate(&request, &mut |step, _| {
                 on_step(step.index + 1);
                 Ok(())
             })
-        })
+        });
+        Ok(made?)
     };
     let (pipeline, weights, generated);
     if is_pipeline(named) {
         let folder = PipelineFolder::open(named)?;
         pipeline = named.to_owned();
-        weights = hashes(&folder.part("transformer")?)?;
-        generated = generate(Generator::new(&folder, options.dtype, options.device)?)?;
+        let mut generator = Generator::new(&folder, options.dtype, options.device)?;
+        for (name, path) in options.transformers {
+            generator = generator.with_folder(name, path.clone());
+        }
+        weights = hashes(&generator.transformer_folder("transformer")?)?;
+        generated = generate(&folder, generator)?;
     } else {
         let (run, recipe) = RunFolder::open(named)?;
         let Some(path) = recipe.data.folder.as_ref().map(|folder| &folder.pipeline).or(recipe.data.pipeline.as_ref())
@@ -87,11 +105,39 @@ pub fn compose(
         let folder = PipelineFolder::open(path)?;
         pipeline = path.clone();
         weights = hashes(&checkpoint)?;
-        generated = generate(Generator::new(&folder, recipe.dtype.into(), options.device)?.with_transformer(&*model))?;
+        let generator = Generator::new(&folder, recipe.dtype.into(), options.device)?.with_transformer(&*model);
+        generated = generate(&folder, generator)?;
     }
     let mut texts = texts(request, &generated, &pipeline);
     texts.push(("weights", weights));
-    write(&generated.pixels, generated.fps, &texts, options.out)
+    let mut paths = write(&generated.pixels, options.fps.unwrap_or(generated.fps), &texts, options.out)?;
+    if let Some(sound) = &generated.audio {
+        paths.extend(write_sound(sound, &paths)?);
+    }
+    Ok(paths)
+}
+
+/// The sound of each film as a WAV of its name.
+fn write_sound(sound: &Waveform, films: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let one = |(i, film): (usize, &PathBuf)| {
+        let path = film.with_extension("wav");
+        write_wav(&path, &sound.samples.narrow(0, i, 1)?.squeeze(0)?, sound.sampling_rate)?;
+        Ok(path)
+    };
+    films.iter().enumerate().map(one).collect()
+}
+
+/// Pictures to edit, as the pipeline takes them.
+fn images(folder: &PipelineFolder, paths: &[PathBuf]) -> Result<Vec<ConditionImage>> {
+    if paths.is_empty() {
+        return Ok(Vec::new());
+    }
+    let processor = Qwen2VLImageProcessor::load(&folder.part("processor")?)?;
+    let one = |path: &PathBuf| {
+        let picture = read_picture(path, &ReadOptions::default())?;
+        Ok(condition_image(&picture, &processor, EditAreas::default(), &Device::cpu())?)
+    };
+    paths.iter().map(one).collect()
 }
 
 /// The hashes of a folder's weights, as `sha256sum` prints them.

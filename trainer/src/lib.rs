@@ -13,6 +13,7 @@
 //! | [`validation`] | losses on held-out samples, with noise that stays |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
 //! | [`compose`] | pictures and films of a diffusers pipeline, with what made them |
+//! | [`generation`] | NeMo's YAML of generating with a pipeline |
 //! | [`run`] | the run folder: one process's at a time, all files whole or absent |
 //! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
 //! | [`changes`] | what is other when a run goes on |
@@ -34,6 +35,7 @@ pub mod compose;
 pub mod data;
 mod error;
 pub mod generate;
+pub mod generation;
 pub mod hooks;
 pub mod inspect;
 pub mod observe;

@@ -95,6 +95,25 @@ impl Start {
     }
 }
 
+/// The folder of a whole pipeline: one on the disk, or a name on the hub that was downloaded before.
+///
+/// # Errors
+/// When it is not there: it is said where it was looked for.
+pub fn pipeline_folder(name: &str) -> Result<PathBuf> {
+    match find(name, &ModelSection::default())? {
+        Found::Path(path) => Ok(path),
+        Found::Preset(preset) => Err(missing(preset.name.as_ref(), "a preset has no pipeline: name its folder".into())),
+    }
+}
+
+/// The folder of trained weights in diffusers' form: itself, one inside, or a run's newest checkpoint.
+///
+/// # Errors
+/// When there are none.
+pub fn trained_folder(path: &Path) -> Result<PathBuf> {
+    transformer_folder(path, &ModelSection::default())
+}
+
 fn open_file(path: &Path) -> Result<Shards> {
     Ok(Shards::from(SafeTensors::open(path)?).without_known_prefix())
 }

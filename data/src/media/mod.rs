@@ -13,12 +13,18 @@ mod captions;
 mod crop;
 mod folder;
 mod picture;
+mod processor;
 mod resample;
+mod sound;
 mod write;
 
 pub use captions::MissingCaptions;
 pub use crop::{Cropped, resize_and_crop};
 pub use folder::{FolderOptions, PictureItem, list_pictures};
 pub use picture::{Picture, ReadOptions, is_picture, read_picture};
+pub use processor::{
+    EditAreas, PREPROCESSOR_CONFIG, Qwen2VLImageProcessor, condition_image, normalised, sides_of_area,
+};
 pub use resample::{Filter, resize};
+pub use sound::write_wav;
 pub use write::{grid, read_png_texts, write_film, write_png};

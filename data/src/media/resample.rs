@@ -1,4 +1,4 @@
-//! Resizing with Pillow's filters, bit for bit (`Image.resize` of 8-bit pictures): weights in fixed point, rows first, each pass
+//! Resizing with Pillow's filters, bit for bit (`Image.resize` of 8-bit pictures): weights in fixed point, each pass
 //! rounded.
 
 use super::Picture;
@@ -82,32 +82,43 @@ fn weighted(values: &[u8], step: usize, weights: &[i32]) -> u8 {
     (sum >> BITS).clamp(0, 255) as u8
 }
 
-/// A picture at another size, which is not 0.
+/// A picture at another size, which is not 0. Columns come before rows; where rows become fewer and columns more, rows come first, as
+/// Pillow 13 does it: so the picture between is the smaller one.
 pub fn resize(picture: &Picture, width: usize, height: usize, filter: Filter) -> Picture {
     if filter == Filter::Nearest {
         return nearest(picture, width, height);
     }
-    let mut out = picture.clone();
-    if width != out.width {
-        let windows = windows(filter, out.width, width);
-        let row = |row: &[u8]| -> Vec<u8> {
-            let pixel = |w: &Window| -> [u8; 3] {
-                std::array::from_fn(|channel| weighted(&row[w.first * 3 + channel..], 3, &w.weights))
-            };
-            windows.iter().flat_map(pixel).collect()
+    if height < picture.height && width > picture.width {
+        return with_width(with_height(picture.clone(), height, filter), width, filter);
+    }
+    with_height(with_width(picture.clone(), width, filter), height, filter)
+}
+
+fn with_width(picture: Picture, width: usize, filter: Filter) -> Picture {
+    if width == picture.width {
+        return picture;
+    }
+    let windows = windows(filter, picture.width, width);
+    let row = |row: &[u8]| -> Vec<u8> {
+        let pixel = |w: &Window| -> [u8; 3] {
+            std::array::from_fn(|channel| weighted(&row[w.first * 3 + channel..], 3, &w.weights))
         };
-        out = Picture { width, height: out.height, rgb: out.rgb.chunks(out.width * 3).flat_map(row).collect() };
+        windows.iter().flat_map(pixel).collect()
+    };
+    Picture { width, height: picture.height, rgb: picture.rgb.chunks(picture.width * 3).flat_map(row).collect() }
+}
+
+fn with_height(picture: Picture, height: usize, filter: Filter) -> Picture {
+    if height == picture.height {
+        return picture;
     }
-    if height != out.height {
-        let line = out.width * 3;
-        let mut rgb = Vec::with_capacity(line * height);
-        for window in windows(filter, out.height, height) {
-            let start = window.first * line;
-            rgb.extend((0..line).map(|i| weighted(&out.rgb[start + i..], line, &window.weights)));
-        }
-        out = Picture { width: out.width, height, rgb };
+    let line = picture.width * 3;
+    let mut rgb = Vec::with_capacity(line * height);
+    for window in windows(filter, picture.height, height) {
+        let start = window.first * line;
+        rgb.extend((0..line).map(|i| weighted(&picture.rgb[start + i..], line, &window.weights)));
     }
-    out
+    Picture { width: picture.width, height, rgb }
 }
 
 fn nearest(picture: &Picture, width: usize, height: usize) -> Picture {

@@ -16,13 +16,15 @@ use crate::{Error, Result};
 const AUDIO: &str = "audio";
 /// Latents of a token: frames, rows and columns.
 const VIDEO_PATCH: [usize; 3] = [1, 1, 1];
-/// Latents of an audio token: one in time, all 16 mel bins of LTX-2's audio VAE.
-const AUDIO_PATCH: [usize; 2] = [1, 16];
+/// Latents of an audio token `[B, C, L, M]`: one in time, all bands.
+fn audio_patch(audio: &Tensor) -> Result<[usize; 2]> {
+    Ok([1, audio.dim(3)?])
+}
 
 /// Trains video and audio together: the audio is noised with the σ of its video and a noise of its own, and its loss is
 /// added to the video's.
 ///
-/// Reads `audio_latents` `[B, C, L, 16]`, `text_embeddings` `[B, T, D]`, `audio_text_embeddings` `[B, T, E]` and
+/// Reads `audio_latents` `[B, C, L, M]`, `text_embeddings` `[B, T, D]`, `audio_text_embeddings` `[B, T, E]` and
 /// `text_mask` `[B, T]` (1 keeps) of the batch, whose latents are `[B, C, F, H, W]`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -105,7 +107,8 @@ impl ModelAdapter for LTX2Adapter {
         let audio_text = require(cx.batch, "audio_text_embeddings")?.to_dtype(cx.dtype)?;
         let mask = require(cx.batch, "text_mask")?;
         let hidden_states = patchify(&cx.noisy_latents, &VIDEO_PATCH)?;
-        let audio_hidden_states = patchify(&cx.stream(AUDIO)?.noisy_latents.to_dtype(cx.dtype)?, &AUDIO_PATCH)?;
+        let audio = &cx.stream(AUDIO)?.noisy_latents;
+        let audio_hidden_states = patchify(&audio.to_dtype(cx.dtype)?, &audio_patch(audio)?)?;
         // Stride 0 along the tokens tells the model that they share one time.
         let per_token = |tokens: &Tensor| cx.timesteps.unsqueeze(1)?.expand(&tokens.dims()[..2]);
         Ok(ModelInputs::new()
@@ -134,7 +137,8 @@ impl ModelAdapter for LTX2Adapter {
         };
         let video = unpatchify(&output.sample, &video_grid(cx)?, &VIDEO_PATCH, ChannelOrder::Slowest)?;
         let mut prediction = Prediction::from(video);
-        let audio = unpatchify(audio, &[audio.dim(1)?, 1], &AUDIO_PATCH, ChannelOrder::Slowest)?;
+        let patch = audio_patch(&cx.stream(AUDIO)?.noisy_latents)?;
+        let audio = unpatchify(audio, &[audio.dim(1)?, 1], &patch, ChannelOrder::Slowest)?;
         prediction.auxiliary.insert(AUDIO.into(), audio);
         Ok(prediction)
     }

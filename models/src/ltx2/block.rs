@@ -14,7 +14,7 @@ const QK_EPS: f64 = 1e-6;
 
 /// Attention to the same or another sequence, each head with a gate where the model has them.
 #[derive(Clone, Debug)]
-struct Attention {
+pub(super) struct Attention {
     qkv: QkvHeads,
     to_gate_logits: Option<Linear>,
     to_out: Linear,
@@ -23,7 +23,7 @@ struct Attention {
 impl Attention {
     /// `own` says what queries are made of and what comes out, `context_dim` what keys and values are made of; `inner`
     /// is the number of heads and their width.
-    fn new(
+    pub(super) fn new(
         params: &ParamBuilder,
         config: &LTX2Config,
         own: &StreamConfig,
@@ -42,8 +42,14 @@ impl Attention {
         })
     }
 
+    /// x `[B, L, dim]` without looking around: each token takes its own values.
+    fn own_values(&self, x: &Tensor) -> Result<Tensor> {
+        let [_, values] = self.qkv.keys_values(x, None)?;
+        self.out(x, values.transpose(1, 2)?.flatten(2, 3)?)
+    }
+
     /// x `[B, L, dim]` attends to a context `[B, T, context_dim]`; `rope` are the tables of both.
-    fn forward(
+    pub(super) fn forward(
         &self,
         x: &Tensor,
         context: &Tensor,
@@ -54,7 +60,10 @@ impl Attention {
         if let Some([of_x, of_context]) = rope {
             (q, k) = (rotate(&q, of_x)?, rotate(&k, of_context)?);
         }
-        let mut attention = attend([q, k, v], mask)?;
+        self.out(x, attend([q, k, v], mask)?)
+    }
+
+    fn out(&self, x: &Tensor, mut attention: Tensor) -> Result<Tensor> {
         if let Some(linear) = &self.to_gate_logits {
             let logits = linear.forward(x)?.unsqueeze(3)?;
             let (batch, len, heads) = (logits.dim(0)?, logits.dim(1)?, logits.dim(2)?);
@@ -81,6 +90,15 @@ pub(super) struct Constants {
     pub(super) rope: RopeTables,
     /// Positions in time, which both streams share.
     pub(super) time_rope: RopeTables,
+}
+
+/// What is left out of a forward pass whose prediction guidance leads away from.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Perturbation {
+    /// Blocks in which no token looks at others of its stream (spatio-temporal guidance, Hyung et al. 2024).
+    pub(super) blocks: Vec<u32>,
+    /// Whether the streams do not see each other.
+    pub(super) isolated: bool,
 }
 
 /// One stream of a block.
@@ -134,9 +152,20 @@ impl Stream {
     }
 
     /// Self-attention, then attention to the text.
-    fn attend(&self, x: &Tensor, parts: &[Tensor], [.., prompt, text]: Signals<'_>, c: &Constants) -> Result<Tensor> {
+    fn attend(
+        &self,
+        x: &Tensor,
+        parts: &[Tensor],
+        [.., prompt, text]: Signals<'_>,
+        c: &Constants,
+        perturbed: bool,
+    ) -> Result<Tensor> {
         let h = modulate(&self.norms[0].forward(x)?, &parts[0], &parts[1])?;
-        let x = gate(x, &parts[2], &self.attn1.forward(&h, &h, Some([&c.rope, &c.rope]), None)?)?;
+        let attended = match perturbed {
+            true => self.attn1.own_values(&h)?,
+            false => self.attn1.forward(&h, &h, Some([&c.rope, &c.rope]), None)?,
+        };
+        let x = gate(x, &parts[2], &attended)?;
         let text = match &self.prompt_table {
             Some(table) => {
                 let parts = table.forward(prompt)?;
@@ -172,18 +201,20 @@ impl Stream {
 /// A block of LTX-2.
 #[derive(Clone, Debug)]
 pub struct LTX2VideoTransformerBlock {
+    index: usize,
     video: Stream,
     audio: Stream,
 }
 
 impl LTX2VideoTransformerBlock {
-    /// A block of the configuration's sizes.
+    /// A block of the configuration's sizes, with its place among all.
     ///
     /// # Errors
     /// When a parameter can't be made.
-    pub fn new(params: &ParamBuilder, config: &LTX2Config) -> crate::Result<Self> {
+    pub fn new(params: &ParamBuilder, config: &LTX2Config, index: usize) -> crate::Result<Self> {
         let (video, audio) = (config.video(), config.audio());
         Ok(Self {
+            index,
             video: Stream::new(params, config, &video, &audio)?,
             audio: Stream::new(params, config, &audio, &video)?,
         })
@@ -198,11 +229,16 @@ impl LTX2VideoTransformerBlock {
         [video, audio]: [&Tensor; 2],
         [sv, sa]: [Signals<'_>; 2],
         [cv, ca]: &[Constants; 2],
+        without: &Perturbation,
     ) -> Result<[Tensor; 2]> {
+        let perturbed = without.blocks.contains(&(self.index as u32));
         let parts_v = self.video.scale_shift_table.forward(sv[0])?;
         let parts_a = self.audio.scale_shift_table.forward(sa[0])?;
-        let video = self.video.attend(video, &parts_v, sv, cv)?;
-        let audio = self.audio.attend(audio, &parts_a, sa, ca)?;
+        let video = self.video.attend(video, &parts_v, sv, cv, perturbed)?;
+        let audio = self.audio.attend(audio, &parts_a, sa, ca, perturbed)?;
+        if without.isolated {
+            return Ok([self.video.feed_forward(&video, &parts_v)?, self.audio.feed_forward(&audio, &parts_a)?]);
+        }
         let [queries_v, keys_v, gate_v] = self.video.cross_inputs(&video, sv)?;
         let [queries_a, keys_a, gate_a] = self.audio.cross_inputs(&audio, sa)?;
         let (time_v, time_a) = (&cv.time_rope, &ca.time_rope);

@@ -8,7 +8,7 @@ use flowtape_engine::{DType, Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::LTX2Config;
-use super::block::{Constants, LTX2VideoTransformerBlock};
+use super::block::{Constants, LTX2VideoTransformerBlock, Perturbation};
 use super::config::StreamConfig;
 use super::rope::{Axis, tables};
 use crate::blocks::{CHANNELS, ScaleShiftTable, time_proj};
@@ -146,12 +146,18 @@ impl Ends {
     }
 }
 
+/// An input that is there where video and audio are not to see each other, for guidance.
+pub const ISOLATE_MODALITIES: &str = "isolate_modalities";
+/// An input with the blocks, u32, in which no token is to look at others of its stream, for guidance.
+pub const PERTURBED_BLOCKS: &str = "spatio_temporal_guidance_blocks";
+
 /// The transformer of LTX-2 (Lightricks, 2025): video and audio together.
 ///
 /// Inputs, with the reference's names: `hidden_states` `[B, F H W, in_channels]`, `encoder_hidden_states` `[B, S, D]`,
 /// `encoder_attention_mask` `[B, S]` (1 keeps; optional), `timestep` `[B]` or `[B, F H W]` (0 to 1000) and `sigma` `[B]`
 /// (the same range), each of them again with `audio_` before the name for the audio (`[B, L, ..]`; its times default to
-/// the video's); the numbers `num_frames`, `height`, `width`, `fps` and `audio_num_frames` give the positions. Result
+/// the video's); the numbers `num_frames`, `height`, `width`, `fps` and `audio_num_frames` give the positions;
+/// [`ISOLATE_MODALITIES`] and [`PERTURBED_BLOCKS`] leave something out. Result
 /// `[B, F H W, out_channels]` and `[B, L, audio_out_channels]`.
 #[derive(Debug)]
 pub struct LTX2VideoTransformer3DModel {
@@ -170,7 +176,7 @@ impl LTX2VideoTransformer3DModel {
         if config.use_keyframes_abs_pos_embedding {
             root.get(KEYFRAMES, &[1, config.video().dim()], Init::Zeros)?;
         }
-        let block = |i| LTX2VideoTransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config);
+        let block = |i| LTX2VideoTransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config, i);
         Ok(Self {
             ends: [Ends::new(root, &config, config.video())?, Ends::new(root, &config, config.audio())?],
             transformer_blocks: Blocks::new(config.num_layers, block)?,
@@ -210,9 +216,11 @@ impl FlowModel for LTX2VideoTransformer3DModel {
         let constants = self.constants(inputs, [v.mask, a.mask])?;
         let ([v1, v2, v3, v4, v5], [a1, a2, a3, a4, a5]) = (&v.signals, &a.signals);
         let signals = [v1, v2, v3, v4, v5, a1, a2, a3, a4, a5];
+        let blocks = inputs.optional(PERTURBED_BLOCKS).map(Tensor::to_vec::<u32>).transpose()?.unwrap_or_default();
+        let without = Perturbation { blocks, isolated: inputs.get(ISOLATE_MODALITIES).is_some() };
         let [x, y] = self.transformer_blocks.run([v.x, a.x], signals, move |block, streams, signals| {
             let [v1, v2, v3, v4, v5, of_audio @ ..] = signals;
-            block.forward(streams, [[v1, v2, v3, v4, v5], of_audio], &constants)
+            block.forward(streams, [[v1, v2, v3, v4, v5], of_audio], &constants, &without)
         })?;
         Ok(ModelOutput { sample: video.end(&x, &v.embedded)?, rest: vec![audio.end(&y, &a.embedded)?] })
     }

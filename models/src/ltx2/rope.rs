@@ -44,6 +44,11 @@ impl Axis {
         Self::new(frames, config.audio_patch_size_t, config.audio_pos_embed_max_pos, seconds)
     }
 
+    /// Places of a text.
+    pub(super) fn of_places(len: usize, end: usize) -> Self {
+        Self { middles: (0..len).map(|i| i as f32).collect(), end: end as f32 }
+    }
+
     /// Number of patches.
     pub(super) fn len(&self) -> usize {
         self.middles.len()

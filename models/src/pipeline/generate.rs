@@ -1,19 +1,22 @@
 //! From a prompt to pictures with the parts of a pipeline's folder.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use flowtape_engine::nn::{ParamBuilder, Placement};
 use flowtape_engine::ops::pointwise;
 use flowtape_engine::{DType, Device, Error as EngineError, Philox, Tensor};
-use flowtape_flowmatch::sampler::guided;
 use flowtape_flowmatch::solver::OnStep;
 use flowtape_flowmatch::{
-    Batch, DataType, EulerConfig, EulerSchedule, EulerStep, ModelAdapter, Sampling, Scheduler, Solver, TaskType,
+    Batch, DataType, EulerConfig, EulerSchedule, EulerStep, Input, ModelAdapter, Sampling, Scheduler, Solver, TaskType,
 };
 use serde_json::Value;
 
-use super::PipelineFolder;
+use super::{ConditionImage, PipelineFolder};
 use crate::checkpoint::{CONFIG, load_config};
-use crate::vae::{self, Autoencoder};
-use crate::{Error, ModelKind, Result, Transformer, checkpoint};
+use crate::ltx2::{ISOLATE_MODALITIES, PERTURBED_BLOCKS};
+use crate::vae::{self, Autoencoder, LTX2Vocoder, Tiling};
+use crate::{Condition, Error, ModelKind, Result, Transformer, checkpoint};
 
 /// What is asked for. What is left out is the pipeline's own.
 #[derive(Clone, Debug)]
@@ -22,6 +25,8 @@ pub struct Request<'a> {
     pub prompt: &'a str,
     /// What it is led away from.
     pub negative_prompt: Option<&'a str>,
+    /// Pictures to edit; the last one's size is the new picture's, where none is asked for.
+    pub images: &'a [ConditionImage],
     /// Height and width in pixels.
     pub size: Option<[usize; 2]>,
     /// Frames of a film.
@@ -30,6 +35,8 @@ pub struct Request<'a> {
     pub steps: Option<usize>,
     /// The scale of guidance: told to the model where it is distilled, else that of [`Self::true_cfg_scale`].
     pub guidance_scale: Option<f64>,
+    /// The scale of guidance of a second transformer; that of the first where none is given.
+    pub guidance_scale_2: Option<f64>,
     /// The scale of classifier-free guidance, for which the model runs a second time; 1 is none.
     pub true_cfg_scale: Option<f64>,
     /// A static shift of the noise levels instead of the scheduler's.
@@ -44,6 +51,10 @@ pub struct Request<'a> {
     pub n: usize,
     /// Latents to begin with instead of drawn ones: `[n, C, h, w]` or `[n, C, F, h, w]`.
     pub noise: Option<Tensor>,
+    /// The same of the sound: `[n, C, L, M]`.
+    pub audio_noise: Option<Tensor>,
+    /// Guidance of films with sound.
+    pub with_sound: SoundGuidance,
 }
 
 impl<'a> Request<'a> {
@@ -52,10 +63,12 @@ impl<'a> Request<'a> {
         Self {
             prompt,
             negative_prompt: None,
+            images: &[],
             size: None,
             frames: None,
             steps: None,
             guidance_scale: None,
+            guidance_scale_2: None,
             true_cfg_scale: None,
             shift: None,
             sampler: None,
@@ -63,6 +76,35 @@ impl<'a> Request<'a> {
             seed: 0,
             n: 1,
             noise: None,
+            audio_noise: None,
+            with_sound: SoundGuidance::default(),
+        }
+    }
+}
+
+/// How a film with sound is led; of pairs the first is the film's, the second the sound's. The defaults are those of `LTX2Pipeline`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SoundGuidance {
+    /// The scale of classifier-free guidance of the sound.
+    pub audio_guidance_scale: f64,
+    /// Scales of spatio-temporal guidance, away from a run in which tokens of some blocks see themselves alone; 0 is none.
+    pub stg_scale: [f64; 2],
+    /// Those blocks.
+    pub stg_blocks: Vec<u32>,
+    /// Scales of guidance away from a run in which film and sound do not see each other; 1 is none.
+    pub modality_scale: [f64; 2],
+    /// How far guided predictions get back the standard deviation of the conditional one (Lin et al. 2024): 0 is not at all.
+    pub guidance_rescale: [f64; 2],
+}
+
+impl Default for SoundGuidance {
+    fn default() -> Self {
+        Self {
+            audio_guidance_scale: 7.0,
+            stg_scale: [1.0; 2],
+            stg_blocks: vec![28],
+            modality_scale: [3.0; 2],
+            guidance_rescale: [0.7; 2],
         }
     }
 }
@@ -101,10 +143,21 @@ pub struct Generation {
 pub struct Generated {
     /// Pixels `[n, 3, H, W]` or `[n, 3, F, H, W]` from about -1 to 1, f32.
     pub pixels: Tensor,
+    /// The sound, where there is some.
+    pub audio: Option<Waveform>,
     /// Frames of a film in a second.
     pub fps: f64,
     /// What was asked for, complete: for the metadata of a picture.
     pub settings: Settings,
+}
+
+/// Sound.
+#[derive(Clone, Debug)]
+pub struct Waveform {
+    /// `[n, channels, samples]` from -1 to 1, f32.
+    pub samples: Tensor,
+    /// Samples a second.
+    pub sampling_rate: usize,
 }
 
 /// The choices that led to a picture.
@@ -140,6 +193,8 @@ pub struct Generator<'a> {
     /// What is done to each transformer that is loaded, such as adapters that are folded in.
     on_load: Option<&'a OnLoad<'a>>,
     transformer: Option<&'a dyn Transformer>,
+    folders: BTreeMap<&'static str, PathBuf>,
+    tile: Option<usize>,
 }
 
 impl<'a> Generator<'a> {
@@ -156,6 +211,8 @@ impl<'a> Generator<'a> {
             dtype,
             on_load: None,
             transformer: None,
+            folders: BTreeMap::new(),
+            tile: None,
         })
     }
 
@@ -173,13 +230,35 @@ impl<'a> Generator<'a> {
         self
     }
 
+    /// With another folder in place of a transformer's part.
+    #[must_use]
+    pub fn with_folder(mut self, part: &'static str, folder: PathBuf) -> Self {
+        self.folders.insert(part, folder);
+        self
+    }
+
+    /// With pictures decoded in tiles of so many pixels a side, so that memory is bounded.
+    #[must_use]
+    pub fn with_tile(mut self, side: Option<usize>) -> Self {
+        self.tile = side;
+        self
+    }
+
+    /// Where a transformer lies.
+    ///
+    /// # Errors
+    /// When the pipeline does not list it, or it is not there.
+    pub fn transformer_folder(&self, name: &str) -> Result<PathBuf> {
+        self.folders.get(name).map_or_else(|| self.folder.part(name), |folder| Ok(folder.clone()))
+    }
+
     fn load_transformer(&self, name: &str) -> Result<Loaded<'a>> {
         let lent = self.transformer.filter(|_| name == TRANSFORMER).map(Loaded::Lent);
         let model = match lent {
             Some(model) => model,
             None => {
                 let params = ParamBuilder::with_plan(0, Placement::frozen(self.dtype), &self.device);
-                Loaded::Own(checkpoint::load_with(&self.folder.part(name)?, params)?)
+                Loaded::Own(checkpoint::load_with(&self.transformer_folder(name)?, params)?)
             }
         };
         if let Some(on_load) = self.on_load {
@@ -195,21 +274,74 @@ impl<'a> Generator<'a> {
     pub fn generate(&self, request: &Request<'_>, on_step: &mut OnStep<'_>) -> Result<Generated> {
         let config = match self.transformer {
             Some(model) => model.config(),
-            None => load_config(&self.folder.part(TRANSFORMER)?.join(CONFIG))?,
+            None => load_config(&self.transformer_folder(TRANSFORMER)?.join(CONFIG))?,
         };
         let kind = ModelKind::of_adapter(self.how.adapter)?;
         let kwargs = (self.how.kwargs)(&config, request.guidance_scale.unwrap_or(self.how.guidance_scale));
         let kwargs = kwargs.as_object().cloned().unwrap_or_default();
         let adapter = (kind.new_adapter)(&kwargs)?;
         let patch = (kind.requirements)(&config, &kwargs)?.patch;
-        let autoencoder = vae::load(&self.folder.part("vae")?, Some(DType::F32), &self.device)?;
+        let mut autoencoder = vae::load(&self.folder.part("vae")?, Some(DType::F32), &self.device)?;
+        autoencoder.set_tiling(self.tile.map(Tiling::square))?;
         let noise = self.noise(&*autoencoder, request, &patch, &kind.capabilities.data)?;
         let settings = self.settings(request, &noise, &patch)?;
-        let batches =
+        let sound = match kind.takes(Condition::Audio) {
+            true => Some(self.sound(request)?),
+            false => None,
+        };
+        let mut batches =
             self.conditioning(request, &noise, &kind.capabilities.data, settings.negative_prompt.as_deref())?;
-        let latents = self.denoise(&*adapter, &batches, &settings, noise, on_step)?;
-        let pixels = self.decode(&*autoencoder, &latents)?;
-        Ok(Generated { pixels, fps: self.how.fps, settings })
+        if !request.images.is_empty() {
+            let context = self.context(&*autoencoder, request)?;
+            for batch in [Some(&mut batches.positive), batches.negative.as_mut()].into_iter().flatten() {
+                batch.lists.insert("context_latents".into(), context.clone());
+            }
+        }
+        let mut streams = vec![noise];
+        if let Some((_, audio)) = &sound {
+            for batch in [Some(&mut batches.positive), batches.negative.as_mut()].into_iter().flatten() {
+                // Its sizes count.
+                batch.tensors.insert("audio_latents".into(), audio.clone());
+            }
+            streams.push(audio.clone());
+        }
+        let latents = self.denoise(&*adapter, &batches, (request, &settings), &streams, on_step)?;
+        let pixels = self.decode(&*autoencoder, &latents[0])?;
+        let audio = match (&sound, latents.get(1)) {
+            (Some((autoencoder, _)), Some(latents)) => Some(self.sound_waves(&**autoencoder, latents)?),
+            _ => None,
+        };
+        Ok(Generated { pixels, audio, fps: self.how.fps, settings })
+    }
+
+    /// The autoencoder of the sound, and its latents to begin with: as long as the film.
+    fn sound(&self, request: &Request<'_>) -> Result<(Box<dyn Autoencoder>, Tensor)> {
+        let autoencoder = vae::load(&self.folder.part("audio_vae")?, Some(DType::F32), &self.device)?;
+        let config = autoencoder.config();
+        let number = |key: &str| config[key].as_u64().unwrap_or(0) as usize;
+        // Steps of time, of which each latent has some; bands likewise.
+        let bands = number("mel_bins").max(1);
+        let probe = autoencoder.latent_dims(&[2, PROBE, bands]);
+        let (each, per_band) = (PROBE as f64 / probe[1] as f64, probe[2]);
+        let seconds = request.frames.unwrap_or(self.how.frames) as f64 / self.how.fps;
+        let rate = number("sample_rate") as f64 / number("mel_hop_length").max(1) as f64 / each;
+        let length = (seconds * rate).round_ties_even().max(1.0) as usize;
+        let dims = [request.n, probe[0], length, per_band];
+        let noise = match &request.audio_noise {
+            Some(noise) if noise.dims() != dims => {
+                return Err(EngineError::shape("audio_noise", format!("{dims:?}"), noise.dims()).into());
+            }
+            Some(noise) => noise.to_device(&self.device)?.to_dtype(self.dtype)?,
+            // Other numbers than those of the film.
+            None => drawn(!request.seed, &dims, &self.device, self.dtype)?,
+        };
+        Ok((autoencoder, noise))
+    }
+
+    fn sound_waves(&self, autoencoder: &dyn Autoencoder, latents: &Tensor) -> Result<Waveform> {
+        let log_mel = autoencoder.decode(&autoencoder.denormalise(&latents.to_dtype(DType::F32)?)?)?;
+        let vocoder = LTX2Vocoder::load(&self.folder.part("vocoder")?, DType::F32, &self.device)?;
+        Ok(Waveform { samples: vocoder.forward(&log_mel)?, sampling_rate: vocoder.sampling_rate() })
     }
 
     /// Latents to begin with.
@@ -220,7 +352,8 @@ impl<'a> Generator<'a> {
         patch: &[usize],
         data: &DataType,
     ) -> Result<Tensor> {
-        let [height, width] = request.size.unwrap_or(self.how.size);
+        let edited = request.images.last().and_then(|image| image.pixels.dims().last_chunk::<2>().copied());
+        let [height, width] = request.size.or(edited).unwrap_or(self.how.size);
         let film = *data == DataType::Video;
         let frames = if film { request.frames.unwrap_or(self.how.frames) } else { 1 };
         let dims = latent_dims(autoencoder, request.n, frames, [height, width]);
@@ -289,7 +422,7 @@ impl<'a> Generator<'a> {
         let encoder = self.folder.prompts(&self.device)?;
         let batch = |prompt: &str| -> Result<Batch> {
             let mut batch = Batch::new(noise.clone(), data.clone());
-            let encoded = encoder.encode(&[prompt], request.max_sequence_length)?;
+            let encoded = encoder.encode_with_images(&[prompt], request.images, request.max_sequence_length)?;
             for (name, tensor) in encoded.into_iter().flatten() {
                 let all = [&[request.n], tensor.dims()].concat();
                 batch = batch.with(name, tensor.detach().unsqueeze(0)?.expand(&all)?);
@@ -299,14 +432,28 @@ impl<'a> Generator<'a> {
         Ok(Conditioning { positive: batch(request.prompt)?, negative: negative.map(batch).transpose()? })
     }
 
+    /// Latents of the pictures to edit, each as often as pictures are made of them.
+    fn context(&self, autoencoder: &dyn Autoencoder, request: &Request<'_>) -> Result<Vec<Tensor>> {
+        let one = |image: &ConditionImage| -> Result<Tensor> {
+            let pixels = image.pixels.to_device(&self.device)?.unsqueeze(0)?;
+            let pixels = if autoencoder.has_frames() { pixels.unsqueeze(2)? } else { pixels };
+            let latents = autoencoder.normalise(&autoencoder.encode(&pixels)?.mean)?;
+            let latents = if autoencoder.has_frames() { latents.squeeze(2)? } else { latents };
+            let all = [&[request.n], &latents.dims()[1..]].concat();
+            Ok(latents.expand(&all)?.to_dtype(self.dtype)?)
+        };
+        request.images.iter().map(one).collect()
+    }
+
     fn denoise(
         &self,
         adapter: &dyn ModelAdapter,
         batches: &Conditioning,
-        settings: &Settings,
-        noise: Tensor,
+        (request, settings): (&Request<'_>, &Settings),
+        noise: &[Tensor],
         on_step: &mut OnStep<'_>,
-    ) -> Result<Tensor> {
+    ) -> Result<Vec<Tensor>> {
+        let (sound, with_sound) = (&request.with_sound, noise.len() > 1);
         let boundary = self.folder.number("boundary_ratio").map(|ratio| ratio * self.timesteps());
         let mut loaded: Option<(&str, Loaded<'_>)> = None;
         let mut velocity = |x: &[Tensor], step: EulerStep| {
@@ -322,17 +469,42 @@ impl<'a> Generator<'a> {
             let Some((_, model)) = &loaded else { return Err(Error::config("transformer", "one", name)) };
             let sampling =
                 |batch| Sampling { adapter, model: model.get(), batch, task_type: TaskType::T2V, guidance: None };
-            let positive = &batches.positive;
-            let conditional = sampling(positive).velocity(positive, &x[0], step)?;
-            let (Some(negative), Some(scale)) = (&batches.negative, settings.true_cfg_scale) else {
-                return Ok(vec![conditional]);
-            };
-            let unconditional = sampling(negative).velocity(negative, &x[0], step)?;
-            let guided = guided(&conditional, &unconditional, scale)?;
-            Ok(vec![if self.how.keeps_norm { with_norm_of(&guided, &conditional)? } else { guided }])
+            let predict = |batch, more: &[(&str, Input)]| sampling(batch).predict(batch, x, step, more);
+            let conditional = predict(&batches.positive, &[])?;
+            let film = settings.true_cfg_scale.unwrap_or(1.0);
+            let film = request.guidance_scale_2.filter(|_| name == TRANSFORMER_2).unwrap_or(film);
+            // Each prediction that is led away from, and how far: in the film and in its sound.
+            let mut others = Vec::new();
+            if let Some(negative) = &batches.negative {
+                others.push((predict(negative, &[])?, [film - 1.0, sound.audio_guidance_scale - 1.0]));
+            }
+            let away = |scales: [f64; 2]| with_sound && scales != [0.0; 2];
+            if away(sound.stg_scale) && !sound.stg_blocks.is_empty() {
+                let blocks = Tensor::from_slice(&sound.stg_blocks, &[sound.stg_blocks.len()], &Device::cpu())?;
+                let perturbed = predict(&batches.positive, &[(PERTURBED_BLOCKS, blocks.into())])?;
+                others.push((perturbed, sound.stg_scale));
+            }
+            let scales = sound.modality_scale.map(|scale| scale - 1.0);
+            if away(scales) {
+                others.push((predict(&batches.positive, &[(ISOLATE_MODALITIES, 1.0.into())])?, scales));
+            }
+            let mut guided = conditional.clone();
+            for (other, scales) in &others {
+                for (i, (guided, scale)) in guided.iter_mut().zip(scales).enumerate() {
+                    *guided = guided.add(&conditional[i].sub(&other[i])?.mul_scalar(*scale)?)?;
+                }
+            }
+            if self.how.keeps_norm && !others.is_empty() {
+                guided[0] = with_norm_of(&guided[0], &conditional[0])?;
+            }
+            if with_sound && !others.is_empty() {
+                for (i, (guided, rescale)) in guided.iter_mut().zip(sound.guidance_rescale).enumerate() {
+                    *guided = rescaled(guided, &conditional[i], &x[i], f64::from(step.sigma), rescale)?;
+                }
+            }
+            Ok(guided)
         };
-        let mut x = settings.sampler.integrate(&[noise], &settings.schedule, &mut velocity, on_step)?;
-        x.pop().ok_or_else(|| Error::batch("latents", "none"))
+        settings.sampler.integrate(noise, &settings.schedule, &mut velocity, on_step)
     }
 
     fn timesteps(&self) -> f64 {
@@ -389,6 +561,35 @@ fn drawn(seed: u64, dims: &[usize], device: &Device, dtype: DType) -> Result<Ten
     let one = |i: usize| Philox::new(seed).fork(i as u64).normal(&dims[1..], device);
     let all = (0..dims[0]).map(one).collect::<flowtape_engine::Result<Vec<_>>>()?;
     Ok(Tensor::stack(&all.iter().collect::<Vec<_>>(), 0)?.to_dtype(dtype)?)
+}
+
+/// A guided velocity whose prediction of the data `x - σ v` gets back, as far as `rescale` says, the standard deviation of the
+/// conditional one: sample by sample.
+fn rescaled(guided: &Tensor, conditional: &Tensor, x: &Tensor, sigma: f64, rescale: f64) -> Result<Tensor> {
+    if rescale == 0.0 {
+        return Ok(guided.clone());
+    }
+    let x = x.to_dtype(DType::F32)?;
+    let data = |v: &Tensor| x.sub(&v.to_dtype(DType::F32)?.mul_scalar(sigma)?);
+    let (guided_data, conditional_data) = (data(guided)?, data(conditional)?);
+    let deviations = |x: &Tensor| -> Result<Vec<f64>> {
+        let values = x.to_vec::<f64>()?;
+        let rows = values.chunks((values.len() / x.dim(0)?.max(1)).max(1));
+        Ok(rows.map(standard_deviation).collect())
+    };
+    let pairs = deviations(&conditional_data)?.into_iter().zip(deviations(&guided_data)?);
+    let factors: Vec<f32> = pairs.map(|(to, from)| (rescale * to / from + 1.0 - rescale) as f32).collect();
+    let dims: Vec<usize> = std::iter::once(factors.len()).chain(vec![1; x.rank() - 1]).collect();
+    let factors = Tensor::from_vec(factors, &dims, x.device())?;
+    let velocity = pointwise([&x, &guided_data, &factors], |[x, data, factor]| (x - data * factor) * (1.0 / sigma))?;
+    Ok(velocity.to_dtype(guided.dtype())?)
+}
+
+/// As PyTorch's `std`, of a sample.
+fn standard_deviation(values: &[f64]) -> f64 {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0)).sqrt()
 }
 
 /// `x |y| / |x|`, with lengths over the channels of each token: Qwen-Image's tokens are 2 x 2 latents.

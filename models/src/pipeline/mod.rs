@@ -3,14 +3,16 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `generate` | [`Generator`]: from a prompt to pictures and films |
-//! | `flux`, `hunyuan_video`, `language`, `wan` | what prompts become in each family |
+//! | `flux`, `hunyuan_video`, `language`, `ltx2`, `qwen_image_edit`, `wan` | what prompts become in each family |
 //! | `part` | a text encoder with its tokenizer |
 
 mod flux;
 pub mod generate;
 mod hunyuan_video;
 mod language;
+mod ltx2;
 mod part;
+mod qwen_image_edit;
 mod wan;
 
 use std::collections::BTreeMap;
@@ -22,12 +24,15 @@ use flowtape_flowmatch::sampler::{calculate_shift, compute_empirical_mu};
 use serde_json::{Value, json};
 
 use crate::text::{TextModel, Tokenizer, load};
+use crate::vision::qwen25_vl::Grid;
 use crate::{Error, Result};
 
 pub use flux::FluxPrompts;
-pub use generate::{Generated, Generation, Generator, Request, Settings};
+pub use generate::{Generated, Generation, Generator, Request, Settings, SoundGuidance, Waveform};
 pub use hunyuan_video::{HunyuanPrompts, glyph_text};
 pub use language::{FLUX2, FLUX2_KLEIN, LanguagePrompts, QWEN_IMAGE, States, Template};
+pub use ltx2::LTX2Prompts;
+pub use qwen_image_edit::QwenImageEditPrompts;
 pub use wan::{WanPrompts, clean_prompt};
 
 /// The file that lists a pipeline's parts.
@@ -52,6 +57,33 @@ pub trait PromptEncoder: Send + Sync {
     /// # Errors
     /// When a model fails.
     fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>>;
+
+    /// The same of prompts that speak of pictures, which come first.
+    ///
+    /// # Errors
+    /// As above, and when the pipeline takes no pictures or lacks one.
+    fn encode_with_images(
+        &self,
+        prompts: &[&str],
+        images: &[ConditionImage],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Vec<Encoded>> {
+        match images.len() {
+            0 => self.encode(prompts, max_sequence_length),
+            n => Err(Error::config("image", "none: this pipeline makes pictures of words alone", n)),
+        }
+    }
+}
+
+/// A picture that a pipeline edits.
+#[derive(Clone, Debug)]
+pub struct ConditionImage {
+    /// `[3, H, W]` from -1 to 1, for the autoencoder.
+    pub pixels: Tensor,
+    /// Flattened patches for the text encoder.
+    pub patches: Tensor,
+    /// How many of them along frames, rows and columns.
+    pub grid: Grid,
 }
 
 /// The tensors of one prompt by name.
@@ -120,6 +152,19 @@ pub const PIPELINES: &[PipelineKind] = &[
         },
     },
     PipelineKind {
+        class: "QwenImageEditPlusPipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(QwenImageEditPrompts::load(folder, device)?)),
+        generation: Generation {
+            adapter: "qwen_image_edit",
+            steps: 40,
+            guidance_scale: 4.0,
+            keeps_norm: true,
+            mu: |tokens, _, config| calculate_shift(tokens, config),
+            ..PICTURE
+        },
+    },
+    PipelineKind {
         class: "WanPipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(WanPrompts::load(folder, device)?)),
@@ -145,6 +190,21 @@ pub const PIPELINES: &[PipelineKind] = &[
             frames: 121,
             guidance_scale: 6.0,
             negative_prompt: Some(""),
+            ..PICTURE
+        },
+    },
+    PipelineKind {
+        class: "LTX2Pipeline",
+        prompt_parts: &["tokenizer", "text_encoder", "connectors"],
+        prompts: |folder, device| Ok(Box::new(LTX2Prompts::load(folder, device)?)),
+        generation: Generation {
+            adapter: "ltx2",
+            size: [512, 768],
+            frames: 121,
+            steps: 30,
+            guidance_scale: 3.0,
+            negative_prompt: Some(""),
+            mu: |tokens, _, config| calculate_shift(tokens, config),
             ..PICTURE
         },
     },

@@ -197,6 +197,11 @@ impl Qwen25VisionTransformer {
         })
     }
 
+    /// Sides of what becomes one token, in patches.
+    pub fn merge_size(&self) -> usize {
+        self.config.spatial_merge_size
+    }
+
     /// Flattened patches `[N, C T P P]` as the image processor makes them: those of a token side by side, tokens row by row, pictures one
     /// after the other.
     ///

@@ -24,6 +24,7 @@ use flowtape_engine::optim::{DecayStyle, EmaConfig, LossScaleConfig, LrScheduler
 use flowtape_flowmatch::FlowMatchingConfig;
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use self::node::Node;
@@ -127,10 +128,15 @@ pub enum Init {
     AdalnZero,
 }
 
+/// The JSON Schema of what a YAML file holds.
+fn schema_of<T: JsonSchema>() -> serde_json::Value {
+    let settings = SchemaSettings::draft07().with(|settings| settings.inline_subschemas = true);
+    settings.into_generator().into_root_schema_for::<T>().to_value()
+}
+
 /// The JSON Schema of a recipe.
 static SCHEMA: LazyLock<serde_json::Value> = LazyLock::new(|| {
-    let settings = SchemaSettings::draft07().with(|settings| settings.inline_subschemas = true);
-    let mut schema = settings.into_generator().into_root_schema_for::<Recipe>().to_value();
+    let mut schema = schema_of::<Recipe>();
     nemo::extend(&mut schema);
     schema
 });
@@ -138,6 +144,27 @@ static SCHEMA: LazyLock<serde_json::Value> = LazyLock::new(|| {
 /// The JSON Schema of a recipe, for editors.
 pub fn schema() -> &'static serde_json::Value {
     &SCHEMA
+}
+
+/// Another kind of file from its content, read as a recipe is: errors name it `path`.
+///
+/// # Errors
+/// For everything that is wrong with it.
+pub(crate) fn read_yaml<T: JsonSchema + DeserializeOwned>(path: &Path, bytes: &[u8], settings: &[String]) -> Result<T> {
+    let refused = |problems| Error::Recipe { path: path.into(), problems };
+    let text = yaml::decode(bytes).map_err(|problem| refused(vec![problem]))?;
+    let mut root = yaml::parse(text).map_err(refused)?;
+    let mut problems: Vec<Problem> = settings.iter().filter_map(|setting| root.set(setting).err()).collect();
+    let value = read::read(&root, &schema_of::<T>(), &mut problems);
+    match serde_path_to_error::deserialize(value) {
+        Ok(read) if problems.is_empty() => Ok(read),
+        Err(error) if problems.is_empty() => {
+            let path = error.path().to_string();
+            let what = format!("{path}: {}", error.into_inner());
+            Err(refused(vec![Problem::new(&root.place_of(&path), what)]))
+        }
+        _ => Err(refused(problems)),
+    }
 }
 
 impl Recipe {
