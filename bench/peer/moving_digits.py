@@ -44,7 +44,7 @@ def animate(digit):
     room = [(side - SIDE) // stride for side in (height, width)]
     start = [rng.integers(r + 1) for r in room]
     velocity = (0, 0)
-    while velocity == (0, 0):
+    while any(room) and not any(v and r for v, r in zip(velocity, room)):
         velocity = tuple(int(rng.integers(-SPEED, SPEED + 1)) for _ in room)
     out = np.full((frames, height, width), -1, np.float32)
     for t in range(frames):
@@ -97,6 +97,12 @@ def rate(step):
     return low + (lr - low) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+# The average of the weights, of a power-function profile (https://arxiv.org/abs/2312.02696): its gamma, and what is kept.
+sigma_rel = recipe.get("ema", {}).get("sigma_rel")
+gamma = max(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real) if sigma_rel else None
+average = {name: p.detach().clone() for name, p in model.named_parameters()} if sigma_rel else {}
+autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.get("dtype") == "mixed")
+
 start, losses, order = time.perf_counter(), [], []
 for step in range(steps):
     while len(order) < batch:
@@ -109,7 +115,8 @@ for step in range(steps):
     first = clean if random.random() < i2v_prob else None
     noise = torch.randn_like(clean)
     s = sigma.view(-1, 1, 1, 1, 1)
-    prediction = forward((1 - s) * clean + s * noise, sigma, text(classes), first)
+    with autocast:
+        prediction = forward((1 - s) * clean + s * noise, sigma, text(classes), first).float()
     loss = ((prediction - (noise - clean)) ** 2).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip_grad_norm"]["max_norm"])
@@ -117,10 +124,13 @@ for step in range(steps):
         group["lr"] = rate(step)
     optimizer.step()
     optimizer.zero_grad()
+    for name, p in model.named_parameters() if average else []:
+        average[name].lerp_(p.detach(), 1 - (1 - 1 / (step + 1)) ** (gamma + 1))
     losses.append(loss.item())
     if step % 50 == 0:
         print(step, sum(losses[-50:]) / len(losses[-50:]), f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 seconds = time.perf_counter() - start
+model.load_state_dict(average, strict=False)
 
 
 @torch.no_grad()
@@ -132,7 +142,8 @@ def sample(classes, first):
     positive, negative = text(classes), text([None] * len(classes))
     for now, then in zip(sigmas, sigmas[1:]):
         sigma = torch.full((len(x),), now)
-        v, u = forward(x, sigma, positive, first), forward(x, sigma, negative, first)
+        with autocast:
+            v, u = (forward(x, sigma, words, first).float() for words in (positive, negative))
         x = x + (then - now) * (u + scale * (v - u))
     return x[:, 0].numpy()
 

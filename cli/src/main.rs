@@ -6,6 +6,7 @@ mod import;
 mod preprocess;
 mod progress;
 mod recipes;
+mod replay;
 mod sample;
 mod settings;
 mod signals;
@@ -45,6 +46,8 @@ enum Command {
     Preprocess(preprocess::Preprocess),
     /// List the recipes that come with this binary, or print one.
     Recipes(recipes::Recipes),
+    /// Run a step again that was not finite, and say where numbers stopped being that.
+    Replay(replay::Replay),
     /// Generate images with a trained run.
     Sample(Box<sample::Sample>),
     /// Fold adapters (LoRA and its kin, in any known form) into a checkpoint.
@@ -92,6 +95,7 @@ fn run() -> Result<ExitCode> {
         Command::Import(args) => import::run(&args),
         Command::Preprocess(args) => preprocess::run(&args),
         Command::Recipes(args) => recipes::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Merge(args) => weights::merge(&args),
         Command::Convert(args) => weights::convert(&args),

@@ -33,6 +33,9 @@ pub struct Preprocess {
     /// The step between sides of pictures.
     #[arg(long, default_value_t = Buckets::QUANTIZATION)]
     quantization: usize,
+    /// Frames of films (animated GIF, PNG or WebP), evenly from the first to the last; without it pictures are made, of the first.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16_384))]
+    frames: Option<u16>,
     /// Red,green,blue of what shows through where a picture is transparent, such as 255,255,255.
     #[arg(long, value_delimiter = ',', value_name = "R,G,B", default_value = "255,255,255")]
     background: Vec<u8>,
@@ -56,6 +59,7 @@ pub fn run(args: &Preprocess) -> Result<ExitCode> {
         cache_dir: args.out.clone(),
         max_pixels: args.max_pixels,
         quantization: args.quantization,
+        frames: args.frames.map(usize::from),
         background,
     };
     let stop = Stop::listen().context("listening for Ctrl-C")?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use flowtape_trainer::hooks::{Begin, Event, Hook};
-use flowtape_trainer::train::{Session, WINDOW};
+use flowtape_trainer::train::{Session, WINDOW, mean_of_finite};
 use flowtape_trainer::validation::Validated;
 use flowtape_trainer::{Result, StepRecord};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -52,7 +52,7 @@ impl<'a> Terminal<'a> {
         if self.losses.len() > WINDOW {
             self.losses.pop_front();
         }
-        let mean = self.losses.iter().sum::<f64>() / self.losses.len() as f64;
+        let mean = mean_of_finite(self.losses.iter().copied());
         let message = format!("loss {mean:.4}  {:.0} samples/s", record.samples_per_second);
         let Some(bar) = &self.bar else { return };
         let due = self.last_line.is_none_or(|last| last.elapsed() >= EVERY) || record.step == self.steps;
@@ -67,7 +67,11 @@ impl<'a> Terminal<'a> {
     fn validated(&self, validated: &Validated) {
         let Validated { step, raw, ema } = validated;
         let average = ema.as_ref().map_or(String::new(), |ema| format!(", of the weights' average {:.4}", ema.loss));
-        let text = format!("step {step}: validation loss {:.4}{average}", raw.loss);
+        self.line(&format!("step {step}: validation loss {:.4}{average}", raw.loss));
+    }
+
+    /// A line that stays, above the bar.
+    fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) if !bar.is_hidden() => bar.suspend(|| note!("{text}")),
             _ => note!("{text}"),
@@ -97,6 +101,7 @@ impl Hook for &mut Terminal<'_> {
             Event::Step(record) => self.step(record),
             Event::Busy(what) => self.busy(what),
             Event::Validated(validated) => self.validated(validated),
+            Event::Noticed(what) => self.line(what),
             _ => {}
         }
         Ok(())

@@ -367,6 +367,60 @@ fn a_run_that_diverges_names_the_step_and_the_last_good_checkpoint() {
     assert!(message.contains("step 2: ") && message.contains("checkpoint is that of step 1"), "{message}");
     let message = run("unsaved", "0");
     assert!(message.contains("step 2: ") && message.contains("no checkpoint yet"), "{message}");
+    // The step is kept, and comes to the same when it is run again.
+    let bundle = folder.path().join("saved/replay/step_000002");
+    assert!(run("again", "0").contains("flowtape replay "), "{message}");
+    let replayed = flowtape(&["replay", bundle.to_str().unwrap(), "--json"]);
+    let finding: Value = serde_json::from_str(&stdout(&replayed)).unwrap();
+    assert_eq!((&finding["step"], finding["op"].is_string()), (&Value::from(2), true), "{finding}");
+    assert!(!String::from_utf8_lossy(&replayed.stderr).contains("when it was written"), "{finding}");
+    assert!(stdout(&flowtape(&["replay", bundle.to_str().unwrap()])).starts_with("step 2: "));
+}
+
+/// A limit on the size of files stands for a disk that is full.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_told_and_the_last_checkpoint_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let parts = folder.path().join("parts");
+    stdout(&train(&parts, &["--set", "step_scheduler.max_steps=4"]));
+    let before = weights(&parts);
+    // The clock jumped meanwhile: the newest checkpoint seems to be the oldest.
+    for (step, seconds) in [(2, 4_000_000_000), (4, 1)] {
+        let path = parts.join(format!("checkpoints/step_00000{step}/state.json"));
+        let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        std::fs::File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
+    }
+    // 16 kB are enough for everything but weights.
+    let limited = format!(
+        "trap '' XFSZ; ulimit -f 32; exec {} train --resume {} --set step_scheduler.max_steps=6",
+        env!("CARGO_BIN_EXE_flowtape"),
+        parts.display()
+    );
+    let message = failure(&Command::new("sh").args(["-c", &limited]).output().unwrap());
+    assert!(message.contains("diffusion_pytorch_model.safetensors") && message.contains("File too large"), "{message}");
+    assert!(weights(&parts) == before, "the last checkpoint changed");
+    let left: Vec<_> = std::fs::read_dir(parts.join("checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.len() >= 3, "{left:?}");
+    stdout(&flowtape(&["train", "--resume", parts.to_str().unwrap(), "--set", "step_scheduler.max_steps=6"]));
+    // The learning rate's schedule was that of four steps.
+    assert_eq!(metrics(&parts, "step").len(), 6);
+    assert!(
+        !std::fs::read_dir(parts.join("checkpoints"))
+            .unwrap()
+            .any(|e| { e.unwrap().file_name().to_string_lossy().ends_with(".partial") })
+    );
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_folder_that_cannot_be_written_is_told_before_anything_is_trained() {
+    for run in ["/proc/flowtape", "/dev/null/flowtape"] {
+        let message = failure(&train(Path::new(run), &[]));
+        // That the disk has no room for it is told of a system's own folder.
+        assert!(message.contains(run) || message.contains("choose another run_dir"), "{message}");
+        assert!(!message.contains("step 1"), "{message}");
+    }
 }
 
 /// Whatever is asked for; `trainer/tests/threads.rs` has more threads than this machine may have cores.

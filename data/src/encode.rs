@@ -96,6 +96,11 @@ impl VaeCodec {
         Ok(Self { vae, device: device.clone() })
     }
 
+    /// Whether these are pictures for an autoencoder of films: to it they are films of one frame.
+    fn is_still(&self, tensor: &Tensor) -> bool {
+        tensor.rank() == 4 && self.vae.has_frames()
+    }
+
     fn take(&self, tensor: &Tensor) -> Result<Tensor> {
         Ok(tensor.to_device(&self.device)?.to_dtype(DType::F32)?)
     }
@@ -103,17 +108,30 @@ impl VaeCodec {
 
 impl LatentCodec for VaeCodec {
     fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
-        let mean = self.vae.encode(&self.take(pixels)?)?.mean;
-        Ok(self.vae.normalise(&mean)?.to_device(pixels.device())?)
+        let still = self.is_still(pixels);
+        let taken = self.take(pixels)?;
+        let mean = self.vae.encode(&if still { taken.unsqueeze(2)? } else { taken })?.mean;
+        let latents = self.vae.normalise(&mean)?;
+        Ok(if still { latents.squeeze(2)? } else { latents }.to_device(pixels.device())?)
     }
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let latents_raw = self.vae.denormalise(&self.take(latents)?)?;
-        Ok(self.vae.decode(&latents_raw)?.to_device(latents.device())?)
+        let still = self.is_still(latents);
+        let taken = self.take(latents)?;
+        let raw = self.vae.denormalise(&if still { taken.unsqueeze(2)? } else { taken })?;
+        let pixels = self.vae.decode(&raw)?;
+        Ok(if still { pixels.narrow(2, 0, 1)?.squeeze(2)? } else { pixels }.to_device(latents.device())?)
     }
 
     fn latent_dims(&self, pixels: &[usize]) -> Vec<usize> {
-        self.vae.latent_dims(pixels)
+        match pixels {
+            [channels, height, width] if self.vae.has_frames() => {
+                let mut dims = self.vae.latent_dims(&[*channels, 1, *height, *width]);
+                dims.remove(1);
+                dims
+            }
+            _ => self.vae.latent_dims(pixels),
+        }
     }
 }
 

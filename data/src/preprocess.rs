@@ -1,4 +1,4 @@
-//! From a folder of pictures with captions to a cache of latents and embeddings.
+//! From a folder of pictures or films with captions to a cache of latents and embeddings.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,7 +10,7 @@ use flowtape_models::pipeline::{PipelineFolder, PromptEncoder};
 
 use crate::cache::{CacheHeader, CacheWriter};
 use crate::encode::VaeCodec;
-use crate::media::{PictureItem, ReadOptions, read_picture, resize_and_crop};
+use crate::media::{Picture, PictureItem, ReadOptions, read_film, read_picture, resize_and_crop};
 use crate::{Buckets, Error, Fingerprint, LatentCodec, Media, Resolution, Result, Sample, Text, TextEmbeddings};
 
 /// Samples of a shard of the cache.
@@ -42,6 +42,8 @@ pub struct Preprocess {
     pub pipeline: PipelineFolder,
     /// Sizes and colours.
     pub pictures: PictureOptions,
+    /// Frames of films, evenly from the first to the last; pictures where there are none.
+    pub frames: Option<usize>,
     /// Threads that read and resize.
     pub workers: usize,
 }
@@ -80,7 +82,8 @@ impl Preprocess {
     /// When a part of the pipeline is missing or can't be read.
     pub fn header(&self) -> Result<CacheHeader> {
         // Everything that changes what is made of a file.
-        let settings = format!("{:?} mean bf16", self.pictures);
+        let films = self.frames.map(|frames| format!(" {frames} frames")).unwrap_or_default();
+        let settings = format!("{:?} mean bf16{films}", self.pictures);
         let weights = encoders_of(&self.pipeline)?;
         let header = CacheHeader::new(self.pipeline.class(), weights.and(settings.as_bytes()));
         Ok(CacheHeader { weights: Some(weights), ..header })
@@ -100,6 +103,8 @@ impl Preprocess {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Preprocessed> {
         let buckets = Buckets::new(self.pictures.quantization, self.pictures.max_pixels)?;
+        // A film is as large as many pictures.
+        let at_once = if self.frames.is_some() { 1 } else { AT_ONCE };
         let mut writer = CacheWriter::open(cache, &self.header()?, SHARD)?;
         let known = writer.keys();
         let mut keys: Vec<Option<Fingerprint>> = vec![None; items.len()];
@@ -138,7 +143,8 @@ impl Preprocess {
                     let samples = encoders.encode(&Tensor::stack(&pixels, 0)?.to_device(device)?, &captions)?;
                     for ((index, _), sample) in group.iter().zip(samples) {
                         let (item, Some(key)) = (&items[*index], keys[*index]) else { continue };
-                        writer.add(key, &item.name, &item.caption, &[size.height, size.width], sample)?;
+                        let sizes: Vec<usize> = self.frames.into_iter().chain([size.height, size.width]).collect();
+                        writer.add(key, &item.name, &item.caption, &sizes, sample)?;
                     }
                     Ok(group.len())
                 };
@@ -160,7 +166,7 @@ impl Preprocess {
                 };
                 let group = waiting.entry(size).or_default();
                 group.push((index, pixels));
-                if group.len() == AT_ONCE {
+                if group.len() == at_once {
                     let done = encode(std::mem::take(group), size, &keys)?;
                     result.encoded += done;
                     at.done += done;
@@ -180,14 +186,25 @@ impl Preprocess {
         Ok(result)
     }
 
-    /// Pixels `[3, H, W]` of a picture in its bucket, and the bucket.
+    /// Pixels `[3, H, W]` of a picture or `[3, F, H, W]` of a film in its bucket, and the bucket.
     ///
     /// # Errors
     /// When it can't be read.
     pub fn pixels(&self, item: &PictureItem, buckets: &Buckets) -> Result<(Resolution, Tensor)> {
-        let picture = read_picture(&item.path, &self.pictures.read)?;
-        let bucket = buckets.resolutions[buckets.of(Resolution::new(picture.width, picture.height))];
-        let pixels = resize_and_crop(&picture, bucket.width, bucket.height).picture.pixels(&Device::cpu())?;
+        let read = &self.pictures.read;
+        let frames = match self.frames {
+            Some(frames) => read_film(&item.path, frames, read)?,
+            None => vec![read_picture(&item.path, read)?],
+        };
+        let first = frames.first().ok_or_else(|| Error::batch("frames", "at least one", "none"))?;
+        let bucket = buckets.resolutions[buckets.of(Resolution::new(first.width, first.height))];
+        let fitted =
+            |frame: &Picture| resize_and_crop(frame, bucket.width, bucket.height).picture.pixels(&Device::cpu());
+        let fitted = frames.iter().map(fitted).collect::<Result<Vec<Tensor>>>()?;
+        let pixels = match self.frames {
+            Some(_) => Tensor::stack(&fitted.iter().collect::<Vec<_>>(), 1)?,
+            None => fitted[0].clone(),
+        };
         Ok((bucket, pixels))
     }
 

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use flowtape_data::media::{FolderOptions, list_pictures};
+use flowtape_data::media::{FolderOptions, Picture, list_pictures, write_film};
 use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress};
 use flowtape_data::{CacheSource, LatentCodec, Media, Source, Text, VaeCodec};
 use flowtape_engine::{Device, Philox};
@@ -33,8 +33,12 @@ fn pictures(names: &[&str]) -> tempfile::TempDir {
 
 fn run(folder: &Path, cache: &Path, workers: usize, max_pixels: usize) -> flowtape_data::Result<Preprocessed> {
     let pipeline = PipelineFolder::open(&emoji().join("pipeline"))?;
-    let preprocess =
-        Preprocess { pipeline, pictures: PictureOptions { max_pixels, ..PictureOptions::default() }, workers };
+    let preprocess = Preprocess {
+        pipeline,
+        pictures: PictureOptions { max_pixels, ..PictureOptions::default() },
+        frames: None,
+        workers,
+    };
     let items = list_pictures(folder, &FolderOptions::default())?;
     let mut last = Progress::default();
     let done = preprocess.run(&items, cache, &Device::cpu(), &AtomicBool::new(false), &mut |at| last = at)?;
@@ -89,4 +93,42 @@ fn a_damaged_picture_is_named_and_other_settings_are_refused() {
     assert!(done.failed[0].to_string().contains("bacon.png"), "{}", done.failed[0]);
     let error = run(folder.path(), cache.path(), 2, 16384).unwrap_err().to_string();
     assert!(error.contains("name another folder"), "{error}");
+}
+
+/// Films through Wan's autoencoder, and pictures through Qwen-Image's, which is one of films.
+#[test]
+fn films_and_pictures_go_through_autoencoders_of_films() {
+    let folder = tempfile::tempdir().unwrap();
+    let frame = |level: usize| Picture { width: 40, height: 30, rgb: vec![(level * 20) as u8; 40 * 30 * 3] };
+    for (name, frames) in [("a.png", 9), ("b.png", 5), ("still.png", 1)] {
+        let film: Vec<Picture> = (0..frames).map(frame).collect();
+        write_film(&folder.path().join(name), &film, 8.0, &[]).unwrap();
+        std::fs::write(folder.path().join(name).with_extension("txt"), format!("film {name}")).unwrap();
+    }
+    std::fs::write(folder.path().join("c.gif"), b"GIF89a").unwrap();
+    std::fs::write(folder.path().join("c.txt"), "broken").unwrap();
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens");
+    let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
+    for (pipeline, frames, pixels, latents) in [
+        ("pipe_wan", Some(5), &[3, 5, 32, 48][..], &[4, 2, 4, 6][..]),
+        ("pipe_qwen_image", None, &[3, 32, 48], &[4, 4, 6]),
+    ] {
+        let cache = tempfile::tempdir().unwrap();
+        let preprocess = Preprocess {
+            pipeline: PipelineFolder::open(&goldens.join(pipeline).join("pipeline")).unwrap(),
+            pictures: PictureOptions { quantization: 16, max_pixels: 32 * 48, ..PictureOptions::default() },
+            frames,
+            workers: 1,
+        };
+        let stop = AtomicBool::new(false);
+        let done = preprocess.run(&items, cache.path(), &Device::cpu(), &stop, &mut |_| {}).unwrap();
+        assert_eq!((done.encoded, done.failed.len()), (3, 1));
+        assert!(done.failed[0].to_string().contains("c.gif"), "{}", done.failed[0]);
+        let source = CacheSource::open(cache.path()).unwrap();
+        for index in 0..source.len() {
+            assert_eq!(source.header(index).unwrap().dims, pixels);
+            let Media::Latents(got) = source.read(index, &mut Philox::new(0)).unwrap().media else { panic!("encoded") };
+            assert_eq!(got.dims(), latents);
+        }
+    }
 }

@@ -21,6 +21,7 @@ pub mod files;
 pub mod gradcheck;
 pub mod meta;
 pub mod nn;
+pub mod non_finite;
 pub mod ops;
 pub mod optim;
 mod places;

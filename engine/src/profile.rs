@@ -90,7 +90,8 @@ fn widest<'a>(operands: impl Iterator<Item = &'a Tensor> + Clone) -> String {
     format!("{} {dtype}", sizes(dims))
 }
 
-fn operands<'a>(call: &impl Call<'a>) -> String {
+/// The largest sizes of a call's operands and their widest dtype.
+pub(crate) fn operands<'a>(call: &impl Call<'a>) -> String {
     widest(call.reads().chain(call.writes()))
 }
 

@@ -90,8 +90,10 @@ pub struct FlowMatchingConfig {
     pub cfg_dropout_prob: f64,
     /// Whether losses are weighted by σ.
     pub use_loss_weighting: bool,
-    /// `linear` or `bsmntw`.
+    /// `linear`, `bsmntw`, `min_snr` or `cosmap`.
     pub loss_weighting_scheme: String,
+    /// γ of `min_snr`, above 0.
+    pub min_snr_gamma: f64,
     /// Steps between detailed logs.
     pub log_interval: u64,
     /// Steps between one-line logs.
@@ -119,6 +121,7 @@ impl Default for FlowMatchingConfig {
             cfg_dropout_prob: 0.1,
             use_loss_weighting: true,
             loss_weighting_scheme: "linear".to_owned(),
+            min_snr_gamma: 5.0,
             log_interval: 100,
             summary_log_interval: 10,
         }
@@ -148,8 +151,9 @@ impl FlowMatchingConfig {
     /// # Errors
     /// When the scheme is not known.
     pub fn weighting(&self) -> Result<LossWeighting> {
-        let Self { use_loss_weighting, loss_weighting_scheme, flow_shift, num_train_timesteps, .. } = self;
-        LossWeighting::new(*use_loss_weighting, loss_weighting_scheme, *flow_shift, *num_train_timesteps)
+        let Self { flow_shift, num_train_timesteps, min_snr_gamma, .. } = *self;
+        let (used, scheme) = (self.use_loss_weighting, &self.loss_weighting_scheme);
+        LossWeighting::new(used, scheme, flow_shift, num_train_timesteps, min_snr_gamma)
     }
 
     /// Checks every value.
@@ -174,6 +178,7 @@ impl FlowMatchingConfig {
         check(positive(self.beta_alpha), "beta_alpha", both, self.beta_alpha);
         check(positive(self.beta_beta), "beta_beta", both, self.beta_beta);
         check(positive(self.flow_shift), "flow_shift", "a positive number", self.flow_shift);
+        check(positive(self.min_snr_gamma), "min_snr_gamma", "a positive number", self.min_snr_gamma);
         check(self.logit_mean.is_finite(), "logit_mean", "a finite number", self.logit_mean);
         let std = self.logit_std;
         check(std >= 0.0 && std.is_finite(), "logit_std", "a number that is not negative", std);
@@ -233,6 +238,7 @@ mod tests {
             (r#"{"beta_alpha": 0}"#, "beta_alpha"),
             (r#"{"beta_beta": -1}"#, "beta_beta"),
             (r#"{"flow_shift": 0}"#, "flow_shift"),
+            (r#"{"min_snr_gamma": 0}"#, "min_snr_gamma"),
             (r#"{"logit_std": -0.1}"#, "logit_std"),
             (r#"{"mix_uniform_ratio": 1.1}"#, "mix_uniform_ratio"),
             (r#"{"i2v_prob": -0.1}"#, "i2v_prob"),

@@ -18,21 +18,31 @@ pub enum LossWeighting {
         /// One weight per training timestep; see [`bsmntw_table`].
         table: Vec<f32>,
     },
+    /// Min-SNR-γ (Hang et al. 2023) for a velocity: `min(SNR, γ) σ² = min((1 - σ)², γ σ²)`, with `SNR = ((1 - σ) / σ)²`. A velocity's
+    /// squared error times σ² is that of the clean sample which it stands for, and that one's weight is `min(SNR, γ)`.
+    MinSnr {
+        /// The bound.
+        gamma: f64,
+    },
+    /// CosMap (Esser et al. 2024): `2 / (π (1 - 2σ + 2σ²))`, as if σ had been drawn along a cosine.
+    CosMap,
 }
 
 impl LossWeighting {
     /// The schemes that a recipe may name.
-    pub const NAMES: [&str; 2] = ["linear", "bsmntw"];
+    pub const NAMES: [&str; 4] = ["linear", "bsmntw", "min_snr", "cosmap"];
 
     /// From the values of a recipe.
     ///
     /// # Errors
     /// When the scheme is not known, whether it is in use or not.
-    pub fn new(used: bool, scheme: &str, flow_shift: f64, num_train_timesteps: usize) -> Result<Self> {
+    pub fn new(used: bool, scheme: &str, flow_shift: f64, num_train_timesteps: usize, gamma: f64) -> Result<Self> {
         match (used, scheme) {
             (true, "linear") => Ok(Self::Linear { flow_shift }),
             (true, "bsmntw") => Ok(Self::Bsmntw { table: bsmntw_table(num_train_timesteps) }),
-            (false, "linear" | "bsmntw") => Ok(Self::Off),
+            (true, "min_snr") => Ok(Self::MinSnr { gamma }),
+            (true, "cosmap") => Ok(Self::CosMap),
+            (false, known) if Self::NAMES.contains(&known) => Ok(Self::Off),
             _ => Err(Error::config("loss_weighting_scheme", format!("one of {:?}", Self::NAMES), scheme)),
         }
     }
@@ -43,6 +53,8 @@ impl LossWeighting {
             Self::Off => "1".to_owned(),
             Self::Linear { flow_shift } => format!("1 + {flow_shift} * σ"),
             Self::Bsmntw { table } => format!("bsmntw over {} timesteps", table.len()),
+            Self::MinSnr { gamma } => format!("min((1 - σ)², {gamma} σ²)"),
+            Self::CosMap => "2 / (π (1 - 2σ + 2σ²))".to_owned(),
         }
     }
 
@@ -55,6 +67,13 @@ impl LossWeighting {
                 // The cast truncates towards zero, and NaN and negatives go to 0.
                 let index = |s: &f32| ((s * table.len() as f32) as usize).min(table.len().saturating_sub(1));
                 sigma.iter().map(|s| table.get(index(s)).copied().unwrap_or(1.0)).collect()
+            }
+            Self::MinSnr { gamma } => {
+                sigma.iter().map(|s| ((1.0 - s) * (1.0 - s)).min(*gamma as f32 * s * s)).collect()
+            }
+            Self::CosMap => {
+                let bottom = |s: &f32| std::f32::consts::PI * (1.0 - 2.0 * s + 2.0 * s * s);
+                sigma.iter().map(|s| 2.0 / bottom(s)).collect()
             }
         }
     }
@@ -86,10 +105,10 @@ mod tests {
 
     #[test]
     fn linear_and_off() {
-        let linear = LossWeighting::new(true, "linear", 3.0, 1000).unwrap();
+        let linear = LossWeighting::new(true, "linear", 3.0, 1000, 5.0).unwrap();
         assert_eq!(linear.weights(&[0.0, 0.5, 1.0]), [1.0, 2.5, 4.0]);
         for scheme in LossWeighting::NAMES {
-            assert_eq!(LossWeighting::new(false, scheme, 3.0, 1000).unwrap().weights(&[0.1, 0.9]), [1.0, 1.0]);
+            assert_eq!(LossWeighting::new(false, scheme, 3.0, 1000, 5.0).unwrap().weights(&[0.1, 0.9]), [1.0, 1.0]);
         }
     }
 
@@ -110,17 +129,40 @@ mod tests {
                 assert!((f64::from(*got) - want * steps as f64 / sum).abs() < 2e-6);
             }
         }
-        let weighting = LossWeighting::new(true, "bsmntw", 3.0, 1000).unwrap();
+        let weighting = LossWeighting::new(true, "bsmntw", 3.0, 1000, 5.0).unwrap();
         let weights = weighting.weights(&[0.5, 0.1, 0.0, 1.0, 0.0019, 0.002]);
         let table = bsmntw_table(1000);
         assert!(weights[0] > weights[1]);
         assert_eq!(weights[2..], [0.0, table[999], table[1], table[2]]);
     }
 
+    /// By the papers' own forms: the weight of the clean sample's error, and the density of CosMap's σ.
+    #[test]
+    fn min_snr_and_cosmap_are_the_papers() {
+        let sigma: Vec<f32> = (1..100).map(|i| i as f32 / 100.0).collect();
+        for gamma in [1.0, 5.0] {
+            let weights = LossWeighting::new(true, "min_snr", 3.0, 1000, gamma).unwrap().weights(&sigma);
+            for (weight, s) in weights.iter().zip(&sigma) {
+                let s = f64::from(*s);
+                let expected = ((1.0 - s) / s).powi(2).min(gamma) * s * s;
+                assert!((f64::from(*weight) - expected).abs() < 1e-6, "{s}: {weight} instead of {expected}");
+            }
+        }
+        let weighting = LossWeighting::new(true, "min_snr", 3.0, 1000, 5.0).unwrap();
+        assert_eq!(weighting.weights(&[0.0, 1.0]), [0.0, 0.0]);
+        // CosMap draws σ = 1 - 1 / (tan(π u / 2) + 1) of a uniform u: its density is the slope of u.
+        let u = |s: f64| 2.0 / std::f64::consts::PI * (1.0 / (1.0 - s) - 1.0).atan();
+        for (weight, s) in LossWeighting::CosMap.weights(&sigma).iter().zip(&sigma) {
+            let s = f64::from(*s);
+            let slope = (u(s + 1e-6) - u(s - 1e-6)) / 2e-6;
+            assert!((f64::from(*weight) - slope).abs() < 1e-4, "{s}: {weight} instead of {slope}");
+        }
+    }
+
     #[test]
     fn an_unknown_scheme_is_an_error_that_names_the_known() {
         for used in [true, false] {
-            let error = LossWeighting::new(used, "nope", 3.0, 10).unwrap_err().to_string();
+            let error = LossWeighting::new(used, "nope", 3.0, 10, 5.0).unwrap_err().to_string();
             assert!(["loss_weighting_scheme", "nope", "linear", "bsmntw"].iter().all(|w| error.contains(w)), "{error}");
         }
     }

@@ -79,7 +79,11 @@ pub(crate) fn read_config(path: &Path, reader_of: impl Fn(&str) -> Result<Config
 /// # Errors
 /// When a file is missing or broken.
 pub fn open_weights(folder: &Path) -> Result<Shards> {
-    Ok(Shards::open(folder, WEIGHTS)?.without_known_prefix())
+    // NeMo names the index of what diffusers is not to open as transformers does.
+    let named = |stem: &str| folder.join(format!("{stem}.safetensors.index.json"));
+    let single = folder.join(format!("{WEIGHTS}.safetensors"));
+    let plain = named("model").exists() && !named(WEIGHTS).exists() && !single.exists();
+    Ok(Shards::open(folder, if plain { "model" } else { WEIGHTS })?.without_known_prefix())
 }
 
 /// Loads a model, its weights converted to `dtype` one by one: memory holds one tensor above the model.

@@ -316,8 +316,10 @@ fn an_overflow_skips_a_step_without_the_hosts_knowing() -> Result<()> {
             let tape = Tape::new();
             let x = Draw::new(step as u64).standard(&[7])?.mul_scalar(size)?.to_dtype(DType::F16)?.to_device(device)?;
             let loss = tape.attach(&x).mul(&w.value()?)?.to_dtype(DType::F32)?.sum_all()?;
-            let (config, rates) =
-                (StepConfig { micro_batches: 1, max_norm: Some(1.0) }, Rates { lr: 0.1, weight_decay: 0.1 });
+            let (config, rates) = (
+                StepConfig { micro_batches: 1, max_norm: Some(1.0), skip_non_finite: false },
+                Rates { lr: 0.1, weight_decay: 0.1 },
+            );
             OptimizerStep::new(config, rates, &mut adamw, &params, Some(&mut scale))?.backward(&tape, &loss, &[])?;
         }
         let folder = tempfile::tempdir().unwrap();

@@ -26,7 +26,8 @@ fn sample(i: usize) -> Result<Sample> {
     Ok(Sample::new(Media::Pixels(pixels), Text::Caption(CAPTIONS[i % 2].into())))
 }
 
-fn main() -> Result<()> {
+/// Trains, tells of it, and draws.
+pub fn main() -> Result<()> {
     let recipe = Recipe::from_json(serde_json::json!({
         "data": { "source": "digits", "text_dim": 16 }, // its samples are ours, below
         "model": {

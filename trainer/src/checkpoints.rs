@@ -102,18 +102,21 @@ impl Checkpoints {
     /// # Errors
     /// Those of `write` and of the file system; the other checkpoints stay then.
     pub fn save(&self, step: u64, keep: usize, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        self.begin(step, write)?.finish(keep, false)
+    }
+
+    /// The first half of [`Checkpoints::save`]: the files are written, but neither hashed nor on the disk for certain. They are a copy
+    /// of the state, so training may go on while another thread finishes.
+    ///
+    /// # Errors
+    /// Those of `write` and of the file system.
+    pub fn begin(&self, step: u64, write: impl FnOnce(&Path) -> Result<()>) -> Result<Unfinished> {
         self.make_folder()?;
-        let (path, partial) = (self.path(step), partial(&self.path(step)));
+        let partial = partial(&self.path(step));
         remove(&partial)?;
         std::fs::create_dir(&partial).map_err(io(&partial))?;
         write(&partial)?;
-        Manifest::write(&partial)?;
-        // There is one of this step already where a run went on from an earlier one.
-        remove(&path)?;
-        std::fs::rename(&partial, &path).map_err(io(&path))?;
-        sync(&self.0)?;
-        self.link(LATEST, &path)?;
-        self.clean(keep)
+        Ok(Unfinished { checkpoints: self.clone(), step })
     }
 
     /// Marks the checkpoint of a step as the best one: it is kept until another one is.
@@ -217,19 +220,50 @@ impl Checkpoints {
     }
 }
 
+/// A checkpoint whose files are written, but not yet one that a run goes on from.
+#[derive(Debug)]
+#[must_use]
+pub struct Unfinished {
+    checkpoints: Checkpoints,
+    step: u64,
+}
+
+impl Unfinished {
+    /// Hashes the files, brings them to the disk and puts them in their place; `best` marks them as the best ones so far. Then all but
+    /// the newest `keep` checkpoints are removed.
+    ///
+    /// # Errors
+    /// Those of the file system; the other checkpoints stay then.
+    pub fn finish(self, keep: usize, best: bool) -> Result<()> {
+        let Self { checkpoints, step } = self;
+        let (path, partial) = (checkpoints.path(step), partial(&checkpoints.path(step)));
+        Manifest::write(&partial)?;
+        // There is one of this step already where a run went on from an earlier one.
+        remove(&path)?;
+        std::fs::rename(&partial, &path).map_err(io(&path))?;
+        sync(&checkpoints.0)?;
+        checkpoints.link(LATEST, &path)?;
+        if best {
+            checkpoints.mark_best(step)?;
+        }
+        checkpoints.clean(keep)
+    }
+}
+
 /// The step of a checkpoint's folder, by its name.
 fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step_")?.parse().ok()
 }
 
-fn partial(path: &Path) -> PathBuf {
+/// The name of what is not whole yet.
+pub(crate) fn partial(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(PARTIAL);
     name.into()
 }
 
 /// Takes away a file, a folder or a link, if it is there.
-fn remove(path: &Path) -> Result<()> {
+pub(crate) fn remove(path: &Path) -> Result<()> {
     let removed = match path.symlink_metadata() {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
@@ -239,7 +273,7 @@ fn remove(path: &Path) -> Result<()> {
 }
 
 /// Brings a folder's names to the disk, where folders can be opened.
-fn sync(folder: &Path) -> Result<()> {
+pub(crate) fn sync(folder: &Path) -> Result<()> {
     if cfg!(unix) { File::open(folder).and_then(|f| f.sync_all()).map_err(io(folder)) } else { Ok(()) }
 }
 

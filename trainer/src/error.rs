@@ -44,7 +44,7 @@ pub enum Error {
     #[error(transparent)]
     Data(flowtape_data::Error),
     /// A step whose loss or gradients are not finite.
-    #[error("step {step}: {what}; {}", last_good(*checkpoint))]
+    #[error("step {step}: {what}; {}{}", last_good(*checkpoint), after(found.as_deref()))]
     Diverged {
         /// The step, from 1.
         step: u64,
@@ -52,6 +52,8 @@ pub enum Error {
         checkpoint: Option<u64>,
         /// What is not finite.
         what: Box<Error>,
+        /// What was found when the step was run again, and how to run it once more.
+        found: Option<String>,
     },
     /// The pipeline or a model failed.
     #[error(transparent)]
@@ -86,6 +88,10 @@ fn last_good(checkpoint: Option<u64>) -> String {
     }
 }
 
+fn after(found: Option<&str>) -> String {
+    found.map_or(String::new(), |found| format!("; {found}"))
+}
+
 impl Error {
     /// The same, with the step where something was not finite, and the step of the last checkpoint (0 for none).
     pub(crate) fn at(self, step: u64, checkpoint: u64) -> Self {
@@ -93,7 +99,8 @@ impl Error {
         use flowtape_flowmatch::Error::{Engine, LossExploded};
         match self {
             Self::Engine(NonFinite { .. }) | Self::Pipeline(Engine(NonFinite { .. }) | LossExploded { .. }) => {
-                Self::Diverged { step, checkpoint: Some(checkpoint).filter(|c| *c > 0), what: Box::new(self) }
+                let checkpoint = Some(checkpoint).filter(|c| *c > 0);
+                Self::Diverged { step, checkpoint, what: Box::new(self), found: None }
             }
             other => other,
         }

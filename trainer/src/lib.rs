@@ -8,7 +8,7 @@
 //! | [`state`] | [`state::TrainState`]: what a checkpoint holds beside the weights |
 //! | [`train`] | a whole run: [`train::train`], [`train::resume`], and the [`train::Session`] that hooks see |
 //! | [`hooks`] | [`hooks::Event`] and [`hooks::Hook`]; checkpoints and sample grids |
-//! | [`observe`] | hooks that only watch: metrics, the loss curve |
+//! | [`observe`] | hooks that only watch: metrics, the loss curve, whether anything is learned |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`validation`] | losses on held-out samples, with noise that stays |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
@@ -16,6 +16,7 @@
 //! | [`generation`] | NeMo's YAML of generating with a pipeline |
 //! | [`run`] | the run folder: one process's at a time, all files whole or absent |
 //! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
+//! | [`replay`] | steps that were not finite, kept to be run again |
 //! | [`changes`] | what is other when a run goes on |
 //! | [`peft`] | adapters beside frozen layers |
 //! | [`weights`] | checkpoints and adapters merged, converted, extracted |
@@ -36,6 +37,7 @@ pub mod data;
 mod error;
 pub mod generate;
 pub mod generation;
+mod gradients;
 pub mod hooks;
 pub mod inspect;
 pub mod observe;
@@ -44,6 +46,7 @@ pub mod picture;
 pub mod plan;
 mod precision;
 pub mod recipe;
+pub mod replay;
 pub mod run;
 pub mod start;
 pub mod state;

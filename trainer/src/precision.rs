@@ -5,7 +5,7 @@ use flowtape_engine::ops::pointwise::pointwise;
 use flowtape_engine::{DType, Result, Tensor};
 
 /// Rules whose steps are about as long as the learning rate, whatever the gradients are.
-const OF_LEARNING_RATE: [&str; 3] = ["adamw", "adam", "lion"];
+const OF_LEARNING_RATE: [&str; 5] = ["adamw", "adam", "lion", "adamwschedulefree", "adamw8bit"];
 /// The share of the weights from which on a warning is due.
 const MANY: f64 = 0.5;
 
@@ -36,7 +36,7 @@ pub(crate) fn warn(rule: &str, lr: f64, params: &Params) -> Result<()> {
     if let Some(share) = share_that_stays(rule, lr, params)?.filter(|share| *share > MANY) {
         tracing::warn!(
             "steps of {lr:e} are rounded away for {:.0} % of the weights, which are kept in 16 bits: train with dtype=mixed, which keeps \
-             them in f32",
+             them in f32, or with dtype=bf16_kahan or bf16_stochastic",
             100.0 * share
         );
     }

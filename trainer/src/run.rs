@@ -7,6 +7,7 @@
 //! | `samples/step_*.png` | sample grids; videos as animated PNGs, and their frames side by side in `step_*_frames.png` |
 //! | `validation.jsonl` | a line a validation |
 //! | `loss.svg` | the loss curve |
+//! | `replay/step_*/` | steps that were not finite: [`replay`](crate::replay) |
 //! | `checkpoints/` | the newest checkpoints: [`Checkpoints`] |
 //! | `report.json` | the figures of the end |
 //! | `.lock` | held by the process that writes here, and its number |
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use flowtape_engine::files::{exists, write_whole};
 use serde::de::DeserializeOwned;
 
-use crate::checkpoints::Checkpoints;
+use crate::checkpoints::{Checkpoints, Unfinished};
 use crate::error::io;
 use crate::train::Summary;
 use crate::trainer::{StepRecord, Trainer};
@@ -191,6 +192,11 @@ impl RunFolder {
         std::fs::create_dir_all(&path).map_err(io(path))
     }
 
+    /// The bundle of a step that was not finite.
+    pub fn replay_path(&self, step: u64) -> PathBuf {
+        self.path.join("replay").join(format!("step_{step:06}"))
+    }
+
     /// The loss curve.
     pub fn curve_path(&self) -> PathBuf {
         self.path.join("loss.svg")
@@ -252,13 +258,12 @@ impl RunFolder {
         Checkpoints::of(&self.path)
     }
 
-    /// Writes a checkpoint of where the trainer stands.
+    /// Writes the files of a checkpoint of where the trainer stands: it is one when it is finished.
     ///
     /// # Errors
-    /// When it can't be written; the others stay then.
-    pub fn save(&self, trainer: &Trainer) -> Result<()> {
-        let keep = trainer.recipe().checkpoint.max_recent_checkpoints;
-        self.checkpoints().save(trainer.state().progress.step, keep, |folder| trainer.save(folder))
+    /// When they can't be written; the other checkpoints stay then.
+    pub fn begin_save(&self, trainer: &Trainer) -> Result<Unfinished> {
+        self.checkpoints().begin(trainer.state().progress.step, |folder| trainer.save(folder))
     }
 }
 

@@ -21,6 +21,10 @@ use crate::{Error, Result};
 pub const PRETRAINED: &str = "pretrained_model_name_or_path";
 /// The file that makes a folder a whole pipeline of diffusers.
 const PIPELINE: &str = "model_index.json";
+/// The folders of a checkpoint of NeMo's.
+const NEMO_MODEL: &str = "model";
+const CONSOLIDATED: &str = "consolidated";
+const HF_METADATA: &str = ".hf_metadata";
 
 /// What the section `model` of a recipe comes to.
 #[derive(Clone, PartialEq, Debug)]
@@ -56,6 +60,10 @@ impl Start {
                 return Err(Error::Run { path: preset.name.into(), what: what.into() });
             }
             Found::Preset(preset) => ((preset.config)(), None, sigmas(&section, None)?),
+            Found::Path(path) if path.is_dir() && nemo_model(&path).is_some() => {
+                let (config, weights) = nemo_checkpoint(&nemo_model(&path).unwrap_or(path))?;
+                (config, Some(weights), sigmas(&section, None)?)
+            }
             Found::Path(path) if path.is_dir() => {
                 let boundary = boundary(&path)?;
                 let folder = transformer_folder(&path, &section)?;
@@ -183,6 +191,37 @@ fn snapshot(repository: &Path) -> Result<Option<PathBuf>> {
     let Ok(entries) = std::fs::read_dir(&snapshots) else { return Ok(None) };
     let all: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     Ok(if let [only] = &all[..] { Some(only.clone()) } else { None })
+}
+
+/// The folder `model` of a checkpoint of NeMo's: that of `epoch_0_step_3`, or of the folder of checkpoints, whose `LATEST` is taken.
+fn nemo_model(named: &Path) -> Option<PathBuf> {
+    let models = [named.join("LATEST").join(NEMO_MODEL), named.join(NEMO_MODEL), named.into()];
+    models.into_iter().find(|model| model.join(CONSOLIDATED).is_dir() || model.join(HF_METADATA).is_dir())
+}
+
+/// Its configuration and weights: the consolidated ones, or the shard of a run of one process, which holds whole tensors.
+fn nemo_checkpoint(model: &Path) -> Result<(Value, PathBuf)> {
+    let consolidated = model.join(CONSOLIDATED);
+    if exists(&consolidated.join(CONFIG))? {
+        return Ok((load_config(&consolidated.join(CONFIG))?, consolidated));
+    }
+    let entries = std::fs::read_dir(model).map_err(io(model))?;
+    let names = entries.map(|entry| Ok(entry.map_err(io(model))?.path())).collect::<Result<Vec<_>>>()?;
+    let is_shard = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("shard-") && name.ends_with(".safetensors")
+    };
+    let shards: Vec<PathBuf> = names.into_iter().filter(is_shard).collect();
+    match &shards[..] {
+        [only] => Ok((load_config(&model.join(HF_METADATA).join(CONFIG))?, only.clone())),
+        _ => {
+            let what = format!(
+                "a checkpoint of NeMo's in {} shards: put them together with its consolidate.sh, which makes {CONSOLIDATED}/{CONFIG}",
+                shards.len()
+            );
+            Err(missing(model, what))
+        }
+    }
 }
 
 /// The folder that holds a transformer's configuration.

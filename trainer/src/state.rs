@@ -45,8 +45,16 @@ pub struct TrainProgress {
     pub validation_loss: Option<f64>,
     /// Seconds of training so far.
     pub train_seconds: f64,
+    /// Steps that were left out so far because they were not finite, where the recipe asks for that.
+    #[serde(skip_serializing_if = "is_zero", default)]
+    pub skipped_steps: u64,
     /// Of the samples.
     pub data: Fingerprint,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref)] // serde's form
+fn is_zero(steps: &u64) -> bool {
+    *steps == 0
 }
 
 /// The folder of a checkpoint with the average of the weights, a model of diffusers too, where there is one.

@@ -13,7 +13,8 @@ use serde_json::{Map, Value};
 use crate::changes::listed;
 use crate::check::{Check, Depth};
 use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
-use crate::observe::{LossCurve, Metrics, Validations};
+use crate::observe::{Learning, LossCurve, Metrics, Validations};
+use crate::replay::told;
 use crate::run::{RunFolder, quoted};
 use crate::state::Stored;
 use crate::trainer::{Enqueued, LeftOut, StepRecord, Trainer};
@@ -152,6 +153,7 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
     let recipe = run.trainer().recipe().clone();
     let run = run.with(Box::new(Metrics::default()));
     let run = hooks.into_iter().fold(run, Session::with).with(Box::new(LossCurve::default()));
+    let run = run.with(Box::new(Learning::default()));
     let run = match &recipe.validation {
         // Before the checkpoint of the step, which holds what the validation came to.
         Some(config) => run.with(Box::new(Validations::default())).with(Box::new(Validate::new(config.every_steps))),
@@ -163,6 +165,12 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
     ));
     let run = run.with(Box::new(builtin::preview(&recipe)?));
     Ok(builtin::report(&recipe)?.into_iter().fold(run, Session::with))
+}
+
+/// The mean of losses, but for those of steps that were left out.
+pub fn mean_of_finite(losses: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = losses.filter(|loss| loss.is_finite()).fold((0.0, 0u64), |(sum, n), loss| (sum + loss, n + 1));
+    sum / count.max(1) as f64
 }
 
 /// A run under way: what hooks see of it. A program may start one with hooks of its own choice.
@@ -256,7 +264,8 @@ impl<'h> Session<'h> {
         let mut ahead: Option<Enqueued> = None;
         while step < steps && !self.stopping() {
             let before = Instant::now();
-            let enqueued = self.trainer.enqueue().map_err(|error| error.at(step + 1, self.saved))?;
+            let enqueued = self.trainer.enqueue();
+            let enqueued = enqueued.map_err(|error| self.diverged(error, step + 1))?;
             step = enqueued.step;
             let looked_at = self.hooks.iter().flatten().any(|hook| hook.needs_state(step));
             // The device is kept busy: the step before is read while this one runs.
@@ -274,13 +283,16 @@ impl<'h> Session<'h> {
             self.tell(done, &mut recent)?;
         }
         // Interrupted between two steps.
-        let rest = ahead.map(|enqueued| self.read(enqueued, last_read)).transpose()?;
+        let rest = match ahead {
+            Some(enqueued) => Some(self.read(enqueued, last_read)?),
+            None => None,
+        };
         self.tell(rest, &mut recent)?;
         self.emit(Event::Stopped(if step == steps { Cause::Finished } else { Cause::Interrupted }))?;
         let summary = Summary {
             run_dir: self.folder.path().into(),
             steps: step,
-            final_loss: recent.iter().map(|record| record.loss).sum::<f64>() / recent.len().max(1) as f64,
+            final_loss: mean_of_finite(recent.iter().map(|record| record.loss)),
             train_seconds: self.trainer.state().progress.train_seconds,
             total_seconds: seconds_before + started.elapsed().as_secs_f64(),
             interrupted: self.stopping(),
@@ -295,9 +307,26 @@ impl<'h> Session<'h> {
     }
 
     /// Waits for a step's numbers.
-    fn read(&self, enqueued: Enqueued, last_read: Option<Instant>) -> Result<StepRecord> {
+    fn read(&mut self, enqueued: Enqueued, last_read: Option<Instant>) -> Result<StepRecord> {
         let step = enqueued.step;
-        enqueued.read(last_read).map_err(|error| error.at(step, self.saved))
+        let read = self.trainer.read(enqueued, last_read);
+        read.map_err(|error| self.diverged(error, step))
+    }
+
+    /// What is told of a step that is not finite: it is kept, and run again to find where.
+    fn diverged(&mut self, error: Error, step: u64) -> Error {
+        if let Err(error) = self.emit(Event::Failed) {
+            tracing::warn!("{error}");
+        }
+        let mut error = error.at(step, self.saved);
+        if let Error::Diverged { found, .. } = &mut error {
+            let path = self.folder.replay_path(step);
+            match self.trainer.bundle(step, &path) {
+                Ok(finding) => *found = Some(told(&finding, &path)),
+                Err(error) => tracing::warn!("no bundle of step {step}: {error}"),
+            }
+        }
+        error
     }
 
     /// Tells of steps whose numbers are there.

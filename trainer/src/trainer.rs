@@ -1,24 +1,28 @@
 //! One optimiser step after the other.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use flowtape_data::{Collator, Cursor, Loader, Rank, Sampler};
+use flowtape_data::{Collator, Cursor, Loaded, Loader, Rank, Sampler};
 use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Placement};
-use flowtape_engine::optim::{Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, StepConfig};
+use flowtape_engine::optim::{
+    Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, Rounding, StepConfig,
+};
 use flowtape_engine::{DType, Device, Later, Philox, Tape};
-use flowtape_flowmatch::{Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions};
+use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput};
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
 use crate::error::io;
 use crate::generate::{Generator, Request, Samples};
-use crate::recipe::Init;
+use crate::gradients::{GradientSquares, Squared};
+use crate::recipe::{Init, NonFinite};
+use crate::replay::{self, Finding};
 use crate::start::Start;
 use crate::state::{EMA, TrainProgress, TrainState, averaged};
 use crate::timing::{StepTimes, Timed};
@@ -30,6 +34,9 @@ use crate::{builtin, precision};
 const STEPS: u64 = 2;
 /// The stream of the adapters' dropout, another fork of it.
 const DROPOUT: u64 = 3;
+
+/// Steps from one look at all gradients to the next.
+pub(crate) const LOOK: u64 = 100;
 
 /// What a step came to: a line of `metrics.jsonl`.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -85,29 +92,12 @@ pub(crate) struct Enqueued {
     pub times: StepTimes,
 }
 
-impl Enqueued {
-    /// Waits for the numbers; `last_read` is when those of the step before had come.
-    pub fn read(self, last_read: Option<Instant>) -> Result<StepRecord> {
-        let losses = self.losses.into_iter().map(Later::item).collect::<Result<Vec<f64>, _>>()?;
-        let loss_scale = self.loss_scale.map(LossScaleState::read).transpose()?;
-        let grad_norm = self.norm.item()?;
-        // A step that overflowed was skipped: the scale is smaller then.
-        if loss_scale.is_none() {
-            Clipping::finite(grad_norm)?;
-        }
-        let since = last_read.map_or(self.started, |t| t.max(self.started));
-        let samples_per_second = self.samples as f64 / since.elapsed().as_secs_f64();
-        Ok(StepRecord {
-            step: self.step,
-            loss: losses.iter().sum(),
-            lr: self.lr,
-            grad_norm,
-            samples_per_second,
-            loss_scale: loss_scale.map(|s| s.scale),
-            skipped_steps: loss_scale.map(|s| s.skipped_steps),
-            times: self.times,
-        })
+/// An error where a loss is NaN or infinite.
+fn finite_loss(loss: f64) -> flowtape_engine::Result<()> {
+    if loss.is_finite() {
+        return Ok(());
     }
+    Err(flowtape_engine::Error::NonFinite { op: "loss", what: format!("the loss ({loss})") })
 }
 
 /// Everything that a recipe makes: it does one step at a time, and knows nothing of files, pictures and reports.
@@ -129,6 +119,10 @@ pub struct Trainer {
     collator: Collator,
     /// Made when the first batch is asked for, and again where the cursor was set.
     loader: Option<Loader>,
+    /// The batches of the last two steps, the newest first: of which one may still be to be judged.
+    recent: VecDeque<(u64, Vec<Loaded>)>,
+    /// Of the last step, where it is one to be looked at.
+    squares: Option<GradientSquares>,
     state: TrainState,
 }
 
@@ -190,7 +184,9 @@ impl Trainer {
         }
         if device.backend().has_data() {
             let lr = schedule.config().max_lr.unwrap_or(optimizer.lr);
-            precision::warn(&optimizer.name, lr, model.params())?;
+            if recipe.dtype.rounding(recipe.seed) == Rounding::Nearest {
+                precision::warn(&optimizer.name, lr, model.params())?;
+            }
         }
         Ok(Self {
             pipeline: create_pipeline(flow_matching)?,
@@ -200,7 +196,7 @@ impl Trainer {
             collator,
             held_out,
             state: TrainState {
-                optimizer: optimizer.build()?,
+                optimizer: optimizer.build()?.with_rounding(recipe.dtype.rounding(recipe.seed)),
                 ema: recipe.ema.as_ref().map(|config| Ema::new(config, model.params())).transpose()?,
                 loss_scale: recipe.dtype.loss_scale(recipe.loss_scale, device)?,
                 progress: TrainProgress {
@@ -208,6 +204,7 @@ impl Trainer {
                     cursor: Default::default(),
                     validation_loss: None,
                     train_seconds: 0.0,
+                    skipped_steps: 0,
                     data: fingerprint,
                 },
             },
@@ -218,6 +215,8 @@ impl Trainer {
             masks,
             data,
             loader: None,
+            recent: VecDeque::new(),
+            squares: None,
             device: device.clone(),
         })
     }
@@ -256,13 +255,71 @@ impl Trainer {
     /// # Errors
     /// When it can't be read or does not fit the model.
     pub fn load(&mut self, checkpoint: &Path) -> Result<()> {
+        self.load_weights(checkpoint)?;
+        self.loader = None;
+        self.state.load(self.model.params(), &self.recipe, checkpoint)
+    }
+
+    /// Reads what is trained from the folder of a checkpoint.
+    pub(crate) fn load_weights(&self, checkpoint: &Path) -> Result<()> {
         if self.recipe.peft.is_some() {
             peft::load(checkpoint)?.load_into(self.model.params(), &checkpoint.join(peft::ADAPTER_WEIGHTS))?;
         } else {
             self.model.params().load(&checkpoint::open_weights(checkpoint)?)?;
         }
-        self.loader = None;
-        self.state.load(self.model.params(), &self.recipe, checkpoint)
+        Ok(())
+    }
+
+    /// Writes a bundle of one of the last two steps, which was not finite, and says where it stopped being that. The folder is whole
+    /// afterwards, or not there.
+    ///
+    /// # Errors
+    /// When the step is another, its weights are gone (without clipping they are updated on the way of backward), or a file can't be
+    /// written.
+    pub fn bundle(&self, step: u64, folder: &Path) -> Result<Finding> {
+        let refused = |what: String| Err(Error::Run { path: folder.into(), what });
+        let Some((_, parts)) = self.recent.iter().find(|(recent, parts)| *recent == step && !parts.is_empty()) else {
+            return refused(format!("the samples of step {step} are gone"));
+        };
+        if self.recipe.clip_grad_norm.is_none() && self.state.progress.step >= step {
+            let what = "its weights are gone: without clip_grad_norm they are updated before all gradients are known";
+            return refused(what.into());
+        }
+        replay::write(self, step, parts, folder)
+    }
+
+    /// Sums of squares of the gradients of the last micro-batch, by the parameters' paths, after each hundredth step; empty after
+    /// others. Waits for the device.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn gradient_squares(&self) -> Result<Vec<(String, f64)>> {
+        Ok(self.squares.as_ref().map(GradientSquares::read).transpose()?.unwrap_or_default())
+    }
+
+    /// What a step after so many others does forward.
+    pub(crate) fn forward_of(&self, step: u64) -> Forward<'_> {
+        Forward::new(&self.recipe, &*self.model, &self.pipeline, &self.masks, step)
+    }
+
+    /// The batch of loaded samples.
+    pub(crate) fn collate(&self, loaded: &Loaded) -> Result<Batch> {
+        Ok(self.collator.batch(loaded, &self.device)?)
+    }
+
+    /// What the source calls a sample.
+    pub(crate) fn sample_name(&self, index: usize) -> String {
+        self.data.source.name(index)
+    }
+
+    /// Where it trains.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What it trains on.
+    pub fn data(&self) -> &Data {
+        &self.data
     }
 
     /// Sizes of a sample in pixels: `[C, H, W]` or `[C, F, H, W]`.
@@ -278,7 +335,7 @@ impl Trainer {
     /// # Errors
     /// When the folder can't be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        self.save_weights(folder)?;
+        self.as_evaluated(|| self.save_weights(folder))?;
         if let Some(ema) = &self.state.ema {
             let folder = folder.join(EMA);
             std::fs::create_dir(&folder).map_err(io(&folder))?;
@@ -293,7 +350,12 @@ impl Trainer {
         self.state.save(self.model.params(), &self.recipe, folder)
     }
 
-    fn save_weights(&self, folder: &Path) -> Result<()> {
+    /// Runs `work` with the weights that the optimiser means to be looked at.
+    fn as_evaluated<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.state.optimizer.evaluated(self.model.params(), work)
+    }
+
+    pub(crate) fn save_weights(&self, folder: &Path) -> Result<()> {
         match &self.recipe.peft {
             Some(config) => config.save(&*self.model, &self.adapters, folder),
             None => Ok(checkpoint::save(&*self.model, folder, checkpoint::MAX_SHARD_SIZE)?),
@@ -306,9 +368,30 @@ impl Trainer {
     /// When a sample can't be read, the loss exploded, the gradients' norm is not finite, or a parameter has no gradient.
     pub fn step(&mut self) -> Result<StepRecord> {
         let started = Instant::now();
-        let record = self.enqueue()?.read(None)?;
+        let enqueued = self.enqueue()?;
+        let record = self.read(enqueued, None)?;
         self.count_time(started);
         Ok(record)
+    }
+
+    /// Waits for the numbers of a step; `last_read` is when those of the step before had come.
+    pub(crate) fn read(&mut self, enqueued: Enqueued, last_read: Option<Instant>) -> Result<StepRecord> {
+        let Enqueued { step, losses, norm, loss_scale, lr, samples, started, times } = enqueued;
+        let losses = losses.into_iter().map(Later::item).collect::<Result<Vec<f64>, _>>()?;
+        let loss_scale = loss_scale.map(LossScaleState::read).transpose()?;
+        let grad_norm = norm.item()?;
+        let skip = self.recipe.non_finite == NonFinite::Skip;
+        // A step that overflowed was skipped: the scale is smaller then.
+        if loss_scale.is_none() && !skip {
+            Clipping::finite(grad_norm)?;
+        }
+        let skipped = &mut self.state.progress.skipped_steps;
+        *skipped += u64::from(skip && loss_scale.is_none() && !grad_norm.is_finite());
+        let since = last_read.map_or(started, |t| t.max(started));
+        let samples_per_second = samples as f64 / since.elapsed().as_secs_f64();
+        let skipped_steps = loss_scale.map(|s| s.skipped_steps).or(skip.then_some(*skipped));
+        let (loss, loss_scale) = (losses.iter().sum(), loss_scale.map(|s| s.scale));
+        Ok(StepRecord { step, loss, lr, grad_norm, samples_per_second, loss_scale, skipped_steps, times })
     }
 
     /// Adds the time since then to that of training.
@@ -338,50 +421,57 @@ impl Trainer {
 
     /// The same, but nothing is read back yet: what is wrong with its numbers is found when they are read.
     pub(crate) fn enqueue(&mut self) -> Result<Enqueued> {
+        self.recent.truncate(1);
+        self.recent.push_front((self.state.progress.step + 1, Vec::new()));
         let started = Instant::now();
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let parts = self.parts(cursor);
-        let mut of_step = PhiloxDraws { philox: Philox::new(self.recipe.seed).fork(STEPS).fork(step) };
+        let mut of_step = draws_of(&self.recipe, step);
         let draws: &mut dyn Draws = match &mut self.draws {
             Some(recorded) => &mut **recorded,
             None => &mut of_step,
         };
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
-        let config = StepConfig { micro_batches: parts, max_norm };
+        let skip_non_finite = self.recipe.non_finite == NonFinite::Skip;
+        let config = StepConfig { micro_batches: parts, max_norm, skip_non_finite };
+        let looked_at = (step + 1).is_multiple_of(LOOK);
+        let squares = looked_at.then(|| GradientSquares::new(self.model.params(), &self.device));
+        self.squares = squares.transpose()?;
+        let scaled = self.state.loss_scale.is_some();
         let TrainState { optimizer, loss_scale, .. } = &mut self.state;
         let updates = Cell::new(0.0);
         let mut sinks = OptimizerStep::new(config, rates, optimizer, self.model.params(), loss_scale.as_mut())?
-            .behind(|sink| Timed { sink, seconds: &updates });
+            .behind(|sink| Timed { sink, seconds: &updates })
+            .behind(|sink| Squared { sink, squares: self.squares.as_ref() });
         let mut times = StepTimes::default();
         let mut losses = Vec::with_capacity(parts);
         let mut norm = None;
-        let masks = MasksOn { masks: &self.masks, random: Philox::new(self.recipe.seed).fork(DROPOUT).fork(step) };
-        for part in 0..parts {
-            masks.draw(part as u64);
+        let on_host = self.device.backend().is_host();
+        let (recipe, model) = (&self.recipe, &*self.model);
+        let mut forward = Forward::new(recipe, model, &self.pipeline, &self.masks, step);
+        for _ in 0..parts {
             let begun = Instant::now();
             let loader = match &mut self.loader {
                 Some(loader) => loader,
                 none => {
                     let sampler = self.sampler.clone();
-                    none.insert(self.data.loader(&self.recipe.data, sampler, self.recipe.seed, cursor)?)
+                    none.insert(self.data.loader(&recipe.data, sampler, recipe.seed, cursor)?)
                 }
             };
             let loaded = loader.next()?;
             cursor = loaded.plan.next;
             let batch = self.collator.batch(&loaded, &self.device)?;
+            self.recent[0].1.push(loaded);
             let with_data = Instant::now();
-            let tape = Tape::new();
-            let options = StepOptions {
-                dtype: self.recipe.dtype.into(),
-                collect_metrics: false,
-                check_loss: self.recipe.performance.check_loss,
-                ..StepOptions::recorded(&tape)
-            };
-            let output = self.pipeline.step(&*self.model, &batch, step, &mut *draws, &options)?;
+            let (tape, output) = forward.step(&batch, &mut *draws)?;
             let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
+            // Before anything is updated by it, where the host need not wait.
+            if on_host && !skip_non_finite && !scaled {
+                finite_loss(share.item()?)?;
+            }
             losses.push(share.read_later()?);
-            let without = self.model.parameters_without_gradient(&output.inputs);
+            let without = model.parameters_without_gradient(&output.inputs);
             let with_loss = Instant::now();
             times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
             norm = sinks.backward(&tape, &share, &without)?;
@@ -389,7 +479,7 @@ impl Trainer {
             times.forward += (with_loss - with_data).as_secs_f64();
             times.backward += with_loss.elapsed().as_secs_f64();
         }
-        drop((sinks, masks));
+        drop((sinks, forward));
         if let Some(ema) = &mut self.state.ema {
             ema.update(self.model.params(), step + 1)?;
         }
@@ -417,7 +507,7 @@ impl Trainer {
     pub fn validate(&mut self, stop: &AtomicBool) -> Result<Option<Validated>> {
         let Some(held_out) = &self.held_out else { return Ok(None) };
         let loss = || held_out.loss(&*self.model, self.recipe.dtype.into(), &self.device, stop);
-        let Some(raw) = loss()? else { return Ok(None) };
+        let Some(raw) = self.as_evaluated(loss)? else { return Ok(None) };
         let ema = match &self.state.ema {
             Some(ema) => match ema.instead(self.model.params(), loss)? {
                 Some(found) => Some(found),
@@ -463,7 +553,7 @@ impl Trainer {
         let generator = self.generator(&*self.model);
         match &self.state.ema {
             Some(ema) => ema.instead(self.model.params(), || generator.generate(request, stop)),
-            None => generator.generate(request, stop),
+            None => self.as_evaluated(|| generator.generate(request, stop)),
         }
     }
 }
@@ -490,20 +580,50 @@ pub(crate) fn trained_model(recipe: &Recipe, folder: &Path, device: &Device) -> 
     Ok(model)
 }
 
-/// Dropout while a step runs, whatever ends it.
-struct MasksOn<'a> {
+/// What a step does forward, micro-batch by micro-batch. Dropout is on as long as this is there, whatever ends it.
+pub(crate) struct Forward<'a> {
+    recipe: &'a Recipe,
+    model: &'a dyn Transformer,
+    pipeline: &'a FlowMatchingPipeline,
     masks: &'a DropoutMasks,
-    random: Philox,
+    step: u64,
+    part: u64,
 }
 
-impl MasksOn<'_> {
-    /// Those of a micro-batch.
-    fn draw(&self, part: u64) {
-        self.masks.set(Some(self.random.fork(part)));
+/// The random numbers of a step after so many others.
+pub(crate) fn draws_of(recipe: &Recipe, step: u64) -> PhiloxDraws {
+    PhiloxDraws { philox: Philox::new(recipe.seed).fork(STEPS).fork(step) }
+}
+
+impl<'a> Forward<'a> {
+    fn new(
+        recipe: &'a Recipe,
+        model: &'a dyn Transformer,
+        pipeline: &'a FlowMatchingPipeline,
+        masks: &'a DropoutMasks,
+        step: u64,
+    ) -> Self {
+        Self { recipe, model, pipeline, masks, step, part: 0 }
+    }
+
+    /// The next micro-batch, with the tape that it was recorded on.
+    pub fn step(&mut self, batch: &Batch, draws: &mut dyn Draws) -> Result<(Tape, StepOutput)> {
+        let dropout = Philox::new(self.recipe.seed).fork(DROPOUT).fork(self.step);
+        self.masks.set(Some(dropout.fork(self.part)));
+        self.part += 1;
+        let tape = Tape::new();
+        let options = StepOptions {
+            dtype: self.recipe.dtype.into(),
+            collect_metrics: false,
+            check_loss: self.recipe.performance.check_loss,
+            ..StepOptions::recorded(&tape)
+        };
+        let output = self.pipeline.step(self.model, batch, self.step, draws, &options)?;
+        Ok((tape, output))
     }
 }
 
-impl Drop for MasksOn<'_> {
+impl Drop for Forward<'_> {
     fn drop(&mut self) {
         self.masks.set(None);
     }

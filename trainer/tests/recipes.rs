@@ -333,11 +333,38 @@ fn a_model_starts_from_whatever_holds_it() {
     assert!(start.weights.is_none() && weights != high && start.config["num_layers"] == 2);
     let preset = Start::of(&json!({"pretrained_model_name_or_path": "Qwen/Qwen-Image", "mode": "pretrain"})).unwrap();
     assert_eq!(preset.config["_class_name"], "QwenImageTransformer2DModel");
+    // Checkpoints of NeMo's: consolidated or not, the newest one or a certain one.
+    let (nemo, saved) = (at("nemo"), at("pipeline/transformer"));
+    let weights = saved.join("diffusion_pytorch_model.safetensors");
+    for (step, folder, file, metadata) in [
+        (3, "model", "shard-00001-model-00001-of-00001.safetensors", ".hf_metadata"),
+        (7, "model/consolidated", "model-00001-of-00001.safetensors", "."),
+    ] {
+        let folder = nemo.join(format!("epoch_0_step_{step}")).join(folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::create_dir_all(folder.join(metadata)).unwrap();
+        std::fs::copy(&weights, folder.join(file)).unwrap();
+        std::fs::copy(saved.join("config.json"), folder.join(metadata).join("config.json")).unwrap();
+        let names: serde_json::Map<_, _> = model.params().iter().map(|p| (p.path().to_owned(), json!(file))).collect();
+        let index = json!({ "metadata": {}, "weight_map": names });
+        std::fs::write(folder.join("diffusion_pytorch_model.safetensors.index.json"), index.to_string()).unwrap();
+        assert!(named(&nemo.join(format!("epoch_0_step_{step}")), json!({})).unwrap().1 == high, "{step}");
+    }
+    let newest = nemo.join("epoch_0_step_7/model");
+    std::os::unix::fs::symlink("epoch_0_step_7", nemo.join("LATEST")).unwrap();
+    assert!(named(&nemo, json!({})).unwrap().1 == high && named(&newest, json!({})).unwrap().1 == high);
+    let index = |stem: &str| newest.join(format!("consolidated/{stem}.safetensors.index.json"));
+    std::fs::rename(index("diffusion_pytorch_model"), index("model")).unwrap();
+    assert!(named(&nemo, json!({})).unwrap().1 == high);
+    let shards = nemo.join("epoch_0_step_3/model");
+    let second = shards.join("shard-00002-model-00001-of-00001.safetensors");
+    std::fs::copy(&weights, second).unwrap();
     let refused = |name: &Path, more: serde_json::Value, parts: &[&str]| {
         let error = named(name, more).unwrap_err();
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     };
     refused(&pipeline, json!({}), &["model.stage", "low_noise"]);
+    refused(&shards, json!({}), &["2 shards", "consolidate.sh"]);
     refused(&single, json!({}), &["config.json", "_class_name"]);
     refused(&single, json!({"_class_name": "FluxTransformer2DModel"}), &["FluxTransformer2DModel"]);
     refused(Path::new("flux.1-dev"), json!({"mode": "finetune"}), &["without weights", "pretrain"]);

@@ -11,6 +11,7 @@
 
 mod captions;
 mod crop;
+mod film;
 mod folder;
 mod picture;
 mod processor;
@@ -20,6 +21,7 @@ mod write;
 
 pub use captions::MissingCaptions;
 pub use crop::{Cropped, resize_and_crop};
+pub use film::{evenly, read_film};
 pub use folder::{FolderOptions, PictureItem, list_pictures};
 pub use picture::{Picture, ReadOptions, is_picture, read_picture};
 pub use processor::{

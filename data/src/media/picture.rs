@@ -104,10 +104,7 @@ fn decode(path: &Path, options: &ReadOptions) -> Result<Picture, Box<dyn std::er
     }
     let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     let mut decoder = reader.into_decoder()?;
-    let (width, height) = decoder.dimensions();
-    if u64::from(width) * u64::from(height) > MOST_PIXELS {
-        return Err(format!("{width} x {height} pixels; at most {MOST_PIXELS} in all are read").into());
-    }
+    check_size(decoder.dimensions())?;
     let orientation = if options.orientation { decoder.orientation()? } else { Orientation::NoTransforms };
     let clipped = options.clip_grey16 && decoder.color_type() == ColorType::L16;
     let mut image = DynamicImage::from_decoder(decoder)?;
@@ -133,6 +130,14 @@ fn decode(path: &Path, options: &ReadOptions) -> Result<Picture, Box<dyn std::er
     Ok(Picture { width, height, rgb })
 }
 
+/// Checks that memory should hold so many pixels.
+pub(super) fn check_size((width, height): (u32, u32)) -> Result<(), String> {
+    match u64::from(width) * u64::from(height) {
+        0..=MOST_PIXELS => Ok(()),
+        _ => Err(format!("{width} x {height} pixels; at most {MOST_PIXELS} in all are read")),
+    }
+}
+
 /// The upper halves of 16 bits.
 fn upper<P, Q>(deep: image::ImageBuffer<P, Vec<u16>>) -> image::ImageBuffer<Q, Vec<u8>>
 where
@@ -147,7 +152,7 @@ where
 }
 
 /// Pixels with alpha over a colour, as Pillow pastes them.
-fn over(rgba: &[u8], background: [u8; 3]) -> Vec<u8> {
+pub(super) fn over(rgba: &[u8], background: [u8; 3]) -> Vec<u8> {
     let mixed = |value: u8, behind: u8, alpha: u8| {
         let sum = u32::from(value) * u32::from(alpha) + u32::from(behind) * u32::from(255 - alpha) + 128;
         (((sum >> 8) + sum) >> 8) as u8

@@ -37,23 +37,3 @@ pub fn write_wav(path: &Path, waveform: &Tensor, sampling_rate: usize) -> Result
         writer.finalize().map_err(told)
     })
 }
-
-#[cfg(test)]
-mod tests {
-    use flowtape_engine::Device;
-
-    use super::*;
-
-    #[test]
-    fn channels_take_turns_and_what_is_too_loud_is_cut_off() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.wav");
-        let wave = Tensor::from_vec(vec![0.0f32, 1.0, 2.0, -1.0, 0.5, -3.0], &[2, 3], &Device::cpu()).unwrap();
-        write_wav(&path, &wave, 24_000).unwrap();
-        let mut reader = hound::WavReader::open(&path).unwrap();
-        assert_eq!((reader.spec().channels, reader.spec().sample_rate), (2, 24_000));
-        let samples: Vec<i16> = reader.samples().map(|sample| sample.unwrap()).collect();
-        assert_eq!(samples, [0, -32767, 32767, 16384, 32767, -32767]);
-        assert!(write_wav(&path, &wave.flatten(0, 1).unwrap(), 24_000).is_err());
-    }
-}

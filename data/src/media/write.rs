@@ -104,29 +104,6 @@ mod tests {
     }
 
     #[test]
-    fn a_film_has_its_frames_their_time_and_its_texts() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("film.png");
-        let frame = |level: u8| Picture { width: 2, height: 1, rgb: vec![level; 6] };
-        write_film(&path, &[frame(3), frame(200), frame(7)], 16.0, &[("seed", "7".to_owned())]).unwrap();
-        let mut reader =
-            png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap())).read_info().unwrap();
-        assert_eq!(reader.info().animation_control().unwrap().num_frames, 3);
-        let mut rgb = vec![0; 6];
-        for level in [3, 200, 7] {
-            reader.next_frame(&mut rgb).unwrap();
-            assert_eq!(rgb, [level; 6]);
-        }
-        let control = reader.info().frame_control().unwrap();
-        assert_eq!(f64::from(control.delay_num) / f64::from(control.delay_den), 1.0 / 16.0);
-        assert_eq!(read_png_texts(&path).unwrap(), [("seed".to_owned(), "7".to_owned())]);
-        let other = Picture { width: 1, height: 1, rgb: vec![0; 3] };
-        assert!(
-            write_film(&path, &[frame(1), other], 16.0, &[]).is_err() && write_film(&path, &[], 16.0, &[]).is_err()
-        );
-    }
-
-    #[test]
     fn a_grid_has_each_picture_at_its_place() {
         let picture = |level: u8| Picture { width: 2, height: 3, rgb: vec![level; 18] };
         let grid = grid(&[picture(1), picture(2), picture(3)], 2);

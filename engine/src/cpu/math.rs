@@ -31,6 +31,8 @@ pub(super) trait Real: Copy + Send + Sync + PartialOrd + 'static {
     fn tanh<const FMA: bool>(self) -> Self;
     fn erf<const FMA: bool>(self) -> Self;
     fn sigmoid<const FMA: bool>(self) -> Self;
+    /// See [`crate::expr::Binary::RoundBf16`].
+    fn round_bf16(self, fraction: Self) -> Self;
 
     /// `2u log2(e)` for the `u` of GELU's tanh form: its sigmoid takes one power of two.
     #[inline(always)]
@@ -180,6 +182,14 @@ fn power_of_two(n: i32) -> f32 {
 impl Real for f32 {
     arithmetic!(f32);
 
+    #[inline(always)]
+    fn round_bf16(self, fraction: Self) -> Self {
+        // A number in [1, 2) has the bits of its fraction behind a fixed exponent.
+        let added = ((1.0 + fraction).to_bits() >> 7) & 0xffff;
+        let rounded = Self::from_bits(self.to_bits().wrapping_add(added) & !0xffff);
+        if self.abs() < Self::INFINITY { rounded } else { self }
+    }
+
     /// The power of two is applied in two steps, so that small results stay exact.
     #[inline(always)]
     fn exp<const FMA: bool>(self) -> Self {
@@ -269,6 +279,11 @@ impl Real for f32 {
 
 impl Real for f64 {
     arithmetic!(f64);
+
+    #[inline(always)]
+    fn round_bf16(self, fraction: Self) -> Self {
+        Self::from((self as f32).round_bf16(fraction as f32))
+    }
 
     #[inline(always)]
     fn exp<const FMA: bool>(self) -> Self {

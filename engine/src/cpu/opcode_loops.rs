@@ -47,6 +47,7 @@ pub(super) fn kernel<A: Real>(opcode: Opcode, single: u8, isa: Isa) -> Option<Ke
             Binary::Div => binary::<A, Div>(single, isa)?,
             Binary::Max => binary::<A, Max>(single, isa)?,
             Binary::Min => binary::<A, Min>(single, isa)?,
+            Binary::RoundBf16 => binary::<A, RoundBf16>(single, isa)?,
         },
         Opcode::MulAdd => ternary::<A, MulAdd>(single, isa)?,
         Opcode::MulSub => ternary::<A, MulSub>(single, isa)?,
@@ -172,6 +173,7 @@ functions! {
     // NaN wins, as in PyTorch.
     Max 2 |a, b| if a > b || a != a { a } else { b };
     Min 2 |a, b| if a < b || a != a { a } else { b };
+    RoundBf16 2 |a, b| a.round_bf16(b);
     MulAdd 3 |a, b, c| a.mul_add::<FMA>(b, c);
     MulSub 3 |a, b, c| a.mul_add::<FMA>(b, c.neg());
     Select 4 |a, b, c, d| if a < b { c } else { d };

@@ -57,6 +57,22 @@ impl Builder {
         }
     }
 
+    /// See [`super::Binary::RoundBf16`].
+    pub(super) fn round_bf16(&mut self, x: Value, fraction: Value) -> Value {
+        // A number in [1, 2) has the bits of its fraction behind a fixed exponent.
+        let (one, low, high) = (self.float(1.0), self.int(0xffff), self.int(!0xffff));
+        let shifted = self.add(one, fraction);
+        let shifted = self.bits(shifted);
+        let added = self.shift_right(shifted, 7);
+        let added = self.and(added, low);
+        let bits = self.bits(x);
+        let sum = self.int_add(bits, added);
+        let cut = self.and(sum, high);
+        let rounded = self.bits_float(cut);
+        let (size, infinity) = (self.abs(x), self.float(f32::INFINITY));
+        self.select_lt(size, infinity, rounded, x)
+    }
+
     /// `2u` of GELU's tanh form where `times` is 1, and `2u' x` where it is 3.
     fn gelu_argument(&mut self, x: Value, times: f64) -> Value {
         let [factor, cubic] = [GELU_FACTOR, times * GELU_FACTOR * GELU_CUBIC].map(|c| self.float(c as f32));

@@ -76,6 +76,7 @@ fn derive(function: &Function, wrt: &[usize]) -> Function {
                     Binary::Sub => (g, -g),
                     Binary::Mul => (g * z, g * x),
                     Binary::Div => (g / z, -(g * y / z)),
+                    Binary::RoundBf16 => (g, graph.constant(0.0)),
                     Binary::Max => {
                         let half = g * 0.5;
                         (x.select_lt(z, 0.0, z.select_lt(x, g, half)), x.select_lt(z, g, z.select_lt(x, 0.0, half)))

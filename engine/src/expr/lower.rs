@@ -139,6 +139,7 @@ impl Lowered {
                     Binary::Div => to.div(a, b),
                     Binary::Max => to.push(Step::Max(a, b)),
                     Binary::Min => to.push(Step::Min(a, b)),
+                    Binary::RoundBf16 => to.round_bf16(a, b),
                 },
                 Opcode::MulAdd => to.mul_add(a, b, c),
                 Opcode::MulSub => {

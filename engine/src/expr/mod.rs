@@ -80,6 +80,9 @@ pub enum Binary {
     Max,
     /// The smaller.
     Min,
+    /// `a` rounded to bf16: the first 16 bits of the fraction `b`, in [0, 1), are added to the bits that bf16 has not, and those are
+    /// cut off. What is not finite stays.
+    RoundBf16,
 }
 
 /// The index of a node in its graph.
@@ -232,6 +235,13 @@ impl<'a> Expr<'a> {
     /// The smaller of both; where equal, each gets half the gradient.
     pub fn minimum(self, other: impl Operand<'a>) -> Self {
         self.binary(Binary::Min, other)
+    }
+
+    /// Rounded to a number of bf16: away from zero if the part of its distance to the next number is at least `1 - fraction`, else
+    /// towards zero. So 1/2 rounds to the nearest one, and a fraction by chance, uniform in [0, 1), rounds to `self` on average. The
+    /// gradient is that of no rounding.
+    pub fn round_bf16(self, fraction: impl Operand<'a>) -> Self {
+        self.binary(Binary::RoundBf16, fraction)
     }
 
     /// `x * x`.

@@ -33,13 +33,49 @@ impl Clipping {
     }
 }
 
+/// Sums of what a program gives, taken over one group of tensors at a time: each has a place of its own, so totals do not depend on
+/// their order.
+#[derive(Debug)]
+pub(super) struct PlacedSums {
+    /// `[outputs, places]`
+    sums: Tensor,
+    program: Arc<Program>,
+}
+
+impl PlacedSums {
+    /// Places for `count` groups, all zero: f64, or f32 on a device that has no f64.
+    pub fn new(program: Arc<Program>, count: usize, device: &Device) -> Result<Self> {
+        let dtype = if device.backend().has_f64() { DType::F64 } else { DType::F32 };
+        Ok(Self { sums: Tensor::zeros(&[program.outputs.len(), count], dtype, device)?, program })
+    }
+
+    /// Sets a place to the sums over tensors of one shape.
+    pub fn add(&self, place: usize, inputs: &[&Tensor], scalars: &[f64]) -> Result<()> {
+        let [outputs, count] = *self.sums.dims() else { return Ok(()) };
+        if place >= count {
+            return Err(Error::argument("sums", format!("a place below {count}"), place));
+        }
+        if inputs.iter().any(|input| input.numel() == 0) {
+            return Ok(());
+        }
+        let axes = inputs.first().map_or(0, |input| input.rank());
+        let place = |i: usize| Layout { dims: vec![1; axes], strides: vec![0; axes], offset: i * count + place };
+        let places: Vec<Tensor> = (0..outputs).map(|i| self.sums.view(place(i))).collect();
+        let outputs: Vec<&Tensor> = places.iter().collect();
+        Reduction { program: &self.program, kind: Reduce::Sum, inputs, scalars, outputs: &outputs }.run()
+    }
+
+    /// The sums of all places for each output. The host waits for them.
+    pub fn totals(&self) -> Result<Vec<f64>> {
+        let count = self.sums.dims()[1].max(1);
+        Ok(self.sums.to_vec::<f64>()?.chunks(count).map(|places| places.iter().sum()).collect())
+    }
+}
+
 /// Sums of squares of gradients, taken one gradient at a time: each has a place of its own, so the norm does not depend on
 /// their order.
 #[derive(Debug)]
-pub struct SquareSums {
-    sums: Tensor,
-    square: Arc<Program>,
-}
+pub struct SquareSums(PlacedSums);
 
 impl SquareSums {
     /// Places for `count` gradients, all zero: f64, or f32 on a device that has no f64.
@@ -47,9 +83,8 @@ impl SquareSums {
     /// # Errors
     /// When memory runs out.
     pub fn new(count: usize, device: &Device) -> Result<Self> {
-        let dtype = if device.backend().has_f64() { DType::F64 } else { DType::F32 };
         let square = Program::of(&Function::build(|[g]| [g.square()]));
-        Ok(Self { sums: Tensor::zeros(&[count], dtype, device)?, square })
+        PlacedSums::new(square, count, device).map(Self)
     }
 
     /// Sets a place to the sum of a gradient's squares.
@@ -57,16 +92,15 @@ impl SquareSums {
     /// # Errors
     /// When there is no such place or the device fails.
     pub fn add(&self, place: usize, gradient: &Tensor) -> Result<()> {
-        if place >= self.sums.numel() {
-            return Err(Error::argument("sum of squares", format!("a place below {}", self.sums.numel()), place));
-        }
-        if gradient.numel() == 0 {
-            return Ok(());
-        }
-        let axes = gradient.rank();
-        let place = self.sums.view(Layout { dims: vec![1; axes], strides: vec![0; axes], offset: place });
-        let (program, inputs, outputs) = (&*self.square, &[gradient][..], &[&place][..]);
-        Reduction { program, kind: Reduce::Sum, inputs, scalars: &[], outputs }.run()
+        self.0.add(place, &[gradient], &[])
+    }
+
+    /// The sum of each place. The host waits for them.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn each(&self) -> Result<Vec<f64>> {
+        self.0.sums.to_vec()
     }
 
     /// The L2 norm of all gradients together, without axes.
@@ -74,9 +108,10 @@ impl SquareSums {
     /// # Errors
     /// When the device fails.
     pub fn norm(&self) -> Result<Tensor> {
-        let (sums, dtype) = (&self.sums, self.sums.dtype());
+        let (sums, dtype) = (&self.0.sums, self.0.sums.dtype());
         let identity = Function::build(|[s]| [s]);
-        let total = run_reduce(&identity, Reduce::Sum, &[sums], sums.dims(), &[0], &[dtype])?.remove(0).reshape(&[])?;
+        let total =
+            run_reduce(&identity, Reduce::Sum, &[sums], sums.dims(), &[0, 1], &[dtype])?.remove(0).reshape(&[])?;
         map(dtype, [&total], |[t]| t.sqrt())
     }
 }

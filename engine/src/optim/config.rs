@@ -124,6 +124,13 @@ impl<'de> Visitor<'de> for Section {
         for group in &out.groups {
             group.check().map_err(M::Error::custom)?;
         }
+        let others = out.groups.iter().find(|group| group.lr_mult != 0.0 && group.lr_mult != 1.0);
+        if let (Some(group), true) = (others, RuleEntry::shares_step_size(&out.name)) {
+            return Err(M::Error::custom(format!(
+                "groups: all parameters of {} share one step size: expected an lr_mult of 0 or 1 for {}, got {}",
+                out.name, group.pattern, group.lr_mult
+            )));
+        }
         out.rule = RuleEntry::resolved(&out.name, Value::Object(out.rule)).map_err(M::Error::custom)?;
         Ok(out)
     }
@@ -221,6 +228,7 @@ mod tests {
             (json!({ "name": "sgd", "nesterov": true }), "nesterov"),
             (json!({ "groups": [{ "pattern": "*", "lr_mult": -1.0 }] }), "lr_mult"),
             (json!({ "groups": [{ "pattern": "*", "lr": 1.0 }] }), "unknown field `lr`"),
+            (json!({ "name": "prodigy", "groups": [{ "pattern": "x", "lr_mult": 0.5 }] }), "lr_mult of 0 or 1 for x"),
             (json!(null), "the section of an optimiser"),
         ] {
             let error = read(value.clone()).unwrap_err();

@@ -8,13 +8,15 @@ mod optimizer;
 mod rules;
 mod schedule;
 mod sinks;
+mod updates;
 
 pub use clip::{Clipping, SquareSums, clip_grad_norm};
 pub use config::OptimizerConfig;
 pub use ema::{Ema, EmaConfig};
 pub use loss_scale::{LossScale, LossScaleConfig, LossScaleState};
-pub(crate) use optimizer::functions;
 pub use optimizer::{Optimizer, ParamGroup, Rates};
 pub use rules::*;
 pub use schedule::{DecayStyle, LrScheduler, LrSchedulerConfig, WdIncrStyle, WsdDecayStyle};
 pub use sinks::{Accumulate, Clip, OptimizerStep, Step, StepConfig, StepSink};
+pub use updates::Rounding;
+pub(crate) use updates::functions;

@@ -6,12 +6,14 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::rules::{Direction, Operands, Rule, Whole};
-use crate::expr::{Expr, Function};
+use super::clip::PlacedSums;
+use super::rules::{At, Direction, Operands, Rule, Slot, Whole, scalar_count};
+use super::updates::{COMPENSATION, Kind, Programs, Rounding, Update};
+use crate::expr::{Function, Program};
 use crate::nn::{Param, Params};
-use crate::ops::pointwise::{pointwise, run_pointwise_each};
+use crate::ops::pointwise::{pointwise, run_pointwise, run_pointwise_each};
 use crate::safetensors::{SafeTensors, save};
-use crate::{DType, Error, Gradients, Later, Result, Tensor, VarId};
+use crate::{DType, Device, Error, Gradients, Later, Result, Tensor, VarId};
 
 /// What a step is taken with: the values of a schedule.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -71,7 +73,7 @@ impl ParamGroup {
 struct State {
     /// Updates of this parameter so far: one without a gradient is skipped.
     steps: u64,
-    /// In the order of [`Rule::slots`].
+    /// In the order of [`Rule::slots`], and what its roundings lost.
     slots: Vec<Tensor>,
     /// In the order of [`Rule::whole_slots`].
     whole: Vec<Tensor>,
@@ -86,10 +88,14 @@ struct State {
 pub struct Optimizer {
     rule: Box<dyn Rule>,
     groups: Vec<ParamGroup>,
-    /// Writes the parameter and the slots.
-    plain: Programs,
-    /// Also the rounded parameter.
-    rounding: Programs,
+    rounding: Rounding,
+    /// By kind.
+    programs: [Programs; Kind::ALL.len()],
+    /// What is summed over all parameters before a step, where the rule asks for it.
+    summed: Option<Function>,
+    /// The numbers that all parameters share, and those of the step before.
+    shared: Vec<f64>,
+    before: Vec<f64>,
     state: HashMap<VarId, State>,
     gated: Option<Gated>,
 }
@@ -101,79 +107,8 @@ struct Gated {
     clip: Tensor,
     later: Later,
     vars: HashSet<VarId>,
-}
-
-/// An update as a function. Its inputs are the parameter, its gradient and the slots, its first scalar is what the gradient
-/// is multiplied with.
-#[derive(Debug)]
-struct Programs {
-    update: Function,
-    /// The same with the gradient's coefficient as the last input instead, which gates the update.
-    gated: Function,
-}
-
-impl Programs {
-    fn new(rule: &dyn Rule, rounding: bool) -> Self {
-        let slots = rule.slots().len();
-        let scalars = rule.scalars(Rates { lr: 0.0, weight_decay: 0.0 }, 1).len();
-        let update = Function::of(2 + slots, 1 + scalars, |inputs, scalars| {
-            updated(rule, rounding, inputs, scalars[0], &scalars[1..])
-        });
-        let gated = Function::of(3 + slots, scalars, |inputs, scalars| {
-            let (clip, inputs) = (inputs[2 + slots], &inputs[..2 + slots]);
-            let old = [&inputs[..1], &inputs[2..], &inputs[..1]].concat();
-            let new = updated(rule, rounding, inputs, clip, scalars);
-            old.into_iter().zip(new).map(|(old, new)| clip.select_lt(f64::INFINITY, new, old)).collect()
-        });
-        Self { update, gated }
-    }
-}
-
-/// The new parameter and slots, and the parameter again where it is to be rounded.
-fn updated<'a>(
-    rule: &dyn Rule,
-    rounding: bool,
-    inputs: &[Expr<'a>],
-    clip: Expr<'a>,
-    scalars: &[Expr<'a>],
-) -> Vec<Expr<'a>> {
-    let (parameter, gradient) = (inputs[0], inputs[1] * clip);
-    let mut new = rule.update(&Operands { parameter, gradient, slots: &inputs[2..], scalars });
-    if rounding {
-        new.push(new[0]);
-    }
-    new
-}
-
-/// A rule's updates as functions, without and with a rounded parameter, for backends that have a kernel for them.
-pub(crate) fn functions(rule: &dyn Rule) -> [Function; 2] {
-    [false, true].map(|rounding| Programs::new(rule, rounding).update)
-}
-
-/// An update of one parameter.
-#[derive(Debug)]
-struct Update {
-    scalars: Vec<f64>,
-    gradient: Tensor,
-    /// What is updated, its slots, and the rounded parameter where what is updated is a wider copy.
-    outputs: Vec<Tensor>,
-    rounding: bool,
-    /// In place of the step's coefficient where the gradient is a direction, which holds that already: 1, or NaN to gate.
-    gate: Option<Tensor>,
-}
-
-impl Update {
-    /// Inputs (with the coefficient of clipping where there is one) and outputs.
-    fn operands<'a>(&'a self, clip: Option<&'a Tensor>) -> (Vec<&'a Tensor>, Vec<&'a Tensor>) {
-        let kept = &self.outputs[..self.outputs.len() - usize::from(self.rounding)];
-        let clip = clip.map(|clip| self.gate.as_ref().unwrap_or(clip));
-        let inputs = kept[..1].iter().chain([&self.gradient]).chain(&kept[1..]).chain(clip);
-        (inputs.collect(), self.outputs.iter().collect())
-    }
-
-    fn is_like(&self, other: &Self) -> bool {
-        self.scalars == other.scalars && self.rounding == other.rounding
-    }
+    /// The shared numbers before it.
+    before: Vec<f64>,
 }
 
 impl Optimizer {
@@ -186,8 +121,37 @@ impl Optimizer {
     ///
     /// [`RULES`]: super::RULES
     pub fn boxed(rule: Box<dyn Rule>) -> Self {
-        let [plain, rounding] = [false, true].map(|rounding| Programs::new(&*rule, rounding));
-        Self { rule, groups: Vec::new(), plain, rounding, state: HashMap::new(), gated: None }
+        let scalars = scalar_count(&*rule);
+        let programs = Kind::ALL.map(|kind| Programs::new(&*rule, kind, scalars));
+        let summed = Function::of(2 + rule.slots().len(), 1 + scalars, |inputs, scalars| {
+            let (parameter, gradient) = (inputs[0], inputs[1] * scalars[0]);
+            rule.summed(&Operands { parameter, gradient, slots: &inputs[2..], scalars: &scalars[1..] })
+        });
+        let summed = Some(summed).filter(|sums| sums.outputs() > 0);
+        let shared: Vec<f64> = rule.shared().iter().map(|(_, first)| *first).collect();
+        let (groups, rounding) = (Vec::new(), Rounding::default());
+        Self {
+            rule,
+            groups,
+            rounding,
+            programs,
+            summed,
+            before: shared.clone(),
+            shared,
+            state: HashMap::new(),
+            gated: None,
+        }
+    }
+
+    /// With another way from a new value to a parameter that is kept in bf16.
+    #[must_use]
+    pub fn with_rounding(self, rounding: Rounding) -> Self {
+        Self { rounding, ..self }
+    }
+
+    /// Whether a step needs all gradients together: sums over all parameters come before the first update.
+    pub fn needs_all(&self) -> bool {
+        self.summed.is_some()
     }
 
     /// With groups of parameters whose rates are others. A parameter belongs to the first group that holds it.
@@ -204,9 +168,11 @@ impl Optimizer {
     pub fn step(&mut self, params: &Params, gradients: &Gradients, rates: Rates, clip: Option<&Tensor>) -> Result<()> {
         // Where the host has it, it is a scalar.
         let (clip, scalar) = match clip {
-            Some(clip) if clip.device().backend().is_host() => (None, self.finite(clip.item()?)?),
+            Some(clip) if self.on_host(clip) => (None, self.finite(clip.item()?)?),
             clip => (clip, 1.0),
         };
+        let sums = self.sums(params, gradients, rates, scalar)?;
+        self.advance(rates, &sums);
         let updates: Vec<Update> = params
             .iter()
             .filter_map(|param| Some((gradients.get(param.var()?)?, param)))
@@ -223,18 +189,63 @@ impl Optimizer {
         rates: Rates,
         clip: &Tensor,
     ) -> Result<()> {
-        if clip.device().backend().is_host() {
+        if self.on_host(clip) {
             return if clip.item()?.is_nan() { Ok(()) } else { self.step(params, gradients, rates, Some(clip)) };
         }
         // By now the device has the answer of the step before, since this one's gradients were computed behind it.
         self.settle()?;
+        let before = self.shared.clone();
         self.step(params, gradients, rates, Some(clip))?;
         let vars = gradients.iter().map(|(var, _)| var).collect();
-        self.gated = Some(Gated { clip: clip.detach(), later: clip.read_later()?, vars });
+        self.gated = Some(Gated { clip: clip.detach(), later: clip.read_later()?, vars, before });
         Ok(())
     }
 
-    /// One update of one parameter.
+    /// Whether the host reads the coefficient before a step: it waits for nothing, or it waits for sums anyway.
+    fn on_host(&self, clip: &Tensor) -> bool {
+        clip.device().backend().is_host() || self.needs_all()
+    }
+
+    /// Brings the shared numbers to the next step.
+    fn advance(&mut self, rates: Rates, sums: &[f64]) {
+        let next = self.rule.advance(&self.shared, rates, sums);
+        self.before = std::mem::replace(&mut self.shared, next);
+    }
+
+    /// Begins a step whose updates come one by one.
+    ///
+    /// # Errors
+    /// When the rule needs all gradients together.
+    pub(super) fn begin(&mut self, rates: Rates) -> Result<()> {
+        if self.needs_all() {
+            return Err(Error::argument(self.rule.name(), "all gradients together", "one after the other"));
+        }
+        self.advance(rates, &[]);
+        Ok(())
+    }
+
+    /// What the rule sums over all parameters, where it does.
+    fn sums(&mut self, params: &Params, gradients: &Gradients, rates: Rates, clip: f64) -> Result<Vec<f64>> {
+        let Some(summed) = self.summed.clone() else { return Ok(Vec::new()) };
+        let all: Vec<(&Param, &Tensor)> =
+            params.iter().filter_map(|param| Some((param, gradients.get(param.var()?)?))).collect();
+        let Some((first, _)) = all.first() else { return Ok(vec![0.0; summed.outputs()]) };
+        let sums = PlacedSums::new(Program::of(&summed), all.len(), first.device())?;
+        for (place, (param, gradient)) in all.into_iter().enumerate() {
+            let rates = self.rates_of(param.path(), rates);
+            let kept = param.kept()?;
+            let (rule, shared) = (&*self.rule, &self.shared[..]);
+            let state = state_of(rule, &self.rounding, &mut self.state, param, &kept)?;
+            let mut scalars = rule.scalars(&At { rates, step: state.steps + 1, before: shared, shared });
+            scalars.insert(0, clip);
+            let slots = &state.slots[..rule.slots().len()];
+            let inputs: Vec<&Tensor> = [&kept, gradient].into_iter().chain(slots).collect();
+            sums.add(place, &inputs, &scalars)?;
+        }
+        sums.totals()
+    }
+
+    /// One update of one parameter, after [`Optimizer::begin`].
     pub(super) fn step_one(&mut self, param: &Param, gradient: &Tensor, rates: Rates) -> Result<()> {
         match self.prepare(param, gradient, rates, (1.0, None))? {
             Some(update) => self.run(&[update], None),
@@ -244,8 +255,9 @@ impl Optimizer {
 
     /// Takes back the counts of the last update if it was gated.
     fn settle(&mut self) -> Result<()> {
-        let Some(Gated { later, vars, .. }) = self.gated.take() else { return Ok(()) };
+        let Some(Gated { later, vars, before, .. }) = self.gated.take() else { return Ok(()) };
         if later.item()?.is_nan() {
+            self.shared = before;
             for var in vars {
                 self.state.entry(var).and_modify(|state| state.steps = state.steps.saturating_sub(1));
             }
@@ -269,7 +281,9 @@ impl Optimizer {
         rates: Rates,
         clip: (f64, Option<&Tensor>),
     ) -> Result<Option<Update>> {
-        let Some(var) = param.var() else { return Ok(None) };
+        if param.var().is_none() {
+            return Ok(None);
+        }
         if gradient.dims() != param.dims() || !gradient.dtype().is_float() {
             let expected = format!("a float gradient of the shape of {}, {:?}", param.path(), param.dims());
             return Err(Error::argument(self.rule.name(), expected, gradient));
@@ -277,29 +291,26 @@ impl Optimizer {
         let rates = self.rates_of(param.path(), rates);
         let (value, master) = (param.value()?.detach(), param.master());
         let kept = master.clone().unwrap_or_else(|| value.clone());
-        let state = match self.state.entry(var) {
-            Entry::Occupied(e) => e.into_mut(),
-            Entry::Vacant(e) => {
-                let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, kept.device());
-                let slots =
-                    self.rule.slots().iter().map(|_| zeros(kept.dims(), kept.dtype())).collect::<Result<_>>()?;
-                let whole = self.rule.whole_slots(kept.dims());
-                let whole = whole.iter().map(|(_, dims)| zeros(dims, wide(&kept))).collect::<Result<_>>()?;
-                e.insert(State { steps: 0, slots, whole })
-            }
-        };
+        let (rule, kind) = (&*self.rule, Kind::of(&self.rounding, kept.dtype(), master.is_some()));
+        let state = state_of(rule, &self.rounding, &mut self.state, param, &kept)?;
         state.steps += 1;
         let (mut gradient, mut factor, mut gate) = (gradient.detach(), clip.0, None);
         if !state.whole.is_empty() {
-            (gradient, gate) = direction(&*self.rule, &kept, &gradient, rates, clip, state)?;
+            (gradient, gate) = direction(rule, &kept, &gradient, rates, clip, state)?;
             factor = 1.0;
         }
-        let mut scalars = self.rule.scalars(rates, state.steps);
+        let at = At { rates, step: state.steps, before: &self.before, shared: &self.shared };
+        let mut scalars = rule.scalars(&at);
         scalars.insert(0, factor);
         let outputs = [kept].into_iter().chain(state.slots.iter().cloned());
-        let rounding = master.is_some();
         let outputs: Vec<Tensor> = outputs.chain(master.map(|_| value)).collect();
-        Ok(Some(Update { scalars, gradient, outputs, rounding, gate }))
+        let random = match (&self.rounding, kind) {
+            (Rounding::Stochastic(random), Kind::Stochastic) => {
+                Some(random.fork(state.steps).fork(stream_of(param.path())))
+            }
+            _ => None,
+        };
+        Ok(Some(Update { kind, scalars, gradient, outputs, random, gate }))
     }
 
     /// The rates of a parameter.
@@ -320,36 +331,96 @@ impl Optimizer {
             }
         }
         for updates in alike {
-            let operands: Vec<_> = updates.iter().map(|update| update.operands(clip)).collect();
-            let programs = if updates[0].rounding { &self.rounding } else { &self.plain };
+            let programs = &self.programs[updates[0].kind as usize];
             let scalars = &updates[0].scalars;
-            match clip {
-                Some(_) => run_pointwise_each(&programs.gated, &operands, &scalars[1..])?,
-                None => run_pointwise_each(&programs.update, &operands, scalars)?,
+            // Chances take as much memory as what they are for: those of one parameter at a time.
+            let together = if updates[0].random.is_some() { 1 } else { updates.len() };
+            for updates in updates.chunks(together) {
+                let chances = updates.iter().map(|update| update.chances()).collect::<Result<Vec<_>>>()?;
+                let both = updates.iter().zip(&chances);
+                let operands: Vec<_> = both.map(|(update, chances)| update.operands(chances.as_ref(), clip)).collect();
+                match clip {
+                    Some(_) => run_pointwise_each(&programs.gated, &operands, &scalars[1..])?,
+                    None => run_pointwise_each(&programs.update, &operands, scalars)?,
+                }
             }
         }
         Ok(())
     }
 
-    /// Writes what is remembered, named `<slot>.<name>` for each slot of the rule, and counts of updates, `step.<name>`.
+    /// Runs `work` with the parameters at the values that the rule means to be looked at, where those are others than the ones that are
+    /// trained; the parameters are the same bits afterwards.
+    ///
+    /// # Errors
+    /// Those of `work`, and of the device.
+    pub fn evaluated<R, E: From<Error>>(&self, params: &Params, work: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
+        let Some(function) = self.evaluation() else { return work() };
+        let mut own = Vec::new();
+        for param in params.iter() {
+            let Some(state) = param.var().and_then(|var| self.state.get(&var)) else { continue };
+            let kept = param.kept()?;
+            let (saved, value) = (copied(&kept)?, Tensor::empty(kept.dims(), kept.dtype(), kept.device())?);
+            let inputs: Vec<&Tensor> =
+                [&saved, &saved].into_iter().chain(&state.slots[..self.rule.slots().len()]).collect();
+            run_pointwise(&function, &inputs, &[], &[&value])?;
+            own.push((param, saved));
+            param.copy_from(&value)?;
+        }
+        let done = work();
+        own.iter().try_for_each(|(param, saved)| param.copy_from(saved))?;
+        done
+    }
+
+    /// The rule's value for looking at, from the inputs of an update.
+    fn evaluation(&self) -> Option<Function> {
+        let mut found = false;
+        let function = Function::of(2 + self.rule.slots().len(), 0, |inputs, scalars| {
+            let (parameter, gradient) = (inputs[0], inputs[1]);
+            let value = self.rule.evaluated(&Operands { parameter, gradient, slots: &inputs[2..], scalars });
+            found = value.is_some();
+            vec![value.unwrap_or(parameter)]
+        });
+        found.then_some(function)
+    }
+
+    /// Names and dtypes of what is remembered of a parameter: the rule's slots, what roundings lost, whole slots, and the value it is
+    /// trained at where files have another.
+    fn remembered(&self, param: &Param, kept: &Tensor) -> Vec<(&'static str, Vec<usize>, DType)> {
+        let kind = Kind::of(&self.rounding, kept.dtype(), param.master().is_some());
+        let dims = || kept.dims().to_vec();
+        let slots = self.rule.slots().iter().map(|slot| (*slot, dims(), kind.remembers(kept.dtype())));
+        let lost = (kind == Kind::Kahan).then(|| (COMPENSATION, dims(), kept.dtype()));
+        let whole = self.rule.whole_slots(param.dims()).into_iter();
+        let whole = whole.map(|Slot { name, dims, dtype }| (name, dims, dtype.unwrap_or(wide(kept))));
+        let trained = self.evaluation().map(|_| (TRAINED, dims(), kept.dtype()));
+        slots.chain(lost).chain(whole).chain(trained).collect()
+    }
+
+    /// Writes what is remembered, named `<slot>.<name>` for each slot of the rule, counts of updates, `step.<name>`, and the numbers that
+    /// all parameters share.
     ///
     /// # Errors
     /// When the file can't be written.
     pub fn save(&self, params: &Params, path: impl AsRef<Path>) -> Result<()> {
         let gated = match &self.gated {
-            Some(gated) if gated.clip.item()?.is_nan() => Some(&gated.vars),
+            Some(gated) if gated.clip.item()?.is_nan() => Some(gated),
             _ => None,
         };
         let mut all = Vec::new();
         for p in params.iter() {
             let name = p.path();
             let Some((var, state)) = p.var().and_then(|v| Some((v, self.state.get(&v)?))) else { continue };
-            let steps = state.steps - u64::from(gated.is_some_and(|vars| vars.contains(&var)));
-            let whole = self.rule.whole_slots(p.dims()).into_iter().map(|(slot, _)| slot).zip(&state.whole);
-            for (slot, value) in self.rule.slots().iter().copied().zip(&state.slots).chain(whole) {
+            let steps = state.steps - u64::from(gated.is_some_and(|gated| gated.vars.contains(&var)));
+            let kept = p.kept()?;
+            let values = state.slots.iter().chain(&state.whole).chain([&kept]);
+            for ((slot, ..), value) in self.remembered(p, &kept).into_iter().zip(values) {
                 all.push((format!("{slot}.{name}"), value.clone()));
             }
             all.push((format!("{STEP}.{name}"), Tensor::from_slice(&[steps as f64], &[], p.device())?));
+        }
+        let shared = gated.map_or(&self.shared, |gated| &gated.before);
+        for ((name, _), value) in self.rule.shared().into_iter().zip(shared) {
+            all.push((name.into(), Tensor::from_slice(&[*value], &[], &Device::cpu())?));
         }
         save(path, &all, &BTreeMap::new())
     }
@@ -361,33 +432,44 @@ impl Optimizer {
     pub fn load(&mut self, params: &Params, file: &SafeTensors) -> Result<()> {
         let mut state = HashMap::new();
         let mut mismatched = Vec::new();
+        let mut trained = Vec::new();
         for p in params.iter() {
             let (name, kept) = (p.path(), p.kept()?);
             let step = format!("{STEP}.{name}");
             let (Some(var), Some(_)) = (p.var(), file.dims(&step)) else { continue };
-            let read = |slot: &str, dtype| file.get(&format!("{slot}.{name}"), p.device(), Some(dtype));
-            let slots = self.rule.slots().iter().map(|slot| read(slot, kept.dtype())).collect::<Result<Vec<_>>>()?;
-            let wholes = self.rule.whole_slots(p.dims());
-            let whole = wholes.iter().map(|(slot, _)| read(slot, wide(&kept))).collect::<Result<Vec<_>>>()?;
-            let expected = slots.iter().map(|_| p.dims()).chain(wholes.iter().map(|(_, dims)| &dims[..]));
-            let both = expected.zip(slots.iter().chain(&whole));
-            if let Some((expected, wrong)) = both.into_iter().find(|(dims, value)| value.dims() != *dims) {
-                mismatched.push(format!("{name} expected {expected:?}, got {:?}", wrong.dims()));
+            let mut values = Vec::new();
+            for (slot, dims, dtype) in self.remembered(p, &kept) {
+                let value = file.get(&format!("{slot}.{name}"), p.device(), Some(dtype))?;
+                if value.dims() != dims {
+                    mismatched.push(format!("{name} expected {dims:?}, got {:?}", value.dims()));
+                }
+                values.push(value);
             }
+            if self.evaluation().is_some() {
+                trained.extend(values.pop().map(|value| (p, value)));
+            }
+            let whole = values.split_off(values.len() - self.rule.whole_slots(p.dims()).len());
             let steps = file.get(&step, p.device(), Some(DType::F64))?.item()? as u64;
-            state.insert(var, State { steps, slots, whole });
+            state.insert(var, State { steps, slots: values, whole });
         }
+        let shared = self.rule.shared();
         let known = |key: &String| {
             let Some((kind, param)) = key.split_once('.').and_then(|(kind, n)| Some((kind, params.get(n)?))) else {
-                return false;
+                return shared.iter().any(|(name, _)| name == key);
             };
-            let whole = || self.rule.whole_slots(param.dims()).iter().any(|(slot, _)| *slot == kind);
-            kind == STEP || self.rule.slots().contains(&kind) || whole()
+            let slots = param.kept().map(|kept| self.remembered(param, &kept)).unwrap_or_default();
+            kind == STEP || slots.iter().any(|(slot, ..)| *slot == kind)
         };
         let unexpected: Vec<String> = file.names().into_iter().filter(|n| !known(n)).collect();
-        if mismatched.len() + unexpected.len() > 0 {
-            return Err(Error::Keys { path: file.path().into(), missing: Vec::new(), unexpected, mismatched });
+        let missing = shared.iter().map(|(name, _)| (*name).to_owned()).filter(|name| file.dims(name).is_none());
+        let missing: Vec<String> = missing.collect();
+        if mismatched.len() + unexpected.len() + missing.len() > 0 {
+            return Err(Error::Keys { path: file.path().into(), missing, unexpected, mismatched });
         }
+        let read = |name: &str| file.get(name, &Device::cpu(), Some(DType::F64))?.item();
+        self.shared = shared.iter().map(|(name, _)| read(name)).collect::<Result<_>>()?;
+        self.before.clone_from(&self.shared);
+        trained.iter().try_for_each(|(param, value)| param.copy_from(value))?;
         (self.state, self.gated) = (state, None);
         Ok(())
     }
@@ -395,12 +477,47 @@ impl Optimizer {
     /// What is remembered of a parameter under a slot's name, if it was updated.
     pub fn slot(&self, parameter: &Param, name: &str) -> Option<&Tensor> {
         let state = self.state.get(&parameter.var()?)?;
-        if let Some(place) = self.rule.slots().iter().position(|slot| *slot == name) {
-            return state.slots.get(place);
-        }
-        let place = self.rule.whole_slots(parameter.dims()).iter().position(|(slot, _)| *slot == name)?;
-        state.whole.get(place)
+        let kept = parameter.kept().ok()?;
+        let place = self.remembered(parameter, &kept).iter().position(|(slot, ..)| *slot == name)?;
+        state.slots.iter().chain(&state.whole).nth(place)
     }
+}
+
+/// The state of a parameter, all zero where there was none.
+fn state_of<'s>(
+    rule: &dyn Rule,
+    rounding: &Rounding,
+    all: &'s mut HashMap<VarId, State>,
+    param: &Param,
+    kept: &Tensor,
+) -> Result<&'s mut State> {
+    let var = param.var().ok_or_else(|| Error::argument(rule.name(), "a trained parameter", param.path()))?;
+    Ok(match all.entry(var) {
+        Entry::Occupied(e) => e.into_mut(),
+        Entry::Vacant(e) => {
+            let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, kept.device());
+            let kind = Kind::of(rounding, kept.dtype(), param.master().is_some());
+            let slots = rule.slots().iter().map(|_| zeros(kept.dims(), kind.remembers(kept.dtype())));
+            let mut slots = slots.collect::<Result<Vec<_>>>()?;
+            if kind == Kind::Kahan {
+                slots.push(zeros(kept.dims(), kept.dtype())?);
+            }
+            let whole = rule.whole_slots(kept.dims());
+            let whole = whole.iter().map(|slot| zeros(&slot.dims, slot.dtype.unwrap_or(wide(kept))));
+            e.insert(State { steps: 0, slots, whole: whole.collect::<Result<_>>()? })
+        }
+    })
+}
+
+fn copied(value: &Tensor) -> Result<Tensor> {
+    let copy = Tensor::empty(value.dims(), value.dtype(), value.device())?;
+    copy.copy_from(value)?;
+    Ok(copy)
+}
+
+/// A number of its own for a path: FNV-1a of 64 bits.
+fn stream_of(path: &str) -> u64 {
+    path.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// The dtype of what rules for whole tensors compute in and remember.
@@ -428,8 +545,15 @@ fn direction(
     };
     let whole = Whole { parameter: &parameter, gradient: &gradient, slots: &state.whole, rates, step: state.steps };
     let Direction { direction, slots } = rule.direction(&whole)?;
-    for (old, new) in state.whole.iter().zip(slots) {
+    for (old, new) in state.whole.iter_mut().zip(slots) {
         let new = match &clip {
+            // Codes are no numbers, to choose between or to copy by value.
+            clip if !old.dtype().is_float() => {
+                if !clip.as_ref().map_or(Ok(false), |clip| clip.item().map(f64::is_nan))? {
+                    *old = new;
+                }
+                continue;
+            }
             Some(clip) => pointwise([clip, old, &new], |[clip, old, new]| clip.select_lt(f64::INFINITY, new, old))?,
             None => new,
         };
@@ -442,212 +566,8 @@ fn direction(
 
 /// The name of the counts of updates in files.
 const STEP: &str = "step";
+/// The name of parameters at which gradients are taken, where files have others.
+const TRAINED: &str = "trained";
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-    use crate::nn::{Init, ParamBuilder, Placement};
-    use crate::optim::{AdamW, RULES, RuleEntry, Sgd};
-    use crate::{Device, Philox};
-
-    /// Steps of a rule in f64 beside a formula, which gets the step's number (from 1), an element's number, value and gradient,
-    /// and the rates. After each step another optimiser goes on from a file.
-    pub(in crate::optim) fn follows<R: Rule + Copy + 'static>(
-        rule: &R,
-        mut formula: impl FnMut(i32, usize, f64, f64, Rates) -> f64,
-    ) -> Result<()> {
-        follows_whole(rule, &[7], |t, p, g, rates| (0..7).map(|i| formula(t, i, p[i], g[i], rates)).collect())
-    }
-
-    /// The same for a parameter of these sizes, where the formula gets all elements at once.
-    pub(in crate::optim) fn follows_whole<R: Rule + Copy + 'static>(
-        rule: &R,
-        dims: &[usize],
-        mut formula: impl FnMut(i32, &[f64], &[f64], Rates) -> Vec<f64>,
-    ) -> Result<()> {
-        let (cpu, folder) = (Device::cpu(), tempfile::tempdir().unwrap());
-        let path = folder.path().join("state.safetensors");
-        let builder = ParamBuilder::new(4, DType::F64, &cpu);
-        let (w, params) = (builder.get("w", dims, Init::Normal { std: 1.0 })?, builder.params());
-        let clip = 0.5;
-        let mut optimizer = Optimizer::new(*rule);
-        let mut expected = w.value()?.to_vec::<f64>()?;
-        let mut random = Philox::new(2);
-        for t in 1..=4 {
-            let rates = Rates { lr: 0.01 / f64::from(t), weight_decay: 0.1 };
-            let g = random.normal(dims, &cpu)?.to_dtype(DType::F64)?;
-            let clipped: Vec<f64> = g.to_vec::<f64>()?.iter().map(|g| g * clip).collect();
-            expected = formula(t, &expected, &clipped, rates);
-            let mut gradients = Gradients::default();
-            gradients.insert(w.var().unwrap(), g);
-            let coefficient = Tensor::from_slice(&[clip], &[], &cpu)?;
-            optimizer.step(&params, &gradients, rates, Some(&coefficient))?;
-            for (a, b) in w.value()?.to_vec::<f64>()?.iter().zip(&expected) {
-                assert!((a - b).abs() < 1e-12, "{rule:?}, step {t}: {a} instead of {b}");
-            }
-            optimizer.save(&params, &path)?;
-            optimizer = Optimizer::new(*rule);
-            optimizer.load(&params, &SafeTensors::open(&path)?)?;
-        }
-        let other = ParamBuilder::new(4, DType::F64, &cpu);
-        other.get("x", dims, Init::Zeros)?;
-        assert!(optimizer.load(&other.params(), &SafeTensors::open(&path)?).is_err());
-        Ok(())
-    }
-
-    /// A parameter of `n` elements and a gradient, in the dtypes of weight and gradient, and of the wider copy.
-    pub(in crate::optim) fn one(n: usize, dtype: DType, masters: DType) -> Result<(Params, Gradients)> {
-        let cpu = Device::cpu();
-        let builder = ParamBuilder::with_plan(n as u64, Placement::trained(dtype).with_master(masters), &cpu);
-        let w = builder.get("w", &[n], Init::Normal { std: 1.0 })?;
-        let mut gradients = Gradients::default();
-        gradients.insert(w.var().unwrap(), Philox::new(n as u64).normal(&[n], &cpu)?.to_dtype(dtype)?);
-        Ok((builder.params(), gradients))
-    }
-
-    const RATES: Rates = Rates { lr: 1e-2, weight_decay: 0.1 };
-
-    /// What three steps make of the parameter that is kept, in f64.
-    pub(in crate::optim) fn trained(
-        rule: impl Rule + 'static,
-        params: &Params,
-        gradients: &Gradients,
-    ) -> Result<Vec<f64>> {
-        trained_by(Optimizer::new(rule), params, gradients)
-    }
-
-    fn trained_by(mut optimizer: Optimizer, params: &Params, gradients: &Gradients) -> Result<Vec<f64>> {
-        (0..3).try_for_each(|_| optimizer.step(params, gradients, RATES, None))?;
-        params.get("w").unwrap().kept()?.to_vec::<f64>()
-    }
-
-    /// Every rule of the registry as it is without configuration, and with one that has all its parts.
-    fn rules() -> Vec<Box<dyn Rule>> {
-        let configured = serde_json::json!({ "momentum": 0.9, "nesterov": true });
-        let default = RULES.iter().map(|entry| RuleEntry::rule(entry.name, serde_json::json!({})).unwrap());
-        default.chain([RuleEntry::rule("sgd", configured).unwrap()]).collect()
-    }
-
-    #[test]
-    fn every_rule_gives_what_it_declares_and_is_found_by_its_name() {
-        for rule in rules() {
-            let [plain, rounding] = functions(&*rule);
-            let slots = rule.slots().len();
-            assert_eq!((plain.inputs(), plain.outputs()), (2 + slots, 1 + slots), "{rule:?}");
-            assert_eq!(rounding.outputs(), 2 + slots, "{rule:?}");
-            let rates = Rates { lr: 0.1, weight_decay: 0.0 };
-            assert_eq!(plain.scalars(), 1 + rule.scalars(rates, 1000).len(), "{rule:?}");
-            assert!(rule.slots().iter().all(|slot| !slot.contains('.') && *slot != STEP), "{rule:?}");
-        }
-        let names: HashSet<&str> = RULES.iter().map(|entry| entry.name).collect();
-        assert_eq!(names.len(), RULES.len());
-        let error = |name: &str, config| RuleEntry::rule(name, config).unwrap_err().to_string();
-        assert!(error("adan", serde_json::json!({})).contains("adamw or adam or sgd"));
-        assert!(error("sgd", serde_json::json!({ "betas": [0.9, 0.9] })).contains("momentum"));
-        assert!(error("adamw", serde_json::json!({ "eps": 0.0 })).contains("eps"));
-    }
-
-    #[test]
-    fn a_gradient_of_any_float_dtype_is_as_if_widened_first() -> Result<()> {
-        // Wider copies as well: the start is that of a run in f32.
-        let kinds = [
-            (DType::F32, DType::F32),
-            (DType::BF16, DType::BF16),
-            (DType::F16, DType::F16),
-            (DType::BF16, DType::F32),
-            (DType::F16, DType::F32),
-        ];
-        for make in 0..rules().len() {
-            for (dtype, masters) in kinds {
-                for of_gradient in [DType::F32, DType::BF16, DType::F16] {
-                    let run = |widened: bool| -> Result<(Vec<f64>, Vec<f64>)> {
-                        let (params, gradients) = one(1000, dtype, masters)?;
-                        let w = params.get("w").unwrap();
-                        let mut given = gradients.of(w).unwrap().to_dtype(of_gradient)?;
-                        if widened {
-                            given = given.to_dtype(DType::F32)?;
-                        }
-                        let mut gradients = Gradients::default();
-                        gradients.insert(w.var().unwrap(), given);
-                        let rule = rules().swap_remove(make);
-                        let kept = trained_by(Optimizer::boxed(rule), &params, &gradients)?;
-                        Ok((kept, w.value()?.to_vec()?))
-                    };
-                    let what = format!("rule {make}, {dtype} with {masters}, gradient in {of_gradient}");
-                    assert_eq!(run(false)?, run(true)?, "{what}");
-                }
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn wider_copies_train_as_f32_on_widened_gradients() -> Result<()> {
-        for make in 0..rules().len() {
-            let optimizer = || Optimizer::boxed(rules().swap_remove(make));
-            let (mixed, gradients) = one(1000, DType::BF16, DType::F32)?;
-            let (plain, _) = one(1000, DType::F32, DType::F32)?;
-            let (w, gradient) = (plain.get("w").unwrap(), gradients.iter().next().unwrap().1);
-            let mut widened = Gradients::default();
-            widened.insert(w.var().unwrap(), gradient.to_dtype(DType::F32)?);
-            // The start is that of a run in f32, too.
-            assert_eq!(mixed.get("w").unwrap().kept()?.to_vec::<f32>()?, w.value()?.to_vec::<f32>()?);
-            let expected = trained_by(optimizer(), &plain, &widened)?;
-            assert_eq!(trained_by(optimizer(), &mixed, &gradients)?, expected);
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn a_group_has_rates_of_its_own() -> Result<()> {
-        for (pattern, name, holds) in [
-            ("*.bias", "blocks.0.bias", true),
-            ("*.bias", "bias", false),
-            ("blocks.*.norm*", "blocks.10.norm.weight", true),
-            ("blocks.*.norm*", "blocks.norm", false),
-            ("w", "w", true),
-            ("w", "ww", false),
-            ("*", "anything", true),
-            ("a*a", "a", false),
-        ] {
-            let group = ParamGroup { pattern: pattern.into(), lr_mult: 1.0, wd_mult: 1.0 };
-            assert_eq!(group.holds(name), holds, "{pattern} and {name}");
-        }
-        let cpu = Device::cpu();
-        let run = |groups: Vec<ParamGroup>, rates: Rates, only: Option<usize>| -> Result<Vec<Vec<f64>>> {
-            let builder = ParamBuilder::new(3, DType::F64, &cpu);
-            let weight = builder.sub("a").get("weight", &[5], Init::Normal { std: 1.0 })?;
-            let tensors = [weight, builder.sub("a").get("bias", &[5], Init::Ones)?];
-            let mut optimizer = Optimizer::new(AdamW::default()).with_groups(groups);
-            for _ in 0..2 {
-                let mut gradients = Gradients::default();
-                for (_, tensor) in tensors.iter().enumerate().filter(|(i, _)| only.is_none_or(|only| only == *i)) {
-                    gradients.insert(tensor.var().unwrap(), Tensor::full(&[5], 0.3, DType::F64, &cpu)?);
-                }
-                optimizer.step(&builder.params(), &gradients, rates, None)?;
-            }
-            tensors.iter().map(|w| w.value()?.to_vec()).collect()
-        };
-        let group = ParamGroup { pattern: "*.bias".into(), lr_mult: 0.5, wd_mult: 0.0 };
-        let grouped = run(vec![group], RATES, None)?;
-        assert_eq!(grouped[0], run(Vec::new(), RATES, Some(0))?[0]);
-        let half = Rates { lr: 0.5 * RATES.lr, weight_decay: 0.0 };
-        assert_eq!(grouped[1], run(Vec::new(), half, Some(1))?[1]);
-        Ok(())
-    }
-
-    #[test]
-    fn a_file_of_another_rule_is_named_as_such() -> Result<()> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("state.safetensors");
-        let (params, gradients) = one(5, DType::F32, DType::F32)?;
-        let mut adamw = Optimizer::new(AdamW::default());
-        adamw.step(&params, &gradients, RATES, None)?;
-        adamw.save(&params, &path)?;
-        let file = SafeTensors::open(&path)?;
-        assert_eq!(file.names(), ["exp_avg.w", "exp_avg_sq.w", "step.w"]);
-        let error = Optimizer::new(Sgd::default()).load(&params, &file).unwrap_err().to_string();
-        assert!(error.contains("exp_avg.w"), "{error}");
-        Ok(())
-    }
-}
+pub(super) mod tests;

@@ -53,7 +53,10 @@ impl GradientSink for Step<'_> {
         let Some(&place) = self.places.get(&var) else { return Ok(()) };
         let squares = match &mut self.squares {
             Some(squares) => squares,
-            none => none.insert(SquareSums::new(self.targets.len(), gradient.device())?),
+            none => {
+                self.optimizer.begin(self.rates)?;
+                none.insert(SquareSums::new(self.targets.len(), gradient.device())?)
+            }
         };
         squares.add(place, &gradient)?;
         self.optimizer.step_one(self.targets[place], &gradient, self.rates)
@@ -76,6 +79,7 @@ pub struct Clip<'a> {
     rates: Rates,
     max_norm: Option<f64>,
     scale: Option<&'a mut LossScale>,
+    skip_non_finite: bool,
     gradients: Gradients,
 }
 
@@ -88,7 +92,7 @@ impl<'a> Clip<'a> {
         max_norm: Option<f64>,
         scale: Option<&'a mut LossScale>,
     ) -> Self {
-        Self { optimizer, params, rates, max_norm, scale, gradients: Gradients::default() }
+        Self { optimizer, params, rates, max_norm, scale, skip_non_finite: false, gradients: Gradients::default() }
     }
 }
 
@@ -109,6 +113,9 @@ impl StepSink for Clip<'_> {
             Some(scale) => {
                 self.optimizer.step_or_skip(self.params, &gradients, self.rates, coefficient)?;
                 scale.update(coefficient)?;
+            }
+            None if self.skip_non_finite => {
+                self.optimizer.step_or_skip(self.params, &gradients, self.rates, coefficient)?;
             }
             None => self.optimizer.step(self.params, &gradients, self.rates, Some(coefficient))?,
         }
@@ -183,6 +190,8 @@ pub struct StepConfig {
     pub micro_batches: usize,
     /// The greatest norm of all gradients together.
     pub max_norm: Option<f64>,
+    /// Whether a step whose gradients are not all finite is skipped, instead of being an error.
+    pub skip_non_finite: bool,
 }
 
 /// One step of an optimiser, from losses to updated parameters.
@@ -193,7 +202,7 @@ pub struct StepConfig {
 /// let builder = ParamBuilder::new(0, DType::F32, &Device::cpu());
 /// let (layer, params) = (Linear::new(&builder, 3, 1, true)?, builder.params());
 /// let mut optimizer = Optimizer::new(AdamW::default());
-/// let config = StepConfig { micro_batches: 1, max_norm: Some(1.0) };
+/// let config = StepConfig { micro_batches: 1, max_norm: Some(1.0), skip_non_finite: false };
 /// let rates = Rates { lr: 1e-3, weight_decay: 0.01 };
 /// let mut step = OptimizerStep::new(config, rates, &mut optimizer, &params, None)?;
 /// let tape = Tape::new();
@@ -224,9 +233,10 @@ impl<'a> OptimizerStep<'a> {
         scale: Option<&'a mut LossScale>,
     ) -> Result<Self> {
         let cotangent = scale.as_ref().map(|scale| scale.scale()).transpose()?;
-        let together = config.max_norm.is_some() || scale.is_some();
+        let together = config.max_norm.is_some() || scale.is_some() || config.skip_non_finite || optimizer.needs_all();
         let mut sink: Box<dyn StepSink + 'a> = if together {
-            Box::new(Clip::new(optimizer, params, rates, config.max_norm, scale))
+            let clip = Clip::new(optimizer, params, rates, config.max_norm, scale);
+            Box::new(Clip { skip_non_finite: config.skip_non_finite, ..clip })
         } else {
             Box::new(Step::new(optimizer, params, rates))
         };
@@ -396,7 +406,7 @@ mod tests {
     fn all_chains_come_to_the_same_bits_where_nothing_limits() -> Result<()> {
         for (dtype, masters) in DTYPES.map(|d| (d, d)).into_iter().chain([(DType::BF16, DType::F32)]) {
             for micro_batches in [1, 3] {
-                let config = |max_norm| StepConfig { micro_batches, max_norm };
+                let config = |max_norm| StepConfig { micro_batches, max_norm, skip_non_finite: false };
                 let at_once = steps(dtype, masters, config(None), None)?;
                 let together = steps(dtype, masters, config(Some(1e30)), None)?;
                 assert_eq!(at_once, together, "{dtype}, {micro_batches} micro-batches");
@@ -416,8 +426,10 @@ mod tests {
             let mut optimizer = Optimizer::new(Sgd::default());
             let config = |init_scale| LossScaleConfig { init_scale, ..LossScaleConfig::default() };
             let mut scale = scale.map(|s| LossScale::new(config(s), &Device::cpu())).transpose()?;
-            let (rates, limit) =
-                (Rates { lr: 1.0, weight_decay: 0.0 }, StepConfig { micro_batches: 1, max_norm: Some(0.5) });
+            let (rates, limit) = (
+                Rates { lr: 1.0, weight_decay: 0.0 },
+                StepConfig { micro_batches: 1, max_norm: Some(0.5), skip_non_finite: false },
+            );
             let tape = Tape::new();
             let loss = model.loss(&tape, 7, 1.0)?;
             OptimizerStep::new(limit, rates, &mut optimizer, &model.params, scale.as_mut())?.backward(
@@ -446,7 +458,7 @@ mod tests {
             let mut scale = if scaled { Some(LossScale::new(config, &Device::cpu())?) } else { None };
             let mut good = 0;
             for &size in sizes {
-                let limit = StepConfig { micro_batches: 1, max_norm: Some(1e9) };
+                let limit = StepConfig { micro_batches: 1, max_norm: Some(1e9), skip_non_finite: false };
                 let tape = Tape::new();
                 // The same gradients in every step that counts.
                 let loss = model.loss(&tape, good, size)?;
@@ -473,7 +485,7 @@ mod tests {
         let model = Model::new(DType::F32, DType::F32)?;
         for max_norm in [None, Some(1.0)] {
             let mut optimizer = Optimizer::new(AdamW::default());
-            let config = StepConfig { micro_batches: 1, max_norm };
+            let config = StepConfig { micro_batches: 1, max_norm, skip_non_finite: false };
             let mut step = OptimizerStep::new(config, RATES, &mut optimizer, &model.params, None)?;
             let tape = Tape::new();
             let loss = model.tensors[0].value()?.square()?.sum_all()?;

@@ -31,6 +31,10 @@ pub enum Event<'a> {
     Preview(&'a Path),
     /// A checkpoint of this step was written.
     Saved(u64),
+    /// Something about the training that a person should know.
+    Noticed(&'a str),
+    /// A step failed, and the run ends with its error: what is under way is to be finished.
+    Failed,
     /// There are no more steps.
     Stopped(Cause),
 }

@@ -39,7 +39,7 @@ pub use self::model::{Mode, ModelSection, Stage};
 pub use self::peft::{Algorithm, KeptDtype, PeftConfig};
 pub use self::problems::{Place, Problem};
 pub use self::sampling::{ReportConfig, SamplingConfig};
-pub use self::steps::{ClipGradNorm, Performance, StepScheduler};
+pub use self::steps::{ClipGradNorm, NonFinite, Performance, StepScheduler};
 
 /// Everything that a run is made of. The run folder keeps it resolved: all defaults written out.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
@@ -55,8 +55,8 @@ pub struct Recipe {
     #[serde(default)]
     #[schemars(range(max = u64::MAX))]
     pub seed: u64,
-    /// What flows where: `f32`, `bf16` (weights and moments too), or `mixed` or `mixed_f16` (bf16 or f16 with weights and
-    /// moments kept in f32).
+    /// What flows where: `f32`, `bf16` (weights and moments too), `bf16_stochastic` or `bf16_kahan` (weights in bf16 that lose no small
+    /// steps, moments in f32), or `mixed` or `mixed_f16` (bf16 or f16 with weights and moments kept in f32).
     #[serde(default)]
     pub dtype: Dtype,
     /// Where it runs: `cpu`, `cuda`, `cuda:<number>`, `wgpu` or `wgpu:<number>`, as `flowtape devices` lists them.
@@ -84,6 +84,9 @@ pub struct Recipe {
     /// Gradient clipping: to a norm of 1 if the section is absent, as in the reference; none where it is null.
     #[serde(default = "ClipGradNorm::reference")]
     pub clip_grad_norm: Option<ClipGradNorm>,
+    /// What becomes of a step whose loss or gradients are not finite; with a scaled loss it is always left out.
+    #[serde(default)]
+    pub non_finite: NonFinite,
     /// How the factor of the loss moves, for `mixed_f16` alone.
     #[serde(default)]
     pub loss_scale: LossScaleConfig,

@@ -85,6 +85,17 @@ impl StepScheduler {
     }
 }
 
+/// What becomes of a step whose loss or gradients are not finite.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NonFinite {
+    /// The run stops, and a bundle of the step is written that `flowtape replay` runs again.
+    #[default]
+    Stop,
+    /// The step changes nothing and is counted.
+    Skip,
+}
+
 /// What is traded for time.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]

@@ -2,11 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::whole::{clipped, decay, descend, factored_dims, lerp, rms, rows_and_columns};
-use super::{Direction, Operands, Rule, Whole};
-use crate::expr::Expr;
+use super::whole::{clipped, factored_dims, lerp, rms, rows_and_columns};
+use super::{Direction, Rule, Slot, Whole};
 use crate::ops::pointwise::pointwise;
-use crate::optim::Rates;
 use crate::{Error, Result};
 
 /// Adafactor and what stays the same during a run. The learning rate is relative to a parameter's root mean square, and at most
@@ -34,22 +32,10 @@ impl Rule for Adafactor {
         "Adafactor"
     }
 
-    fn slots(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn scalars(&self, rates: Rates, _: u64) -> Vec<f64> {
-        decay(rates)
-    }
-
-    fn update<'a>(&self, x: &Operands<'a, '_>) -> Vec<Expr<'a>> {
-        descend(x)
-    }
-
-    fn whole_slots(&self, dims: &[usize]) -> Vec<(&'static str, Vec<usize>)> {
+    fn whole_slots(&self, dims: &[usize]) -> Vec<Slot> {
         match factored_dims(dims) {
-            Some([row, column]) => vec![("row_var", row), ("col_var", column)],
-            None => vec![("variance", dims.to_vec())],
+            Some([row, column]) => vec![Slot::wide("row_var", row), Slot::wide("col_var", column)],
+            None => vec![Slot::wide("variance", dims.to_vec())],
         }
     }
 
@@ -96,6 +82,7 @@ impl Rule for Adafactor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::Rates;
     use crate::optim::optimizer::tests::follows_whole;
 
     /// PyTorch's documentation of `torch.optim.Adafactor`, line by line, on rows of numbers.

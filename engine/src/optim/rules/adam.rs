@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{AdamW, Operands, Rule};
+use super::{AdamW, At, Operands, Rule};
 use crate::Result;
 use crate::expr::Expr;
 use crate::optim::Rates;
@@ -40,9 +40,10 @@ impl Rule for Adam {
     }
 
     /// Weight decay, and those of AdamW without any.
-    fn scalars(&self, Rates { lr, weight_decay }: Rates, step: u64) -> Vec<f64> {
+    fn scalars(&self, at: &At<'_>) -> Vec<f64> {
+        let Rates { lr, weight_decay } = at.rates;
         let mut scalars = vec![weight_decay];
-        scalars.extend(self.decoupled().scalars(Rates { lr, weight_decay: 0.0 }, step));
+        scalars.extend(self.decoupled().scalars(&At { rates: Rates { lr, weight_decay: 0.0 }, ..*at }));
         scalars
     }
 

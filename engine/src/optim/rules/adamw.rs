@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Operands, Rule};
+use super::{At, Operands, Rule};
 use crate::expr::Expr;
 use crate::optim::Rates;
 use crate::{Error, Result};
@@ -33,8 +33,9 @@ impl Rule for AdamW {
     }
 
     /// Decay, beta2, step size, root of the second correction, epsilon, and what the betas leave.
-    fn scalars(&self, Rates { lr, weight_decay }: Rates, step: u64) -> Vec<f64> {
-        let (Self { betas: (beta1, beta2), eps }, t) = (*self, step as f64);
+    fn scalars(&self, at: &At<'_>) -> Vec<f64> {
+        let Rates { lr, weight_decay } = at.rates;
+        let (Self { betas: (beta1, beta2), eps }, t) = (*self, at.step as f64);
         let (step_size, root2) = (lr / (1.0 - beta1.powf(t)), (1.0 - beta2.powf(t)).sqrt());
         vec![1.0 - lr * weight_decay, beta2, step_size, root2, eps, 1.0 - beta1, 1.0 - beta2]
     }

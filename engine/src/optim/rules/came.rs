@@ -3,11 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::whole::{clipped, decay, descend, factored_dims, lerp, rows_and_columns};
-use super::{Direction, Operands, Rule, Whole};
-use crate::expr::Expr;
+use super::whole::{clipped, factored_dims, lerp, rows_and_columns};
+use super::{Direction, Rule, Slot, Whole};
 use crate::ops::pointwise::pointwise;
-use crate::optim::Rates;
 use crate::{Error, Result, Tensor};
 
 /// CAME and what stays the same during a run.
@@ -39,29 +37,17 @@ impl Rule for Came {
         "CAME"
     }
 
-    fn slots(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn scalars(&self, rates: Rates, _: u64) -> Vec<f64> {
-        decay(rates)
-    }
-
-    fn update<'a>(&self, x: &Operands<'a, '_>) -> Vec<Expr<'a>> {
-        descend(x)
-    }
-
-    fn whole_slots(&self, dims: &[usize]) -> Vec<(&'static str, Vec<usize>)> {
-        let mean = ("exp_avg", dims.to_vec());
+    fn whole_slots(&self, dims: &[usize]) -> Vec<Slot> {
+        let mean = Slot::wide("exp_avg", dims.to_vec());
         match factored_dims(dims) {
             Some([row, column]) => vec![
                 mean,
-                ("exp_avg_sq_row", row.clone()),
-                ("exp_avg_sq_col", column.clone()),
-                ("exp_avg_res_row", row),
-                ("exp_avg_res_col", column),
+                Slot::wide("exp_avg_sq_row", row.clone()),
+                Slot::wide("exp_avg_sq_col", column.clone()),
+                Slot::wide("exp_avg_res_row", row),
+                Slot::wide("exp_avg_res_col", column),
             ],
-            None => vec![mean, ("exp_avg_sq", dims.to_vec())],
+            None => vec![mean, Slot::wide("exp_avg_sq", dims.to_vec())],
         }
     }
 
@@ -107,6 +93,7 @@ impl Rule for Came {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::Rates;
     use crate::optim::optimizer::tests::follows_whole;
 
     /// The authors' implementation, line by line, on rows of numbers.

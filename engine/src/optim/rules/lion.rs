@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Operands, Rule};
+use super::{At, Operands, Rule};
 use crate::expr::Expr;
 use crate::optim::Rates;
 use crate::{Error, Result};
@@ -33,7 +33,8 @@ impl Rule for Lion {
     }
 
     /// Decay, learning rate, and both betas with what they leave.
-    fn scalars(&self, Rates { lr, weight_decay }: Rates, _: u64) -> Vec<f64> {
+    fn scalars(&self, at: &At<'_>) -> Vec<f64> {
+        let Rates { lr, weight_decay } = at.rates;
         let (beta1, beta2) = self.betas;
         vec![1.0 - lr * weight_decay, lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2]
     }

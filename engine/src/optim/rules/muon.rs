@@ -3,11 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::whole::{adamw, decay, descend, lerp};
-use super::{AdamW, Direction, Operands, Rule, Whole};
-use crate::expr::Expr;
+use super::whole::{adamw, lerp};
+use super::{AdamW, Direction, Rule, Slot, Whole};
 use crate::ops::pointwise::pointwise;
-use crate::optim::Rates;
 use crate::{Error, Result, Tensor};
 
 /// How a matrix's learning rate follows from its sizes.
@@ -93,22 +91,10 @@ impl Rule for Muon {
         "Muon"
     }
 
-    fn slots(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn scalars(&self, rates: Rates, _: u64) -> Vec<f64> {
-        decay(rates)
-    }
-
-    fn update<'a>(&self, x: &Operands<'a, '_>) -> Vec<Expr<'a>> {
-        descend(x)
-    }
-
-    fn whole_slots(&self, dims: &[usize]) -> Vec<(&'static str, Vec<usize>)> {
+    fn whole_slots(&self, dims: &[usize]) -> Vec<Slot> {
         match matrix(dims) {
-            Some(_) => vec![("momentum_buffer", dims.to_vec())],
-            None => vec![("exp_avg", dims.to_vec()), ("exp_avg_sq", dims.to_vec())],
+            Some(_) => vec![Slot::wide("momentum_buffer", dims.to_vec())],
+            None => vec![Slot::wide("exp_avg", dims.to_vec()), Slot::wide("exp_avg_sq", dims.to_vec())],
         }
     }
 
@@ -140,6 +126,7 @@ impl Rule for Muon {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::Rates;
     use crate::optim::optimizer::tests::follows_whole;
     use crate::{DType, Device, Philox};
 

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Operands, Rule};
+use super::{At, Operands, Rule};
 use crate::expr::Expr;
 use crate::optim::Rates;
 use crate::{Error, Result};
@@ -31,8 +31,9 @@ impl Rule for Sgd {
 
     /// Learning rate, weight decay, momentum, and what the buffer and the gradient count in the new buffer: the first
     /// gradient is the first buffer.
-    fn scalars(&self, Rates { lr, weight_decay }: Rates, step: u64) -> Vec<f64> {
-        let (kept, taken) = if step == 1 { (0.0, 1.0) } else { (self.momentum, 1.0 - self.dampening) };
+    fn scalars(&self, at: &At<'_>) -> Vec<f64> {
+        let Rates { lr, weight_decay } = at.rates;
+        let (kept, taken) = if at.step == 1 { (0.0, 1.0) } else { (self.momentum, 1.0 - self.dampening) };
         vec![lr, weight_decay, self.momentum, kept, taken]
     }
 

@@ -124,7 +124,8 @@ impl VideoSize {
         let start = room.map(|r| below(r + 1));
         let velocity = loop {
             let v = [0; 2].map(|_: i64| below(2 * SPEED as usize + 1) - SPEED);
-            if v != [0, 0] {
+            // Where there is room, something moves.
+            if room == [0, 0] || v.iter().zip(&room).any(|(v, room)| v * *room as i64 != 0) {
                 break v;
             }
         };
@@ -201,6 +202,11 @@ mod tests {
             .map(|first| first.map(|at| (at / size.width, at % size.width)).unwrap())
             .collect();
         assert_eq!(places, [0, 2, 4].into_iter().flat_map(|y| [0, 2, 4, 6].map(|x| (y, x))).collect());
+        let line = VideoSize { height: SIDE, ..size };
+        for _ in 0..50 {
+            let video = line.animate(&digit, &mut random);
+            assert!(video.chunks_exact(line.frame()).any(|frame| *frame != video[..line.frame()]));
+        }
         assert!(VideoSize { width: 13, ..size }.problems()[0].contains("divisor"));
     }
 

@@ -52,6 +52,10 @@ pub struct FolderConfig {
     #[serde(default = "quantization")]
     #[schemars(range(min = 1, max = 4096))]
     pub quantization: usize,
+    /// Frames of films (animated GIF, PNG or WebP), evenly from the first to the last; pictures if none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_384))]
+    pub frames: Option<usize>,
     /// Red, green and blue of what shows through where a picture is transparent; white.
     #[serde(default = "white")]
     pub background: [u8; 3],
@@ -89,7 +93,8 @@ impl FolderConfig {
     fn preprocess(&self, workers: usize) -> Result<Preprocess> {
         let read = ReadOptions { background: Some(self.background), ..ReadOptions::default() };
         let pictures = PictureOptions { quantization: self.quantization, max_pixels: self.max_pixels, read };
-        Ok(Preprocess { pipeline: PipelineFolder::open(&self.pipeline)?, pictures, workers })
+        let pipeline = PipelineFolder::open(&self.pipeline)?;
+        Ok(Preprocess { pipeline, pictures, frames: self.frames, workers })
     }
 
     /// Encodes what the cache does not have yet.
