@@ -3,7 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`bucket`] | [`Buckets`]: resolutions that samples are brought to, and how |
-//! | [`source`] | [`Source`]: samples by number; [`MemorySource`], [`NemoCache`]; [`Chain`] and [`Part`] of others |
+//! | [`source`] | [`Source`]: samples by number; [`MemorySource`], [`NemoCache`], [`LooseFiles`]; [`Chain`] and [`Part`] of others |
 //! | [`cache`] | samples that were encoded once: [`CacheWriter`], [`CacheSource`] |
 //! | [`torch`] | files that `torch.save` wrote, read without running anything |
 //! | [`sampler`] | [`Sampler`]: which samples a batch holds, a function of the [`Cursor`] alone; [`EpochSampler`] |
@@ -40,4 +40,4 @@ pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use loader::{Loaded, Loader, LoaderOptions};
 pub use sampler::{BatchPlan, Cursor, EpochSampler, Pick, Rank, Sampler};
-pub use source::{Chain, Media, MemorySource, NemoCache, Part, Sample, SampleHeader, Source, Text};
+pub use source::{Chain, LooseFiles, Media, MemorySource, NemoCache, Part, Sample, SampleHeader, Source, Text};

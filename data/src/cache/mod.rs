@@ -23,9 +23,9 @@ pub const VERSION: u32 = 1;
 const HEADER: &str = "cache.json";
 const INDEX: &str = "index.bin";
 /// Tensors of a shard: the latents, and what stands before the names of embeddings and of other tensors.
-const LATENTS: &str = "latents";
-const TEXT: &str = "text.";
-const OTHER: &str = "tensor.";
+pub(crate) const LATENTS: &str = "latents";
+pub(crate) const TEXT: &str = "text.";
+pub(crate) const OTHER: &str = "tensor.";
 /// Captions and names of samples: their bytes one after the other, and where each ends.
 const STRINGS: [&str; 2] = ["captions", "names"];
 

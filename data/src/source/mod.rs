@@ -1,6 +1,7 @@
 //! Where samples come from.
 
 mod chain;
+mod loose;
 mod memory;
 mod nemo;
 mod part;
@@ -12,6 +13,7 @@ use flowtape_engine::{Philox, Tensor};
 use crate::{Fingerprint, Result, TextEmbeddings};
 
 pub use chain::Chain;
+pub use loose::LooseFiles;
 pub use memory::MemorySource;
 pub use nemo::NemoCache;
 pub use part::Part;
