@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use flowtape_engine::cpu::usable_threads;
 use flowtape_trainer::inspect::inspect;
 use tracing_subscriber::EnvFilter;
@@ -87,7 +87,8 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     log();
-    let cli = Cli::parse_from(settings::spelled_out(std::env::args_os()));
+    let matches = numbers_may_be_negative(Cli::command()).get_matches_from(settings::spelled_out(std::env::args_os()));
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads(cli.threads)).build()?;
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
@@ -109,6 +110,12 @@ fn run() -> Result<ExitCode> {
         Command::Inspect(args) => run_inspect(&args),
         Command::Bench(args) => bench::run(&args),
     })
+}
+
+/// So that a number below 0 is told to be a wrong value, and not an unknown option.
+fn numbers_may_be_negative(command: clap::Command) -> clap::Command {
+    let takes = |arg: clap::Arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
+    command.mut_args(takes).mut_subcommands(numbers_may_be_negative)
 }
 
 /// The threads to make, and a note where they are not those asked for. Unasked, rayon decides (`RAYON_NUM_THREADS`).

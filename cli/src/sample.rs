@@ -33,7 +33,7 @@ pub struct Sample {
     #[arg(long, value_parser = |text: &str| whole(text, MAX_SAMPLES))]
     n: Option<usize>,
     /// The same seed gives the same images.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = seed)]
     seed: u64,
     /// Where to sample; the run's own device by default.
     #[arg(long)]
@@ -142,6 +142,10 @@ impl OfPipeline {
 fn whole(text: &str, most: usize) -> Result<usize, String> {
     let number = text.parse().ok().filter(|number| (1..=most).contains(number));
     number.ok_or_else(|| format!("expected a whole number from 1 to {most}"))
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {}", u64::MAX))
 }
 
 /// A scale of guidance or a shift.

@@ -98,6 +98,24 @@ fn halves_are_rounded_as_on_the_cpu() -> Result<()> {
     Ok(())
 }
 
+/// What keeps weights in bf16 alone stands on this.
+#[test]
+fn a_fraction_rounds_as_on_the_cpu() -> Result<()> {
+    let mut draw = Draw::new(8);
+    let specials = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1.0, -1.003_906_2];
+    let drawn = (0..4000).map(|i| (draw.number(-1.0, 1.0) * 10f64.powi(i % 12 - 7)) as f32);
+    let values: Vec<f32> = specials.into_iter().chain(drawn).collect();
+    let fractions: Vec<f32> = values.iter().map(|_| draw.number(0.0, 1.0) as f32).collect();
+    for device in gpus() {
+        let on = |device: &Device| -> Result<Vec<u8>> {
+            let put = |values: &[f32]| Tensor::from_slice(values, &[values.len()], device);
+            pointwise([&put(&values)?, &put(&fractions)?], |[x, fraction]| x.round_bf16(fraction))?.to_bytes()
+        };
+        assert_eq!(on(device)?, on(&Device::cpu())?, "{}", device.backend().name());
+    }
+    Ok(())
+}
+
 /// Tensors beyond a binding, more inputs than bindings, more workgroups than an axis has: the same values in parts.
 #[test]
 fn small_limits_change_no_value() -> Result<()> {

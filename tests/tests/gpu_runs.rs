@@ -160,7 +160,7 @@ fn a_run_without_memory_names_the_tensor_and_keeps_its_checkpoint() {
     assert_eq!(summary.steps, 3);
 }
 
-/// All in bf16, and in f16 with weights and moments in f32: the losses follow the CPU's.
+/// All in bf16, with each way to round its weights, and in f16 with weights and moments in f32: the losses follow the CPU's.
 #[test]
 fn the_digits_train_in_halves() {
     if gpus_of("wgpu").is_empty() {
@@ -173,7 +173,7 @@ fn the_digits_train_in_halves() {
         let mut trainer = Trainer::new(&recipe).unwrap();
         (0..3).map(|_| trainer.step().unwrap().loss).collect()
     };
-    for dtype in ["bf16", "mixed_f16"] {
+    for dtype in ["bf16", "bf16_stochastic", "bf16_kahan", "mixed_f16"] {
         for (a, b) in losses(dtype, "wgpu").into_iter().zip(losses(dtype, "cpu")) {
             assert!((a - b).abs() < 0.02 * b, "{dtype}: {a} instead of {b}");
         }

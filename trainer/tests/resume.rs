@@ -68,7 +68,7 @@ fn goes_on(name: &str, folder: &Path, recipe: impl Fn(&Path) -> Recipe + Sync, s
 const MORE: [&str; 4] = [
     "step_scheduler.global_batch_size=8",
     "data.caption_dropout_prob=0.3",
-    "ema.decay=0.9",
+    "ema={decay: 0.9}",
     "validation={num_samples: 6, every_steps: 2}",
 ];
 
