@@ -148,7 +148,7 @@ impl Site {
         let page = |(index, run): (usize, &mut RunReader)| {
             run.refresh();
             let name = |path: &Path| Some(format!("samples/{index}/{}", path.file_name()?.to_str()?));
-            run.page(run.state(), &mut |path| name(path))
+            run.page(run.status(), &mut |path| name(path))
         };
         page::named(runs.iter_mut().enumerate().map(page).collect())
     }

@@ -13,7 +13,7 @@
 //! | `notices.jsonl` | warnings, a line each |
 //! | `report.json` | the figures of the end |
 //! | `report.html` | all of this as a page: [`page`](crate::page) |
-//! | `.lock` | held by the process that writes here, and its number |
+//! | `.lock` | held by the process that writes here, and its number, which stays after a crash |
 
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Read, Write};
@@ -30,7 +30,7 @@ use crate::train::Summary;
 use crate::trainer::Trainer;
 use crate::{Error, Recipe, Result};
 
-const LOCK: &str = ".lock";
+pub(crate) const LOCK: &str = ".lock";
 
 /// A run folder that exists.
 #[derive(Clone, Debug)]
@@ -77,7 +77,7 @@ impl RunFolder {
     /// # Errors
     /// When it holds a run that can be resumed, or something else.
     pub fn check_free(path: &Path) -> Result<()> {
-        let run = Self { path: path.into(), lock: None };
+        let run = Self::at(path);
         if !exists(path)? {
             return Ok(());
         }
@@ -105,7 +105,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// A folder, whatever is in it.
+    /// A folder that may be one, to look at.
     pub(crate) fn at(path: &Path) -> Self {
         Self { path: path.into(), lock: None }
     }
@@ -123,7 +123,7 @@ impl RunFolder {
     /// # Errors
     /// When it is not a run folder, or an override does not fit.
     pub fn open_with(path: &Path, overrides: &[String]) -> Result<(Self, Recipe)> {
-        let run = Self { path: path.into(), lock: None };
+        let run = Self::at(path);
         if !exists(&run.recipe_path())? {
             return run.error("not a run folder (it has no recipe.yaml): name one that `flowtape train` made".into());
         }
@@ -168,10 +168,10 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Whether a process trains here, as far as the system tells.
-    pub fn is_in_use(&self) -> bool {
-        let Ok(file) = File::open(self.path.join(LOCK)) else { return false };
-        matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
+    /// Takes this process's number out of the lock: the run ended as it should, and did not crash.
+    pub(crate) fn leave(&self) {
+        // What is left there makes a run look crashed, which is told and no more.
+        let _ = self.lock.as_ref().map(|file| file.set_len(0));
     }
 
     fn error<T>(&self, what: String) -> Result<T> {

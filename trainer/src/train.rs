@@ -306,6 +306,7 @@ impl<'h> Session<'h> {
         if !summary.interrupted {
             self.folder.write_report(&summary)?;
         }
+        self.folder.leave();
         self.emit(Event::Ended(&summary))?;
         Ok(summary)
     }

@@ -2,7 +2,8 @@
 
 use crate::Result;
 use crate::hooks::{Event, Hook};
-use crate::page::{self, RunReader, RunState};
+use crate::page::{self, RunReader};
+use crate::runs::Status;
 use crate::train::Session;
 
 /// Writes the page with each checkpoint and each grid of samples, and at the end.
@@ -12,25 +13,25 @@ pub struct Page {
 }
 
 impl Page {
-    fn write(&mut self, state: RunState, run: &Session<'_>) -> Result<()> {
+    fn write(&mut self, status: Status, run: &Session<'_>) -> Result<()> {
         let reader = match &mut self.reader {
             Some(reader) => reader,
             none => none.insert(RunReader::open(run.folder().path())?),
         };
-        page::write_one(reader, state, &run.folder().page_path())
+        page::write_one(reader, status, &run.folder().page_path())
     }
 }
 
 impl Hook for Page {
     fn on(&mut self, event: &Event<'_>, run: &mut Session<'_>) -> Result<()> {
-        let state = match event {
-            Event::Saved(_) | Event::Preview(_) => RunState::Running,
-            Event::Failed => RunState::Stopped,
-            Event::Ended(summary) if summary.interrupted => RunState::Stopped,
-            Event::Ended(_) => RunState::Finished,
+        let status = match event {
+            Event::Saved(_) | Event::Preview(_) => Status::Training,
+            Event::Failed => Status::Crashed,
+            Event::Ended(summary) if summary.interrupted => Status::Stopped,
+            Event::Ended(_) => Status::Finished,
             _ => return Ok(()),
         };
-        if let Err(error) = self.write(state, run) {
+        if let Err(error) = self.write(status, run) {
             tracing::warn!("{error}; the run goes on");
         }
         Ok(())

@@ -23,10 +23,11 @@ use flowtape_engine::files::write_whole;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-pub use reader::{RunReader, RunState};
+pub use reader::RunReader;
 
 use crate::Result;
 use crate::error::io;
+use crate::runs::Status;
 
 const HTML: &str = include_str!("assets/page.html");
 const STYLES: [&str; 2] = [include_str!("assets/uPlot.min.css"), include_str!("assets/page.css")];
@@ -54,7 +55,7 @@ pub fn named(mut runs: Vec<Value>) -> Vec<Value> {
 
 /// The page of what [`RunReader::page`] says of each run. A live one asks for `data.json` beside it again and again.
 pub fn html(runs: &[Value], live: bool) -> String {
-    let script = format!("\"use strict\";\n{}", SCRIPTS.join("\n"));
+    let script = format!("(() => {{\n\"use strict\";\n{}\n}})();", SCRIPTS.join("\n"));
     let hash = BASE64_STANDARD.encode(Sha256::digest(script.as_bytes()));
     let connect = if live { "; connect-src 'self'" } else { "" };
     let pictures = if live { "'self' data:" } else { "data:" };
@@ -112,24 +113,24 @@ fn escaped(text: &str) -> String {
 /// When the file can't be written.
 pub fn write(runs: &mut [RunReader], out: &Path) -> Result<()> {
     runs.iter_mut().for_each(RunReader::refresh);
-    let states: Vec<RunState> = runs.iter().map(RunReader::state).collect();
-    write_as(&runs.iter().zip(states).collect::<Vec<_>>(), out)
+    let known: Vec<Status> = runs.iter().map(RunReader::status).collect();
+    write_as(&runs.iter().zip(known).collect::<Vec<_>>(), out)
 }
 
-/// The same of one run, whose state is known better than its folder says.
-pub(crate) fn write_one(run: &mut RunReader, state: RunState, out: &Path) -> Result<()> {
+/// The same of one run, whose status is known better than its folder says.
+pub(crate) fn write_one(run: &mut RunReader, status: Status, out: &Path) -> Result<()> {
     run.refresh();
-    write_as(&[(run, state)], out)
+    write_as(&[(run, status)], out)
 }
 
-fn write_as(runs: &[(&RunReader, RunState)], out: &Path) -> Result<()> {
+fn write_as(runs: &[(&RunReader, Status)], out: &Path) -> Result<()> {
     let mut left = PICTURE_BYTES;
     let mut embed = |path: &Path| {
         let bytes = std::fs::read(path).ok().filter(|bytes| bytes.len() <= left)?;
         left -= bytes.len();
         Some(format!("data:image/png;base64,{}", BASE64_STANDARD.encode(bytes)))
     };
-    let pages: Vec<Value> = runs.iter().map(|(run, state)| run.page(*state, &mut embed)).collect();
+    let pages: Vec<Value> = runs.iter().map(|(run, status)| run.page(*status, &mut embed)).collect();
     let html = html(&named(pages), false);
     write_whole(out, |partial| std::fs::write(partial, html).map_err(io(out)))
 }

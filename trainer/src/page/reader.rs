@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::files::exists;
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::curves::{Curves, short};
@@ -11,23 +10,12 @@ use super::settings::settings;
 use super::tail::Tail;
 use crate::recipe::schema;
 use crate::run::RunFolder;
+use crate::runs::Status;
 use crate::validation::Validated;
 use crate::{Error, Result};
 
 /// The most pictures of one kind that are shown, spread evenly over the run.
 const PICTURES: usize = 40;
-
-/// Whether a run goes on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RunState {
-    /// A process trains in the folder.
-    Running,
-    /// All steps are done, and the figures of the end are there.
-    Finished,
-    /// No process trains there, although there are steps left: it was stopped, or it was lost.
-    Stopped,
-}
 
 /// Reads a run folder, and then what is new in it. Everything but the folder may be missing or damaged: it is left out.
 #[derive(Clone, Debug)]
@@ -89,19 +77,14 @@ impl RunReader {
         self.notices.each(|notice| self.noticed.push(notice));
     }
 
-    /// Whether the run goes on, by what its folder says.
-    pub fn state(&self) -> RunState {
-        let report = self.folder.report().ok().flatten();
-        match report {
-            _ if self.folder.is_in_use() => RunState::Running,
-            Some(summary) if summary.steps >= self.curves.last_step() => RunState::Finished,
-            _ => RunState::Stopped,
-        }
+    /// What became of the run, by what its folder says.
+    pub fn status(&self) -> Status {
+        Status::of(&self.folder, self.curves.last_step())
     }
 
     /// Everything that the page shows of the run, as far as it was read. `source` says where the page finds a picture; one for which
     /// there is no answer is left out.
-    pub fn page(&self, state: RunState, source: &mut dyn FnMut(&Path) -> Option<String>) -> Value {
+    pub fn page(&self, status: Status, source: &mut dyn FnMut(&Path) -> Option<String>) -> Value {
         let mut problems = Vec::new();
         let recipe = RunFolder::open(self.path()).map(|(_, recipe)| recipe);
         let recipe = recipe.map_err(|error| problems.push(json!({ "text": error.to_string() }))).ok();
@@ -117,7 +100,7 @@ impl RunReader {
             "name": name.to_string_lossy(),
             "path": self.path().to_string_lossy(),
             "title": recipe.as_ref().map(|recipe| &recipe.name),
-            "state": state,
+            "status": status,
             "step": self.curves.last_step(),
             "steps": recipe.as_ref().map(|recipe| recipe.step_scheduler.max_steps),
             "curves": self.curves.columns(),

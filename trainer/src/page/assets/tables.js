@@ -1,6 +1,4 @@
-// What stands in words and numbers: the run's state, its figures, its recipe, its data, its machine.
-const STATES = { running: "running", finished: "finished", stopped: "stopped" };
-
+// What stands in words and numbers: the run's status, its figures, its recipe, its data, its machine.
 function facts(pairs) {
   const shown = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
   return el("dl", { class: "facts" }, shown.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))]));
@@ -10,7 +8,7 @@ function section(id, title, ...content) {
   return el("section", { id }, el("div", { class: "head" }, el("h2", {}, title)), ...content);
 }
 
-const state = (run) => el("span", { class: "pill " + run.state }, STATES[run.state] || run.state);
+const status = (run) => el("span", { class: "pill " + run.status }, run.status);
 
 function progress(run) {
   const share = run.steps ? Math.min(1, run.step / run.steps) : 0;
@@ -21,10 +19,10 @@ function progress(run) {
 function hero(run) {
   const { environment: env } = run;
   const rest = (run.steps - run.step) * recent(run.curves, "step_time");
-  return el("div", { class: "hero" }, el("div", { class: "line" }, el("h1", {}, run.name), state(run)),
+  return el("div", { class: "hero" }, el("div", { class: "line" }, el("h1", {}, run.name), status(run)),
     el("p", { class: "muted path" }, [env.model, env.parameters && compact(env.parameters) + " trained parameters", env.samples && count(env.samples) + " samples", env.device].filter(Boolean).join("  ·  ")),
     el("div", { class: "line" }, el("span", {}, `step ${count(run.step)}`, el("span", { class: "muted" }, run.steps ? ` of ${count(run.steps)}` : "")),
-      run.state === "running" && isNumber(rest) && rest > 0 ? el("span", { class: "muted" }, "about " + duration(rest) + " left") : null),
+      run.status === "training" && isNumber(rest) && rest > 0 ? el("span", { class: "muted" }, "about " + duration(rest) + " left") : null),
     progress(run));
 }
 
@@ -71,8 +69,8 @@ function comparison(runs) {
     ["Samples/s", (r) => number(recent(r.curves, "samples_per_sec"))], ["Memory", (r) => memory(last(r.curves.memory)[0]).join(" ")],
     ["Training", (r) => duration(r.figures.train_seconds)]].filter(([, of]) => runs.some((run) => of(run).trim() !== NONE));
   return el("div", { class: "card" }, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Runs" }, el("table", {},
-    el("thead", {}, el("tr", {}, el("th", {}, "Run"), el("th", {}, "State"), el("th", { class: "n" }, "Step"), columns.map(([name]) => el("th", { class: "n" }, name)))),
-    el("tbody", {}, runs.map((run, i) => el("tr", {}, el("td", {}, el("span", { class: "dot", style: { background: colour(i) } }), run.name), el("td", {}, state(run)),
+    el("thead", {}, el("tr", {}, el("th", {}, "Run"), el("th", {}, "Status"), el("th", { class: "n" }, "Step"), columns.map(([name]) => el("th", { class: "n" }, name)))),
+    el("tbody", {}, runs.map((run, i) => el("tr", {}, el("td", {}, el("span", { class: "dot", style: { background: colour(i) } }), run.name), el("td", {}, status(run)),
       el("td", { class: "n" }, count(run.step) + (run.steps ? " / " + count(run.steps) : "")), columns.map(([, of]) => el("td", { class: "n" }, of(run)))))))));
 }
 
