@@ -1,5 +1,5 @@
 //! A real browser without a window, driven by Chrome's DevTools protocol over two pipes.
-#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // the helpers of tests may panic, and say what they skip
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
