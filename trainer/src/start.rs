@@ -184,7 +184,7 @@ fn is_hub_part(part: &str) -> bool {
 }
 
 /// The folder that Hugging Face's tools download to.
-fn hub_cache() -> PathBuf {
+pub fn hub_cache() -> PathBuf {
     let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = || folder("HOME").or_else(|| folder("USERPROFILE")).unwrap_or_default();
     let cache = || folder("XDG_CACHE_HOME").unwrap_or_else(|| home().join(".cache"));
