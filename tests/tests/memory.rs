@@ -20,6 +20,7 @@ fn subject(preset: &Preset) -> (&'static str, Vec<usize>) {
         "qwen-image-edit-2511" => ("qwen_image_edit", vec![1, 16, 128, 128]),
         "hunyuanvideo-1.5" => ("hunyuan", vec![1, 32, 11, 30, 52]),
         "ltx-2.3" => ("ltx2", vec![1, 128, 16, 16, 24]),
+        name if name.starts_with("z-image") => ("z_image", vec![1, 16, 128, 128]),
         name if name.starts_with("flux.1") => ("flux", vec![1, 16, 128, 128]),
         _ => ("simple", vec![1, 16, 11, 60, 104]),
     }
@@ -46,7 +47,7 @@ fn activations(preset: &Preset, checkpointing: bool) -> (usize, usize) {
     let (adapter, latents) = subject(preset);
     let config = model.config();
     let text = |keys: &[&str]| keys.iter().find_map(|k| config[k].as_u64()).unwrap_or(4096) as usize;
-    let width = text(&["joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim"]);
+    let width = text(&["joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim", "cap_feat_dim"]);
     let kind = if latents.len() == 4 { "image" } else { "video" };
     let batch = Batch::new(zeros(&latents), kind.into())
         .with("text_embeddings", zeros(&[1, 256, width]))
