@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`blocks`] | what the models share: modulation, joint attention, embeddings, rotary tables |
+//! | [`chroma`] | [`chroma::ChromaTransformer2DModel`] and [`chroma::ChromaAdapter`] |
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
 //! | [`hunyuan_video`] | [`hunyuan_video::HunyuanVideo15Transformer3DModel`] and [`hunyuan_video::HunyuanAdapter`] |
 //! | [`ltx2`] | [`ltx2::LTX2VideoTransformer3DModel`] and [`ltx2::LTX2Adapter`] |
@@ -22,6 +23,7 @@
 
 pub mod blocks;
 pub mod checkpoint;
+pub mod chroma;
 mod config;
 pub mod flux;
 pub mod flux2;

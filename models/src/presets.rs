@@ -91,6 +91,12 @@ pub const PRESETS: &[Preset] = &[
         },
         transformers: 1,
     },
+    Preset {
+        name: "chroma1",
+        hub: &["lodestones/Chroma1-HD", "lodestones/Chroma1-Base"],
+        config: || json!({"_class_name": "ChromaTransformer2DModel"}),
+        transformers: 1,
+    },
 ];
 
 /// The preset of that name.
@@ -124,6 +130,7 @@ mod tests {
         ("wan2.1-14b", 14_288_491_584, 1095),
         ("wan2.2-a14b", 14_288_491_584, 1095),
         ("ltx-2.3", 18_988_838_144, 4186),
+        ("chroma1", 8_899_983_424, 1023),
     ];
 
     #[test]

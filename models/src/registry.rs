@@ -4,6 +4,7 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_flowmatch::{DataType, FlowMatchingConfig, FlowMatchingPipeline, ModelAdapter};
 use serde_json::{Map, Value};
 
+use crate::chroma::{ChromaAdapter, ChromaConfig, ChromaTransformer2DModel};
 use crate::config::{Config, config_json, read, unknown_keys};
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
 use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
@@ -188,6 +189,19 @@ pub const MODELS: &[ModelKind] = &[
             QwenImageEditAdapter::from_kwargs(kwargs)?.requirements(&QwenImageConfig::from_json(config)?)
         },
         new_model: new_qwen_image,
+    },
+    ModelKind {
+        adapter: "chroma",
+        class: ChromaConfig::CLASS,
+        config: ConfigReader::of::<ChromaConfig>(),
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
+        new_adapter: |kwargs| Ok(Box::new(ChromaAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            ChromaAdapter::from_kwargs(kwargs)?.requirements(&ChromaConfig::from_json(config)?)
+        },
+        new_model: |config, params| {
+            Ok(Box::new(ChromaTransformer2DModel::new(ChromaConfig::from_json(config)?, params)?))
+        },
     },
 ];
 

@@ -88,6 +88,15 @@ fn subjects() -> Vec<(&'static str, Value, Vec<usize>)> {
             }),
             vec![2, 3, 2, 4, 6],
         ),
+        (
+            "chroma",
+            json!({
+                "in_channels": 12, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 12,
+                "num_attention_heads": 2, "joint_attention_dim": 8, "axes_dims_rope": [2, 4, 6],
+                "approximator_num_channels": 16, "approximator_hidden_dim": 10, "approximator_layers": 1,
+            }),
+            vec![2, 3, 4, 6],
+        ),
     ]
 }
 

@@ -142,6 +142,16 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
                 .with("audio_text_embeddings", make.normal(&[2, TEXT, 256]))
                 .with("text_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
         ),
+        "chroma" => (
+            json!({
+                "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": TEXT_WIDTH,
+                "axes_dims_rope": axes, "approximator_num_channels": 32, "approximator_hidden_dim": 80,
+                "approximator_layers": 2,
+            }),
+            Batch::new(make.normal(&[2, 4, 30, 34]), image)
+                .with("text_embeddings", text())
+                .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
+        ),
         other => panic!("no case of the model behind the adapter {other}"),
     };
     let mut config = config;

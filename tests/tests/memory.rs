@@ -20,6 +20,7 @@ fn subject(preset: &Preset) -> (&'static str, Vec<usize>) {
         "qwen-image-edit-2511" => ("qwen_image_edit", vec![1, 16, 128, 128]),
         "hunyuanvideo-1.5" => ("hunyuan", vec![1, 32, 11, 30, 52]),
         "ltx-2.3" => ("ltx2", vec![1, 128, 16, 16, 24]),
+        "chroma1" => ("chroma", vec![1, 16, 128, 128]),
         name if name.starts_with("flux.1") => ("flux", vec![1, 16, 128, 128]),
         _ => ("simple", vec![1, 16, 11, 60, 104]),
     }

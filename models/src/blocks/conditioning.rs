@@ -39,6 +39,30 @@ pub fn text_embeddings(cx: &FlowMatchingContext<'_>, adapter: &str) -> Result<Te
     Ok(text)
 }
 
+/// The batch's `text_attention_mask` `[B, T]` for a text `[B, T, D]`, where it is there: 0 at padding. A single sample may lack
+/// its batch axis.
+///
+/// # Errors
+/// When it has another shape; `adapter` is named.
+pub fn text_attention_mask(cx: &FlowMatchingContext<'_>, adapter: &str, text: &Tensor) -> Result<Option<Tensor>> {
+    let Some(mask) = cx.batch.get("text_attention_mask") else { return Ok(None) };
+    let mask = with_batch_axis(mask, 2, mask.dtype())?;
+    if mask.dims() != &text.dims()[..2] {
+        let expected = format!("`text_attention_mask` {:?}, as the text has tokens", &text.dims()[..2]);
+        return Err(Error::adapter(adapter, expected, format!("{:?}", mask.dims())));
+    }
+    Ok(Some(mask))
+}
+
+/// The same of a model that needs one.
+///
+/// # Errors
+/// As above, and when it is missing.
+pub fn required_text_mask(cx: &FlowMatchingContext<'_>, adapter: &str, text: &Tensor) -> Result<Tensor> {
+    let expected = "`text_attention_mask` [B, T] in the batch, 0 at padding";
+    text_attention_mask(cx, adapter, text)?.ok_or_else(|| Error::adapter(adapter, expected, "none"))
+}
+
 /// Zeroes all of the tensors `[B, ..]` of a sample where the sample's draw falls below the context's `cfg_dropout_prob`;
 /// nothing is drawn where that is 0.
 ///

@@ -133,3 +133,13 @@ pub fn grid_positions(grid: &[usize]) -> Vec<f32> {
     let place = |i: usize| (0..grid.len()).map(move |axis| (i / stride(axis) % grid[axis]) as f32);
     (0..grid.iter().product()).flat_map(place).collect()
 }
+
+/// Positions `(0, y, x)` of the 2 x 2 tokens of latents with these sides: f32 `[H/2 W/2, 3]` on the host, where they are read.
+///
+/// # Errors
+/// When memory runs out.
+pub fn latent_image_ids(height: usize, width: usize) -> Result<Tensor> {
+    let (rows, cols) = (height / 2, width / 2);
+    let ids = (0..rows * cols).flat_map(|i| [0.0, (i / cols) as f32, (i % cols) as f32]).collect();
+    Tensor::from_vec(ids, &[rows * cols, 3], &Device::cpu())
+}
