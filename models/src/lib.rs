@@ -8,6 +8,8 @@
 //! | [`hunyuan_video`] | [`hunyuan_video::HunyuanVideo15Transformer3DModel`] and [`hunyuan_video::HunyuanAdapter`] |
 //! | [`ltx2`] | [`ltx2::LTX2VideoTransformer3DModel`] and [`ltx2::LTX2Adapter`] |
 //! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
+//! | [`flux3`] | [`flux3::Flux3Transformer2DModel`] and [`flux3::Flux3Adapter`] |
+//! | [`krea2`] | [`krea2::Krea2Transformer2DModel`] and [`krea2::Krea2Adapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |
@@ -27,7 +29,9 @@ pub mod chroma;
 mod config;
 pub mod flux;
 pub mod flux2;
+pub mod flux3;
 pub mod hunyuan_video;
+pub mod krea2;
 pub mod ltx2;
 pub mod original;
 pub mod peft;

@@ -97,6 +97,24 @@ pub const PRESETS: &[Preset] = &[
         config: || json!({"_class_name": "ChromaTransformer2DModel"}),
         transformers: 1,
     },
+    Preset {
+        name: "flux.3-klein-base",
+        hub: &["black-forest-labs/flux-3-image-klein-base"],
+        config: || json!({"_class_name": "Flux3Transformer2DModel"}),
+        transformers: 1,
+    },
+    Preset {
+        name: "krea-2-raw",
+        hub: &["krea/Krea-2-Raw"],
+        config: || json!({"_class_name": "Krea2Transformer2DModel"}),
+        transformers: 1,
+    },
+    Preset {
+        name: "krea-2-turbo",
+        hub: &["krea/Krea-2-Turbo"],
+        config: || json!({"_class_name": "Krea2Transformer2DModel"}),
+        transformers: 1,
+    },
 ];
 
 /// The preset of that name.
@@ -131,6 +149,9 @@ mod tests {
         ("wan2.2-a14b", 14_288_491_584, 1095),
         ("ltx-2.3", 18_988_838_144, 4186),
         ("chroma1", 8_899_983_424, 1023),
+        ("flux.3-klein-base", 5_538_458_368, 357),
+        ("krea-2-raw", 12_820_073_036, 430),
+        ("krea-2-turbo", 12_820_073_036, 430),
     ];
 
     #[test]

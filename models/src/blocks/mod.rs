@@ -7,9 +7,10 @@ mod modulation;
 mod patch;
 mod rope;
 mod stream;
+mod swiglu;
 
 pub(crate) use attention::TOKEN;
-pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, key_mask, split_heads};
+pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, key_mask, shared_heads, split_heads};
 pub use conditioning::{
     drop_samples, guidance, image_dims, required_text_mask, text_attention_mask, text_embeddings, unit_times,
     with_batch_axis,
@@ -22,3 +23,4 @@ pub use modulation::{AdaLayerNormContinuous, Modulation, ScaleShiftTable, gate};
 pub use patch::{ChannelOrder, PatchEmbed, unpatchify};
 pub use rope::{RopePrecision, RopeTables, grid_positions, latent_image_ids};
 pub use stream::{DoubleStream, JointTransformerBlock, SingleStream, StreamKind, gelu_feed_forward};
+pub use swiglu::SwiGlu;

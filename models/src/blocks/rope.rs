@@ -87,20 +87,25 @@ impl RopeTables {
         Self::new(&grid_positions(grid), axes_dim, theta, precision, device)
     }
 
-    /// Of the positions in the inputs `txt_ids` and then `img_ids`, `[L, axes]` or alike in all samples `[B, L, axes]`, on
+    /// Of the positions in inputs of these names, one behind the other: each `[L, axes]` or alike in all samples `[B, L, axes]`, on
     /// the device of `hidden_states`. They are read: best they are on the host.
     ///
     /// # Errors
     /// When one is missing or has another shape.
-    pub fn of_ids(inputs: &ModelInputs, axes_dim: &[usize], theta: f64) -> flowtape_flowmatch::Result<Self> {
+    pub fn of_ids(
+        inputs: &ModelInputs,
+        names: &[&str],
+        axes_dim: &[usize],
+        theta: f64,
+    ) -> flowtape_flowmatch::Result<Self> {
         let mut positions = Vec::new();
-        for name in ["txt_ids", "img_ids"] {
+        for name in names {
             let ids = inputs.tensor(name)?;
             let first = if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0)? } else { ids.clone() };
             if first.rank() != 2 || first.dim(1)? != axes_dim.len() {
                 let expected = "positions [L, axes], an axis for each of the rotary tables";
                 let got = format!("{:?} for {} axes", first.dims(), axes_dim.len());
-                return Err(flowtape_flowmatch::Error::Input { name: name.into(), expected, got });
+                return Err(flowtape_flowmatch::Error::Input { name: (*name).into(), expected, got });
             }
             positions.extend(first.to_vec::<f32>()?);
         }

@@ -162,7 +162,7 @@ impl FlowModel for ChromaTransformer2DModel {
         let image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let modulation = self.modulation(inputs)?;
-        let rope = RopeTables::of_ids(inputs, &self.config.axes_dims_rope, THETA)?;
+        let rope = RopeTables::of_ids(inputs, &["txt_ids", "img_ids"], &self.config.axes_dims_rope, THETA)?;
         let mask = inputs.optional("attention_mask").map(key_mask).transpose()?;
         let shared = (rope.clone(), mask.clone());
         let [text, image] =

@@ -112,7 +112,10 @@ impl FlowModel for FluxTransformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
-        let (temb, rope) = (self.temb(inputs)?, RopeTables::of_ids(inputs, &self.config.axes_dims_rope, THETA)?);
+        let (temb, rope) = (
+            self.temb(inputs)?,
+            RopeTables::of_ids(inputs, &["txt_ids", "img_ids"], &self.config.axes_dims_rope, THETA)?,
+        );
         let tables = rope.clone();
         let [text, image] = self
             .transformer_blocks
