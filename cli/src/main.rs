@@ -2,11 +2,14 @@
 
 mod bench;
 mod check;
+mod doctor;
+mod help;
 mod import;
 mod preprocess;
 mod progress;
 mod recipes;
 mod replay;
+mod runs;
 mod sample;
 mod settings;
 mod signals;
@@ -23,15 +26,18 @@ use flowtape_engine::cpu::usable_threads;
 use flowtape_trainer::inspect::inspect;
 use tracing_subscriber::EnvFilter;
 
-use crate::terminal::{Stderr, delivered, note, out, say};
+use crate::terminal::{Stderr, be_quiet, delivered, err, note, out, say};
 
 /// Trains flow-matching transformers.
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(version, arg_required_else_help = true, after_help = help::EXIT_CODES)]
 struct Cli {
     /// Threads of the CPU, at most one for each core; 0, the default, means all cores. The results do not depend on it.
     #[arg(long, global = true)]
     threads: Option<usize>,
+    /// Tell nothing but errors on standard error: no progress, no notes, no warnings. Results go to standard output as ever.
+    #[arg(long, short, global = true)]
+    quiet: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -60,13 +66,28 @@ enum Command {
     Check(check::CheckArgs),
     /// Print the JSON Schema of recipes, for editors.
     Schema,
+    /// Look at this machine: what it offers, and what is in the way, each with what mends it.
+    Doctor(doctor::Doctor),
     /// List what there is to compute on, and why something can't be used.
-    Devices,
+    Devices(Devices),
+    /// List runs with their state, step, loss and newest picture.
+    Runs(runs::Runs),
     /// Show a model's architecture and counts without its weights in memory.
     Inspect(Inspect),
     /// Measure what steps and kernels take on this machine.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Print what a shell needs to complete commands and options.
+    Completions(help::Completions),
+    /// Write manual pages, one a command.
+    Man(help::Man),
+}
+
+#[derive(Args)]
+struct Devices {
+    /// Print one JSON array.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -80,15 +101,18 @@ struct Inspect {
 
 fn main() -> ExitCode {
     run().unwrap_or_else(|error| {
-        note!("error: {error:#}");
+        err(format_args!("error: {error:#}\n"));
         ExitCode::FAILURE
     })
 }
 
 fn run() -> Result<ExitCode> {
-    log();
     let matches = numbers_may_be_negative(Cli::command()).get_matches_from(settings::spelled_out(std::env::args_os()));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    if cli.quiet {
+        be_quiet();
+    }
+    log(if cli.quiet { "error" } else { "warn" });
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads(cli.threads)).build()?;
     // All work starts inside the pool: forking from outside it costs many times more.
     pool.install(|| match cli.command {
@@ -106,9 +130,13 @@ fn run() -> Result<ExitCode> {
             say!("{:#}", flowtape_trainer::recipe::schema());
             delivered()
         }
-        Command::Devices => list_devices(),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Devices(args) => list_devices(args.json),
+        Command::Runs(args) => runs::run(&args),
         Command::Inspect(args) => run_inspect(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Completions(args) => help::completions(&args, Cli::command()),
+        Command::Man(args) => help::man(&args, Cli::command()),
     })
 }
 
@@ -131,18 +159,23 @@ fn threads(asked: Option<usize>) -> usize {
 }
 
 /// Logs go to stderr: warnings, or what RUST_LOG asks for (flow_matching=debug shows what the pipeline does).
-fn log() {
+fn log(usual: &str) {
     let asked = std::env::var(EnvFilter::DEFAULT_ENV).unwrap_or_default();
-    let filter = EnvFilter::try_new(if asked.is_empty() { "warn" } else { &asked });
+    let filter = EnvFilter::try_new(if asked.is_empty() { usual } else { &asked });
     let filter = filter.unwrap_or_else(|error| {
-        note!("RUST_LOG: {error}; showing warnings");
-        EnvFilter::new("warn")
+        note!("RUST_LOG: {error}; showing {usual}s");
+        EnvFilter::new(usual)
     });
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Stderr).init();
 }
 
-fn list_devices() -> Result<ExitCode> {
-    flowtape_gpu::reports().iter().for_each(|device| say!("{device}"));
+fn list_devices(json: bool) -> Result<ExitCode> {
+    let found = flowtape_gpu::reports();
+    if json {
+        say!("{}", serde_json::to_string(&found)?);
+    } else {
+        found.iter().for_each(|device| say!("{device}"));
+    }
     delivered()
 }
 

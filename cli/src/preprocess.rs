@@ -11,10 +11,10 @@ use flowtape_data::Buckets;
 use flowtape_data::preprocess::{Preprocessed, Progress};
 use flowtape_engine::cpu::awake;
 use flowtape_trainer::builtin::pictures::FolderConfig;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressStyle;
 
 use crate::signals::Stop;
-use crate::terminal::{note, say};
+use crate::terminal::{bar, note, say};
 
 /// What to encode, and with what.
 #[derive(Args)]
@@ -75,7 +75,7 @@ pub fn prepare(config: &FolderConfig, workers: usize, device: &str, stop: &Stop)
     stop.run_begins();
     let device = flowtape_gpu::device(device)?;
     let started = Instant::now();
-    let bar = ProgressBar::new(0);
+    let bar = bar(0);
     if let Ok(style) = ProgressStyle::with_template("encoding {bar:30} {pos}/{len}  {per_sec}  ETA {eta}") {
         bar.set_style(style);
     }

@@ -11,7 +11,7 @@ use flowtape_trainer::{Result, StepRecord};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::signals::Stop;
-use crate::terminal::note;
+use crate::terminal::{bar, note};
 
 /// Time between lines where there is no terminal.
 const EVERY: Duration = Duration::from_secs(10);
@@ -38,7 +38,7 @@ impl<'a> Terminal<'a> {
         note!("run {}: {parameters} parameters, steps {from} to {steps}", folder.display());
         self.steps = *steps;
         self.losses = history.iter().rev().take(WINDOW).rev().map(|record| record.loss).collect();
-        let bar = ProgressBar::new(*steps).with_position(*from);
+        let bar = bar(*steps).with_position(*from);
         let template = "{bar:30} {pos}/{len}  {msg}  ETA {eta}";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);

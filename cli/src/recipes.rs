@@ -46,6 +46,9 @@ const RECIPES: &[(&str, &str)] = &[
     ("wan2_1_pretrain", include_str!("../../recipes/wan2_1_pretrain.yaml")),
     ("wan2_2_finetune", include_str!("../../recipes/wan2_2_finetune.yaml")),
     ("wan2_2_lora", include_str!("../../recipes/wan2_2_lora.yaml")),
+    ("z_image_finetune", include_str!("../../recipes/z_image_finetune.yaml")),
+    ("z_image_lora", include_str!("../../recipes/z_image_lora.yaml")),
+    ("z_image_pretrain", include_str!("../../recipes/z_image_pretrain.yaml")),
 ];
 
 /// Which to show.

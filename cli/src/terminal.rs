@@ -7,8 +7,28 @@ use std::fmt::Arguments;
 use std::io::{ErrorKind, Write, stderr, stdout};
 use std::process::ExitCode;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
+use indicatif::ProgressBar;
+
+/// Whether only errors are told on standard error.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// From now on nothing but errors is told on standard error.
+pub fn be_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
+/// Whether nothing but errors is told.
+pub fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
+}
+
+/// A progress bar, hidden where nothing is to be told or there is no terminal.
+pub fn bar(steps: u64) -> ProgressBar {
+    if is_quiet() { ProgressBar::hidden() } else { ProgressBar::new(steps) }
+}
 
 /// Why standard output was lost first.
 static LOST: OnceLock<std::io::Error> = OnceLock::new();
@@ -19,10 +39,12 @@ macro_rules! say {
         $crate::terminal::out(format_args!("{}\n", format_args!($($text)*)))
     };
 }
-/// Prints a line to standard error.
+/// Prints a line to standard error, where that is wanted.
 macro_rules! note {
     ($($text:tt)*) => {
-        $crate::terminal::err(format_args!("{}\n", format_args!($($text)*)))
+        if !$crate::terminal::is_quiet() {
+            $crate::terminal::err(format_args!("{}\n", format_args!($($text)*)))
+        }
     };
 }
 pub(crate) use {note, say};

@@ -3,50 +3,13 @@
 
 use std::io::BufRead;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Output, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use serde_json::Value;
 
-const RECIPES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes");
-const RECIPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes/digits.yaml");
+use common::{RECIPE, RECIPES, SMALL, failure, flowtape, stdout, train};
 
-/// A run that takes a second: a small model, few steps, everything else as in the recipe.
-const SMALL: [&str; 10] = [
-    "model.num_layers=1",
-    "model.num_single_layers=1",
-    "model.attention_head_dim=8",
-    "model.axes_dims_rope=[4, 2, 2]",
-    "step_scheduler.local_batch_size=8",
-    "step_scheduler.max_steps=6",
-    "step_scheduler.ckpt_every_steps=2",
-    "sampling.every_steps=3",
-    "sampling.num_inference_steps=2",
-    "report.samples_per_class=1",
-];
-
-fn flowtape(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_flowtape")).args(arguments).output().unwrap()
-}
-
-fn train(run: &Path, more: &[&str]) -> Output {
-    let run_dir = format!("run_dir={}", run.display());
-    let mut arguments = vec!["train", RECIPE, "--set", &run_dir];
-    SMALL.iter().for_each(|s| arguments.extend(["--set", s]));
-    arguments.extend(more);
-    flowtape(&arguments)
-}
-
-fn stdout(output: &Output) -> String {
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// The message of a command that must fail, without a panic.
-fn failure(output: &Output) -> String {
-    let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success() && !message.contains("panicked"), "{message}");
-    message
-}
+mod common;
 
 fn weights(run: &Path) -> Vec<u8> {
     std::fs::read(run.join("checkpoints/LATEST/diffusion_pytorch_model.safetensors")).unwrap()

@@ -1,7 +1,7 @@
 //! What there is to compute on, for people: `flowtape devices`.
 
 /// A device, found or not, and whether it can be used.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct DeviceReport {
     /// What `--device` calls it, such as `wgpu:0`.
     pub name: String,

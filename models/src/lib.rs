@@ -12,6 +12,7 @@
 //! | [`krea2`] | [`krea2::Krea2Transformer2DModel`] and [`krea2::Krea2Adapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
+//! | [`z_image`] | [`z_image::ZImageTransformer2DModel`] and [`z_image::ZImageAdapter`] |
 //! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |
 //! | [`text`] | text encoders and tokenizers |
 //! | [`vision`] | what sees pictures for text encoders and transformers |
@@ -47,6 +48,7 @@ pub mod text;
 pub mod vae;
 pub mod vision;
 pub mod wan;
+pub mod z_image;
 
 use flowtape_engine::nn::{Param, Params};
 use flowtape_flowmatch::{FlowModel, ModelInputs};

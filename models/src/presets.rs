@@ -15,7 +15,13 @@ pub struct Preset {
     pub config: fn() -> Value,
     /// How many transformers of that configuration it has.
     pub transformers: usize,
+    /// What training takes away from a checkpoint that was distilled, and what people do instead; none where training is what the
+    /// checkpoint is for.
+    pub caution: Option<&'static str>,
 }
+
+/// What most presets have in common.
+const PRESET: Preset = Preset { name: "", hub: &[], config: || json!({}), transformers: 1, caution: None };
 
 /// All of them. What `config` leaves out is diffusers' default.
 pub const PRESETS: &[Preset] = &[
@@ -23,49 +29,54 @@ pub const PRESETS: &[Preset] = &[
         name: "flux.1-dev",
         hub: &["black-forest-labs/FLUX.1-dev"],
         config: || json!({"_class_name": "FluxTransformer2DModel", "guidance_embeds": true}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "flux.1-schnell",
         hub: &["black-forest-labs/FLUX.1-schnell"],
         config: || json!({"_class_name": "FluxTransformer2DModel"}),
-        transformers: 1,
+        caution: Some(
+            "FLUX.1-schnell is distilled to a few steps without guidance, which plain flow matching undoes: samples in few steps \
+             turn soft. Train FLUX.1-dev, or keep an adapter that undoes the distillation (such as \
+             ostris/FLUX.1-schnell-training-adapter) in the weights while training and leave it out when sampling",
+        ),
+        ..PRESET
     },
     Preset {
         name: "flux.2-dev",
         hub: &["black-forest-labs/FLUX.2-dev"],
         config: || json!({"_class_name": "Flux2Transformer2DModel"}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "qwen-image",
         hub: &["Qwen/Qwen-Image"],
         config: || json!({"_class_name": "QwenImageTransformer2DModel"}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "qwen-image-edit-2511",
         hub: &["Qwen/Qwen-Image-Edit-2511"],
         config: || json!({"_class_name": "QwenImageTransformer2DModel", "zero_cond_t": true}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "hunyuanvideo-1.5",
         hub: &["hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v"],
         config: || json!({"_class_name": "HunyuanVideo15Transformer3DModel"}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "wan2.1-1.3b",
         hub: &["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"],
         config: || json!({"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "wan2.1-14b",
         hub: &["Wan-AI/Wan2.1-T2V-14B-Diffusers"],
         config: || json!({"_class_name": "WanTransformer3DModel"}),
-        transformers: 1,
+        ..PRESET
     },
     // One for high noise, one for low noise.
     Preset {
@@ -73,6 +84,7 @@ pub const PRESETS: &[Preset] = &[
         hub: &["Wan-AI/Wan2.2-T2V-A14B-Diffusers"],
         config: || json!({"_class_name": "WanTransformer3DModel"}),
         transformers: 2,
+        ..PRESET
     },
     Preset {
         name: "ltx-2.3",
@@ -89,33 +101,53 @@ pub const PRESETS: &[Preset] = &[
                 "perturbed_attn": true,
             })
         },
-        transformers: 1,
+        ..PRESET
+    },
+    Preset { name: "z-image", hub: &["Tongyi-MAI/Z-Image"], config: z_image, ..PRESET },
+    Preset {
+        name: "z-image-turbo",
+        hub: &["Tongyi-MAI/Z-Image-Turbo"],
+        config: z_image,
+        caution: Some(
+            "Z-Image-Turbo is distilled to eight steps without guidance, which plain flow matching undoes: samples in few steps \
+             turn soft. Train Z-Image, whose adapters Turbo takes, or keep an adapter that undoes the distillation (such as \
+             ostris/zimage_turbo_training_adapter) in the weights while training and leave it out when sampling",
+        ),
+        ..PRESET
     },
     Preset {
         name: "chroma1",
         hub: &["lodestones/Chroma1-HD", "lodestones/Chroma1-Base"],
         config: || json!({"_class_name": "ChromaTransformer2DModel"}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "flux.3-klein-base",
         hub: &["black-forest-labs/flux-3-image-klein-base"],
         config: || json!({"_class_name": "Flux3Transformer2DModel"}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "krea-2-raw",
         hub: &["krea/Krea-2-Raw"],
         config: || json!({"_class_name": "Krea2Transformer2DModel"}),
-        transformers: 1,
+        ..PRESET
     },
     Preset {
         name: "krea-2-turbo",
         hub: &["krea/Krea-2-Turbo"],
         config: || json!({"_class_name": "Krea2Transformer2DModel"}),
-        transformers: 1,
+        caution: Some(
+            "Krea 2 Turbo is distilled to a few steps without guidance, which plain flow matching undoes: samples in few steps turn \
+             soft. Train Krea 2 Raw: its adapters are meant to be used on Turbo",
+        ),
+        ..PRESET
     },
 ];
+
+fn z_image() -> Value {
+    json!({"_class_name": "ZImageTransformer2DModel", "axes_lens": [1536, 512, 512]})
+}
 
 /// The preset of that name.
 ///
@@ -125,6 +157,19 @@ pub fn preset(name: &str) -> Result<&'static Preset> {
     let names = || PRESETS.iter().map(|p| p.name).collect::<Vec<_>>().join(", ");
     let found = PRESETS.iter().find(|p| p.name == name);
     found.ok_or_else(|| Error::config("preset", format!("one of {}", names()), name))
+}
+
+/// The preset of a checkpoint: by its own name, by the hub's, or by the name that its folder or file has from there; capital
+/// letters do not count.
+pub fn of_checkpoint(name: &str) -> Option<&'static Preset> {
+    let is = |other: &str| name.eq_ignore_ascii_case(other);
+    let last =
+        |path: &str| path.trim_end_matches(['/', '\\']).rsplit(['/', '\\']).next().unwrap_or_default().to_lowercase();
+    // `models--owner--name/snapshots/commit` in the hub's cache.
+    let cached =
+        |hub: &str| name.to_lowercase().contains(&format!("models--{}/", hub.replace('/', "--").to_lowercase()));
+    let from = |hub: &&str| is(hub) || cached(hub) || last(hub) == last(name).trim_end_matches(".safetensors");
+    PRESETS.iter().find(|preset| is(preset.name) || preset.hub.iter().any(from))
 }
 
 #[cfg(test)]
@@ -152,6 +197,8 @@ mod tests {
         ("flux.3-klein-base", 5_538_458_368, 357),
         ("krea-2-raw", 12_820_073_036, 430),
         ("krea-2-turbo", 12_820_073_036, 430),
+        ("z-image", 6_154_908_736, 521),
+        ("z-image-turbo", 6_154_908_736, 521),
     ];
 
     #[test]
@@ -164,5 +211,21 @@ mod tests {
             assert_eq!((model.params().numel(), model.params().len()), (*numel, *tensors), "{name}");
         }
         assert!(preset("flux.1").unwrap_err().to_string().contains("flux.1-dev"));
+    }
+
+    #[test]
+    fn checkpoints_are_known_by_the_names_that_they_are_kept_under() {
+        let turbo = [
+            "z-image-turbo",
+            "Tongyi-MAI/Z-Image-Turbo",
+            "/models/z-image-turbo/",
+            "weights/Z-Image-Turbo.safetensors",
+            "/home/me/.cache/huggingface/hub/models--Tongyi-MAI--Z-Image-Turbo/snapshots/abc",
+        ];
+        for name in turbo {
+            assert_eq!(of_checkpoint(name).map(|preset| preset.name), Some("z-image-turbo"), "{name}");
+        }
+        assert!(of_checkpoint("Tongyi-MAI/Z-Image").is_some_and(|preset| preset.caution.is_none()));
+        assert!(of_checkpoint("runs/z_image_lora").is_none());
     }
 }

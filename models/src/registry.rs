@@ -15,6 +15,7 @@ use crate::ltx2::{LTX2Adapter, LTX2Config, LTX2VideoTransformer3DModel};
 use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
 use crate::requirements::Requirements;
 use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
+use crate::z_image::{ZImageAdapter, ZImageConfig, ZImageTransformer2DModel};
 use crate::{Error, Result, Transformer};
 
 /// Makes an adapter from its `adapter_kwargs`.
@@ -233,6 +234,19 @@ pub const MODELS: &[ModelKind] = &[
         },
         new_model: |config, params| {
             Ok(Box::new(Krea2Transformer2DModel::new(Krea2Config::from_json(config)?, params)?))
+        },
+    },
+    ModelKind {
+        adapter: "z_image",
+        class: ZImageConfig::CLASS,
+        config: ConfigReader::of::<ZImageConfig>(),
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
+        new_adapter: |kwargs| Ok(Box::new(ZImageAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            ZImageAdapter::from_kwargs(kwargs)?.requirements(&ZImageConfig::from_json(config)?)
+        },
+        new_model: |config, params| {
+            Ok(Box::new(ZImageTransformer2DModel::new(ZImageConfig::from_json(config)?, params)?))
         },
     },
 ];

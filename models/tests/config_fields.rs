@@ -16,6 +16,7 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
     ("HunyuanVideo15Transformer3DModel", "task_type"),
     ("LTX2VideoTransformer3DModel", "perturbed_attn"),
     ("LTX2VideoTransformer3DModel", "audio_patch_size"),
+    ("ZImageTransformer2DModel", "n_kv_heads"),
 ];
 
 /// What a change comes to.
@@ -114,6 +115,14 @@ fn subjects() -> Vec<(&'static str, Value, Vec<usize>)> {
                 "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 1,
                 "text_intermediate_size": 6, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
                 "axes_dims_rope": [2, 4, 6],
+            }),
+            vec![2, 3, 4, 6],
+        ),
+        (
+            "z_image",
+            json!({
+                "in_channels": 3, "dim": 24, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+                "cap_feat_dim": 8, "axes_dims": [4, 4, 4], "axes_lens": [40, 4, 4],
             }),
             vec![2, 3, 4, 6],
         ),

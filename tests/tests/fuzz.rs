@@ -1,7 +1,7 @@
 //! Mutated real files of every kind that is read: each gives a value or an error, in time, and in memory that its size bounds.
 //!
 //! `FLOWTAPE_FUZZ=100000 cargo test --release --test fuzz` mutates each kind so often; a plain run has fewer.
-#![allow(clippy::unwrap_used, clippy::panic)] // a test
+#![allow(clippy::unwrap_used)] // a test
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -179,7 +179,7 @@ fn every_file_gives_a_value_or_an_error() {
                     bytes[..bytes.len().min(600)].escape_ascii()
                 ));
                 if wrong.len() > 5 {
-                    panic!("{}", wrong.join("\n"));
+                    break;
                 }
             }
         }

@@ -152,6 +152,15 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
                 .with("text_embeddings", text())
                 .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
         ),
+        "z_image" => (
+            json!({
+                "in_channels": 4, "dim": width, "n_heads": heads, "n_layers": 1, "n_refiner_layers": 1,
+                "cap_feat_dim": TEXT_WIDTH, "axes_dims": axes,
+            }),
+            Batch::new(make.normal(&[2, 4, 30, 34]), image)
+                .with("text_embeddings", text())
+                .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
+        ),
         "flux3" => (
             json!({
                 "in_channels": 16, "cond_in_channels": 16, "num_layers": 1, "num_single_layers": 1,
@@ -175,8 +184,11 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
         other => panic!("no case of the model behind the adapter {other}"),
     };
     let mut config = config;
-    config["num_attention_heads"] = heads.into();
-    config["attention_head_dim"] = head_dim.into();
+    // Some say it by the width of the model.
+    if config["dim"].is_null() {
+        config["num_attention_heads"] = heads.into();
+        config["attention_head_dim"] = head_dim.into();
+    }
     (config, batch)
 }
 

@@ -23,6 +23,7 @@ fn subject(preset: &Preset) -> (&'static str, Vec<usize>) {
         "chroma1" => ("chroma", vec![1, 16, 128, 128]),
         "flux.3-klein-base" => ("flux3", vec![1, 128, 64, 64]),
         "krea-2-raw" | "krea-2-turbo" => ("krea2", vec![1, 16, 128, 128]),
+        name if name.starts_with("z-image") => ("z_image", vec![1, 16, 128, 128]),
         name if name.starts_with("flux.1") => ("flux", vec![1, 16, 128, 128]),
         _ => ("simple", vec![1, 16, 11, 60, 104]),
     }
@@ -49,7 +50,15 @@ fn activations(preset: &Preset, checkpointing: bool) -> (usize, usize) {
     let (adapter, latents) = subject(preset);
     let config = model.config();
     let text = |keys: &[&str]| keys.iter().find_map(|k| config[k].as_u64()).unwrap_or(4096) as usize;
-    let width = text(&["joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim", "text_hidden_dim"]);
+    let width = text(&[
+        "joint_attention_dim",
+        "text_embed_dim",
+        "text_dim",
+        "cross_attention_dim",
+        "cap_feat_dim",
+        "text_hidden_dim",
+        "context_in_dim",
+    ]);
     // The states of several layers where a model takes them.
     let layers = config["num_text_layers"].as_u64().map_or(vec![], |layers| vec![layers as usize]);
     let kind = if latents.len() == 4 { "image" } else { "video" };

@@ -43,6 +43,8 @@ pub struct Check {
     pub checkpoints: usize,
     /// Bytes that are free where the run is kept, where that is known.
     pub disk: Option<u64>,
+    /// What training takes away from the checkpoint that the run starts from: where it is distilled.
+    pub caution: Option<&'static str>,
 }
 
 /// What reading samples told.
@@ -130,6 +132,7 @@ impl Check {
             alternatives,
             checkpoints: kept.saturating_mul(step.checkpoint),
             disk: free_disk(recipe.run_dir.as_deref().unwrap_or(Path::new("runs"))),
+            caution: Start::of(&recipe.model)?.caution,
         })
     }
 
@@ -205,6 +208,9 @@ impl fmt::Display for Check {
             writeln!(f, "{name:<14}{:>12}", gigabytes(bytes))?;
         }
         writeln!(f, "{:<14}{:>9.4} TFLOP a step", "arithmetic", flops / 1e12)?;
+        if let Some(caution) = self.caution {
+            writeln!(f, "\ncaution: {caution}")?;
+        }
         let verdict = self.verdict();
         if verdict.is_empty() { Ok(()) } else { writeln!(f, "\n{verdict}") }
     }

@@ -23,7 +23,7 @@ pub struct Inspection {
     pub name: String,
     /// How many transformers of this kind a published checkpoint has; the counts are of one.
     pub transformers: usize,
-    /// What the counts are of, where it is not what one would think.
+    /// What the counts are of, where it is not what one would think, and what is to be known before it is trained.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// The counts.
@@ -49,7 +49,8 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
                 Error::Run { path: path.into(), what }
             })?;
             let summary = Summary::of_config(&(preset.config)())?;
-            Ok(Inspection { name, transformers: preset.transformers, notes: Vec::new(), summary })
+            let notes = preset.caution.map(String::from).into_iter().collect();
+            Ok(Inspection { name, transformers: preset.transformers, notes, summary })
         }
         Err(error) => Err(io(path)(error)),
     }

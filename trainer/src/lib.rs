@@ -15,6 +15,7 @@
 //! | [`compose`] | pictures and films of a diffusers pipeline, with what made them |
 //! | [`generation`] | NeMo's YAML of generating with a pipeline |
 //! | [`run`] | the run folder: one process's at a time, all files whole or absent |
+//! | [`runs`] | the runs of a folder, and what became of each |
 //! | [`checkpoints`] | a run's checkpoints: hashed, found again whole after a crash |
 //! | [`replay`] | steps that were not finite, kept to be run again |
 //! | [`changes`] | what is other when a run goes on |
@@ -48,6 +49,7 @@ mod precision;
 pub mod recipe;
 pub mod replay;
 pub mod run;
+pub mod runs;
 pub mod start;
 pub mod state;
 mod timing;

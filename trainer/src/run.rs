@@ -10,7 +10,7 @@
 //! | `replay/step_*/` | steps that were not finite: [`replay`](crate::replay) |
 //! | `checkpoints/` | the newest checkpoints: [`Checkpoints`] |
 //! | `report.json` | the figures of the end |
-//! | `.lock` | held by the process that writes here, and its number |
+//! | `.lock` | held by the process that writes here, and its number, which stays after a crash |
 
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Read, Write};
@@ -26,7 +26,7 @@ use crate::train::Summary;
 use crate::trainer::{StepRecord, Trainer};
 use crate::{Error, Recipe, Result};
 
-const LOCK: &str = ".lock";
+pub(crate) const LOCK: &str = ".lock";
 
 /// A run folder that exists.
 #[derive(Clone, Debug)]
@@ -71,7 +71,7 @@ impl RunFolder {
     /// # Errors
     /// When it holds a run that can be resumed, or something else.
     pub fn check_free(path: &Path) -> Result<()> {
-        let run = Self { path: path.into(), lock: None };
+        let run = Self::at(path);
         if !exists(path)? {
             return Ok(());
         }
@@ -99,6 +99,11 @@ impl RunFolder {
         Ok(())
     }
 
+    /// A folder that may be one, to look at.
+    pub(crate) fn at(path: &Path) -> Self {
+        Self { path: path.into(), lock: None }
+    }
+
     /// An existing folder and its recipe. It may be read while a run writes there.
     ///
     /// # Errors
@@ -112,7 +117,7 @@ impl RunFolder {
     /// # Errors
     /// When it is not a run folder, or an override does not fit.
     pub fn open_with(path: &Path, overrides: &[String]) -> Result<(Self, Recipe)> {
-        let run = Self { path: path.into(), lock: None };
+        let run = Self::at(path);
         if !exists(&run.recipe_path())? {
             return run.error("not a run folder (it has no recipe.yaml): name one that `flowtape train` made".into());
         }
@@ -157,6 +162,12 @@ impl RunFolder {
         Ok(())
     }
 
+    /// Takes this process's number out of the lock: the run ended as it should, and did not crash.
+    pub(crate) fn leave(&self) {
+        // What is left there makes a run look crashed, which is told and no more.
+        let _ = self.lock.as_ref().map(|file| file.set_len(0));
+    }
+
     fn error<T>(&self, what: String) -> Result<T> {
         Err(Error::Run { path: self.path.clone(), what })
     }
@@ -166,7 +177,7 @@ impl RunFolder {
         &self.path
     }
 
-    fn recipe_path(&self) -> PathBuf {
+    pub(crate) fn recipe_path(&self) -> PathBuf {
         self.path.join("recipe.yaml")
     }
 

@@ -8,7 +8,7 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::safetensors::{SafeTensors, Shards};
 use flowtape_flowmatch::FlowMatchingConfig;
 use flowtape_models::checkpoint::{CONFIG, load_config, load_weights, open_weights};
-use flowtape_models::presets::{PRESETS, Preset};
+use flowtape_models::presets::{PRESETS, Preset, of_checkpoint};
 use flowtape_models::{Transformer, create_model, original};
 use serde_json::Value;
 
@@ -35,7 +35,14 @@ pub struct Start {
     pub weights: Option<PathBuf>,
     /// The noise levels that the transformer is trained on, where it shares them with another.
     pub sigmas: Option<(f64, f64)>,
+    /// What training takes away from the checkpoint, and what people do instead: where it is distilled.
+    pub caution: Option<&'static str>,
 }
+
+/// The same of a pipeline that says of itself that it is distilled.
+const DISTILLED: &str = "the checkpoint is distilled to a few steps without guidance (is_distilled in its model_index.json), which \
+                         plain flow matching undoes: samples in few steps turn soft. Train the base model that it was made of, whose \
+                         adapters it takes";
 
 /// What a name stands for.
 enum Found {
@@ -52,8 +59,9 @@ impl Start {
         let refused = |what: String| Error::Run { path: "model".into(), what };
         let section = ModelSection::of(model).map_err(refused)?;
         let Some(name) = &section.pretrained_model_name_or_path else {
-            return Ok(Self { config: Value::Object(section.config), weights: None, sigmas: None });
+            return Ok(Self { config: Value::Object(section.config), weights: None, sigmas: None, caution: None });
         };
+        let mut caution = of_checkpoint(name).and_then(|preset| preset.caution);
         let (config, weights, sigmas) = match find(name, &section)? {
             Found::Preset(preset) if section.mode == Some(Mode::Finetune) => {
                 let what = "a preset is a configuration without weights: say `mode: pretrain`, or name a checkpoint";
@@ -65,8 +73,12 @@ impl Start {
                 (config, Some(weights), sigmas(&section, None)?)
             }
             Found::Path(path) if path.is_dir() => {
-                let boundary = boundary(&path)?;
+                let index = pipeline_index(&path)?;
+                if index["is_distilled"].as_bool() == Some(true) {
+                    caution = caution.or(Some(DISTILLED));
+                }
                 let folder = transformer_folder(&path, &section)?;
+                let boundary = index["boundary_ratio"].as_f64();
                 (load_config(&folder.join(CONFIG))?, Some(folder), sigmas(&section, boundary)?)
             }
             Found::Path(path) => (config_of_file(&path, &section)?, Some(path), sigmas(&section, None)?),
@@ -77,7 +89,9 @@ impl Start {
         if let Value::Object(keys) = &mut config {
             keys.extend(section.config);
         }
-        Ok(Self { config, weights, sigmas })
+        // New weights know no distillation.
+        let caution = caution.filter(|_| weights.is_some());
+        Ok(Self { config, weights, sigmas, caution })
     }
 
     /// The model, its parameters held as the builder's plan says.
@@ -170,7 +184,7 @@ fn is_hub_part(part: &str) -> bool {
 }
 
 /// The folder that Hugging Face's tools download to.
-fn hub_cache() -> PathBuf {
+pub fn hub_cache() -> PathBuf {
     let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = || folder("HOME").or_else(|| folder("USERPROFILE")).unwrap_or_default();
     let cache = || folder("XDG_CACHE_HOME").unwrap_or_else(|| home().join(".cache"));
@@ -248,15 +262,14 @@ fn transformer_folder(named: &Path, section: &ModelSection) -> Result<PathBuf> {
     Err(missing(named, what))
 }
 
-/// The noise level at which a pipeline changes transformers.
-fn boundary(folder: &Path) -> Result<Option<f64>> {
+/// What a pipeline says of itself; null where the folder is none.
+fn pipeline_index(folder: &Path) -> Result<Value> {
     let path = folder.join(PIPELINE);
     if !exists(&path)? {
-        return Ok(None);
+        return Ok(Value::Null);
     }
     let text = std::fs::read(&path).map_err(io(&path))?;
-    let index: Value = serde_json::from_slice(&text).map_err(|e| missing(&path, format!("not JSON: {e}")))?;
-    Ok(index["boundary_ratio"].as_f64())
+    serde_json::from_slice(&text).map_err(|e| missing(&path, format!("not JSON: {e}")))
 }
 
 /// The noise levels of a stage.

@@ -303,6 +303,7 @@ impl<'h> Session<'h> {
         if !summary.interrupted {
             self.folder.write_report(&summary)?;
         }
+        self.folder.leave();
         Ok(summary)
     }
 

@@ -183,6 +183,9 @@ impl Trainer {
             tracing::warn!("lr_scheduler.max_lr ({max}) is what counts, not optimizer.lr ({})", optimizer.lr);
         }
         if device.backend().has_data() {
+            if let Some(caution) = start.caution {
+                tracing::warn!("{caution}");
+            }
             let lr = schedule.config().max_lr.unwrap_or(optimizer.lr);
             if recipe.dtype.rounding(recipe.seed) == Rounding::Nearest {
                 precision::warn(&optimizer.name, lr, model.params())?;

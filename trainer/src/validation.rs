@@ -34,7 +34,7 @@ pub struct ValidationConfig {
     pub num_samples: Option<usize>,
     /// The share of the samples that is held out. Which ones their content decides, so a sample stays on its side when others are
     /// added or taken away.
-    #[schemars(range(max = 0.999), extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("exclusiveMinimum" = 0, "exclusiveMaximum" = 1))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fraction: Option<f64>,
     /// A text file with the files of the samples that are held out, one a line: whole paths or names alone.

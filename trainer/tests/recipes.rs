@@ -150,7 +150,7 @@ fn recipes_of_nemos_schema_plan_a_step_for_every_model_and_mode() {
         assert_eq!(plan.optimizer < plan.weights / 10, lora, "{name}: {plan:?}");
         modes.insert((recipe.flow_matching.adapter_type, name.rsplit('_').next().unwrap_or_default().to_owned()));
     }
-    for kind in MODELS.iter().filter(|kind| kind.adapter != "qwen_image_edit") {
+    for kind in MODELS.iter().filter(|kind| !kind.takes(Condition::ReferenceImages)) {
         for mode in ["finetune", "lora", "pretrain"] {
             assert!(modes.contains(&(kind.adapter.to_owned(), mode.to_owned())), "{} {mode}", kind.adapter);
         }
@@ -244,6 +244,26 @@ fn start(model: serde_json::Value) -> Result<(Start, Vec<f32>), String> {
     let made = start.model(ParamBuilder::new(7, DType::F32, &Device::cpu())).map_err(|error| error.to_string())?;
     let weights = first_weights(&*made);
     Ok((start, weights))
+}
+
+#[test]
+fn a_distilled_checkpoint_is_told_of_where_its_weights_are_trained() {
+    let folder = tempfile::tempdir().unwrap();
+    let caution = |name: &str, mode: &str| {
+        let path = folder.path().join(name);
+        saved_model(&path, &[]);
+        let path = path.to_string_lossy().into_owned();
+        start(json!({"pretrained_model_name_or_path": path, "mode": mode})).unwrap().0.caution
+    };
+    let told = caution("FLUX.1-schnell", "finetune").unwrap();
+    assert!(told.contains("distilled") && told.contains("Train FLUX.1-dev"), "{told}");
+    assert_eq!((caution("FLUX.1-schnell", "pretrain"), caution("my_model", "finetune")), (None, None));
+    // A pipeline that says so of itself.
+    let pipeline = folder.path().join("pipeline");
+    saved_model(&pipeline.join("transformer"), &[]);
+    std::fs::write(pipeline.join("model_index.json"), r#"{"is_distilled": true}"#).unwrap();
+    let (pipeline, _) = start(json!({"pretrained_model_name_or_path": pipeline.to_string_lossy()})).unwrap();
+    assert!(pipeline.caution.unwrap().contains("is_distilled"));
 }
 
 #[test]

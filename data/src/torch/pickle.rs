@@ -1,6 +1,7 @@
 //! Pickles, as far as they hold tensors, containers, numbers and texts. Functions are not called: those that rebuild a tensor
 //! are known by name, and all else is refused by name.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A value on the machine's stack. Containers are numbers of the machine's, so that a pickle that refers to one many times
@@ -78,15 +79,14 @@ pub(super) struct TensorSpec {
 #[derive(Default)]
 pub(super) struct Machine {
     stack: Vec<Value>,
-    memo: Vec<Option<Value>>,
+    /// By numbers that the file gives: a great one takes no more room than a small one.
+    memo: HashMap<usize, Value>,
     lists: Vec<Vec<Value>>,
     dicts: Vec<Vec<(Value, Value)>>,
     tensors: Vec<TensorSpec>,
 }
 
 const CUT: &str = "its pickle is cut short or damaged";
-/// Far above any real file's.
-const MAX_MEMO: usize = 1 << 20;
 
 /// A pickle that is being read.
 struct Bytes<'a>(&'a [u8]);
@@ -196,18 +196,12 @@ impl Machine {
                         b'r' => bytes.number(4)?,
                         _ => self.memo.len(),
                     };
-                    if place >= MAX_MEMO {
-                        return Err(CUT.into());
-                    }
-                    if place >= self.memo.len() {
-                        self.memo.resize(place + 1, None);
-                    }
-                    self.memo[place] = Some(self.stack.last().ok_or(CUT)?.clone());
+                    self.memo.insert(place, self.stack.last().ok_or(CUT)?.clone());
                     continue;
                 }
                 b'h' | b'j' => {
                     let place = bytes.number(if code == b'h' { 1 } else { 4 })?;
-                    self.memo.get(place).cloned().flatten().ok_or(CUT)?
+                    self.memo.get(&place).cloned().ok_or(CUT)?
                 }
                 b'c' => {
                     let (module, name) = (bytes.line()?, bytes.line()?);
@@ -349,6 +343,13 @@ mod tests {
         let error = run(b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.").unwrap_err();
         assert!(error.contains("builtins.eval"), "{error}");
         assert!(run(b"(i__main__\nX\n.").unwrap_err().contains("0x69"));
+    }
+
+    #[test]
+    fn a_great_number_in_the_memo_takes_no_room() {
+        let mut machine = Machine::default();
+        assert!(matches!(machine.run(b"\x80\x02K\x07r\xff\xff\xff\xffj\xff\xff\xff\xff\x86."), Ok(Value::Tuple(_))));
+        assert_eq!(machine.memo.len(), 1);
     }
 
     #[test]

@@ -158,14 +158,14 @@ impl RmsNorm {
         ops::rms_norm(x, self.factor()?.as_ref(), self.eps)
     }
 
-    /// `forward(x)`, rotated: x `[B, L, H, width]`, cosines and sines `[L, width]`.
+    /// `forward(x)`, rotated: x `[B, L, H, width]`, cosines and sines `[L, width]` or `[B, L, width]`.
     ///
     /// # Errors
     /// When the shapes do not fit.
     pub fn rotated(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
         match self.factor()? {
             Some(factor) => ops::rms_norm_rope(x, &factor, self.eps, cos, sin, layout),
-            None => ops::rope(&self.forward(x)?, &cos.unsqueeze(1)?, &sin.unsqueeze(1)?, layout),
+            None => ops::rope(&self.forward(x)?, &ops::rope::of_heads(cos)?, &ops::rope::of_heads(sin)?, layout),
         }
     }
 }

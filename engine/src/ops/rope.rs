@@ -271,7 +271,16 @@ impl Op for NormRope {
     }
 }
 
-/// [`rms_norm`] over the last axis, then [`rope`], of x `[B, L, H, d]`: weight `[d]`, cos and sin `[L, d]`.
+/// A table `[L, d]` or `[B, L, d]` with an axis of heads for x `[B, L, H, d]`.
+///
+/// # Errors
+/// When it has no rows.
+pub fn of_heads(table: &Tensor) -> Result<Tensor> {
+    table.unsqueeze(table.rank().saturating_sub(1))
+}
+
+/// [`rms_norm`] over the last axis, then [`rope`], of x `[B, L, H, d]`: weight `[d]`, cos and sin `[L, d]`, or `[B, L, d]` where
+/// samples have positions of their own.
 ///
 /// # Errors
 /// As for both.
@@ -292,7 +301,7 @@ pub fn rms_norm_rope(
         let [cos, sin] = [cos.constant("rope", "tables")?, sin.constant("rope", "tables")?];
         return apply_one(NormRope { eps, layout }, &[x, weight, &cos, &sin]);
     }
-    let [cos, sin] = [cos.unsqueeze(1)?, sin.unsqueeze(1)?];
+    let [cos, sin] = [of_heads(cos)?, of_heads(sin)?];
     rope(&rms_norm(x, Some(weight), eps)?, &cos, &sin, layout)
 }
 
@@ -316,10 +325,14 @@ pub const CASES: &[Case] = &[
         make: |draw| {
             let [b, len, heads, half] = [draw.size(1, 2), draw.size(1, 9), draw.size(1, 3), draw.size(1, 20)];
             let layout = if draw.size(0, 1) == 0 { RopeLayout::Interleaved } else { RopeLayout::Split };
-            let angles: Vec<f64> = (0..len * 2 * half).map(|_| draw.number(-3.0, 3.0)).collect();
+            // Positions that all samples share, and such as are each one's own.
+            let shared = draw.size(0, 1) == 0;
+            let rows = if shared { vec![len] } else { vec![b, len] };
+            let dims = [&rows[..], &[2 * half]].concat();
+            let angles: Vec<f64> = (0..dims.iter().product()).map(|_| draw.number(-3.0, 3.0)).collect();
             let inputs = vec![draw.standard(&[b, len, heads, 2 * half])?, draw.standard(&[2 * half])?];
             Sample::new(inputs, move |xs| {
-                let angles = Tensor::from_slice(&angles, &[len, 2 * half], &Device::cpu())?;
+                let angles = Tensor::from_slice(&angles, &dims, &Device::cpu())?;
                 // Tables are f32 in what is fused, f64 where f64 is checked.
                 let angles = angles.to_dtype(accumulator(xs[0].dtype()))?.to_device(xs[0].device())?;
                 rms_norm_rope(&xs[0], &xs[1], 0.1, &angles.cos()?, &angles.sin()?, layout)

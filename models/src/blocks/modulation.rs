@@ -118,6 +118,14 @@ pub(crate) fn equal_parts<const N: usize>(x: &Tensor, axis: usize) -> Result<[Te
     x.chunk(N, axis)?.try_into().map_err(|parts: Vec<Tensor>| Error::argument("chunk", N, parts.len()))
 }
 
+/// `x (1 + scale)` in the dtype of x `[B, L, dim]`; the scale `[B, 1, dim]`, or one per token.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn scaled(x: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    pointwise_to(x.dtype(), [x, scale], |[x, scale]| x * (scale + 1.0))
+}
+
 /// `residual + gate y` in the dtype of the residual `[B, L, dim]`; the gate `[B, 1, dim]`, or one per token.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! Patches of latents as tokens, and back.
 
 use flowtape_engine::nn::{Init, Param, ParamBuilder};
-use flowtape_engine::ops::patchify_conv;
+use flowtape_engine::ops::{patchify, patchify_conv};
 use flowtape_engine::{Error, Result, Tensor};
 
 /// A convolution whose stride is its kernel; parameters `weight` `[out, C, k..]` and `bias` `[out]`.
@@ -35,10 +35,27 @@ impl PatchEmbed {
 /// Where a token's channels lie among the places of its patch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ChannelOrder {
-    /// `(places, channel)`: Wan.
+    /// `(places, channel)`: Wan, Z-Image.
     Fastest,
     /// `(channel, places)`: FLUX, Qwen-Image, HunyuanVideo.
     Slowest,
+}
+
+/// Latents `[B, C, s..]` to tokens `[B, L, C p..]`, the grid's last axis fastest: the inverse of [`unpatchify`].
+///
+/// # Errors
+/// When a side is no multiple of the patch.
+pub fn patchify_as(latents: &Tensor, patch: &[usize], order: ChannelOrder) -> Result<Tensor> {
+    let tokens = patchify(latents, patch)?;
+    let (batch, len, width) = (tokens.dim(0)?, tokens.dim(1)?, tokens.dim(2)?);
+    match order {
+        ChannelOrder::Slowest => Ok(tokens),
+        ChannelOrder::Fastest => {
+            let places = patch.iter().product::<usize>();
+            let apart = tokens.reshape(&[batch, len, width / places, places])?;
+            apart.transpose(2, 3)?.reshape(&[batch, len, width])
+        }
+    }
 }
 
 /// Tokens `[B, L, C p..]` of a grid to latents `[B, C, g p..]`.

@@ -11,6 +11,8 @@ pub enum RopePrecision {
     F32,
     /// 64 bits.
     F64,
+    /// 64 bits, but angles are rounded to 32 before their cosine and sine are taken.
+    RoundedAngles,
 }
 
 impl RopePrecision {
@@ -27,11 +29,16 @@ impl RopePrecision {
                 let (sin, cos) = (f64::from(position) * theta.powf(-exponent)).sin_cos();
                 (cos as f32, sin as f32)
             }
+            Self::RoundedAngles => {
+                let (sin, cos) = ((f64::from(position) * theta.powf(-exponent)) as f32).sin_cos();
+                (cos, sin)
+            }
         }
     }
 }
 
-/// Cosines and sines `[L, D]`, f32, each angle at both places of its pair.
+/// Cosines and sines `[L, D]`, or `[B, L, D]` where samples have positions of their own, f32, each angle at both places of its
+/// pair.
 #[derive(Clone, Debug)]
 pub struct RopeTables {
     /// Cosines.
@@ -113,12 +120,44 @@ impl RopeTables {
         Ok(Self::new(&positions, axes_dim, theta, RopePrecision::F64, device)?)
     }
 
+    /// Tables of each sample: `[B, L, D]` of B tables `[L, D]`; where they are one, that.
+    ///
+    /// # Errors
+    /// When there is none, or they differ in length.
+    pub fn of_samples(samples: &[Self]) -> Result<Self> {
+        match samples {
+            [one] => Ok(one.clone()),
+            _ => Self::joined(samples, |tables| Tensor::stack(tables, 0)),
+        }
+    }
+
+    /// The tables of places one behind the other. Where some are `[B, L, D]`, so is the result.
+    ///
+    /// # Errors
+    /// When there is none, or they do not fit.
+    pub fn cat(parts: &[Self]) -> Result<Self> {
+        Self::joined(parts, |tables| {
+            let Some(samples) = tables.iter().find(|t| t.rank() == 3).map(|t| t.dims()[0]) else {
+                return Tensor::cat(tables, 0);
+            };
+            let each =
+                |t: &&Tensor| if t.rank() == 3 { Ok((*t).clone()) } else { t.expand(&[&[samples], t.dims()].concat()) };
+            Tensor::cat(&tables.iter().map(each).collect::<Result<Vec<_>>>()?.iter().collect::<Vec<_>>(), 1)
+        })
+    }
+
+    fn joined(parts: &[Self], join: impl Fn(&[&Tensor]) -> Result<Tensor>) -> Result<Self> {
+        let layout = parts.first().map_or(RopeLayout::Interleaved, |part| part.layout);
+        let table = |of: fn(&Self) -> &Tensor| join(&parts.iter().map(of).collect::<Vec<_>>());
+        Ok(Self { cos: table(|part| &part.cos)?, sin: table(|part| &part.sin)?, layout })
+    }
+
     /// The tables of `len` places from `start` on.
     ///
     /// # Errors
     /// When there are not as many.
     pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
-        let part = |table: &Tensor| table.narrow(0, start, len);
+        let part = |table: &Tensor| table.narrow(table.rank().saturating_sub(2), start, len);
         Ok(Self { cos: part(&self.cos)?, sin: part(&self.sin)?, layout: self.layout })
     }
 
@@ -127,7 +166,10 @@ impl RopeTables {
     /// # Errors
     /// When the shape does not fit.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        rope(x, &self.cos, &self.sin, self.layout)
+        // Tables of each sample have no axis of heads.
+        let table =
+            |table: &Tensor| if table.rank() == 3 && x.rank() == 4 { table.unsqueeze(1) } else { Ok(table.clone()) };
+        rope(x, &table(&self.cos)?, &table(&self.sin)?, self.layout)
     }
 }
 

@@ -6,13 +6,13 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::FluxConfig;
+use crate::Result;
 use crate::blocks::{
     ChannelOrder, drop_samples, guidance, image_dims, latent_image_ids, patchify, text_embeddings, unit_times,
     unpatchify, with_batch_axis,
 };
 use crate::config::parse_kwargs;
 use crate::requirements::{Fixed, Requirements, check_prediction, packed_channels};
-use crate::{Error, Result};
 
 /// Latents of a token: rows and columns.
 const PATCH: [usize; 2] = [2, 2];
@@ -27,7 +27,7 @@ const POOLED: usize = 768;
 pub struct FluxAdapter {
     /// The guidance scale that the model is told.
     pub guidance_scale: f64,
-    /// Whether it is told one. The reference always tells; a model that embeds none passes it over.
+    /// Without effect, as in the reference: the model is always told, and one that embeds none passes it over.
     pub use_guidance_embeds: bool,
 }
 
@@ -51,10 +51,6 @@ impl FluxAdapter {
     /// # Errors
     /// When the configuration contradicts the adapter.
     pub fn requirements(&self, config: &FluxConfig) -> Result<Requirements> {
-        if config.guidance_embeds && !self.use_guidance_embeds {
-            let expected = "false, as adapter_kwargs.use_guidance_embeds is";
-            return Err(Error::config("guidance_embeds", expected, config.guidance_embeds));
-        }
         let outputs = config.patch_size.pow(2) * config.out_channels();
         check_prediction("out_channels", outputs, Fixed::new("in_channels", config.in_channels))?;
         Ok(Requirements {
@@ -81,7 +77,6 @@ impl ModelAdapter for FluxAdapter {
             None => Tensor::zeros(&[batch, POOLED], cx.dtype, &cx.device)?,
         };
         let [text, pooled] = drop_samples(cx, [text, pooled], draws)?;
-        let told = self.use_guidance_embeds.then(|| guidance(cx, self.guidance_scale)).transpose()?;
         let txt_ids = Tensor::zeros(&[batch, text.dim(1)?, 3], DType::F32, &Device::cpu())?;
         Ok(ModelInputs::new()
             .with("hidden_states", patchify(&cx.noisy_latents, &PATCH)?)
@@ -90,7 +85,7 @@ impl ModelAdapter for FluxAdapter {
             .with("timestep", unit_times(cx)?)
             .with("img_ids", latent_image_ids(height, width)?)
             .with("txt_ids", txt_ids)
-            .with_optional("guidance", told))
+            .with("guidance", guidance(cx, self.guidance_scale)?))
     }
 
     fn forward(&self, cx: &FlowMatchingContext<'_>, model: &dyn FlowModel, inputs: &ModelInputs) -> Result<Prediction> {

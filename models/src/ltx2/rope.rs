@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use flowtape_engine::ops::RopeLayout;
+use flowtape_engine::ops::{RopeLayout, rope};
 use flowtape_engine::{DType, Device, Error, Result, Tensor};
 
 use super::LTX2Config;
@@ -125,5 +125,5 @@ pub(super) fn rotate(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
         return Err(Error::shape("rope", "[B, H, L, D]", x.dims()));
     };
     let x = x.transpose(1, 2)?.reshape(&[batch, len, tables.cos.dim(1)?, tables.cos.dim(2)?])?;
-    tables.apply(&x)?.reshape(&[batch, len, heads, width])?.transpose(1, 2)
+    rope(&x, &tables.cos, &tables.sin, tables.layout)?.reshape(&[batch, len, heads, width])?.transpose(1, 2)
 }

@@ -15,6 +15,7 @@ use super::guidance::{rescaled, with_norm_of};
 use super::{ConditionImage, PipelineFolder, SoundGuidance};
 use crate::checkpoint::{CONFIG, load_config};
 use crate::ltx2::{ISOLATE_MODALITIES, PERTURBED_BLOCKS};
+use crate::presets::of_checkpoint;
 use crate::vae::{self, Autoencoder, LTX2Vocoder, Tiling};
 use crate::{Condition, Error, ModelKind, Result, Transformer, checkpoint};
 
@@ -101,6 +102,8 @@ pub struct Generation {
     pub guidance_scale: f64,
     /// Whether the model is told that scale, or runs twice for it.
     pub told: bool,
+    /// The scale of classifier-free guidance that this scale means: Z-Image counts from 0, which is none.
+    pub cfg: fn(f64) -> f64,
     /// What it is led away from where nothing else is asked for; without one there is no second run then.
     pub negative_prompt: Option<&'static str>,
     /// Whether a guided prediction gets back the length that the conditional one has at each token.
@@ -362,7 +365,7 @@ impl<'a> Generator<'a> {
         let config = scheduler.config();
         let mu = config.use_dynamic_shifting.then(|| (how.mu)(tokens, steps, config));
         let schedule = if how.own_levels { scheduler.own(steps, mu)? } else { scheduler.even(steps, mu)? };
-        let scale = request.guidance_scale.unwrap_or(self.default_guidance()?);
+        let scale = request.guidance_scale.map_or_else(|| self.default_guidance(), |scale| Ok((how.cfg)(scale)))?;
         let cfg = request.true_cfg_scale.unwrap_or(if how.told { 1.0 } else { scale });
         let negative = request.negative_prompt.or(how.negative_prompt).filter(|_| cfg != 1.0);
         Ok(Settings {
@@ -378,10 +381,11 @@ impl<'a> Generator<'a> {
 
     /// The scale where none is asked for: 1 for a model that is distilled, that of the folder's guider, or the class's.
     fn default_guidance(&self) -> Result<f64> {
-        if self.folder.flag("is_distilled") {
+        let known = of_checkpoint(&self.folder.path().to_string_lossy());
+        if self.folder.flag("is_distilled") || known.is_some_and(|preset| preset.caution.is_some()) {
             return Ok(1.0);
         }
-        Ok(self.folder.guider()?["guidance_scale"].as_f64().unwrap_or(self.how.guidance_scale))
+        Ok((self.how.cfg)(self.folder.guider()?["guidance_scale"].as_f64().unwrap_or(self.how.guidance_scale)))
     }
 
     /// What the model is told of the prompt and, where there is one, of what it is led away from.

@@ -1,12 +1,10 @@
 //! Prompts of pipelines with one text model, which is told what to look for by a template around each prompt.
 
-use std::collections::BTreeMap;
-
-use flowtape_engine::{Device, Tensor};
+use flowtape_engine::{DType, Device, Tensor};
 
 use super::{Encoded, PipelineFolder, PromptEncoder};
-use crate::Result;
 use crate::text::{TextModel, Tokenizer, stack_layers};
+use crate::{Error, Result};
 
 /// What stands around a prompt, and which states are taken.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +26,9 @@ pub enum States {
     LastFrom(usize),
     /// Those of three layers side by side, padded to a length; padding is kept as the model leaves it.
     Layers([usize; 3]),
+    /// Those before the last layer of the text alone, cut to a length with what stands around it, and a mask that says that
+    /// all are valid.
+    BeforeLast,
 }
 
 /// Qwen-Image's: 34 tokens of the template are left out.
@@ -56,10 +57,19 @@ pub const FLUX2_KLEIN: Template = Template {
     states: States::Layers([9, 18, 27]),
 };
 
+/// Z-Image's, for Qwen3 that may think.
+pub const Z_IMAGE: Template = Template {
+    before: "<|im_start|>user\n",
+    after: "<|im_end|>\n<|im_start|>assistant\n",
+    removed: "",
+    states: States::BeforeLast,
+};
+
 /// The longest text, where none is asked for.
 const MAX_SEQUENCE_LENGTH: usize = 512;
 
-/// Gives `text_embeddings` `[T, D]`, or of three layers `[T, 3 D]`.
+/// Gives `text_embeddings` `[T, D]`, or of three layers `[T, 3 D]`, and `text_attention_mask` `[T]` where texts stay apart in
+/// length.
 pub struct LanguagePrompts {
     tokenizer: Tokenizer,
     model: Box<dyn TextModel>,
@@ -103,6 +113,13 @@ impl LanguagePrompts {
                 let output = self.model.forward(&row(tokens.ids)?, Some(&row(tokens.mask)?))?;
                 Ok(stack_layers(&output, &layers)?.squeeze(0)?)
             }
+            States::BeforeLast => {
+                let mut ids = self.tokenizer.encode(&text, false)?;
+                ids.truncate(length);
+                let states = self.model.forward(&row(ids)?, None)?.hidden_states;
+                let lacking = || Error::config("text_encoder", "at least one layer", states.len());
+                Ok(states.iter().nth_back(1).ok_or_else(lacking)?.squeeze(0)?)
+            }
         }
     }
 }
@@ -110,7 +127,13 @@ impl LanguagePrompts {
 impl PromptEncoder for LanguagePrompts {
     fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>> {
         let length = max_sequence_length.unwrap_or(MAX_SEQUENCE_LENGTH);
-        let one = |prompt: &&str| Ok(BTreeMap::from([("text_embeddings", self.embed(prompt, length)?)]));
+        let one = |prompt: &&str| -> Result<Encoded> {
+            let text = self.embed(prompt, length)?;
+            let valid = matches!(self.template.states, States::BeforeLast);
+            let mask = valid.then(|| Tensor::ones(&[text.dim(0)?], DType::F32, &self.device)).transpose()?;
+            let mask = mask.map(|mask| ("text_attention_mask", mask));
+            Ok([("text_embeddings", text)].into_iter().chain(mask).collect())
+        };
         prompts.iter().map(one).collect()
     }
 }

@@ -35,7 +35,7 @@ pub use flux::FluxPrompts;
 pub use generate::{Generated, Generation, Generator, Request, Settings, Waveform};
 pub use guidance::SoundGuidance;
 pub use hunyuan_video::{HunyuanPrompts, glyph_text};
-pub use language::{FLUX2, FLUX2_KLEIN, LanguagePrompts, QWEN_IMAGE, States, Template};
+pub use language::{FLUX2, FLUX2_KLEIN, LanguagePrompts, QWEN_IMAGE, States, Template, Z_IMAGE};
 pub use ltx2::LTX2Prompts;
 pub use qwen_image_edit::QwenImageEditPrompts;
 pub use wan::{WanPrompts, clean_prompt};
@@ -226,6 +226,19 @@ pub const PIPELINES: &[PipelineKind] = &[
             ..PICTURE
         },
     },
+    PipelineKind {
+        class: "ZImagePipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, Z_IMAGE, device)?)),
+        generation: Generation {
+            adapter: "z_image",
+            guidance_scale: 5.0,
+            cfg: |scale| scale + 1.0,
+            negative_prompt: Some(""),
+            mu: |tokens, _, config| calculate_shift(tokens, config),
+            ..PICTURE
+        },
+    },
 ];
 
 const ONE_MODEL: &[&str] = &["tokenizer", "text_encoder"];
@@ -249,6 +262,7 @@ const PICTURE: Generation = Generation {
     steps: 50,
     guidance_scale: 1.0,
     told: false,
+    cfg: |scale| scale,
     negative_prompt: None,
     keeps_norm: false,
     mu: |tokens, steps, _| compute_empirical_mu(tokens, steps),

@@ -170,6 +170,12 @@ pub(crate) fn read_yaml<T: JsonSchema + DeserializeOwned>(path: &Path, bytes: &[
     }
 }
 
+/// The text at a path of a recipe, whatever the rest of it says; nothing where it is no YAML.
+pub(crate) fn text_at(bytes: &[u8], path: &str) -> Option<String> {
+    let root = yaml::parse(yaml::decode(bytes).ok()?).ok()?;
+    root.get(path)?.text().map(str::to_owned)
+}
+
 impl Recipe {
     /// Reads a file and applies settings `a.b=value`.
     ///

@@ -31,7 +31,7 @@ pub struct PeftConfig {
     #[schemars(range(min = 1, max = 65_536))]
     pub factor: Option<usize>,
     /// The share of elements that are dropped.
-    #[schemars(range(min = 0, max = 0.999))]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: f64,
     /// Before the adapter or behind it.
     pub dropout_position: DropoutPosition,

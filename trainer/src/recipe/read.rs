@@ -143,11 +143,12 @@ impl Reading<'_> {
             }
             None => return self.unfit(node, path, &bounds(schema, whole)),
         };
-        let (least, above) = (schema["minimum"].as_f64(), schema["exclusiveMinimum"].as_f64());
+        let bound = |key: &str| schema[key].as_f64();
         let fits = |x: f64| {
-            least.is_none_or(|least| x >= least)
-                && above.is_none_or(|above| x > above)
-                && schema["maximum"].as_f64().is_none_or(|most| x <= most)
+            bound("minimum").is_none_or(|least| x >= least)
+                && bound("exclusiveMinimum").is_none_or(|above| x > above)
+                && bound("maximum").is_none_or(|most| x <= most)
+                && bound("exclusiveMaximum").is_none_or(|below| x < below)
         };
         let value = match found {
             Written::Float(x) if !whole && fits(x) => Some(Value::from(x)),
@@ -235,14 +236,17 @@ fn most(schema: &Value) -> i128 {
 /// What a number must be.
 fn bounds(schema: &Value, whole: bool) -> String {
     let name = if whole { "a whole number" } else { "a number" };
-    let (least, above, most) =
-        (schema["minimum"].as_f64(), schema["exclusiveMinimum"].as_f64(), schema["maximum"].as_f64());
-    match (least, above, most) {
-        (Some(least), _, Some(most)) => format!("{name} from {least} to {most}"),
-        (Some(least), _, None) if whole => format!("{name} from {least} to {MAX_WHOLE}"),
-        (Some(least), _, None) => format!("{name} of at least {least}"),
-        (None, Some(above), Some(most)) => format!("{name} above {above}, at most {most}"),
-        (None, Some(above), None) => format!("{name} above {above}"),
-        (None, None, _) => name.into(),
+    let bound = |key: &str| schema[key].as_f64();
+    let (least, above) = (bound("minimum"), bound("exclusiveMinimum"));
+    let (most, below) =
+        (bound("maximum").or((whole && least.is_some()).then_some(MAX_WHOLE as f64)), bound("exclusiveMaximum"));
+    match (least, above, most, below) {
+        (Some(least), _, Some(most), _) => format!("{name} from {least} to {most}"),
+        (Some(least), _, None, Some(below)) => format!("{name} of at least {least}, below {below}"),
+        (Some(least), ..) => format!("{name} of at least {least}"),
+        (None, Some(above), Some(most), _) => format!("{name} above {above}, at most {most}"),
+        (None, Some(above), None, Some(below)) => format!("{name} above {above}, below {below}"),
+        (None, Some(above), ..) => format!("{name} above {above}"),
+        _ => name.into(),
     }
 }

@@ -136,7 +136,7 @@ fn errors_say_what_is_expected() {
             "validation={num_samples: 1, fraction: 0.1}",
             "validation: expected one of num_samples, fraction and list, got 2",
         ),
-        ("validation={fraction: 1}", "validation.fraction: expected a number"),
+        ("validation={fraction: 1}", "validation.fraction: expected a number above 0, below 1, got \"1\""),
         ("data.repeats=0", "data.repeats: expected"),
         ("data.caches=[{path: x}]", "data: expected one of builtin, folder, cache_dir and caches, got 2"),
         ("checkpoint.max_recent_checkpoints=0", "checkpoint.max_recent_checkpoints: expected"),
