@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{PATCH, QwenImageConfig};
-use crate::blocks::{ChannelOrder, image_dims, patchify, text_embeddings, unit_times, unpatchify};
+use crate::blocks::{ChannelOrder, image_dims, patchify, required_text_mask, text_embeddings, unit_times, unpatchify};
 use crate::config::parse_kwargs;
 use crate::requirements::Requirements;
 use crate::{Error, Result};
@@ -54,10 +54,8 @@ impl ModelAdapter for QwenImageEditAdapter {
             let expected = "a list of one or more `context_latents` in the batch";
             return Err(Error::adapter(self.name(), expected, "none"));
         }
-        let (text, mask) = (text_embeddings(cx, self.name())?, cx.batch.require("text_attention_mask")?);
-        if mask.dims() != &text.dims()[..2] {
-            return refuse(format!("`text_attention_mask` {:?}, as the text has tokens", &text.dims()[..2]), mask);
-        }
+        let text = text_embeddings(cx, self.name())?;
+        let mask = required_text_mask(cx, self.name(), &text)?;
         let target = patchify(&cx.noisy_latents, &PATCH)?;
         let (mut shapes, mut tokens) = (vec![vec![1, height / 2, width / 2]], vec![target]);
         for (i, reference) in references.iter().enumerate() {
@@ -75,7 +73,7 @@ impl ModelAdapter for QwenImageEditAdapter {
         Ok(ModelInputs::new()
             .with("hidden_states", Tensor::cat(&tokens.iter().collect::<Vec<_>>(), 1)?)
             .with("encoder_hidden_states", text)
-            .with("encoder_hidden_states_mask", mask.clone())
+            .with("encoder_hidden_states_mask", mask)
             .with("timestep", unit_times(cx)?)
             .with("img_shapes", vec![shapes; batch]))
     }
