@@ -16,7 +16,7 @@ use super::{ConditionImage, PipelineFolder, SoundGuidance};
 use crate::checkpoint::{CONFIG, load_config};
 use crate::ltx2::{ISOLATE_MODALITIES, PERTURBED_BLOCKS};
 use crate::presets::of_checkpoint;
-use crate::vae::{self, Autoencoder, LTX2Vocoder, Tiling};
+use crate::vae::{self, Autoencoder, Tiling, Vocoder};
 use crate::{Condition, Error, ModelKind, Result, Transformer, checkpoint};
 
 /// What is asked for. What is left out is the pipeline's own.
@@ -316,7 +316,7 @@ impl<'a> Generator<'a> {
 
     fn sound_waves(&self, autoencoder: &dyn Autoencoder, latents: &Tensor) -> Result<Waveform> {
         let log_mel = autoencoder.decode(&autoencoder.denormalise(&latents.to_dtype(DType::F32)?)?)?;
-        let vocoder = LTX2Vocoder::load(&self.folder.part("vocoder")?, DType::F32, &self.device)?;
+        let vocoder = Vocoder::load(&self.folder.part("vocoder")?, DType::F32, &self.device)?;
         Ok(Waveform { samples: vocoder.forward(&log_mel)?, sampling_rate: vocoder.sampling_rate() })
     }
 

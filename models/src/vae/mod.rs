@@ -10,7 +10,7 @@
 //! | `hunyuan_video` | [`AutoencoderKLHunyuanVideo15`]: HunyuanVideo 1.5 |
 //! | `ltx2_audio` | [`AutoencoderKLLTX2Audio`]: the sound of LTX-2 |
 //! | `ltx2_video` | [`AutoencoderKLLTX2Video`]: the pictures of LTX-2 |
-//! | `vocoder` | [`LTX2Vocoder`]: from LTX-2's decoded spectrograms to sound waves |
+//! | `vocoder` | [`Vocoder`]: from LTX-2's decoded spectrograms to sound waves |
 //! | `wan` | [`AutoencoderKLWan`]: Wan 2.1 and 2.2, Qwen-Image |
 //!
 //! They are frozen when they are loaded: what they make is on no tape.
@@ -41,7 +41,7 @@ pub use self::hunyuan_video::{AutoencoderKLHunyuanVideo15, AutoencoderKLHunyuanV
 pub use self::ltx2_audio::{AutoencoderKLLTX2Audio, AutoencoderKLLTX2AudioConfig};
 pub use self::ltx2_video::{AutoencoderKLLTX2Video, AutoencoderKLLTX2VideoConfig, Flags, PaddingMode, Scaling};
 pub use self::tiling::Tiling;
-pub use self::vocoder::{LTX2Vocoder, LTX2VocoderConfig};
+pub use self::vocoder::{LTX2Vocoder, LTX2VocoderConfig, LTX2VocoderWithBWE, LTX2VocoderWithBWEConfig, Vocoder};
 pub use self::wan::{AutoencoderKLQwenImageConfig, AutoencoderKLWan, AutoencoderKLWanConfig};
 use crate::checkpoint::{CONFIG, open_weights, read_config};
 use crate::config::{Config, read};
