@@ -6,8 +6,8 @@
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
 //! | [`hunyuan_video`] | [`hunyuan_video::HunyuanVideo15Transformer3DModel`] and [`hunyuan_video::HunyuanAdapter`] |
 //! | [`ltx2`] | [`ltx2::LTX2VideoTransformer3DModel`] and [`ltx2::LTX2Adapter`] |
-//! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
-//! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
+//! | [`wan`] | [`wan::WanTransformer3DModel`], [`wan::SimpleAdapter`], [`wan::WanI2VAdapter`] and [`wan::WanTI2VAdapter`] |
+//! | [`flux2`] | [`flux2::Flux2Transformer2DModel`], [`flux2::Flux2Adapter`] and [`flux2::Flux2EditAdapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`z_image`] | [`z_image::ZImageTransformer2DModel`] and [`z_image::ZImageAdapter`] |
 //! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |
