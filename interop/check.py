@@ -180,6 +180,39 @@ def adapters(recipe, binary, folder, report):
     compare("FluxPipeline.load_lora_weights", transformer.state_dict())
 
 
+# diffusers' reader of FLUX.1's own layout knows its published width alone, that of Wan its published names of heads.
+SINGLE_FILES = {
+    "FluxTransformer2DModel": dict(
+        in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=24, attention_head_dim=128,
+        joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=True,
+    ),
+    "WanTransformer3DModel": dict(
+        num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=32, freq_dim=32,
+        ffn_dim=64, num_layers=2,
+    ),
+}
+
+
+def single_file(name, binary, folder, report):
+    """A checkpoint in its authors' layout, and one of eight bits, in diffusers' `from_single_file` and in PyTorch's own cast."""
+    torch.manual_seed(1)
+    kind = getattr(diffusers, name)
+    model = kind(**SINGLE_FILES[name]).to(torch.bfloat16)
+    model.save_pretrained(folder / "whole")
+    want = model.state_dict()
+    file, small = folder / "original.safetensors", folder / "fp8.safetensors"
+    flowtape(binary, "convert", folder / "whole", "--out", file, "--layout", "original")
+    got = kind.from_single_file(str(file), config=str(folder / "whole"), torch_dtype=torch.bfloat16).state_dict()
+    report.compare(f"{name}.from_single_file", worst(got, want), 0.0)
+    flowtape(binary, "convert", folder / "whole", "--out", small, "--dtype", "fp8")
+    got = load_file(small)
+    cast = {key: tensor.to(torch.float8_e4m3fn) if tensor.dim() > 1 else tensor for key, tensor in want.items()}
+    other = [key for key in cast if got[key].dtype != cast[key].dtype]
+    if other:
+        report.fail(f"{name}: fp8", f"{other[0]} is {got[other[0]].dtype}")
+    report.compare(f"{name}: fp8", max(relative(got[key].float(), cast[key].float()) for key in cast), 0.0)
+
+
 def main():
     args = arguments()
     torch.set_num_threads(1)
@@ -187,12 +220,13 @@ def main():
     report = Report()
     work = [(model_step, step) for step in sorted(args.goldens.glob("*_step"))]
     work += [(adapters, recipe) for recipe in sorted(args.goldens.glob("recipe_*_lora"))]
-    for check, golden in work:
+    work += [(single_file, name) for name in SINGLE_FILES]
+    for check, subject in work:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                check(golden, args.binary, pathlib.Path(folder), report)
+                check(subject, args.binary, pathlib.Path(folder), report)
             except Exception as error:  # what the other library says is the finding
-                report.fail(golden.name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                report.fail(getattr(subject, "name", subject), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     print(f"{report.passed} passed, {report.failed} failed")
     return 1 if report.failed else 0
 

@@ -9,12 +9,14 @@ mod preprocess;
 mod progress;
 mod recipes;
 mod replay;
+mod report;
 mod runs;
 mod sample;
 mod settings;
 mod signals;
 mod terminal;
 mod train;
+mod watch;
 mod weights;
 
 use std::path::PathBuf;
@@ -52,6 +54,10 @@ enum Command {
     Preprocess(preprocess::Preprocess),
     /// List the recipes that come with this binary, or print one.
     Recipes(recipes::Recipes),
+    /// Write what runs came to as one HTML file, to be read in a browser.
+    Report(report::Report),
+    /// Show runs in a browser while they train.
+    Watch(watch::Watch),
     /// Run a step again that was not finite, and say where numbers stopped being that.
     Replay(replay::Replay),
     /// Generate images with a trained run.
@@ -120,6 +126,8 @@ fn run() -> Result<ExitCode> {
         Command::Import(args) => import::run(&args),
         Command::Preprocess(args) => preprocess::run(&args),
         Command::Recipes(args) => recipes::run(&args),
+        Command::Report(args) => report::run(&args),
+        Command::Watch(args) => watch::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Merge(args) => weights::merge(&args),

@@ -53,7 +53,7 @@ impl<'a> Terminal<'a> {
             self.losses.pop_front();
         }
         let mean = mean_of_finite(self.losses.iter().copied());
-        let message = format!("loss {mean:.4}  {:.0} samples/s", record.samples_per_second);
+        let message = message(record, mean);
         let Some(bar) = &self.bar else { return };
         let due = self.last_line.is_none_or(|last| last.elapsed() >= EVERY) || record.step == self.steps;
         if bar.is_hidden() && due {
@@ -92,6 +92,19 @@ impl<'a> Terminal<'a> {
             bar.finish_and_clear();
         }
     }
+}
+
+/// A step in a line.
+fn message(record: &StepRecord, mean: f64) -> String {
+    let StepRecord { loss, lr, grad_norm, samples_per_second, memory, .. } = record;
+    let memory = match memory.max_allocated {
+        none if none <= 0.0 => String::new(),
+        small if small < 1.0 => format!("  {:.0} MB", small * 1024.0),
+        gb => format!("  {gb:.1} GB"),
+    };
+    format!(
+        "loss {loss:.4} (mean {mean:.4})  lr {lr:.2e}  gradient {grad_norm:.3}  {samples_per_second:.1} samples/s{memory}",
+    )
 }
 
 impl Hook for &mut Terminal<'_> {

@@ -11,6 +11,9 @@ use crate::terminal::{delivered, out, say};
 
 /// All of `recipes/`, by the names of its files.
 const RECIPES: &[(&str, &str)] = &[
+    ("chroma_finetune", include_str!("../../recipes/chroma_finetune.yaml")),
+    ("chroma_lora", include_str!("../../recipes/chroma_lora.yaml")),
+    ("chroma_pretrain", include_str!("../../recipes/chroma_pretrain.yaml")),
     ("digits", include_str!("../../recipes/digits.yaml")),
     ("digits_lora", include_str!("../../recipes/digits_lora.yaml")),
     ("digits_no_sevens", include_str!("../../recipes/digits_no_sevens.yaml")),
@@ -24,9 +27,15 @@ const RECIPES: &[(&str, &str)] = &[
     ("flux2_klein_pretrain", include_str!("../../recipes/flux2_klein_pretrain.yaml")),
     ("flux2_lora", include_str!("../../recipes/flux2_lora.yaml")),
     ("flux2_pretrain", include_str!("../../recipes/flux2_pretrain.yaml")),
+    ("flux3_finetune", include_str!("../../recipes/flux3_finetune.yaml")),
+    ("flux3_lora", include_str!("../../recipes/flux3_lora.yaml")),
+    ("flux3_pretrain", include_str!("../../recipes/flux3_pretrain.yaml")),
     ("hunyuan_finetune", include_str!("../../recipes/hunyuan_finetune.yaml")),
     ("hunyuan_lora", include_str!("../../recipes/hunyuan_lora.yaml")),
     ("hunyuan_pretrain", include_str!("../../recipes/hunyuan_pretrain.yaml")),
+    ("krea2_finetune", include_str!("../../recipes/krea2_finetune.yaml")),
+    ("krea2_lora", include_str!("../../recipes/krea2_lora.yaml")),
+    ("krea2_pretrain", include_str!("../../recipes/krea2_pretrain.yaml")),
     ("ltx2_5_finetune", include_str!("../../recipes/ltx2_5_finetune.yaml")),
     ("ltx2_5_lora", include_str!("../../recipes/ltx2_5_lora.yaml")),
     ("ltx2_finetune", include_str!("../../recipes/ltx2_finetune.yaml")),

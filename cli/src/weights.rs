@@ -13,15 +13,33 @@ use crate::terminal::{note, say};
 /// Where a checkpoint goes, and how.
 #[derive(Args)]
 pub struct Output {
-    /// The folder to write.
+    /// The folder of diffusers to write, or one file, whose name ends in .safetensors.
     #[arg(long)]
     out: PathBuf,
-    /// The dtype of the weights; that of the checkpoint by default.
+    /// The dtype of the weights; that of the checkpoint by default. fp8 (e4m3, the rest in bf16) is for one file.
     #[arg(long)]
-    dtype: Option<Dtype>,
+    dtype: Option<Stored>,
+    /// The names of the tensors: diffusers', or those of the model's authors, which ComfyUI ships (for one file).
+    #[arg(long, default_value = "diffusers")]
+    layout: Layout,
     /// About the most bytes of one file.
     #[arg(long, default_value_t = MAX_SHARD_SIZE)]
     max_shard_size: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Layout {
+    Diffusers,
+    Original,
+}
+
+/// How weights are stored.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Stored {
+    F32,
+    Bf16,
+    F16,
+    Fp8,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -43,7 +61,14 @@ impl From<Dtype> for DType {
 
 impl Output {
     fn written(&self) -> Written {
-        Written { dtype: self.dtype.map(DType::from), max_shard_size: self.max_shard_size }
+        let dtype = match self.dtype {
+            Some(Stored::F32) => Some(DType::F32),
+            Some(Stored::Bf16 | Stored::Fp8) => Some(DType::BF16),
+            Some(Stored::F16) => Some(DType::F16),
+            None => None,
+        };
+        let (float8, original) = (self.dtype == Some(Stored::Fp8), self.layout == Layout::Original);
+        Written { dtype, float8, original, max_shard_size: self.max_shard_size }
     }
 }
 

@@ -18,6 +18,7 @@ mod dtype;
 mod error;
 pub mod expr;
 pub mod files;
+mod float8;
 pub mod gradcheck;
 pub mod meta;
 pub mod nn;

@@ -9,13 +9,14 @@
 //! The codes lie in the host's memory. A product dequantises them panel by panel: never is the whole matrix dense.
 
 use std::ops::Range;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::call::{Call, MatMul};
 use crate::expr::{Function, Reduce};
+use crate::float8::{E4M3, E4M3_MAX, to_e4m3};
 use crate::ops::matmul::flipped;
 use crate::ops::reduce::run_reduce;
 use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
@@ -41,8 +42,6 @@ pub const FORMATS: [Format; 3] = [Format::Int8, Format::Fp8, Format::Nf4];
 const BLOCK: usize = 64;
 /// Scales of nf4 that share a scale of their own.
 const GROUP: usize = 256;
-/// The greatest number of e4m3.
-const FP8_MAX: f32 = 448.0;
 /// About the most elements of a panel: what fits into a core's cache.
 const PANEL: usize = 1 << 18;
 
@@ -66,19 +65,6 @@ const NF4: [f32; 16] = [
     0.7229568362236023,
     1.0,
 ];
-
-/// The values of e4m3's codes.
-static FP8: LazyLock<[f32; 256]> = LazyLock::new(|| {
-    std::array::from_fn(|code| {
-        let (exponent, mantissa) = ((code >> 3) & 15, (code & 7) as f32);
-        let size = match exponent {
-            0 => mantissa / 8.0 * 2f32.powi(-6),
-            15 if mantissa == 7.0 => f32::NAN,
-            e => (1.0 + mantissa / 8.0) * 2f32.powi(e as i32 - 7),
-        };
-        if code & 128 == 0 { size } else { -size }
-    })
-});
 
 /// The place of the nearest of ascending values.
 fn nearest(values: &[f32], x: f32) -> usize {
@@ -122,10 +108,7 @@ impl QTensor {
         }
         let (codes, scales) = match format {
             Format::Int8 => by_rows(&values, dims[1], 127.0, |x| x.round() as i8 as u8),
-            Format::Fp8 => {
-                let positive = &FP8[..127];
-                by_rows(&values, dims[1], FP8_MAX, |x| nearest(positive, x.abs()) as u8 | u8::from(x < 0.0) << 7)
-            }
+            Format::Fp8 => by_rows(&values, dims[1], E4M3_MAX, to_e4m3),
             Format::Nf4 => by_blocks(&values),
         };
         Ok(Self { format, dims, codes, scales, held: None, device })
@@ -194,7 +177,7 @@ impl QTensor {
                 out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(*code as i8) * scale);
             }
             Format::Fp8 => {
-                let table = &*FP8;
+                let table = &*E4M3;
                 scaled(out, &|code| table[usize::from(code)]);
             }
             Format::Nf4 => {
@@ -351,7 +334,7 @@ mod tests {
                 let allowed = match format {
                     Format::Int8 => largest(row) / 127.0 * 0.5001,
                     // Half of the last bit of the mantissa, or of the least number.
-                    Format::Fp8 => (x.abs() / 16.0).max(largest(row) / FP8_MAX * 2f32.powi(-10)) * 1.0001,
+                    Format::Fp8 => (x.abs() / 16.0).max(largest(row) / E4M3_MAX * 2f32.powi(-10)) * 1.0001,
                     // Half of the widest gap between quantiles, and what the block's own scale is off.
                     Format::Nf4 => largest(block) * (0.5 * 0.3039 + 0.02),
                 };
@@ -365,7 +348,7 @@ mod tests {
     fn what_a_format_can_hold_comes_back_as_it_was() -> Result<()> {
         let cpu = Device::cpu();
         let int8: Vec<f32> = (0..254).map(|i| (i - 127) as f32 / 127.0).chain([1.0]).collect();
-        let fp8: Vec<f32> = FP8.iter().copied().filter(|v| v.is_finite()).collect();
+        let fp8: Vec<f32> = E4M3.iter().copied().filter(|v| v.is_finite()).collect();
         let nf4: Vec<f32> = NF4.iter().copied().cycle().take(BLOCK).collect();
         for (format, values) in [(Format::Int8, int8), (Format::Fp8, fp8), (Format::Nf4, nf4)] {
             let matrix = Tensor::from_slice(&values, &[1, values.len()], &cpu)?;

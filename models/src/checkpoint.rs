@@ -6,7 +6,7 @@ use std::sync::Arc;
 use flowtape_engine::files::write_whole;
 use flowtape_engine::nn::ParamBuilder;
 use flowtape_engine::safetensors::Shards;
-use flowtape_engine::{DType, Device, Error as EngineError};
+use flowtape_engine::{DType, Device, Error as EngineError, Tensor};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 use tracing::warn;
@@ -124,6 +124,14 @@ pub fn save(model: &dyn Transformer, folder: &Path, max_shard_size: usize) -> Re
     std::fs::create_dir_all(folder).map_err(|source| EngineError::Io { path: folder.into(), source })?;
     model.params().base().save(folder, WEIGHTS, max_shard_size)?;
     save_config(model, folder)
+}
+
+/// A model's tensors under diffusers' names, without adapters.
+///
+/// # Errors
+/// When the device fails.
+pub fn tensors(model: &dyn Transformer) -> Result<Vec<(String, Tensor)>> {
+    model.params().base().iter().map(|param| Ok((param.path().to_owned(), param.kept()?))).collect()
 }
 
 /// Writes a model's configuration beside weights that are there.

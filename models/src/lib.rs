@@ -3,11 +3,14 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`blocks`] | what the models share: modulation, joint attention, embeddings, rotary tables |
+//! | [`chroma`] | [`chroma::ChromaTransformer2DModel`] and [`chroma::ChromaAdapter`] |
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
 //! | [`hunyuan_video`] | [`hunyuan_video::HunyuanVideo15Transformer3DModel`] and [`hunyuan_video::HunyuanAdapter`] |
 //! | [`ltx2`] | [`ltx2::LTX2VideoTransformer3DModel`] and [`ltx2::LTX2Adapter`] |
 //! | [`wan`] | [`wan::WanTransformer3DModel`], [`wan::SimpleAdapter`], [`wan::WanI2VAdapter`] and [`wan::WanTI2VAdapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`], [`flux2::Flux2Adapter`] and [`flux2::Flux2EditAdapter`] |
+//! | [`flux3`] | [`flux3::Flux3Transformer2DModel`] and [`flux3::Flux3Adapter`] |
+//! | [`krea2`] | [`krea2::Krea2Transformer2DModel`] and [`krea2::Krea2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`z_image`] | [`z_image::ZImageTransformer2DModel`] and [`z_image::ZImageAdapter`] |
 //! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |
@@ -23,10 +26,13 @@
 
 pub mod blocks;
 pub mod checkpoint;
+pub mod chroma;
 mod config;
 pub mod flux;
 pub mod flux2;
+pub mod flux3;
 pub mod hunyuan_video;
+pub mod krea2;
 pub mod ltx2;
 pub mod original;
 pub mod peft;

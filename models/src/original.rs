@@ -10,7 +10,7 @@ use flowtape_engine::safetensors::{Rows, Shards};
 use flowtape_engine::{DType, Tensor};
 use serde_json::{Value, json};
 
-use crate::{Result, Transformer, create_model};
+use crate::{Error, Result, Transformer, checkpoint, create_model};
 
 /// An original layer or tensor, and those of diffusers whose rows it holds, one after the other. `{}` is a block's number.
 type Line = (&'static str, &'static [&'static str]);
@@ -192,16 +192,27 @@ pub fn config(weights: &Shards) -> Option<Value> {
     Layout::of(weights).and_then(|layout| (layout.config)(weights)).or_else(|| qwen_config(weights))
 }
 
-/// A model's tensors in the layout of its authors; diffusers' own where there is none.
+/// The class whose authors' names are diffusers' own.
+const SAME: &str = "QwenImageTransformer2DModel";
+
+/// A model's tensors in the layout of its authors.
 ///
 /// # Errors
-/// When the device fails.
+/// When that layout is not known here, or the device fails.
 pub fn tensors(model: &dyn Transformer) -> Result<Vec<(String, Tensor)>> {
     let class = model.config()["_class_name"].as_str().unwrap_or_default().to_owned();
     let params = &model.params().base();
     let kept = |name: &str| params.get(name).map(|param| param.kept()).transpose();
     let Some(layout) = LAYOUTS.iter().find(|layout| layout.class == class) else {
-        return params.iter().map(|param| Ok((param.path().to_owned(), param.kept()?))).collect();
+        if class != SAME {
+            let known = LAYOUTS.iter().map(|layout| layout.class).chain([SAME]).collect::<Vec<_>>().join(", ");
+            return Err(Error::config(
+                "_class_name",
+                format!("a class whose authors' layout is known ({known})"),
+                class,
+            ));
+        }
+        return checkpoint::tensors(model);
     };
     let mut all = Vec::new();
     for held in layout.held(params) {
@@ -350,8 +361,12 @@ mod tests {
             assert_eq!(elements, model.params().numel(), "{given}: every parameter, once");
             // As ComfyUI ships them, too.
             for prefix in ["", "model.diffusion_model."] {
-                let named: Vec<(String, Tensor)> =
+                let mut named: Vec<(String, Tensor)> =
                     tensors.iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone())).collect();
+                if !prefix.is_empty() {
+                    // Beside other models.
+                    named.push(("vae.decoder.conv_in.bias".into(), tensors[0].1.clone()));
+                }
                 save(&path, &named, &BTreeMap::new()).unwrap();
                 let weights = open(&path);
                 let told = config(&weights).unwrap();

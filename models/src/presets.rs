@@ -167,6 +167,34 @@ pub const PRESETS: &[Preset] = &[
         ),
         ..PRESET
     },
+    Preset {
+        name: "chroma1",
+        hub: &["lodestones/Chroma1-HD", "lodestones/Chroma1-Base"],
+        config: || json!({"_class_name": "ChromaTransformer2DModel"}),
+        ..PRESET
+    },
+    Preset {
+        name: "flux.3-klein-base",
+        hub: &["black-forest-labs/flux-3-image-klein-base"],
+        config: || json!({"_class_name": "Flux3Transformer2DModel"}),
+        ..PRESET
+    },
+    Preset {
+        name: "krea-2-raw",
+        hub: &["krea/Krea-2-Raw"],
+        config: || json!({"_class_name": "Krea2Transformer2DModel"}),
+        ..PRESET
+    },
+    Preset {
+        name: "krea-2-turbo",
+        hub: &["krea/Krea-2-Turbo"],
+        config: || json!({"_class_name": "Krea2Transformer2DModel"}),
+        caution: Some(
+            "Krea 2 Turbo is distilled to a few steps without guidance, which plain flow matching undoes: samples in few steps turn \
+             soft. Train Krea 2 Raw: its adapters are meant to be used on Turbo",
+        ),
+        ..PRESET
+    },
 ];
 
 /// Which of LTX-2.5's transformers to train.
@@ -273,6 +301,10 @@ mod tests {
         ("wan2.2-ti2v-5b", 4_999_787_712, 825),
         ("ltx-2.3", 18_988_838_144, 4186),
         ("ltx-2.5", 18_987_859_200, 4091),
+        ("chroma1", 8_899_983_424, 1023),
+        ("flux.3-klein-base", 5_538_458_368, 357),
+        ("krea-2-raw", 12_820_073_036, 430),
+        ("krea-2-turbo", 12_820_073_036, 430),
         ("z-image", 6_154_908_736, 521),
         ("z-image-turbo", 6_154_908_736, 521),
     ];

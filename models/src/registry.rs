@@ -4,10 +4,13 @@ use flowtape_engine::nn::ParamBuilder;
 use flowtape_flowmatch::{DataType, FlowMatchingConfig, FlowMatchingPipeline, ModelAdapter};
 use serde_json::{Map, Value};
 
+use crate::chroma::{ChromaAdapter, ChromaConfig, ChromaTransformer2DModel};
 use crate::config::{Config, config_json, read, unknown_keys};
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
 use crate::flux2::{Flux2Adapter, Flux2Config, Flux2EditAdapter, Flux2Transformer2DModel};
+use crate::flux3::{Flux3Adapter, Flux3Config, Flux3Transformer2DModel};
 use crate::hunyuan_video::{HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
+use crate::krea2::{Krea2Adapter, Krea2Config, Krea2Transformer2DModel};
 use crate::ltx2::{LTX2Adapter, LTX2Config, LTX2VideoTransformer3DModel};
 use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
 use crate::requirements::Requirements;
@@ -30,7 +33,7 @@ pub enum Condition {
     FirstFrame,
     /// Latents of a video in which the given frames alone are there (image-to-video): `condition_latents` of a batch.
     GivenFrames,
-    /// Clean latents of images to edit: the list `context_latents` of a batch.
+    /// Clean latents of images to edit: the list `context_latents` of a batch. FLUX.3 does without, too.
     ReferenceImages,
     /// Audio that is generated along with its video: `audio_latents` of a batch.
     Audio,
@@ -234,6 +237,49 @@ pub const MODELS: &[ModelKind] = &[
         new_model: new_qwen_image,
     },
     ModelKind {
+        adapter: "chroma",
+        class: ChromaConfig::CLASS,
+        config: ConfigReader::of::<ChromaConfig>(),
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
+        new_adapter: |kwargs| Ok(Box::new(ChromaAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            ChromaAdapter::from_kwargs(kwargs)?.requirements(&ChromaConfig::from_json(config)?)
+        },
+        new_model: |config, params| {
+            Ok(Box::new(ChromaTransformer2DModel::new(ChromaConfig::from_json(config)?, params)?))
+        },
+    },
+    ModelKind {
+        adapter: "flux3",
+        class: Flux3Config::CLASS,
+        config: ConfigReader::of::<Flux3Config>(),
+        capabilities: Capabilities {
+            data: DataType::Image,
+            conditions: &[Condition::ReferenceImages],
+            guidance: GuidanceKind::ClassifierFree,
+        },
+        new_adapter: |kwargs| Ok(Box::new(Flux3Adapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            Flux3Adapter::from_kwargs(kwargs)?.requirements(&Flux3Config::from_json(config)?)
+        },
+        new_model: |config, params| {
+            Ok(Box::new(Flux3Transformer2DModel::new(Flux3Config::from_json(config)?, params)?))
+        },
+    },
+    ModelKind {
+        adapter: "krea2",
+        class: Krea2Config::CLASS,
+        config: ConfigReader::of::<Krea2Config>(),
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
+        new_adapter: |kwargs| Ok(Box::new(Krea2Adapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            Krea2Adapter::from_kwargs(kwargs)?.requirements(&Krea2Config::from_json(config)?)
+        },
+        new_model: |config, params| {
+            Ok(Box::new(Krea2Transformer2DModel::new(Krea2Config::from_json(config)?, params)?))
+        },
+    },
+    ModelKind {
         adapter: "z_image",
         class: ZImageConfig::CLASS,
         config: ConfigReader::of::<ZImageConfig>(),
@@ -374,8 +420,11 @@ mod tests {
             let Capabilities { data, guidance, .. } = &kind.capabilities;
             let dims: &[usize] = if *data == DataType::Image { &[2, 3, 4, 4] } else { &[2, 3, 2, 4, 4] };
             let mask = || Tensor::ones(&[2, 5], DType::F32, &Device::cpu()).unwrap();
+            // The states of several layers where a model takes them.
+            let config = kind.config.complete(&serde_json::json!({"_class_name": kind.class})).unwrap();
+            let layers: &[usize] = if config.get("num_text_layers").is_some() { &[3] } else { &[] };
             let all = Batch::new(normal(dims), data.clone())
-                .with("text_embeddings", normal(&[2, 5, 7]))
+                .with("text_embeddings", normal(&[&[2, 5], layers, &[7]].concat()))
                 .with("audio_text_embeddings", normal(&[2, 5, 7]))
                 .with("text_mask", mask())
                 .with("text_attention_mask", mask())
@@ -396,7 +445,9 @@ mod tests {
             assert_eq!(told(kind, &without, 0.0).is_err(), kind.takes(Condition::GivenFrames), "{}", kind.adapter);
             let mut without = all.clone();
             without.lists.clear();
-            assert_eq!(told(kind, &without, 0.0).is_err(), kind.takes(Condition::ReferenceImages), "{}", kind.adapter);
+            let names = |inputs: &ModelInputs| inputs.iter().map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
+            let counts = told(kind, &without, 0.0).map_or(true, |without| names(&without) != names(&plain));
+            assert_eq!(counts, kind.takes(Condition::ReferenceImages), "{}", kind.adapter);
         }
         assert_eq!(Condition::FirstFrame.adapters(), ["wan_ti2v", "hunyuan"]);
     }

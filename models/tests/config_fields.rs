@@ -90,6 +90,35 @@ fn subjects() -> Vec<(&'static str, Value, Vec<usize>)> {
             vec![2, 3, 2, 4, 6],
         ),
         (
+            "chroma",
+            json!({
+                "in_channels": 12, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 12,
+                "num_attention_heads": 2, "joint_attention_dim": 8, "axes_dims_rope": [2, 4, 6],
+                "approximator_num_channels": 16, "approximator_hidden_dim": 10, "approximator_layers": 1,
+            }),
+            vec![2, 3, 4, 6],
+        ),
+        (
+            "flux3",
+            json!({
+                "in_channels": 3, "cond_in_channels": 3, "num_layers": 1, "num_single_layers": 1,
+                "attention_head_dim": 12, "num_attention_heads": 2, "joint_attention_dim": 8, "timestep_channels": 16,
+                "axes_dims_rope": [2, 2, 4, 4],
+            }),
+            vec![2, 3, 4, 6],
+        ),
+        (
+            "krea2",
+            json!({
+                "in_channels": 12, "num_layers": 1, "attention_head_dim": 12, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "intermediate_size": 16, "timestep_embed_dim": 16, "text_hidden_dim": 8,
+                "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 1,
+                "text_intermediate_size": 6, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+                "axes_dims_rope": [2, 4, 6],
+            }),
+            vec![2, 3, 4, 6],
+        ),
+        (
             "z_image",
             json!({
                 "in_channels": 3, "dim": 24, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
@@ -100,11 +129,13 @@ fn subjects() -> Vec<(&'static str, Value, Vec<usize>)> {
     ]
 }
 
-fn batch(kind: &ModelKind, latents: &[usize]) -> Batch {
+fn batch(kind: &ModelKind, config: &Value, latents: &[usize]) -> Batch {
     let mask = || Tensor::ones(&[2, 5], DType::F32, &Device::cpu()).unwrap();
     let data: DataType = kind.capabilities.data.clone();
+    // The states of several layers where a model takes them.
+    let text = config["num_text_layers"].as_u64().map_or(vec![2, 5, 8], |layers| vec![2, 5, layers as usize, 8]);
     Batch::new(normal(latents), data)
-        .with("text_embeddings", normal(&[2, 5, 8]))
+        .with("text_embeddings", normal(&text))
         .with("text_mask", mask())
         .with("text_embeddings_2", normal(&[2, 5, 5]))
         .with("text_mask_2", mask())
@@ -126,15 +157,20 @@ fn run(kind: &ModelKind, config: &Value, latents: &[usize]) -> Result<Outcome> {
     let model = create_model(config, &ParamBuilder::new(3, DType::F32, &Device::cpu()))?;
     let parameters = model.params().iter().map(|p| (p.path().to_owned(), p.dims().to_vec())).collect();
     let step = || {
-        let config = FlowMatchingConfig {
+        let flow_matching = FlowMatchingConfig {
             adapter_type: kind.adapter.into(),
             i2v_prob: 1.0,
             cfg_dropout_prob: 0.0,
             ..FlowMatchingConfig::default()
         };
-        let batch = batch(kind, latents);
-        let step =
-            create_pipeline(config)?.step(&*model, &batch, 1, &mut PhiloxDraws::new(4), &StepOptions::default())?;
+        let batch = batch(kind, config, latents);
+        let step = create_pipeline(flow_matching)?.step(
+            &*model,
+            &batch,
+            1,
+            &mut PhiloxDraws::new(4),
+            &StepOptions::default(),
+        )?;
         let all = std::iter::once(&step.prediction.velocity).chain(step.prediction.auxiliary.values());
         all.map(|x| Ok(x.to_vec::<f32>()?)).collect()
     };

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingContext, Recorded as Draw, RecordedDraws, TaskType};
+use flowtape_models::blocks::latent_image_ids;
 use flowtape_models::blocks::{ChannelOrder, patchify, unpatchify};
-use flowtape_models::flux::latent_image_ids;
 use flowtape_models::hunyuan_video::condition_latents;
 use flowtape_models::{MODELS, ModelKind, create_adapter, flux2};
 use serde_json::{Map, Value, json};

@@ -167,6 +167,16 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
                 .with("audio_text_embeddings", make.normal(&[2, TEXT, 256]))
                 .with("text_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
         ),
+        "chroma" => (
+            json!({
+                "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": TEXT_WIDTH,
+                "axes_dims_rope": axes, "approximator_num_channels": 32, "approximator_hidden_dim": 80,
+                "approximator_layers": 2,
+            }),
+            Batch::new(make.normal(&[2, 4, 30, 34]), image)
+                .with("text_embeddings", text())
+                .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
+        ),
         "z_image" => (
             json!({
                 "in_channels": 4, "dim": width, "n_heads": heads, "n_layers": 1, "n_refiner_layers": 1,
@@ -175,6 +185,26 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
             Batch::new(make.normal(&[2, 4, 30, 34]), image)
                 .with("text_embeddings", text())
                 .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
+        ),
+        "flux3" => (
+            json!({
+                "in_channels": 16, "cond_in_channels": 16, "num_layers": 1, "num_single_layers": 1,
+                "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": vec![head_dim / 4; 4],
+            }),
+            Batch::new(make.normal(&[2, 16, 11, 13]), image)
+                .with_list("context_latents", vec![make.normal(&[2, 16, 7, 9]), make.normal(&[2, 16, 5, 7])])
+                .with("text_embeddings", text()),
+        ),
+        "krea2" => (
+            json!({
+                "in_channels": 16, "num_layers": 1, "num_key_value_heads": heads / 2, "intermediate_size": 2 * width,
+                "text_hidden_dim": 128, "num_text_layers": 3, "text_num_attention_heads": 2,
+                "text_num_key_value_heads": 1, "text_intermediate_size": 200, "num_layerwise_text_blocks": 1,
+                "num_refiner_text_blocks": 1, "axes_dims_rope": axes,
+            }),
+            Batch::new(make.normal(&[2, 4, 30, 34]), image)
+                .with("text_embeddings", make.normal(&[2, TEXT, 3, 128]))
+                .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || !(20..=36).contains(&i))),
         ),
         other => panic!("no case of the model behind the adapter {other}"),
     };

@@ -21,6 +21,9 @@ fn subject(preset: &Preset) -> (&'static str, Vec<usize>) {
         "qwen-image-edit-2511" => ("qwen_image_edit", vec![1, 16, 128, 128]),
         "hunyuanvideo-1.5" => ("hunyuan", vec![1, 32, 11, 30, 52]),
         "ltx-2.3" | "ltx-2.5" => ("ltx2", vec![1, 128, 16, 16, 24]),
+        "chroma1" => ("chroma", vec![1, 16, 128, 128]),
+        "flux.3-klein-base" => ("flux3", vec![1, 128, 64, 64]),
+        "krea-2-raw" | "krea-2-turbo" => ("krea2", vec![1, 16, 128, 128]),
         name if name.starts_with("z-image") => ("z_image", vec![1, 16, 128, 128]),
         name if name.starts_with("flux.1") => ("flux", vec![1, 16, 128, 128]),
         "wan2.2-ti2v-5b" => ("wan_ti2v", vec![1, 48, 11, 30, 52]),
@@ -51,10 +54,20 @@ fn activations(preset: &Preset, checkpointing: bool) -> (usize, usize) {
     let (adapter, latents) = subject(preset);
     let config = model.config();
     let text = |keys: &[&str]| keys.iter().find_map(|k| config[k].as_u64()).unwrap_or(4096) as usize;
-    let width = text(&["joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim", "cap_feat_dim"]);
+    let width = text(&[
+        "joint_attention_dim",
+        "text_embed_dim",
+        "text_dim",
+        "cross_attention_dim",
+        "cap_feat_dim",
+        "text_hidden_dim",
+        "context_in_dim",
+    ]);
+    // The states of several layers where a model takes them.
+    let layers = config["num_text_layers"].as_u64().map_or(vec![], |layers| vec![layers as usize]);
     let kind = if latents.len() == 4 { "image" } else { "video" };
     let batch = Batch::new(zeros(&latents), kind.into())
-        .with("text_embeddings", zeros(&[1, 256, width]))
+        .with("text_embeddings", zeros(&[&[1, 256], &layers[..], &[width]].concat()))
         .with("text_mask", zeros(&[1, 256]))
         .with("text_embeddings_2", zeros(&[1, 64, text(&["text_embed_2_dim"])]))
         .with("text_mask_2", zeros(&[1, 64]))

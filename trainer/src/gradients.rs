@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use flowtape_engine::nn::Params;
 use flowtape_engine::optim::{SquareSums, StepSink};
-use flowtape_engine::{Device, GradientSink, Result, Tensor, VarId};
+use flowtape_engine::{Device, GradientSink, Later, Result, Tensor, VarId};
 
 /// Sums of squares of the gradients of one step's last micro-batch, still on the device.
 #[derive(Debug)]
@@ -27,10 +27,25 @@ impl GradientSquares {
         Ok(Self { sums, places, paths, came: RefCell::default() })
     }
 
+    /// What came, for later: nothing waits for it yet.
+    pub fn read_later(self) -> Result<Squares> {
+        Ok(Squares { sums: self.sums.read_later()?, paths: self.paths, came: self.came.into_inner() })
+    }
+}
+
+/// Sums that are on their way to the host.
+pub(crate) struct Squares {
+    sums: Later,
+    paths: Vec<String>,
+    came: BTreeSet<usize>,
+}
+
+impl Squares {
     /// By the paths of the parameters that got a gradient. Waits for the device.
-    pub fn read(&self) -> Result<Vec<(String, f64)>> {
-        let sums = self.sums.each()?;
-        Ok(self.came.borrow().iter().map(|place| (self.paths[*place].clone(), sums[*place])).collect())
+    pub fn wait(self) -> Result<Vec<(String, f64)>> {
+        let sums = self.sums.wait::<f64>()?;
+        let of = |(place, path): (usize, String)| Some((path, *sums.get(place)?));
+        Ok(self.paths.into_iter().enumerate().filter(|(place, _)| self.came.contains(place)).filter_map(of).collect())
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`train`] | a whole run: [`train::train`], [`train::resume`], and the [`train::Session`] that hooks see |
 //! | [`hooks`] | [`hooks::Event`] and [`hooks::Hook`]; checkpoints and sample grids |
 //! | [`observe`] | hooks that only watch: metrics, the loss curve, whether anything is learned |
+//! | [`page`] | what a run came to as a page for a browser |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`validation`] | losses on held-out samples, with noise that stays |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
@@ -42,11 +43,13 @@ mod gradients;
 pub mod hooks;
 pub mod inspect;
 pub mod observe;
+pub mod page;
 pub mod peft;
 pub mod picture;
 pub mod plan;
 mod precision;
 pub mod recipe;
+mod record;
 pub mod replay;
 pub mod run;
 pub mod runs;
@@ -61,6 +64,7 @@ pub mod weights;
 
 pub use error::{Error, Result};
 pub use recipe::Recipe;
+pub use record::{BySigma, LeftOut, Memory, StepRecord};
 pub use timing::StepTimes;
 pub use trained::Trained;
-pub use trainer::{LeftOut, StepRecord, Trainer};
+pub use trainer::Trainer;

@@ -9,7 +9,11 @@
 //! | `loss.svg` | the loss curve |
 //! | `replay/step_*/` | steps that were not finite: [`replay`](crate::replay) |
 //! | `checkpoints/` | the newest checkpoints: [`Checkpoints`] |
+//! | `environment.json` | with what it runs: the program, the machine, the data |
+//! | `notices.jsonl` | warnings, a line each |
+//! | `tensorboard/` | event files, one a process |
 //! | `report.json` | the figures of the end |
+//! | `report.html` | all of this as a page: [`page`](crate::page) |
 //! | `.lock` | held by the process that writes here, and its number, which stays after a crash |
 
 use std::fs::{File, TryLockError};
@@ -20,10 +24,11 @@ use std::sync::Arc;
 use flowtape_engine::files::{exists, write_whole};
 use serde::de::DeserializeOwned;
 
-use crate::checkpoints::{Checkpoints, Unfinished};
+use crate::checkpoints::{Checkpoints, Unfinished, remove};
 use crate::error::io;
+use crate::record::StepRecord;
 use crate::train::Summary;
-use crate::trainer::{StepRecord, Trainer};
+use crate::trainer::Trainer;
 use crate::{Error, Recipe, Result};
 
 pub(crate) const LOCK: &str = ".lock";
@@ -55,12 +60,15 @@ impl RunFolder {
         run.lock()?;
         // Another process may have been here until the folder was locked.
         Self::check_free(&run.path)?;
-        for by_product in [run.report_path(), run.metrics_path(), run.validation_path(), run.curve_path()] {
+        let lines = [run.metrics_path(), run.validation_path(), run.notices_path()];
+        let others = [run.report_path(), run.curve_path(), run.environment_path(), run.page_path()];
+        for by_product in lines.into_iter().chain(others) {
             match std::fs::remove_file(&by_product) {
                 Err(e) if e.kind() != ErrorKind::NotFound => return Err(io(by_product)(e)),
                 _ => {}
             }
         }
+        remove(&run.tensorboard_path())?;
         run.write_recipe(recipe)?;
         run.make_samples_folder()?;
         Ok(run)
@@ -239,6 +247,26 @@ impl RunFolder {
     /// A line for each step.
     pub fn metrics_path(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
+    }
+
+    /// With what it runs.
+    pub fn environment_path(&self) -> PathBuf {
+        self.path.join("environment.json")
+    }
+
+    /// A line for each warning.
+    pub fn notices_path(&self) -> PathBuf {
+        self.path.join("notices.jsonl")
+    }
+
+    /// The folder of event files.
+    pub fn tensorboard_path(&self) -> PathBuf {
+        self.path.join("tensorboard")
+    }
+
+    /// The page.
+    pub fn page_path(&self) -> PathBuf {
+        self.path.join("report.html")
     }
 
     /// A line for each validation.

@@ -85,16 +85,23 @@ impl Run {
         let checkpoint = newest.and_then(|path| Stored::read(&path).ok()).map(|stored| stored.progress.step);
         let last = last_records(&folder.metrics_path());
         let step = last.last().map_or(0, |record| record.step).max(checkpoint.unwrap_or(0));
-        let done = folder.report().ok().flatten().is_some_and(|report| report.steps >= step);
-        let status = match holder(&path.join(LOCK)) {
-            Holder::Process => Status::Training,
-            _ if done => Status::Finished,
-            Holder::Gone => Status::Crashed,
-            Holder::None => Status::Stopped,
-        };
+        let status = Status::of(&folder, step);
         let recent = &last[last.len().saturating_sub(WINDOW)..];
         let loss = (!recent.is_empty()).then(|| mean_of_finite(recent.iter().map(|record| record.loss)));
         Ok(Self { path: path.into(), status, step, steps, checkpoint, loss, picture: newest_picture(&folder) })
+    }
+}
+
+impl Status {
+    /// Of a run that has done so many steps.
+    pub(crate) fn of(folder: &RunFolder, step: u64) -> Self {
+        let done = folder.report().ok().flatten().is_some_and(|report| report.steps >= step);
+        match holder(&folder.path().join(LOCK)) {
+            Holder::Process => Self::Training,
+            _ if done => Self::Finished,
+            Holder::Gone => Self::Crashed,
+            Holder::None => Self::Stopped,
+        }
     }
 }
 

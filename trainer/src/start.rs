@@ -298,7 +298,8 @@ fn config_of_file(path: &Path, section: &ModelSection) -> Result<Value> {
     if exists(&beside)? {
         return Ok(load_config(&beside)?);
     }
-    let what =
-        format!("a file of weights alone: put {CONFIG} beside it, or its keys (`_class_name` and others) into `model`");
-    Err(missing(path, what))
+    original::config(&open_file(path)?).ok_or_else(|| {
+        let what = "a file of weights, whose sizes do not tell its configuration";
+        missing(path, format!("{what}: put {CONFIG} beside it, or its keys (`_class_name` and others) into `model`"))
+    })
 }

@@ -13,11 +13,12 @@ use serde_json::{Map, Value};
 use crate::changes::listed;
 use crate::check::{Check, Depth};
 use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
-use crate::observe::{Learning, LossCurve, Metrics, Validations};
+use crate::observe::{Environment, Learning, LossCurve, Metrics, Notices, Page, TensorBoard, Validations};
+use crate::record::{LeftOut, StepRecord};
 use crate::replay::told;
 use crate::run::{RunFolder, quoted};
 use crate::state::Stored;
-use crate::trainer::{Enqueued, LeftOut, StepRecord, Trainer};
+use crate::trainer::{Enqueued, Trainer};
 use crate::validation::Validated;
 use crate::{Error, Recipe, Result, builtin};
 
@@ -151,7 +152,9 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
 /// long.
 fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Result<Session<'h>> {
     let recipe = run.trainer().recipe().clone();
-    let run = run.with(Box::new(Metrics::default()));
+    let preview = builtin::preview(&recipe)?;
+    let run = run.with(Box::new(Metrics::default())).with(Box::new(Environment::new(&preview.prompts)));
+    let run = run.with(Box::new(Notices::default())).with(Box::new(TensorBoard::default()));
     let run = hooks.into_iter().fold(run, Session::with).with(Box::new(LossCurve::default()));
     let run = run.with(Box::new(Learning::default()));
     let run = match &recipe.validation {
@@ -163,8 +166,8 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
         Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)
             .at_epoch_ends(recipe.step_scheduler.save_checkpoint_every_epoch),
     ));
-    let run = run.with(Box::new(builtin::preview(&recipe)?));
-    Ok(builtin::report(&recipe)?.into_iter().fold(run, Session::with))
+    let run = builtin::report(&recipe)?.into_iter().fold(run.with(Box::new(preview)), Session::with);
+    Ok(run.with(Box::new(Page::default())))
 }
 
 /// The mean of losses, but for those of steps that were left out.
@@ -298,12 +301,13 @@ impl<'h> Session<'h> {
             interrupted: self.stopping(),
             skipped_steps: recent.back().and_then(|record| record.skipped_steps),
             left_out: self.trainer.left_out(),
-            figures: self.figures,
+            figures: std::mem::take(&mut self.figures),
         };
         if !summary.interrupted {
             self.folder.write_report(&summary)?;
         }
         self.folder.leave();
+        self.emit(Event::Ended(&summary))?;
         Ok(summary)
     }
 

@@ -12,16 +12,16 @@ use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Placement};
 use flowtape_engine::optim::{
     Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, Rounding, StepConfig,
 };
-use flowtape_engine::{DType, Device, Later, Philox, Tape};
+use flowtape_engine::{DType, Device, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput};
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
-use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
 use crate::error::io;
 use crate::generate::{Generator, Request, Samples};
-use crate::gradients::{GradientSquares, Squared};
+use crate::gradients::{GradientSquares, Squared, Squares};
 use crate::recipe::{Init, NonFinite};
+use crate::record::{BySigma, LeftOut, StepRecord, losses_of_samples, norms_by_group};
 use crate::replay::{self, Finding};
 use crate::start::Start;
 use crate::state::{EMA, TrainProgress, TrainState, averaged};
@@ -35,55 +35,20 @@ const STEPS: u64 = 2;
 /// The stream of the adapters' dropout, another fork of it.
 const DROPOUT: u64 = 3;
 
-/// Steps from one look at all gradients to the next.
-pub(crate) const LOOK: u64 = 100;
-
-/// What a step came to: a line of `metrics.jsonl`.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct StepRecord {
-    /// Optimiser steps done, from 1.
-    pub step: u64,
-    /// The mean loss of the step's samples.
-    #[serde(deserialize_with = "null_is_nan")]
-    pub loss: f64,
-    /// The learning rate of the step.
-    pub lr: f64,
-    /// The norm of all gradients before clipping; not finite where the step was skipped, and null in the file then.
-    #[serde(deserialize_with = "null_is_nan")]
-    pub grad_norm: f64,
-    /// Training speed of this step.
-    pub samples_per_second: f64,
-    /// What the next step's loss is multiplied with, where it is scaled.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub loss_scale: Option<f64>,
-    /// Steps that were skipped so far because a gradient was not finite, where the loss is scaled.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub skipped_steps: Option<u64>,
-    /// Where its time went; not part of the line.
-    #[serde(skip)]
-    pub times: StepTimes,
-}
-
-/// Samples that a run does not train on, beside those that are held out.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct LeftOut {
-    /// Readings that failed since the run began or went on; they are told in the log one by one (`data.skip_bad`).
-    pub unreadable: u64,
-    /// Samples that fill no batch at an epoch's end (`data.drop_last`).
-    pub dropped_each_epoch: usize,
-}
-
-/// JSON has no NaN.
-fn null_is_nan<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
-}
+/// Steps from one look at each parameter's gradient to the next.
+const LOOK: u64 = 10;
 
 /// A step whose numbers are still on the device.
 pub(crate) struct Enqueued {
     /// Optimiser steps done with it.
     pub step: u64,
+    /// Of each batch: its share of the loss, and then its samples' own losses.
     losses: Vec<Later>,
+    /// The noise levels of those samples.
+    sigmas: Vec<f32>,
     norm: Later,
+    squares: Option<Squares>,
+    epoch: u64,
     loss_scale: Option<Later>,
     lr: f64,
     samples: usize,
@@ -121,8 +86,6 @@ pub struct Trainer {
     loader: Option<Loader>,
     /// The batches of the last two steps, the newest first: of which one may still be to be judged.
     recent: VecDeque<(u64, Vec<Loaded>)>,
-    /// Of the last step, where it is one to be looked at.
-    squares: Option<GradientSquares>,
     state: TrainState,
 }
 
@@ -219,7 +182,6 @@ impl Trainer {
             data,
             loader: None,
             recent: VecDeque::new(),
-            squares: None,
             device: device.clone(),
         })
     }
@@ -289,15 +251,6 @@ impl Trainer {
             return refused(what.into());
         }
         replay::write(self, step, parts, folder)
-    }
-
-    /// Sums of squares of the gradients of the last micro-batch, by the parameters' paths, after each hundredth step; empty after
-    /// others. Waits for the device.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn gradient_squares(&self) -> Result<Vec<(String, f64)>> {
-        Ok(self.squares.as_ref().map(GradientSquares::read).transpose()?.unwrap_or_default())
     }
 
     /// What a step after so many others does forward.
@@ -379,8 +332,8 @@ impl Trainer {
 
     /// Waits for the numbers of a step; `last_read` is when those of the step before had come.
     pub(crate) fn read(&mut self, enqueued: Enqueued, last_read: Option<Instant>) -> Result<StepRecord> {
-        let Enqueued { step, losses, norm, loss_scale, lr, samples, started, times } = enqueued;
-        let losses = losses.into_iter().map(Later::item).collect::<Result<Vec<f64>, _>>()?;
+        let Enqueued { step, epoch, losses, sigmas, norm, squares, loss_scale, lr, samples, started, times } = enqueued;
+        let losses = losses.into_iter().map(Later::wait::<f64>).collect::<Result<Vec<_>, _>>()?;
         let loss_scale = loss_scale.map(LossScaleState::read).transpose()?;
         let grad_norm = norm.item()?;
         let skip = self.recipe.non_finite == NonFinite::Skip;
@@ -391,10 +344,26 @@ impl Trainer {
         let skipped = &mut self.state.progress.skipped_steps;
         *skipped += u64::from(skip && loss_scale.is_none() && !grad_norm.is_finite());
         let since = last_read.map_or(started, |t| t.max(started));
-        let samples_per_second = samples as f64 / since.elapsed().as_secs_f64();
+        let step_time = since.elapsed().as_secs_f64();
+        let gradient_squares = squares.map_or(Ok(Vec::new()), Squares::wait)?;
         let skipped_steps = loss_scale.map(|s| s.skipped_steps).or(skip.then_some(*skipped));
-        let (loss, loss_scale) = (losses.iter().sum(), loss_scale.map(|s| s.scale));
-        Ok(StepRecord { step, loss, lr, grad_norm, samples_per_second, loss_scale, skipped_steps, times })
+        let of_samples = losses.iter().flat_map(|batch| batch.iter().skip(1).copied());
+        Ok(StepRecord {
+            step,
+            epoch,
+            loss: losses.iter().filter_map(|batch| batch.first()).sum(),
+            lr,
+            grad_norm,
+            grad_norm_by_group: norms_by_group(grad_norm, &gradient_squares),
+            step_time,
+            samples_per_second: samples as f64 / step_time,
+            memory: self.device.backend().memory().into(),
+            by_sigma: BySigma::of(sigmas.into_iter().zip(of_samples)),
+            loss_scale: loss_scale.map(|s| s.scale),
+            skipped_steps,
+            gradient_squares,
+            times,
+        })
     }
 
     /// Adds the time since then to that of training.
@@ -439,16 +408,15 @@ impl Trainer {
         let skip_non_finite = self.recipe.non_finite == NonFinite::Skip;
         let config = StepConfig { micro_batches: parts, max_norm, skip_non_finite };
         let looked_at = (step + 1).is_multiple_of(LOOK);
-        let squares = looked_at.then(|| GradientSquares::new(self.model.params(), &self.device));
-        self.squares = squares.transpose()?;
+        let squares = looked_at.then(|| GradientSquares::new(self.model.params(), &self.device)).transpose()?;
         let scaled = self.state.loss_scale.is_some();
         let TrainState { optimizer, loss_scale, .. } = &mut self.state;
         let updates = Cell::new(0.0);
         let mut sinks = OptimizerStep::new(config, rates, optimizer, self.model.params(), loss_scale.as_mut())?
             .behind(|sink| Timed { sink, seconds: &updates })
-            .behind(|sink| Squared { sink, squares: self.squares.as_ref() });
+            .behind(|sink| Squared { sink, squares: squares.as_ref() });
         let mut times = StepTimes::default();
-        let mut losses = Vec::with_capacity(parts);
+        let (mut losses, mut sigmas) = (Vec::with_capacity(parts), Vec::new());
         let mut norm = None;
         let on_host = self.device.backend().is_host();
         let (recipe, model) = (&self.recipe, &*self.model);
@@ -468,12 +436,15 @@ impl Trainer {
             self.recent[0].1.push(loaded);
             let with_data = Instant::now();
             let (tape, output) = forward.step(&batch, &mut *draws)?;
-            let share = if parts == 1 { output.loss } else { output.loss.mul_scalar(1.0 / parts as f64)? };
+            let share = if parts == 1 { output.loss.clone() } else { output.loss.mul_scalar(1.0 / parts as f64)? };
             // Before anything is updated by it, where the host need not wait.
             if on_host && !skip_non_finite && !scaled {
                 finite_loss(share.item()?)?;
             }
-            losses.push(share.read_later()?);
+            // In one tensor, so that they are read together.
+            let of_samples = losses_of_samples(&output)?;
+            losses.push(Tensor::cat(&[&share.detach().reshape(&[1])?, &of_samples], 0)?.read_later()?);
+            sigmas.extend_from_slice(&output.noised.sample.sigma);
             let without = model.parameters_without_gradient(&output.inputs);
             let with_loss = Instant::now();
             times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
@@ -494,7 +465,9 @@ impl Trainer {
         self.state.progress.step = step + 1;
         self.state.progress.cursor = cursor;
         let samples = parts * self.recipe.step_scheduler.local_batch_size;
-        Ok(Enqueued { step: step + 1, losses, norm, loss_scale, lr: rates.lr, samples, started, times })
+        let squares = squares.map(|squares| squares.read_later()).transpose()?;
+        let (step, epoch) = (step + 1, cursor.epoch);
+        Ok(Enqueued { step, epoch, losses, sigmas, norm, squares, loss_scale, lr: rates.lr, samples, started, times })
     }
 
     /// Whether the numbers of a step are there as soon as it is enqueued.

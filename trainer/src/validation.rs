@@ -177,7 +177,7 @@ impl HeldOut {
             let sigma: Vec<f32> = indices.iter().map(|i| self.sigma(*i)).collect();
             for (loss, sigma) in self.losses(indices, &sigma, model, dtype, device)?.into_iter().zip(sigma) {
                 total.add(loss);
-                bins[((f64::from(sigma) * BINS as f64) as usize).min(BINS - 1)].add(loss);
+                bins[bin_of(sigma)].add(loss);
             }
         }
         Ok(Some(ValidationLoss { loss: total.value().unwrap_or(f64::NAN), bins: bins.map(Mean::value).to_vec() }))
@@ -222,6 +222,11 @@ impl HeldOut {
         let losses = output.weighted_loss();
         Ok(losses.mean(&(1..losses.rank()).collect::<Vec<_>>(), false)?.to_vec::<f64>()?)
     }
+}
+
+/// The part of 0 to 1 that a σ lies in.
+pub(crate) fn bin_of(sigma: f32) -> usize {
+    ((f64::from(sigma) * BINS as f64) as usize).min(BINS - 1)
 }
 
 fn gcd(a: u128, b: u128) -> u128 {

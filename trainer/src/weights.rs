@@ -1,13 +1,14 @@
 //! Checkpoints and adapters on their way into other files: merged, in another dtype, extracted.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::nn::{ParamBuilder, Placement};
-use flowtape_engine::safetensors::{SafeTensors, Shards};
+use flowtape_engine::safetensors::{self, SafeTensors, Shards};
 use flowtape_engine::{DType, Device};
 use flowtape_models::checkpoint::{self, open_weights};
 use flowtape_models::peft::{self, Extracted, load_any, save_as};
-use flowtape_models::{ModelKind, Transformer};
+use flowtape_models::{ModelKind, Transformer, original};
 use serde_json::json;
 
 pub use flowtape_models::checkpoint::MAX_SHARD_SIZE;
@@ -16,18 +17,48 @@ pub use flowtape_models::peft::SaveFormat;
 use crate::start::{PRETRAINED, Start};
 use crate::{Error, Result};
 
-/// How a checkpoint is written.
+/// How a checkpoint is written: as a folder of diffusers, or where the name ends in `.safetensors` as one file.
 #[derive(Clone, Copy, Debug)]
 pub struct Written {
     /// The dtype of its weights; the one that they have where none is given.
     pub dtype: Option<DType>,
-    /// About the most bytes of one file.
+    /// Whether matrices become floats of eight bits (e4m3); in one file alone.
+    pub float8: bool,
+    /// Whether it has its authors' names, as ComfyUI ships it, and not diffusers'; in one file alone.
+    pub original: bool,
+    /// About the most bytes of one file of a folder.
     pub max_shard_size: usize,
 }
 
 impl Default for Written {
     fn default() -> Self {
-        Self { dtype: None, max_shard_size: MAX_SHARD_SIZE }
+        Self { dtype: None, float8: false, original: false, max_shard_size: MAX_SHARD_SIZE }
+    }
+}
+
+impl Written {
+    /// Whether what is written is one file; refuses what can't be written so.
+    fn is_file(&self, out: &Path) -> Result<bool> {
+        let file = out.extension().is_some_and(|end| end == "safetensors");
+        if !file && (self.float8 || self.original) {
+            let what = if self.original { "the original layout" } else { "weights of eight bits" };
+            return refused(out, format!("{what} is that of one file: name one that ends in .safetensors"));
+        }
+        if out.join(checkpoint::CONFIG).exists() || (file && out.exists()) {
+            let kind = if file { "there is a file of that name already" } else { "holds a checkpoint already" };
+            return refused(out, format!("{kind}: choose another name"));
+        }
+        Ok(file)
+    }
+
+    fn write(&self, model: &dyn Transformer, out: &Path) -> Result<()> {
+        if !self.is_file(out)? {
+            return Ok(checkpoint::save(model, out, self.max_shard_size)?);
+        }
+        let tensors = if self.original { original::tensors(model)? } else { checkpoint::tensors(model)? };
+        let text = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let save = if self.float8 { safetensors::save_float8 } else { safetensors::save };
+        Ok(save(out, &tensors, &text)?)
     }
 }
 
@@ -44,7 +75,7 @@ fn open(named: &Path, dtype: Option<DType>) -> Result<Box<dyn Transformer>> {
         let weights = if path.is_dir() { open_weights(path)? } else { Shards::from(SafeTensors::open(path)?) };
         let first = weights.names().next().and_then(|name| weights.dtype_name(name)).unwrap_or_default();
         Ok(match &*first {
-            "BF16" => DType::BF16,
+            "BF16" | "F8_E4M3" | "F8_E5M2" => DType::BF16,
             "F16" => DType::F16,
             _ => DType::F32,
         })
@@ -53,21 +84,13 @@ fn open(named: &Path, dtype: Option<DType>) -> Result<Box<dyn Transformer>> {
     start.model(ParamBuilder::with_plan(0, placement, &Device::cpu()))
 }
 
-/// A new folder to write to.
-fn new_folder(out: &Path) -> Result<()> {
-    if out.join(checkpoint::CONFIG).exists() {
-        return refused(out, "holds a checkpoint already: name another folder");
-    }
-    Ok(())
-}
-
-/// Writes a checkpoint anew: in another dtype, in files of another size.
+/// Writes a checkpoint anew: in another dtype, layout, or number of files.
 ///
 /// # Errors
 /// When it can't be read or written.
 pub fn convert(from: &Path, out: &Path, written: &Written) -> Result<()> {
-    new_folder(out)?;
-    Ok(checkpoint::save(&*open(from, written.dtype)?, out, written.max_shard_size)?)
+    written.is_file(out)?;
+    written.write(&*open(from, written.dtype)?, out)
 }
 
 /// Folds adapters into a checkpoint, each with its factor. Keys that are of no use are an error unless they are allowed; those are
@@ -82,7 +105,7 @@ pub fn merge(
     written: &Written,
     allow_unused: bool,
 ) -> Result<Vec<String>> {
-    new_folder(out)?;
+    written.is_file(out)?;
     let model = open(base, written.dtype)?;
     let mut all_unused = Vec::new();
     for (path, factor) in adapters {
@@ -91,7 +114,7 @@ pub fn merge(
         weights.merge_into(model.params(), *factor)?;
         all_unused.extend(unused);
     }
-    checkpoint::save(&*model, out, written.max_shard_size)?;
+    written.write(&*model, out)?;
     Ok(all_unused)
 }
 

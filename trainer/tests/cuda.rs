@@ -31,7 +31,7 @@ fn recipe(run: &Path, device: &str) -> Recipe {
 
 fn losses(run: &Path) -> Vec<f64> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap()).collect()
+    text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["train_loss"].as_f64().unwrap()).collect()
 }
 
 fn on_the_cpu(run: PathBuf) -> Vec<f64> {

@@ -6,10 +6,15 @@ mod common;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::safetensors::SafeTensors;
+use flowtape_engine::{DType, Device};
+use flowtape_models::{checkpoint, create_model};
 use flowtape_trainer::hooks::{Hook, on_step};
 use flowtape_trainer::train::{Resume, resume, train};
-use flowtape_trainer::weights::{SaveFormat, Written, convert, extract, merge};
+use flowtape_trainer::weights::{MAX_SHARD_SIZE, SaveFormat, Written, convert, extract, merge};
 use flowtape_trainer::{Recipe, Trained, Trainer};
+use serde_json::json;
 
 use crate::common::small;
 
@@ -185,8 +190,75 @@ fn adapters_are_merged_extracted_and_gone_on_from() {
     let error = Trainer::new(&adapted(&at("base"), &at("y"), &[&start, "peft.alpha=5"])).err().unwrap().to_string();
     assert!(error.contains("init_from") && error.contains("scale"), "{error}");
     // Another dtype, and files of another size.
-    let written = Written { dtype: Some(flowtape_engine::DType::BF16), max_shard_size: 20_000 };
+    let written = Written { dtype: Some(DType::BF16), max_shard_size: 20_000, ..Written::default() };
     convert(&at("merged"), &at("halved"), &written).unwrap();
     assert!(at("halved").join("diffusion_pytorch_model.safetensors.index.json").exists());
     assert!(convert(&at("merged"), &at("halved"), &written).is_err());
+}
+
+/// There and back, with nothing but the file: names, order of rows, configuration. What ComfyUI and diffusers make of such a file is
+/// looked at by `interop/check.py`.
+#[test]
+fn one_file_in_the_authors_layout_comes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (class, config) in [
+        (
+            "FluxTransformer2DModel",
+            json!({
+                "in_channels": 8, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
+                "joint_attention_dim": 12, "pooled_projection_dim": 6, "guidance_embeds": true,
+            }),
+        ),
+        (
+            "WanTransformer3DModel",
+            json!({
+                "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_attention_heads": 1, "text_dim": 10, "freq_dim": 16,
+                "ffn_dim": 24,
+            }),
+        ),
+        (
+            "QwenImageTransformer2DModel",
+            json!({
+                "in_channels": 16, "out_channels": 4, "num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 1,
+                "joint_attention_dim": 10,
+            }),
+        ),
+    ] {
+        let mut config = config;
+        config["_class_name"] = class.into();
+        let [from, file, small, back, rough] = ["from", "whole.safetensors", "small.safetensors", "back", "rough"]
+            .map(|name| at(&format!("{class}.{name}")));
+        let params = ParamBuilder::new(5, DType::F32, &Device::cpu());
+        checkpoint::save(&*create_model(&config, &params).unwrap(), &from, MAX_SHARD_SIZE).unwrap();
+        let original = Written { original: true, ..Written::default() };
+        convert(&from, &file, &original).unwrap();
+        convert(&from, &small, &Written { float8: true, dtype: Some(DType::BF16), ..original }).unwrap();
+        convert(&file, &back, &Written::default()).unwrap();
+        convert(&small, &rough, &Written { dtype: Some(DType::F32), ..Written::default() }).unwrap();
+        let read = |path: &Path| SafeTensors::open(path.join("diffusion_pytorch_model.safetensors")).unwrap();
+        let (want, got, near) = (read(&from), read(&back), read(&rough));
+        assert_eq!(want.names(), got.names());
+        let stored = std::fs::metadata(&small).unwrap().len() as f64 / std::fs::metadata(&file).unwrap().len() as f64;
+        assert!(stored < 0.5, "{class}: {stored}");
+        for name in want.names() {
+            let values = |file: &SafeTensors| {
+                file.get(&name, &Device::cpu(), Some(DType::F32)).unwrap().to_vec::<f32>().unwrap()
+            };
+            assert_eq!(values(&want), values(&got), "{class}: {name}");
+            // Half of the last of three bits of mantissa, or of the least number, and bf16 before.
+            for (a, b) in values(&want).iter().zip(values(&near)) {
+                assert!((a - b).abs() <= a.abs() * 0.066 + 2f32.powi(-10), "{class}: {name}: {a} became {b}");
+            }
+        }
+        assert!(convert(&from, &file, &original).unwrap_err().to_string().contains("a file of that name"));
+        assert!(convert(&from, &at("folder"), &original).unwrap_err().to_string().contains(".safetensors"));
+    }
+    let ltx = json!({"_class_name": "Flux2Transformer2DModel", "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1});
+    let params = ParamBuilder::new(5, DType::F32, &Device::cpu());
+    checkpoint::save(&*create_model(&ltx, &params).unwrap(), &at("flux2"), MAX_SHARD_SIZE).unwrap();
+    let original = Written { original: true, ..Written::default() };
+    let error = convert(&at("flux2"), &at("flux2.safetensors"), &original).unwrap_err().to_string();
+    assert!(error.contains("layout is known") && error.contains("FluxTransformer2DModel"), "{error}");
+    assert!(!at("flux2.safetensors").exists());
 }

@@ -103,7 +103,7 @@ fn recipes_of_the_project_are_taken() {
 /// A small sample of what a recipe's model takes.
 fn sample_of(recipe: &Recipe) -> Sample {
     let kind = ModelKind::of_adapter(&recipe.flow_matching.adapter_type).unwrap();
-    let config = Start::of(&recipe.model).unwrap().config;
+    let config = kind.config.complete(&Start::of(&recipe.model).unwrap().config).unwrap();
     let asked = (kind.requirements)(&config, &recipe.flow_matching.adapter_kwargs).unwrap();
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::cpu()).unwrap();
     let ones = |dims: &[usize]| Tensor::ones(dims, DType::F32, &Device::cpu()).unwrap();
@@ -112,7 +112,9 @@ fn sample_of(recipe: &Recipe) -> Sample {
     let mut text = TextEmbeddings::default();
     for (name, width) in &asked.widths {
         let one = [width.size];
-        let tokens = [6, width.size];
+        // The states of several layers where a model takes them.
+        let layers = config["num_text_layers"].as_u64().map_or(vec![], |layers| vec![layers as usize]);
+        let tokens = [&[6], &layers[..], &one].concat();
         text = text.with(name, zeros(if *name == "pooled_prompt_embeds" { &one } else { &tokens }));
     }
     let mut sample = Sample::new(Media::Latents(zeros(&dims)), Text::Embeddings(text));

@@ -20,6 +20,7 @@ use flowtape_trainer::state::TrainProgress;
 use flowtape_trainer::train::{Resume, Session, resume, train};
 use flowtape_trainer::validation::{Validated, ValidationConfig};
 use flowtape_trainer::{Error, Recipe, Result, Trained, Trainer};
+use serde_json::Value;
 
 use crate::common::small;
 
@@ -101,6 +102,80 @@ fn a_stopped_run_goes_on_to_the_same_bits_whenever_it_was_stopped() {
         assert_eq!(heard[0], format!("begin {stop_at} of 5 after {stop_at}"));
         assert_same_run(&whole, &run);
     }
+}
+
+fn lines(run: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn metrics_fit_together_and_a_resumed_run_writes_those_of_an_uninterrupted_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, parts] = ["whole", "parts"].map(|name| folder.path().join(name));
+    // Two batches in a step; with one class there are several epochs.
+    let more = [
+        "step_scheduler.max_steps=30",
+        "step_scheduler.ckpt_every_steps=7",
+        "step_scheduler.global_batch_size=8",
+        "data.classes=[7]",
+    ];
+    let (whole_recipe, parts_recipe) = (small(&whole, &more), small(&parts, &more));
+    train(&whole_recipe, Vec::new(), &NEVER).unwrap();
+    let failing = |event: &Event<'_>, run: &mut Session<'_>| match event {
+        Event::Step(record) if record.step == 12 => {
+            Err(Error::Run { path: run.folder().path().into(), what: "as if it had been killed".into() })
+        }
+        _ => Ok(()),
+    };
+    train(&parts_recipe, vec![Box::new(failing)], &NEVER).unwrap_err();
+    assert_eq!(lines(&parts).len(), 12);
+    resume(&parts, &Resume::default(), Vec::new(), &NEVER).unwrap();
+    let (whole, parts) = (lines(&whole), lines(&parts));
+    let keys = [
+        "step",
+        "epoch",
+        "train_loss",
+        "train_avg_loss",
+        "grad_norm",
+        "grad_norm_by_group",
+        "sigma_counts",
+        "sigma_losses",
+    ];
+    for (a, b) in whole.iter().zip(&parts) {
+        keys.iter().for_each(|key| assert_eq!(a[key], b[key], "{key} of {a}"));
+    }
+    assert_eq!((whole.len(), parts.len()), (30, 30));
+    let number = |line: &Value, key: &str| line[key].as_f64().unwrap();
+    let (mut epoch, mut losses) = (0, Vec::new());
+    for line in &whole {
+        // Steps are as large as an epoch's end leaves batches for.
+        let counts: Vec<f64> = line["sigma_counts"].as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).collect();
+        let samples: f64 = counts.iter().sum();
+        assert!([4.0, 8.0].contains(&samples), "{line}");
+        let of_bins = line["sigma_losses"].as_array().unwrap().iter().zip(&counts);
+        let mean = of_bins.map(|(loss, count)| loss.as_f64().unwrap_or(0.0) * count).sum::<f64>() / samples;
+        assert!((mean / number(line, "train_loss") - 1.0).abs() < 1e-5, "{line}");
+        if line["epoch"].as_u64().unwrap() != epoch {
+            (epoch, losses) = (line["epoch"].as_u64().unwrap(), Vec::new());
+        }
+        losses.push(number(line, "train_loss"));
+        let average = losses.iter().sum::<f64>() / losses.len() as f64;
+        assert!((average / number(line, "train_avg_loss") - 1.0).abs() < 1e-12, "{line}");
+        let groups = line.get("grad_norm_by_group").and_then(Value::as_object);
+        assert_eq!(groups.is_some(), number(line, "step") % 10.0 == 0.0);
+        if let Some(groups) = groups {
+            let squares: f64 = groups.values().map(|norm| norm.as_f64().unwrap().powi(2)).sum();
+            assert!(
+                (squares.sqrt() / number(line, "grad_norm") - 1.0).abs() < 1e-9
+                    && groups.contains_key("transformer_blocks")
+            );
+        }
+        let rate = samples / number(line, "step_time");
+        assert!((rate / number(line, "samples_per_sec") - 1.0).abs() < 1e-9, "{line}");
+        assert!(number(line, "max_memory_allocated_gb") >= number(line, "memory_allocated_gb"));
+    }
+    assert!(epoch > 0);
 }
 
 #[test]

@@ -3,8 +3,9 @@
 use super::adapter::Adapter;
 use super::{Init, Operand, Param, ParamBuilder};
 use crate::expr::Expr;
+use crate::ops::pointwise::pointwise_to;
 use crate::ops::{self, RopeLayout, pointwise};
-use crate::{Result, Tensor, quant};
+use crate::{DType, Result, Tensor, quant};
 
 /// The value of a parameter that may be missing.
 fn value(param: Option<&Param>) -> Result<Option<Tensor>> {
@@ -112,6 +113,8 @@ impl LayerNorm {
 #[derive(Clone, Debug)]
 pub struct RmsNorm {
     weight: Option<Param>,
+    /// Whether the factor is 1 + weight.
+    from_one: bool,
     eps: f64,
 }
 
@@ -121,12 +124,30 @@ impl RmsNorm {
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, width: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: Some(params.get("weight", &[width], Init::Ones)?), eps })
+        Ok(Self { weight: Some(params.get("weight", &[width], Init::Ones)?), from_one: false, eps })
+    }
+
+    /// Over `width` elements, with a weight that counts from 1: it starts at 0, and the factor, in f32, is 1 more.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn from_one(params: &ParamBuilder, width: usize, eps: f64) -> Result<Self> {
+        Ok(Self { weight: Some(params.get("weight", &[width], Init::Zeros)?), from_one: true, eps })
     }
 
     /// Without parameters, over any width.
     pub fn plain(eps: f64) -> Self {
-        Self { weight: None, eps }
+        Self { weight: None, from_one: false, eps }
+    }
+
+    /// The factor of each element.
+    fn factor(&self) -> Result<Option<Tensor>> {
+        match value(self.weight.as_ref())? {
+            Some(weight) if self.from_one => {
+                pointwise_to(DType::F32.promote(weight.dtype()), [&weight], |[w]| w + 1.0).map(Some)
+            }
+            weight => Ok(weight),
+        }
     }
 
     /// Any x whose last axis has the layer's width.
@@ -134,7 +155,7 @@ impl RmsNorm {
     /// # Errors
     /// When the shape does not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::rms_norm(x, value(self.weight.as_ref())?.as_ref(), self.eps)
+        ops::rms_norm(x, self.factor()?.as_ref(), self.eps)
     }
 
     /// `forward(x)`, rotated: x `[B, L, H, width]`, cosines and sines `[L, width]` or `[B, L, width]`.
@@ -142,8 +163,8 @@ impl RmsNorm {
     /// # Errors
     /// When the shapes do not fit.
     pub fn rotated(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
-        match &self.weight {
-            Some(weight) => ops::rms_norm_rope(x, &weight.value()?, self.eps, cos, sin, layout),
+        match self.factor()? {
+            Some(factor) => ops::rms_norm_rope(x, &factor, self.eps, cos, sin, layout),
             None => ops::rope(&self.forward(x)?, &ops::rope::of_heads(cos)?, &ops::rope::of_heads(sin)?, layout),
         }
     }

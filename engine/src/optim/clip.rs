@@ -8,7 +8,7 @@ use crate::expr::{Function, Program, Reduce};
 use crate::ops::pointwise::map;
 use crate::ops::reduce::run_reduce;
 use crate::shape::Layout;
-use crate::{DType, Device, Error, Gradients, Result, Tensor};
+use crate::{DType, Device, Error, Gradients, Later, Result, Tensor};
 
 /// The norm before clipping, and what gradients are to be multiplied with: both stay on the device, without axes.
 #[derive(Clone, Debug)]
@@ -95,12 +95,12 @@ impl SquareSums {
         self.0.add(place, &[gradient], &[])
     }
 
-    /// The sum of each place. The host waits for them.
+    /// The sum of each place, for later: nothing waits for them yet.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn each(&self) -> Result<Vec<f64>> {
-        self.0.sums.to_vec()
+    pub fn read_later(&self) -> Result<Later> {
+        self.0.sums.read_later()
     }
 
     /// The L2 norm of all gradients together, without axes.

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use half::bf16;
 use memmap2::Mmap;
 use safetensors::View;
 use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo, serialize_to_file};
@@ -15,7 +16,12 @@ use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo, serialize_to_fi
 pub use sharded::{Rows, Shards, save_sharded};
 
 use crate::files::{mistaken_for, write_whole};
+use crate::float8::{E4M3, E5M2, to_e4m3};
 use crate::{DType, Device, Error, Result, Tensor, printable};
+
+/// How ComfyUI's scaled weights of eight bits are told, and the end of the name of a scale.
+const SCALED: &str = "scaled_fp8";
+const SCALE: &str = ".scale_weight";
 
 /// An open file: its tensors are read when asked for.
 #[derive(Debug)]
@@ -60,11 +66,32 @@ impl SafeTensors {
         &self.path
     }
 
-    /// The names of all tensors, sorted.
+    /// The names of all tensors, sorted; without those that only say how floats of eight bits are scaled.
     pub fn names(&self) -> Vec<String> {
         let mut names = self.metadata.offset_keys();
+        names.retain(|name| !self.is_about_scales(name));
         names.sort_unstable();
         names
+    }
+
+    /// Whether a tensor belongs to ComfyUI's scaled weights of eight bits: a mark, or the scale of a weight or of its input.
+    fn is_about_scales(&self, name: &str) -> bool {
+        let of = |end: &str| name.strip_suffix(end).is_some_and(|layer| self.is_float8(&format!("{layer}.weight")));
+        of(SCALE) || of(".scale_input") || name == SCALED || name.ends_with(&format!(".{SCALED}"))
+    }
+
+    fn is_float8(&self, name: &str) -> bool {
+        use safetensors::Dtype::{F8_E4M3, F8_E5M2};
+        self.metadata.info(name).is_some_and(|info| matches!(info.dtype, F8_E4M3 | F8_E5M2))
+    }
+
+    /// What the elements of a weight of eight bits are multiplied with, where its file says so.
+    fn scale(&self, name: &str, device: &Device) -> Result<Option<Tensor>> {
+        let scale = name.strip_suffix(".weight").map(|layer| format!("{layer}{SCALE}"));
+        match scale.filter(|scale| self.is_float8(name) && self.metadata.info(scale).is_some()) {
+            Some(scale) => self.get(&scale, device, Some(DType::F32)).map(Some),
+            None => Ok(None),
+        }
     }
 
     /// The free text of the header.
@@ -87,13 +114,18 @@ impl SafeTensors {
         self.metadata.info(name).map(|i| i.data_offsets.1 - i.data_offsets.0)
     }
 
-    /// A tensor, converted to `dtype` if one is given. Integers and booleans become u32.
+    /// A tensor, converted to `dtype` if one is given. Integers and booleans become u32; floats of eight bits become bf16, which
+    /// holds all of them, or f32 where the file has a scale for them.
     ///
     /// # Errors
     /// When there is none of that name, its dtype is not one of ours, or an integer is outside u32.
     pub fn get(&self, name: &str, device: &Device, dtype: Option<DType>) -> Result<Tensor> {
         let (info, bytes) = self.stored(name)?;
         let tensor = self.read(name, info.dtype, &info.shape, bytes, device)?;
+        let tensor = match self.scale(name, device)? {
+            Some(scale) => tensor.to_dtype(DType::F32)?.mul(&scale)?,
+            None => tensor,
+        };
         dtype.map_or(Ok(tensor.clone()), |d| tensor.to_dtype(d))
     }
 
@@ -135,6 +167,10 @@ impl SafeTensors {
             let whole = whole.map_err(|_| format_error(&self.path, format!("{shown}: integers outside 0..2^32")))?;
             Tensor::from_vec(whole, dims, device)
         };
+        let eighths = |values: &[f32; 256]| {
+            let wide = bytes.iter().map(|code| bf16::from_f32(values[usize::from(*code)])).collect::<Vec<_>>();
+            Tensor::from_vec(wide, dims, device)
+        };
         let plain = |dtype| Tensor::from_bytes(bytes, dims, dtype, device);
         match stored {
             D::F32 => plain(DType::F32),
@@ -142,6 +178,8 @@ impl SafeTensors {
             D::F16 => plain(DType::F16),
             D::BF16 => plain(DType::BF16),
             D::U32 => plain(DType::U32),
+            D::F8_E4M3 => eighths(&E4M3),
+            D::F8_E5M2 => eighths(&E5M2),
             D::BOOL | D::U8 => integers(&mut bytes.iter().map(|&b| i64::from(b))),
             D::I32 => integers(&mut bytes.as_chunks().0.iter().map(|&b| i64::from(i32::from_le_bytes(b)))),
             D::I64 => integers(&mut bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b))),
@@ -153,12 +191,25 @@ impl SafeTensors {
 /// A tensor on its way into a file: it leaves its device when its turn comes, so one at a time is in memory twice.
 struct Outgoing<'a> {
     tensor: &'a Tensor,
+    /// Whether it becomes e4m3.
+    float8: bool,
     failed: &'a RefCell<Option<Error>>,
+}
+
+impl Outgoing<'_> {
+    fn bytes(&self) -> Result<Vec<u8>> {
+        if !self.float8 {
+            return self.tensor.to_bytes();
+        }
+        let values = self.tensor.to_dtype(DType::F32)?.to_vec::<f32>()?;
+        Ok(values.into_iter().map(to_e4m3).collect())
+    }
 }
 
 impl View for Outgoing<'_> {
     fn dtype(&self) -> safetensors::Dtype {
         match self.tensor.dtype() {
+            _ if self.float8 => safetensors::Dtype::F8_E4M3,
             DType::F32 => safetensors::Dtype::F32,
             DType::BF16 => safetensors::Dtype::BF16,
             DType::F16 => safetensors::Dtype::F16,
@@ -172,14 +223,14 @@ impl View for Outgoing<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.tensor.to_bytes().unwrap_or_else(|error| {
+        Cow::Owned(self.bytes().unwrap_or_else(|error| {
             self.failed.replace(Some(error));
             vec![0; self.data_len()]
         }))
     }
 
     fn data_len(&self) -> usize {
-        self.tensor.numel() * self.tensor.dtype().size()
+        self.tensor.numel() * if self.float8 { 1 } else { self.tensor.dtype().size() }
     }
 }
 
@@ -188,9 +239,28 @@ impl View for Outgoing<'_> {
 /// # Errors
 /// When the folder can't be written.
 pub fn save(path: impl AsRef<Path>, tensors: &[(String, Tensor)], text: &BTreeMap<String, String>) -> Result<()> {
-    let path = path.as_ref();
+    write(path.as_ref(), tensors, text, false)
+}
+
+/// The same with all matrices (tensors of two axes or more) as floats of eight bits, e4m3: each element becomes the nearest
+/// one, as in PyTorch's cast to `float8_e4m3fn`, but for those beyond 448, which become that.
+///
+/// # Errors
+/// When the folder can't be written.
+pub fn save_float8(
+    path: impl AsRef<Path>,
+    tensors: &[(String, Tensor)],
+    text: &BTreeMap<String, String>,
+) -> Result<()> {
+    write(path.as_ref(), tensors, text, true)
+}
+
+fn write(path: &Path, tensors: &[(String, Tensor)], text: &BTreeMap<String, String>, float8: bool) -> Result<()> {
     let failed = RefCell::new(None);
-    let views = tensors.iter().map(|(name, tensor)| (name.as_str(), Outgoing { tensor, failed: &failed }));
+    let views = tensors.iter().map(|(name, tensor)| {
+        let float8 = float8 && tensor.dims().len() > 1 && tensor.dtype() != DType::U32;
+        (name.as_str(), Outgoing { tensor, float8, failed: &failed })
+    });
     let text: Option<HashMap<_, _>> = (!text.is_empty()).then(|| text.clone().into_iter().collect());
     write_whole(path, |partial| {
         serialize_to_file(views, text, partial).map_err(|e| match e {
@@ -227,6 +297,30 @@ mod tests {
         let row = file.row("c", 1, &cpu)?;
         assert_eq!((row.dims(), row.dtype(), row.to_vec::<f32>()?), (&[3][..], DType::BF16, vec![4.0, 5.0, 6.0]));
         assert!(file.row("c", 2, &cpu).unwrap_err().to_string().contains("no row 2 of [2, 3]"));
+        Ok(())
+    }
+
+    #[test]
+    fn floats_of_eight_bits_are_read_with_their_scales_and_written() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        let cpu = Device::cpu();
+        let weight = Tensor::from_vec(vec![1f32, 1.06, -500.0, 0.0015], &[2, 2], &cpu)?;
+        let bias = Tensor::from_vec(vec![1.06f32], &[1], &cpu)?;
+        let scale = Tensor::from_vec(vec![0.5f32], &[], &cpu)?;
+        let named =
+            |layer: &str| [(format!("{layer}.weight"), weight.clone()), (format!("{layer}.bias"), bias.clone())];
+        let mut all = [named("a"), named("b")].concat();
+        all.push(("b.scale_weight".into(), scale.clone()));
+        all.push((SCALED.into(), Tensor::zeros(&[0], DType::F32, &cpu)?));
+        save_float8(&path, &all, &BTreeMap::new())?;
+        let file = SafeTensors::open(&path)?;
+        assert_eq!(file.names(), ["a.bias", "a.weight", "b.bias", "b.weight"]);
+        assert_eq!((file.dtype_name("a.weight").as_deref(), file.bytes("a.weight")), (Some("F8_E4M3"), Some(4)));
+        let a = file.get("a.weight", &cpu, None)?;
+        assert_eq!((a.dtype(), a.to_vec::<f32>()?), (DType::BF16, vec![1.0, 1.0, -448.0, 0.001_953_125]));
+        assert_eq!(file.get("b.weight", &cpu, Some(DType::F32))?.to_vec::<f32>()?[..3], [0.5, 0.5, -224.0]);
+        assert_eq!(file.get("a.bias", &cpu, None)?.to_vec::<f32>()?, [1.06]);
         Ok(())
     }
 

@@ -12,7 +12,9 @@ use crate::{DType, Device, Error, Result, Tensor, printable};
 
 /// What programs put before every key of a model: torch.compile, data parallel wrappers, the original files of published
 /// models, and diffusers' pipelines.
-const PREFIXES: [&str; 4] = ["_orig_mod.", "module.", "model.diffusion_model.", "transformer."];
+const PREFIXES: [&str; 4] = ["_orig_mod.", "module.", WHOLE, "transformer."];
+/// What stands before the transformer's keys in a file that also holds its autoencoder and text encoders.
+const WHOLE: &str = "model.diffusion_model.";
 
 /// The index, as transformers and diffusers write it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -108,9 +110,17 @@ impl Shards {
     }
 
     /// The same without what other programs are known to put before every key of a model, such as `_orig_mod.` or
-    /// `module.`. A warning names it.
+    /// `module.`, and of a file of several models the transformer alone. A warning says so.
     #[must_use]
     pub fn without_known_prefix(mut self) -> Self {
+        if self.at.keys().any(|key| key.starts_with(WHOLE)) {
+            let all = self.at.len();
+            self.at.retain(|key, _| key.starts_with(WHOLE));
+            if self.at.len() < all {
+                let others = all - self.at.len();
+                tracing::warn!("{}: {others} keys of other models are passed over", self.path.display());
+            }
+        }
         while let Some(prefix) = PREFIXES.into_iter().find(|prefix| self.all_begin_with(prefix)) {
             self = self.without_prefix(prefix);
         }

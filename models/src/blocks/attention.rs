@@ -21,6 +21,8 @@ pub enum QkNorm {
     None,
     /// Each head by itself, after the split.
     PerHead,
+    /// The same, with a weight that counts from 1.
+    PerHeadFromOne,
     /// All heads together, before the split.
     AcrossHeads,
 }
@@ -34,6 +36,9 @@ pub struct QkvConfig {
     pub context_dim: usize,
     /// Number of heads.
     pub heads: usize,
+    /// Heads of keys and values: a divisor of the number of heads, each shared by as many as follow each other (grouped
+    /// queries; Ainslie et al. 2023).
+    pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
     /// Whether the projections have a bias.
@@ -48,12 +53,18 @@ impl QkvConfig {
     /// Attention of `dim` to itself, normalised per head: what the double-stream models have.
     pub fn joint(dim: usize, heads: usize) -> Self {
         let head_dim = dim / heads;
-        Self { query_dim: dim, context_dim: dim, heads, head_dim, bias: true, norm: QkNorm::PerHead, eps: 1e-6 }
+        let (query_dim, context_dim, kv_heads) = (dim, dim, heads);
+        Self { query_dim, context_dim, heads, kv_heads, head_dim, bias: true, norm: QkNorm::PerHead, eps: 1e-6 }
     }
 
     /// Width of all heads together.
     pub fn inner_dim(&self) -> usize {
         self.heads * self.head_dim
+    }
+
+    /// The same of keys or values.
+    pub fn kv_dim(&self) -> usize {
+        self.kv_heads * self.head_dim
     }
 }
 
@@ -73,7 +84,7 @@ impl QkvHeads {
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, names: [&str; 5], config: QkvConfig) -> Result<Self> {
         let [q, k, v, norm_q, norm_k] = names;
-        let query = Self::projection(params, q, norm_q, config.query_dim, config)?;
+        let query = Self::projection(params, q, norm_q, [config.query_dim, config.inner_dim()], config)?;
         Ok(Self { query: Some(query), ..Self::context_only(params, [k, v, norm_k], config)? })
     }
 
@@ -83,8 +94,8 @@ impl QkvHeads {
     /// When a parameter can't be made.
     pub fn context_only(params: &ParamBuilder, names: [&str; 3], config: QkvConfig) -> Result<Self> {
         let [k, v, norm_k] = names;
-        let key = Self::projection(params, k, norm_k, config.context_dim, config)?;
-        let value = Linear::new(&params.sub(v), config.context_dim, config.inner_dim(), config.bias)?;
+        let key = Self::projection(params, k, norm_k, [config.context_dim, config.kv_dim()], config)?;
+        let value = Linear::new(&params.sub(v), config.context_dim, config.kv_dim(), config.bias)?;
         Ok(Self { query: None, key, value, config })
     }
 
@@ -92,15 +103,16 @@ impl QkvHeads {
         params: &ParamBuilder,
         name: &str,
         norm: &str,
-        width: usize,
+        [from, to]: [usize; 2],
         config: QkvConfig,
     ) -> Result<(Linear, Option<RmsNorm>)> {
         let norm = match config.norm {
             QkNorm::None => None,
             QkNorm::PerHead => Some(RmsNorm::new(&params.sub(norm), config.head_dim, config.eps)?),
-            QkNorm::AcrossHeads => Some(RmsNorm::new(&params.sub(norm), config.inner_dim(), config.eps)?),
+            QkNorm::PerHeadFromOne => Some(RmsNorm::from_one(&params.sub(norm), config.head_dim, config.eps)?),
+            QkNorm::AcrossHeads => Some(RmsNorm::new(&params.sub(norm), to, config.eps)?),
         };
-        Ok((Linear::new(&params.sub(name), width, config.inner_dim(), config.bias)?, norm))
+        Ok((Linear::new(&params.sub(name), from, to, config.bias)?, norm))
     }
 
     /// Queries, keys and values `[B, H, L, D]` of x `[B, L, dim]`, with rotated queries and keys where there are tables.
@@ -120,7 +132,7 @@ impl QkvHeads {
     pub fn queries(&self, x: &Tensor, rope: Option<&RopeTables>) -> Result<Tensor> {
         let query = self.query.as_ref();
         let (linear, norm) = query.ok_or_else(|| Error::argument("queries", "a projection to queries", "none"))?;
-        self.heads(linear.forward(x)?, norm.as_ref(), rope)
+        self.split(linear.forward(x)?, self.config.heads, norm.as_ref(), rope)
     }
 
     /// Keys and values `[B, H, T, D]` of a context `[B, T, context_dim]`; the keys are rotated where there are tables.
@@ -129,15 +141,23 @@ impl QkvHeads {
     /// When a shape does not fit.
     pub fn keys_values(&self, context: &Tensor, rope: Option<&RopeTables>) -> Result<[Tensor; 2]> {
         let (linear, norm) = &self.key;
-        let keys = self.heads(linear.forward(context)?, norm.as_ref(), rope)?;
-        Ok([keys, self.heads(self.value.forward(context)?, None, None)?])
+        let QkvConfig { heads, kv_heads, .. } = self.config;
+        let keys = self.split(linear.forward(context)?, kv_heads, norm.as_ref(), rope)?;
+        let values = self.split(self.value.forward(context)?, kv_heads, None, None)?;
+        Ok([shared_heads(&keys, heads)?, shared_heads(&values, heads)?])
     }
 
-    fn heads(&self, projected: Tensor, norm: Option<&RmsNorm>, rope: Option<&RopeTables>) -> Result<Tensor> {
-        let norm_of = |wanted| norm.filter(|_| self.config.norm == wanted);
-        let projected = norm_of(QkNorm::AcrossHeads).map_or(Ok(projected.clone()), |norm| norm.forward(&projected))?;
-        let heads = split_heads(&projected, self.config.heads)?;
-        match (norm_of(QkNorm::PerHead), rope) {
+    fn split(
+        &self,
+        projected: Tensor,
+        heads: usize,
+        norm: Option<&RmsNorm>,
+        rope: Option<&RopeTables>,
+    ) -> Result<Tensor> {
+        let across = self.config.norm == QkNorm::AcrossHeads;
+        let projected = norm.filter(|_| across).map_or(Ok(projected.clone()), |norm| norm.forward(&projected))?;
+        let heads = split_heads(&projected, heads)?;
+        match (norm.filter(|_| !across), rope) {
             (Some(norm), Some(rope)) => norm.rotated(&heads, &rope.cos, &rope.sin, rope.layout)?.transpose(1, 2),
             (Some(norm), None) => norm.forward(&heads)?.transpose(1, 2),
             (None, Some(rope)) => rope.apply(&heads.transpose(1, 2)?),
@@ -152,6 +172,21 @@ impl QkvHeads {
 /// When the shape does not fit.
 pub fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     x.reshape(&[x.dim(0)?, x.dim(1)?, heads, x.dim(2)? / heads])
+}
+
+/// Keys or values `[B, K, L, D]` for each of `heads` heads: as many as follow each other share one.
+///
+/// # Errors
+/// When K is no divisor of the heads.
+pub fn shared_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    match *x.dims() {
+        [_, shared, _, _] if shared == heads => Ok(x.clone()),
+        [batch, shared, len, width] if shared > 0 && heads.is_multiple_of(shared) => {
+            let repeated = x.unsqueeze(2)?.expand(&[batch, shared, heads / shared, len, width])?;
+            repeated.reshape(&[batch, heads, len, width])
+        }
+        _ => Err(Error::shape("attention", format!("keys and values [B, a divisor of {heads}, L, D]"), x.dims())),
+    }
 }
 
 /// Attention over `[B, H, L, D]`, its heads joined to `[B, L, H D]`. The mask is added to the scores.

@@ -92,6 +92,15 @@ pub fn reference_latents(cx: &FlowMatchingContext<'_>, adapter: &str, multiple: 
     references.iter().enumerate().map(checked).collect()
 }
 
+/// The same of a model that needs one.
+///
+/// # Errors
+/// As above, and when it is missing.
+pub fn required_text_mask(cx: &FlowMatchingContext<'_>, adapter: &str, text: &Tensor) -> Result<Tensor> {
+    let expected = "`text_attention_mask` [B, T] in the batch, 0 at padding";
+    text_attention_mask(cx, adapter, text)?.ok_or_else(|| Error::adapter(adapter, expected, "none"))
+}
+
 /// Zeroes all of the tensors `[B, ..]` of a sample where the sample's draw falls below the context's `cfg_dropout_prob`;
 /// nothing is drawn where that is 0.
 ///

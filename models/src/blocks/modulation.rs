@@ -114,7 +114,7 @@ impl AdaLayerNormContinuous {
 }
 
 /// Equal parts along an axis.
-pub(super) fn equal_parts<const N: usize>(x: &Tensor, axis: usize) -> Result<[Tensor; N]> {
+pub(crate) fn equal_parts<const N: usize>(x: &Tensor, axis: usize) -> Result<[Tensor; N]> {
     x.chunk(N, axis)?.try_into().map_err(|parts: Vec<Tensor>| Error::argument("chunk", N, parts.len()))
 }
 

@@ -94,20 +94,25 @@ impl RopeTables {
         Self::new(&grid_positions(grid), axes_dim, theta, precision, device)
     }
 
-    /// Of the positions in the inputs `txt_ids` and then `img_ids`, `[L, axes]` or alike in all samples `[B, L, axes]`, on
+    /// Of the positions in inputs of these names, one behind the other: each `[L, axes]` or alike in all samples `[B, L, axes]`, on
     /// the device of `hidden_states`. They are read: best they are on the host.
     ///
     /// # Errors
     /// When one is missing or has another shape.
-    pub fn of_ids(inputs: &ModelInputs, axes_dim: &[usize], theta: f64) -> flowtape_flowmatch::Result<Self> {
+    pub fn of_ids(
+        inputs: &ModelInputs,
+        names: &[&str],
+        axes_dim: &[usize],
+        theta: f64,
+    ) -> flowtape_flowmatch::Result<Self> {
         let mut positions = Vec::new();
-        for name in ["txt_ids", "img_ids"] {
+        for name in names {
             let ids = inputs.tensor(name)?;
             let first = if ids.rank() == 3 { ids.narrow(0, 0, 1)?.squeeze(0)? } else { ids.clone() };
             if first.rank() != 2 || first.dim(1)? != axes_dim.len() {
                 let expected = "positions [L, axes], an axis for each of the rotary tables";
                 let got = format!("{:?} for {} axes", first.dims(), axes_dim.len());
-                return Err(flowtape_flowmatch::Error::Input { name: name.into(), expected, got });
+                return Err(flowtape_flowmatch::Error::Input { name: (*name).into(), expected, got });
             }
             positions.extend(first.to_vec::<f32>()?);
         }
@@ -174,4 +179,14 @@ pub fn grid_positions(grid: &[usize]) -> Vec<f32> {
     let stride = |axis: usize| grid[axis + 1..].iter().product::<usize>();
     let place = |i: usize| (0..grid.len()).map(move |axis| (i / stride(axis) % grid[axis]) as f32);
     (0..grid.iter().product()).flat_map(place).collect()
+}
+
+/// Positions `(0, y, x)` of the 2 x 2 tokens of latents with these sides: f32 `[H/2 W/2, 3]` on the host, where they are read.
+///
+/// # Errors
+/// When memory runs out.
+pub fn latent_image_ids(height: usize, width: usize) -> Result<Tensor> {
+    let (rows, cols) = (height / 2, width / 2);
+    let ids = (0..rows * cols).flat_map(|i| [0.0, (i / cols) as f32, (i % cols) as f32]).collect();
+    Tensor::from_vec(ids, &[rows * cols, 3], &Device::cpu())
 }

@@ -1,10 +1,14 @@
-//! Double blocks (Esser et al. 2024, MMDiT): text and latents have weights of their own and attend to each other.
+//! Double blocks (Esser et al. 2024, MMDiT): text and latents have weights of their own and attend to each other. Single blocks
+//! (FLUX.1): one sequence of both, in which attention and the feed-forward layer stand side by side.
 
 use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder};
 use flowtape_engine::{Result, Tensor};
 
 use super::modulation::equal_parts;
 use super::{ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, RopeTables, attend, gate};
+
+/// Added to the variance in a single block.
+const EPS: f64 = 1e-6;
 
 /// Which stream of a double block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -117,6 +121,15 @@ impl DoubleStream {
     }
 }
 
+/// The feed-forward layer of a stream in FLUX.1 and what follows it: `ff_context` or `ff`, `inner` wide, with GELU.
+///
+/// # Errors
+/// When a parameter can't be made.
+pub fn gelu_feed_forward(params: &ParamBuilder, kind: StreamKind, dim: usize, inner: usize) -> Result<FeedForward> {
+    let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
+    FeedForward::new(&params.sub(name), dim, inner, Activation::GeluTanh)
+}
+
 /// diffusers' `JointTransformerBlock` (FLUX.1's and HunyuanVideo's double block): each stream is modulated by an embedding
 /// through a layer of its own.
 #[derive(Clone, Debug)]
@@ -133,10 +146,7 @@ impl JointTransformerBlock {
     pub fn new(params: &ParamBuilder, config: QkvConfig, inner: usize) -> Result<Self> {
         let dim = config.query_dim;
         let modulation = |name| Modulation::new(&params.sub(name).sub("linear"), dim, 6);
-        let feed_forward = |kind| {
-            let name = if kind == StreamKind::Text { "ff_context" } else { "ff" };
-            FeedForward::new(&params.sub(name), dim, inner, Activation::GeluTanh)
-        };
+        let feed_forward = |kind| gelu_feed_forward(params, kind, dim, inner);
         Ok(Self {
             modulation: [modulation("norm1_context")?, modulation("norm1")?],
             streams: DoubleStream::new(params, config, feed_forward)?,
@@ -158,5 +168,42 @@ impl JointTransformerBlock {
         let [m_text, m_latents] = &self.modulation;
         let modulation = [&m_text.together(temb)?, &m_latents.together(temb)?];
         self.streams.forward([text, latents], modulation, rope, mask)
+    }
+}
+
+/// A single block: text and latents as one sequence, attention and feed-forward side by side. What modulates it comes from
+/// outside.
+#[derive(Clone, Debug)]
+pub struct SingleStream {
+    norm: LayerNorm,
+    qkv: QkvHeads,
+    proj_mlp: Linear,
+    proj_out: Linear,
+}
+
+impl SingleStream {
+    /// A block of width `dim`.
+    ///
+    /// # Errors
+    /// When a parameter can't be made.
+    pub fn new(params: &ParamBuilder, dim: usize, heads: usize) -> Result<Self> {
+        Ok(Self {
+            norm: LayerNorm::new(params, dim, EPS, false)?,
+            qkv: QkvHeads::new(&params.sub("attn"), QKV, QkvConfig::joint(dim, heads))?,
+            proj_mlp: Linear::new(&params.sub("proj_mlp"), dim, 4 * dim, true)?,
+            proj_out: Linear::new(&params.sub("proj_out"), 5 * dim, dim, true)?,
+        })
+    }
+
+    /// x `[B, L, dim]`, text first, with its modulation `[B, 1, 3 dim]`: shift, scale and gate. The mask is added to the scores.
+    ///
+    /// # Errors
+    /// When a shape does not fit.
+    pub fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &RopeTables, mask: Option<&Tensor>) -> Result<Tensor> {
+        let [shift, scale, of_gate] = equal_parts(modulation, 2)?;
+        let h = self.norm.modulated(x, &shift, &scale)?;
+        let mlp = Activation::GeluTanh.forward(&self.proj_mlp.forward(&h)?)?;
+        let attention = attend(self.qkv.forward(&h, Some(rope))?, mask)?;
+        gate(x, &of_gate, &self.proj_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
     }
 }

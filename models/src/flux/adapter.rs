@@ -8,8 +8,8 @@ use serde_json::{Map, Value};
 use super::FluxConfig;
 use crate::Result;
 use crate::blocks::{
-    ChannelOrder, drop_samples, guidance, image_dims, patchify, text_embeddings, unit_times, unpatchify,
-    with_batch_axis,
+    ChannelOrder, drop_samples, guidance, image_dims, latent_image_ids, patchify, text_embeddings, unit_times,
+    unpatchify, with_batch_axis,
 };
 use crate::config::parse_kwargs;
 use crate::requirements::{Fixed, Requirements, check_prediction, packed_channels};
@@ -62,16 +62,6 @@ impl FluxAdapter {
             ],
         })
     }
-}
-
-/// Positions `(0, y, x)` of the tokens of latents with these sides: f32 `[H/2 W/2, 3]` on the host, where they are read.
-///
-/// # Errors
-/// When memory runs out.
-pub fn latent_image_ids(height: usize, width: usize) -> Result<Tensor> {
-    let (rows, cols) = (height / 2, width / 2);
-    let ids = (0..rows * cols).flat_map(|i| [0.0, (i / cols) as f32, (i % cols) as f32]).collect();
-    Ok(Tensor::from_vec(ids, &[rows * cols, 3], &Device::cpu())?)
 }
 
 impl ModelAdapter for FluxAdapter {

@@ -4,6 +4,6 @@ mod adapter;
 mod config;
 mod model;
 
-pub use adapter::{FluxAdapter, latent_image_ids};
+pub use adapter::FluxAdapter;
 pub use config::FluxConfig;
 pub use model::{FluxSingleTransformerBlock, FluxTransformer2DModel};

@@ -1,14 +1,14 @@
 //! diffusers' `FluxTransformer2DModel`.
 
-use flowtape_engine::nn::{Activation, Blocks, LayerNorm, Linear, ParamBuilder, Params, TimestepProjection};
+use flowtape_engine::nn::{Blocks, Linear, ParamBuilder, Params, TimestepProjection};
 use flowtape_engine::{Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QKV,
-    QkvConfig, QkvHeads, RopeTables, attend, gate, time_proj,
+    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QkvConfig,
+    RopeTables, SingleStream, time_proj,
 };
 use crate::config::config_json;
 
@@ -18,14 +18,11 @@ const TIME_PROJ: &str = "time_text_embed.time_proj";
 /// Base of the rotary frequencies.
 const THETA: f64 = 10_000.0;
 
-/// A single block: text and image as one sequence, attention and feed-forward side by side.
+/// A single block, modulated by an embedding through a layer of its own.
 #[derive(Clone, Debug)]
 pub struct FluxSingleTransformerBlock {
     modulation: Modulation,
-    norm: LayerNorm,
-    qkv: QkvHeads,
-    proj_mlp: Linear,
-    proj_out: Linear,
+    stream: SingleStream,
 }
 
 impl FluxSingleTransformerBlock {
@@ -34,13 +31,8 @@ impl FluxSingleTransformerBlock {
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(params: &ParamBuilder, dim: usize, heads: usize) -> Result<Self> {
-        Ok(Self {
-            modulation: Modulation::new(&params.sub("norm").sub("linear"), dim, 3)?,
-            norm: LayerNorm::new(params, dim, EPS, false)?,
-            qkv: QkvHeads::new(&params.sub("attn"), QKV, QkvConfig::joint(dim, heads))?,
-            proj_mlp: Linear::new(&params.sub("proj_mlp"), dim, 4 * dim, true)?,
-            proj_out: Linear::new(&params.sub("proj_out"), 5 * dim, dim, true)?,
-        })
+        let modulation = Modulation::new(&params.sub("norm").sub("linear"), dim, 3)?;
+        Ok(Self { modulation, stream: SingleStream::new(params, dim, heads)? })
     }
 
     /// x `[B, L, dim]`, text first, with the embedding `temb` `[B, dim]`.
@@ -48,11 +40,7 @@ impl FluxSingleTransformerBlock {
     /// # Errors
     /// When a shape does not fit.
     pub fn forward(&self, x: &Tensor, temb: &Tensor, rope: &RopeTables) -> Result<Tensor> {
-        let parts = self.modulation.forward(temb)?;
-        let h = self.norm.modulated(x, &parts[0], &parts[1])?;
-        let mlp = Activation::GeluTanh.forward(&self.proj_mlp.forward(&h)?)?;
-        let attention = attend(self.qkv.forward(&h, Some(rope))?, None)?;
-        gate(x, &parts[2], &self.proj_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
+        self.stream.forward(x, &self.modulation.together(temb)?, rope, None)
     }
 }
 
@@ -124,7 +112,10 @@ impl FlowModel for FluxTransformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
-        let (temb, rope) = (self.temb(inputs)?, RopeTables::of_ids(inputs, &self.config.axes_dims_rope, THETA)?);
+        let (temb, rope) = (
+            self.temb(inputs)?,
+            RopeTables::of_ids(inputs, &["txt_ids", "img_ids"], &self.config.axes_dims_rope, THETA)?,
+        );
         let tables = rope.clone();
         let [text, image] = self
             .transformer_blocks

@@ -181,7 +181,12 @@ impl Flux2Transformer2DModel {
 impl FlowModel for Flux2Transformer2DModel {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let temb = self.time_guidance_embed.forward(inputs)?;
-        let rope = RopeTables::of_ids(inputs, &self.config.axes_dims_rope, self.config.rope_theta as f64)?;
+        let rope = RopeTables::of_ids(
+            inputs,
+            &["txt_ids", "img_ids"],
+            &self.config.axes_dims_rope,
+            self.config.rope_theta as f64,
+        )?;
         let image = self.x_embedder.forward(inputs.tensor("hidden_states")?)?;
         let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let m_text = self.double_stream_modulation_txt.together(&temb)?;

@@ -32,7 +32,7 @@ impl Attention {
     ) -> Result<Self> {
         let (heads, head_dim) = (inner.heads, inner.head_dim);
         let (query_dim, bias, norm) = (own.dim(), config.attention_bias, QkNorm::AcrossHeads);
-        let qkv = QkvConfig { query_dim, context_dim, heads, head_dim, bias, norm, eps: QK_EPS };
+        let qkv = QkvConfig { query_dim, context_dim, heads, kv_heads: heads, head_dim, bias, norm, eps: QK_EPS };
         let gate = || Linear::new(&params.sub("to_gate_logits"), query_dim, heads, true);
         let out = params.sub("to_out").sub(0);
         Ok(Self {

@@ -4,9 +4,10 @@
 //! |---|---|
 //! | `generate` | [`Generator`]: from a prompt to pictures and films |
 //! | `guidance` | how predictions are led away from others |
-//! | `flux`, `hunyuan_video`, `language`, `ltx2`, `qwen_image_edit`, `wan` | what prompts become in each family |
+//! | `chroma`, `flux`, `hunyuan_video`, `language`, `ltx2`, `qwen_image_edit`, `wan` | what prompts become in each family |
 //! | `part` | a text encoder with its tokenizer |
 
+mod chroma;
 mod flux;
 pub mod generate;
 mod guidance;
@@ -29,6 +30,7 @@ use crate::text::{TextModel, Tokenizer, load};
 use crate::vision::qwen25_vl::Grid;
 use crate::{Error, Result};
 
+pub use chroma::ChromaPrompts;
 pub use flux::FluxPrompts;
 pub use generate::{Generated, Generation, Generator, Request, Settings, Waveform};
 pub use guidance::SoundGuidance;
@@ -139,6 +141,19 @@ pub const PIPELINES: &[PipelineKind] = &[
             kwargs: |_, _| json!({"use_guidance_embeds": false}),
             guidance_scale: 4.0,
             negative_prompt: Some(""),
+            ..PICTURE
+        },
+    },
+    PipelineKind {
+        class: "ChromaPipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(ChromaPrompts::load(folder, device)?)),
+        generation: Generation {
+            adapter: "chroma",
+            steps: 35,
+            guidance_scale: 5.0,
+            negative_prompt: Some(""),
+            mu: |tokens, _, config| calculate_shift(tokens, config),
             ..PICTURE
         },
     },

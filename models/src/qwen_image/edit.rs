@@ -6,12 +6,12 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{PATCH, QwenImageConfig};
+use crate::Result;
 use crate::blocks::{
-    ChannelOrder, image_dims, patchify, reference_latents, text_attention_mask, text_embeddings, unit_times, unpatchify,
+    ChannelOrder, image_dims, patchify, reference_latents, required_text_mask, text_embeddings, unit_times, unpatchify,
 };
 use crate::config::parse_kwargs;
 use crate::requirements::Requirements;
-use crate::{Error, Result};
 
 /// Gives the model the noisy latents and, after them, the clean latents of reference images.
 ///
@@ -49,8 +49,7 @@ impl ModelAdapter for QwenImageEditAdapter {
         let [batch, _, height, width] = image_dims(cx, self.name())?;
         let references = reference_latents(cx, self.name(), 2)?;
         let text = text_embeddings(cx, self.name())?;
-        let mask = text_attention_mask(cx, self.name(), &text)?;
-        let mask = mask.ok_or_else(|| Error::adapter(self.name(), "`text_attention_mask` in the batch", "none"))?;
+        let mask = required_text_mask(cx, self.name(), &text)?;
         let (mut shapes, mut tokens) =
             (vec![vec![1, height / 2, width / 2]], vec![patchify(&cx.noisy_latents, &PATCH)?]);
         for reference in &references {

@@ -1,14 +1,14 @@
 //! The text models of transformers that pipelines take hidden states of: Qwen2.5-VL's, Qwen3, Mistral 3's and Gemma 3's. They are
 //! one architecture with options.
 
-use flowtape_engine::nn::{Activation, Init, Linear, Param, ParamBuilder, Params};
-use flowtape_engine::ops::{RopeLayout, attention, embedding, pointwise, rms_norm};
+use flowtape_engine::nn::{Activation, Linear, ParamBuilder, Params, RmsNorm};
+use flowtape_engine::ops::{RopeLayout, attention, embedding};
 use flowtape_engine::{Device, Result as EngineResult, Tensor, nn};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Table, TextModel, TextModelOutput, activation, causal_mask};
-use crate::blocks::{RopeTables, key_mask, split_heads};
+use crate::blocks::{RopeTables, key_mask, shared_heads, split_heads};
 use crate::config::{check_layers, check_sizes, object, parse, product};
 use crate::{Error, Result};
 
@@ -158,42 +158,24 @@ impl DecoderConfig {
     }
 }
 
-/// Root-mean-square normalisation whose weight may count from 1.
-#[derive(Clone, Debug)]
-struct Norm {
-    weight: Param,
-    from_one: bool,
-    eps: f64,
-}
-
-impl Norm {
-    fn new(params: &ParamBuilder, width: usize, family: Family, eps: f64) -> EngineResult<Self> {
-        let init = if family.gemma { Init::Zeros } else { Init::Ones };
-        Ok(Self { weight: params.get("weight", &[width], init)?, from_one: family.gemma, eps })
-    }
-
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
-        let weight = self.weight.value()?;
-        if self.from_one {
-            return pointwise([&rms_norm(x, None, self.eps)?, &weight], |[x, w]| x * (w + 1.0));
-        }
-        rms_norm(x, Some(&weight), self.eps)
-    }
+/// A norm, whose weight counts from 1 in Gemma's models.
+fn rms(params: &ParamBuilder, width: usize, family: Family, eps: f64) -> EngineResult<RmsNorm> {
+    if family.gemma { RmsNorm::from_one(params, width, eps) } else { RmsNorm::new(params, width, eps) }
 }
 
 /// A layer: attention, in which several heads share keys and values, then a gated feed-forward layer.
 #[derive(Clone, Debug)]
 struct Layer {
-    input_norm: Norm,
+    input_norm: RmsNorm,
     query: Linear,
     key: Linear,
     value: Linear,
     /// Of queries and keys.
-    qk_norm: Option<[Norm; 2]>,
+    qk_norm: Option<[RmsNorm; 2]>,
     out: Linear,
     /// Gemma's, on what attention and feed-forward add.
-    added_norms: Option<[Norm; 2]>,
-    feed_forward_norm: Norm,
+    added_norms: Option<[RmsNorm; 2]>,
+    feed_forward_norm: RmsNorm,
     gate: Linear,
     up: Linear,
     act: Activation,
@@ -209,8 +191,8 @@ impl Layer {
         let (width, head, eps) = (config.hidden_size, config.head_dim(), config.rms_norm_eps);
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         let (attention, mlp) = (params.sub("self_attn"), params.sub("mlp"));
-        let norm = |name: &str| Norm::new(&params.sub(name), width, family, eps);
-        let head_norm = |name: &str| Norm::new(&attention.sub(name), head, family, eps);
+        let norm = |name: &str| rms(&params.sub(name), width, family, eps);
+        let head_norm = |name: &str| rms(&attention.sub(name), head, family, eps);
         let project =
             |name: &str, heads: usize| Linear::new(&attention.sub(name), width, heads * head, family.qkv_bias);
         let dense = |name: &str, from: usize, to: usize| Linear::new(&mlp.sub(name), from, to, false);
@@ -239,19 +221,8 @@ impl Layer {
         })
     }
 
-    /// Keys or values `[B, kv_heads, L, D]` for each head.
-    fn for_each_head(&self, x: &Tensor) -> EngineResult<Tensor> {
-        let (dims, times) = (x.dims().to_vec(), self.heads / self.kv_heads);
-        if times == 1 {
-            return Ok(x.clone());
-        }
-        let [batch, groups, length, width] = [dims[0], dims[1], dims[2], dims[3]];
-        let repeated = x.unsqueeze(2)?.expand(&[batch, groups, times, length, width])?;
-        repeated.reshape(&[batch, self.heads, length, width])
-    }
-
     fn attend(&self, x: &Tensor, rope: &RopeTables, mask: &Tensor) -> EngineResult<Tensor> {
-        let heads = |projection: &Linear, count: usize, norm: Option<&Norm>| -> EngineResult<Tensor> {
+        let heads = |projection: &Linear, count: usize, norm: Option<&RmsNorm>| -> EngineResult<Tensor> {
             let heads = split_heads(&projection.forward(x)?, count)?;
             norm.map_or(Ok(heads.clone()), |norm| norm.forward(&heads))?.transpose(1, 2)
         };
@@ -259,7 +230,7 @@ impl Layer {
         let q = rope.apply(&heads(&self.query, self.heads, norms.map(|n| &n[0]))?)?;
         let k = rope.apply(&heads(&self.key, self.kv_heads, norms.map(|n| &n[1]))?)?;
         let v = heads(&self.value, self.kv_heads, None)?;
-        let (k, v) = (self.for_each_head(&k)?, self.for_each_head(&v)?);
+        let (k, v) = (shared_heads(&k, self.heads)?, shared_heads(&v, self.heads)?);
         let attended = attention(&q, &k, &v, Some(mask), Some(self.scale))?;
         self.out.forward(&attended.transpose(1, 2)?.flatten(2, 3)?)
     }
@@ -287,7 +258,7 @@ pub struct DecoderModel {
     ropes: [Rope; 2],
     embed_tokens: Table,
     layers: nn::Blocks<Layer>,
-    norm: Norm,
+    norm: RmsNorm,
 }
 
 impl DecoderModel {
@@ -306,7 +277,7 @@ impl DecoderModel {
         Ok(Self {
             embed_tokens: Table::new(&params.sub("embed_tokens"), config.vocab_size, config.hidden_size)?,
             layers: nn::Blocks::new(config.num_hidden_layers, |i| Layer::new(&layers.sub(i), &config, family, i))?,
-            norm: Norm::new(&params.sub("norm"), config.hidden_size, family, config.rms_norm_eps)?,
+            norm: rms(&params.sub("norm"), config.hidden_size, family, config.rms_norm_eps)?,
             ropes: config.ropes()?,
             params: root.params(),
             prefix: place.map_or(String::new(), |place| format!("{place}.")),

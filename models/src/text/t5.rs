@@ -99,6 +99,7 @@ impl Block {
             query_dim: dim,
             context_dim: dim,
             heads: config.num_heads,
+            kv_heads: config.num_heads,
             head_dim: config.d_kv,
             bias: false,
             norm: QkNorm::None,

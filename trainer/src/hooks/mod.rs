@@ -7,8 +7,8 @@ mod validate;
 use std::path::Path;
 
 use crate::Result;
-use crate::train::Session;
-use crate::trainer::StepRecord;
+use crate::record::StepRecord;
+use crate::train::{Session, Summary};
 use crate::validation::Validated;
 
 pub use checkpoint::Checkpoint;
@@ -33,10 +33,14 @@ pub enum Event<'a> {
     Saved(u64),
     /// Something about the training that a person should know.
     Noticed(&'a str),
+    /// Something of the log that a person should know, which was shown already.
+    Warned(&'a str),
     /// A step failed, and the run ends with its error: what is under way is to be finished.
     Failed,
     /// There are no more steps.
     Stopped(Cause),
+    /// Everything is done, and this is what it came to.
+    Ended(&'a Summary),
 }
 
 /// How a run begins.

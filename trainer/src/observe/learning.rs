@@ -6,9 +6,12 @@ use flowtape_engine::nn::Param;
 
 use crate::Result;
 use crate::hooks::{Cause, Event, Hook};
+use crate::record::{StepRecord, group_of};
 use crate::train::{Session, WINDOW};
-use crate::trainer::{LOOK, Trainer};
+use crate::trainer::Trainer;
 
+/// Steps from one look at the weights to the next; a multiple of those from one look at the gradients to the next.
+const LOOK: u64 = 100;
 /// Numbers of each parameter that are compared from one step to the next.
 const SAMPLE: usize = 1024;
 /// The greatest change of weights in a step, relative to their size, that is no jump.
@@ -36,12 +39,16 @@ impl Learning {
         }
     }
 
-    fn look(&mut self, step: u64, run: &mut Session<'_>) -> Result<()> {
+    fn look(&mut self, record: &StepRecord, run: &mut Session<'_>) -> Result<()> {
+        let step = record.step;
         let now = sampled(run.trainer())?;
         let moves = Moves::between(&std::mem::take(&mut self.before), &now);
         self.tell("moves", moves.words().map(|what| format!("step {step}: {what}")), run)?;
-        let gradients = run.trainer().gradient_squares()?;
-        self.tell("gradients", without_gradient(&gradients).map(|what| format!("step {step}: {what}")), run)
+        self.tell(
+            "gradients",
+            without_gradient(&record.gradient_squares).map(|what| format!("step {step}: {what}")),
+            run,
+        )
     }
 }
 
@@ -58,7 +65,7 @@ impl Hook for Learning {
                 if (record.step + 1).is_multiple_of(LOOK) {
                     self.before = sampled(run.trainer())?;
                 } else if record.step.is_multiple_of(LOOK) && !self.before.is_empty() {
-                    self.look(record.step, run)?;
+                    self.look(record, run)?;
                 }
                 if self.losses.len() == PATIENCE {
                     self.tell("loss", still(&self.losses), run)?;
@@ -95,8 +102,7 @@ impl Moves {
         let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
         for (path, old) in before {
             let Some(new) = after.get(path) else { continue };
-            let group = path.split('.').next().unwrap_or_default().to_owned();
-            let (change, size) = sums.entry(group).or_default();
+            let (change, size) = sums.entry(group_of(path).to_owned()).or_default();
             for (old, new) in old.iter().zip(new) {
                 *change += f64::from(new - old).powi(2);
                 *size += f64::from(*old).powi(2);

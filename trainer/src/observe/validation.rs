@@ -41,13 +41,14 @@ impl Hook for Validations {
                     self.file = None;
                 }
                 if let Some(best) = self.parting.validated(validated) {
-                    tracing::warn!(
+                    let what = format!(
                         "step {}: the validation loss has not come back to the {:.4} of step {} while the training loss falls: \
                          the model begins to know its samples by heart",
                         validated.step,
                         best.loss(),
                         best.step
                     );
+                    run.emit(Event::Noticed(&what))?;
                 }
             }
             _ => {}
