@@ -286,7 +286,7 @@ pub enum Vocoder {
     /// That of LTX-2.0.
     LTX2(LTX2Vocoder),
     /// That of LTX-2.3.
-    WithBWE(LTX2VocoderWithBWE),
+    WithBWE(Box<LTX2VocoderWithBWE>),
 }
 
 impl Vocoder {
@@ -305,7 +305,10 @@ impl Vocoder {
         let (model, class) = if config["_class_name"] == LTX2VocoderConfig::CLASS {
             (Self::LTX2(LTX2Vocoder::new(read(&config)?, &params)?), LTX2VocoderConfig::CLASS)
         } else {
-            (Self::WithBWE(LTX2VocoderWithBWE::new(read(&config)?, &params)?), LTX2VocoderWithBWEConfig::CLASS)
+            (
+                Self::WithBWE(Box::new(LTX2VocoderWithBWE::new(read(&config)?, &params)?)),
+                LTX2VocoderWithBWEConfig::CLASS,
+            )
         };
         // The way back from spectra is stored and never gone.
         let checked = params.params().check_keys(&weights, |name| name.ends_with("inverse_basis"));
