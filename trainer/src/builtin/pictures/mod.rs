@@ -37,7 +37,7 @@ const GRID_SEED: u64 = 1;
 pub struct FolderConfig {
     /// The folder, with captions in `metadata.jsonl` or in files beside the pictures.
     pub path: PathBuf,
-    /// The folders below it that are used; all of them if none is named.
+    /// The folders below it that are used, and single pictures; all of them if none is named.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub include: Vec<PathBuf>,
     /// A diffusers pipeline, whose autoencoder and text encoders make latents and embeddings.
@@ -84,8 +84,10 @@ impl FolderConfig {
             return Ok(list_pictures(&self.path, &options)?);
         }
         let mut items = Vec::new();
-        for part in &self.include {
-            items.extend(list_pictures(&self.path.join(part), &options)?);
+        for part in self.include.iter().map(|part| self.path.join(part)) {
+            let folder = if part.is_file() { part.parent().unwrap_or(&part) } else { &part };
+            let found = list_pictures(folder, &options)?;
+            items.extend(found.into_iter().filter(|item| *folder == *part || item.path == part));
         }
         Ok(items)
     }
