@@ -52,10 +52,14 @@ pub struct FolderConfig {
     #[serde(default = "quantization")]
     #[schemars(range(min = 1, max = 4096))]
     pub quantization: usize,
-    /// Frames of films (animated GIF, PNG or WebP), evenly from the first to the last; pictures if none is given.
+    /// Frames of films (MP4 with H.264, animated GIF, PNG or WebP, folders of pictures), evenly from the first to the last; pictures
+    /// if none is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 16_384))]
     pub frames: Option<usize>,
+    /// Whether films of other kinds go through an `ffmpeg` of this machine.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ffmpeg: bool,
     /// Red, green and blue of what shows through where a picture is transparent; white.
     #[serde(default = "white")]
     pub background: [u8; 3],
@@ -96,7 +100,7 @@ impl FolderConfig {
         let read = ReadOptions { background: Some(self.background), ..ReadOptions::default() };
         let pictures = PictureOptions { quantization: self.quantization, max_pixels: self.max_pixels, read };
         let pipeline = PipelineFolder::open(&self.pipeline)?;
-        Ok(Preprocess { pipeline, pictures, frames: self.frames, workers })
+        Ok(Preprocess { pipeline, pictures, frames: self.frames, ffmpeg: self.ffmpeg, workers })
     }
 
     /// Encodes what the cache does not have yet.
