@@ -132,6 +132,9 @@ fn sample_of(recipe: &Recipe) -> Sample {
     for mask in ["text_mask", "text_mask_2", "text_attention_mask"] {
         sample.tensors.insert(mask.into(), ones(&[6]));
     }
+    if kind.takes(Condition::GivenFrames) {
+        sample.tensors.insert("condition_latents".into(), zeros(&dims));
+    }
     if kind.takes(Condition::Audio) {
         sample.tensors.insert("audio_latents".into(), zeros(&[8, 4, 16]));
     }
