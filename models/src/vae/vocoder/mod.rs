@@ -284,7 +284,7 @@ impl LTX2Vocoder {
 #[derive(Debug)]
 pub enum Vocoder {
     /// That of LTX-2.0.
-    LTX2(LTX2Vocoder),
+    LTX2(Box<LTX2Vocoder>),
     /// That of LTX-2.3.
     WithBWE(Box<LTX2VocoderWithBWE>),
 }
@@ -303,7 +303,7 @@ impl Vocoder {
         let weights = Arc::new(open_weights(folder)?);
         let params = ParamBuilder::with_plan(0, Placement::frozen(dtype), device).reading(weights.clone());
         let (model, class) = if config["_class_name"] == LTX2VocoderConfig::CLASS {
-            (Self::LTX2(LTX2Vocoder::new(read(&config)?, &params)?), LTX2VocoderConfig::CLASS)
+            (Self::LTX2(Box::new(LTX2Vocoder::new(read(&config)?, &params)?)), LTX2VocoderConfig::CLASS)
         } else {
             (
                 Self::WithBWE(Box::new(LTX2VocoderWithBWE::new(read(&config)?, &params)?)),
