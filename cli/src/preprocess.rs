@@ -33,12 +33,16 @@ pub struct Preprocess {
     /// The step between sides of pictures.
     #[arg(long, default_value_t = Buckets::QUANTIZATION)]
     quantization: usize,
-    /// Frames of films (animated GIF, PNG or WebP), evenly from the first to the last; without it pictures are made, of the first.
+    /// Frames of films (MP4 with H.264, animated GIF, PNG or WebP, folders of pictures with a caption beside them), evenly from the
+    /// first to the last; without it pictures are made, of the first.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16_384))]
     frames: Option<u16>,
     /// Red,green,blue of what shows through where a picture is transparent, such as 255,255,255.
     #[arg(long, value_delimiter = ',', value_name = "R,G,B", default_value = "255,255,255")]
     background: Vec<u8>,
+    /// Read films of other kinds (HEVC, AV1, WebM, ..) through the `ffmpeg` on the PATH.
+    #[arg(long)]
+    ffmpeg: bool,
     /// Threads that read and resize.
     #[arg(long, default_value_t = 2)]
     workers: usize,
@@ -60,6 +64,7 @@ pub fn run(args: &Preprocess) -> Result<ExitCode> {
         max_pixels: args.max_pixels,
         quantization: args.quantization,
         frames: args.frames.map(usize::from),
+        ffmpeg: args.ffmpeg,
         background,
     };
     let stop = Stop::listen().context("listening for Ctrl-C")?;

@@ -10,7 +10,7 @@ use flowtape_models::pipeline::{PipelineFolder, PromptEncoder};
 
 use crate::cache::{CacheHeader, CacheWriter};
 use crate::encode::VaeCodec;
-use crate::media::{Picture, PictureItem, ReadOptions, read_film, read_picture, resize_and_crop};
+use crate::media::{Picture, PictureItem, ReadOptions, is_film, read_film, read_picture, resize_and_crop};
 use crate::{Buckets, Error, Fingerprint, LatentCodec, Media, Resolution, Result, Sample, Text, TextEmbeddings};
 
 /// Samples of a shard of the cache.
@@ -44,6 +44,8 @@ pub struct Preprocess {
     pub pictures: PictureOptions,
     /// Frames of films, evenly from the first to the last; pictures where there are none.
     pub frames: Option<usize>,
+    /// Whether films that are not read here go through an `ffmpeg` of this machine.
+    pub ffmpeg: bool,
     /// Threads that read and resize.
     pub workers: usize,
 }
@@ -193,7 +195,9 @@ impl Preprocess {
     pub fn pixels(&self, item: &PictureItem, buckets: &Buckets) -> Result<(Resolution, Tensor)> {
         let read = &self.pictures.read;
         let frames = match self.frames {
-            Some(frames) => read_film(&item.path, frames, read)?,
+            Some(frames) => read_film(&item.path, frames, read, self.ffmpeg)?,
+            // Of a film its first frame.
+            None if is_film(&item.path) || item.path.is_dir() => read_film(&item.path, 1, read, self.ffmpeg)?,
             None => vec![read_picture(&item.path, read)?],
         };
         let first = frames.first().ok_or_else(|| Error::batch("frames", "at least one", "none"))?;
@@ -212,8 +216,12 @@ impl Preprocess {
     fn prepare(&self, item: &PictureItem, buckets: &Buckets, known: impl Fn(Fingerprint) -> bool) -> Result<Prepared> {
         let unreadable =
             |e: std::io::Error| Error::Sample { sample: item.path.display().to_string(), source: e.into() };
-        let bytes = std::fs::read(&item.path).map_err(unreadable)?;
-        let key = Fingerprint::of(&bytes).and(&[0]).and(item.caption.as_bytes());
+        let content = if item.path.is_dir() {
+            Fingerprint::of(b"").and_folder(&item.path)?
+        } else {
+            Fingerprint::of(&std::fs::read(&item.path).map_err(unreadable)?)
+        };
+        let key = content.and(&[0]).and(item.caption.as_bytes());
         if known(key) {
             return Ok(Prepared { key, pixels: None });
         }

@@ -3,7 +3,10 @@
 
 use std::path::Path;
 
-use flowtape_data::media::{Picture, ReadOptions, evenly, read_film, read_png_texts, write_film, write_wav};
+use flowtape_data::media::{
+    FolderOptions, Picture, ReadOptions, evenly, list_pictures, read_film, read_picture, read_png_texts, write_film,
+    write_wav,
+};
 use flowtape_engine::{Device, Tensor};
 use image::Frame;
 
@@ -22,7 +25,7 @@ fn animations_are_read_frame_by_frame_and_stills_repeated() {
     let film: Vec<Picture> = (0..7).map(|i| frame(i * 30)).collect();
     let path = folder.path().join("film.png");
     write_film(&path, &film, 8.0, &[]).unwrap();
-    let read = |path: &Path| read_film(path, 3, &ReadOptions::default());
+    let read = |path: &Path| read_film(path, 3, &ReadOptions::default(), false);
     assert_eq!(read(&path).unwrap(), [frame(0), frame(90), frame(180)]);
     let gif = folder.path().join("film.gif");
     let mut encoder = image::codecs::gif::GifEncoder::new(std::fs::File::create(&gif).unwrap());
@@ -39,6 +42,114 @@ fn animations_are_read_frame_by_frame_and_stills_repeated() {
     let broken = folder.path().join("broken.gif");
     std::fs::write(&broken, b"GIF89a").unwrap();
     assert!(read(&broken).unwrap_err().to_string().contains("broken.gif"));
+}
+
+/// An error with its causes.
+fn told(error: &dyn std::error::Error) -> String {
+    error.source().map_or(error.to_string(), |source| format!("{error}: {}", told(source)))
+}
+
+fn clips() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clips")
+}
+
+/// The largest difference of the frames 0, 11 and 23 from those that ffmpeg made of a clip (`clips/make.sh`), after three decoded
+/// parts with frames that refer forward and back.
+fn off(name: &str) -> (usize, usize, u8) {
+    let frames = read_film(&clips().join(format!("{name}.mp4")), 3, &ReadOptions::default(), false).unwrap();
+    let mut most = 0;
+    for (i, frame) in frames.iter().enumerate() {
+        let want = read_picture(&clips().join(format!("{name}-{}.png", i + 1)), &ReadOptions::default()).unwrap();
+        assert_eq!((frame.width, frame.height), (want.width, want.height), "{name}");
+        most = frame.rgb.iter().zip(&want.rgb).map(|(a, b)| a.abs_diff(*b)).max().unwrap().max(most);
+    }
+    (frames[0].width, frames[0].height, most)
+}
+
+#[test]
+fn frames_of_h264_are_those_of_ffmpeg() {
+    // ffmpeg computes with integers of some more bits than eight.
+    let (width, height, most) = off("clip");
+    assert!((width, height) == (96, 64) && most <= 2, "{width} x {height}, {most}");
+    // As a phone writes what it films upright.
+    let (width, height, most) = off("turned");
+    assert!((width, height) == (64, 96) && most <= 2, "{width} x {height}, {most}");
+    let more = read_film(&clips().join("clip.mp4"), 24, &ReadOptions::default(), false).unwrap();
+    assert!(more.windows(2).all(|pair| pair[0] != pair[1]));
+}
+
+#[test]
+fn films_that_are_not_read_are_told_and_ffmpeg_reads_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let hevc = clips().join("hevc.mp4");
+    let read = |path: &Path, ffmpeg| read_film(path, 3, &ReadOptions::default(), ffmpeg);
+    let error = told(&read(&hevc, false).unwrap_err());
+    assert!(["hevc.mp4", "hev1", "H.264", "--ffmpeg", "libx264"].iter().all(|part| error.contains(part)), "{error}");
+    let bytes = std::fs::read(clips().join("clip.mp4")).unwrap();
+    let cut = folder.path().join("cut.mp4");
+    for length in [9, 100, bytes.len() / 2] {
+        std::fs::write(&cut, &bytes[..length]).unwrap();
+        assert!(told(&read(&cut, false).unwrap_err()).contains("cut.mp4"));
+    }
+    let other = folder.path().join("film.webm");
+    std::fs::write(&other, b"\x1a\x45\xdf\xa3").unwrap();
+    assert!(told(&read(&other, false).unwrap_err()).contains("--ffmpeg"));
+    if std::process::Command::new("ffmpeg").arg("-version").output().is_err() {
+        assert!(told(&read(&hevc, true).unwrap_err()).contains("ffmpeg can't be started"));
+        println!("skipped: no ffmpeg on the PATH");
+        return;
+    }
+    let frames = read(&hevc, true).unwrap();
+    assert!(frames.len() == 3 && frames[0].width == 96 && frames[0] != frames[2]);
+    // What is read here is the same with ffmpeg allowed.
+    let clip = clips().join("clip.mp4");
+    assert_eq!(read(&clip, true).unwrap(), read(&clip, false).unwrap());
+    assert!(told(&read(&other, true).unwrap_err()).contains("film.webm"));
+}
+
+/// Files that strangers wrote, or a disk damaged: an error or frames, never a panic.
+#[test]
+fn damaged_films_are_errors_or_films() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("film.mp4");
+    let bytes = std::fs::read(clips().join("clip.mp4")).unwrap();
+    let mut random = flowtape_engine::Philox::new(1);
+    let mut below = |n: usize| (random.next_f64() * n as f64) as usize;
+    let mut read = 0;
+    for _ in 0..400 {
+        let mut changed = bytes.clone();
+        for _ in 0..=below(6) {
+            let at = below(changed.len());
+            changed[at] = below(256) as u8;
+        }
+        std::fs::write(&path, &changed).unwrap();
+        read += usize::from(read_film(&path, 2, &ReadOptions::default(), false).is_ok());
+    }
+    assert!((100..400).contains(&read), "{read} of 400 still read");
+}
+
+#[test]
+fn a_folder_with_a_caption_is_a_film_of_its_pictures() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    std::fs::create_dir(&run).unwrap();
+    let frame = |level: u8| Picture { width: 2, height: 3, rgb: vec![level; 18] };
+    for i in 0..5u8 {
+        write_film(&run.join(format!("{i:03}.png")), &[frame(i * 10)], 1.0, &[]).unwrap();
+    }
+    std::fs::write(folder.path().join("run.txt"), "a man runs").unwrap();
+    std::fs::copy(clips().join("clip.mp4"), folder.path().join("clip.mp4")).unwrap();
+    std::fs::write(folder.path().join("clip.txt"), "a test").unwrap();
+    let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
+    let found: Vec<(&str, &str)> = items.iter().map(|item| (&*item.name, &*item.caption)).collect();
+    assert_eq!(found, [("clip.mp4", "a test"), ("run", "a man runs")]);
+    let read = || read_film(&run, 3, &ReadOptions::default(), false);
+    assert_eq!(read().unwrap(), [frame(0), frame(20), frame(40)]);
+    let other = Picture { width: 1, height: 1, rgb: vec![0; 3] };
+    write_film(&run.join("004.png"), &[other], 1.0, &[]).unwrap();
+    assert!(told(&read().unwrap_err()).contains("004.png: 1 x 1"));
+    (0..5).for_each(|i| std::fs::remove_file(run.join(format!("{i:03}.png"))).unwrap());
+    assert!(told(&read().unwrap_err()).contains("without frames"));
 }
 
 #[test]

@@ -37,6 +37,7 @@ fn run(folder: &Path, cache: &Path, workers: usize, max_pixels: usize) -> flowta
         pipeline,
         pictures: PictureOptions { max_pixels, ..PictureOptions::default() },
         frames: None,
+        ffmpeg: false,
         workers,
     };
     let items = list_pictures(folder, &FolderOptions::default())?;
@@ -118,6 +119,7 @@ fn films_and_pictures_go_through_autoencoders_of_films() {
             pipeline: PipelineFolder::open(&goldens.join(pipeline).join("pipeline")).unwrap(),
             pictures: PictureOptions { quantization: 16, max_pixels: 32 * 48, ..PictureOptions::default() },
             frames,
+            ffmpeg: false,
             workers: 1,
         };
         let stop = AtomicBool::new(false);

@@ -9,10 +9,10 @@
 //! | [`lumina2`] | [`lumina2::Lumina2Transformer2DModel`] and [`lumina2::Lumina2Adapter`] |
 //! | [`qwen_image_21`] | [`qwen_image_21::QwenImage21Transformer2DModel`] and [`qwen_image_21::QwenImage21Adapter`] |
 //! | [`ltx2`] | [`ltx2::LTX2VideoTransformer3DModel`] and [`ltx2::LTX2Adapter`] |
-//! | [`wan`] | [`wan::WanTransformer3DModel`] and [`wan::SimpleAdapter`] |
+//! | [`wan`] | [`wan::WanTransformer3DModel`], [`wan::SimpleAdapter`], [`wan::WanI2VAdapter`] and [`wan::WanTI2VAdapter`] |
+//! | [`flux2`] | [`flux2::Flux2Transformer2DModel`], [`flux2::Flux2Adapter`] and [`flux2::Flux2EditAdapter`] |
 //! | [`flux3`] | [`flux3::Flux3Transformer2DModel`] and [`flux3::Flux3Adapter`] |
 //! | [`krea2`] | [`krea2::Krea2Transformer2DModel`] and [`krea2::Krea2Adapter`] |
-//! | [`flux2`] | [`flux2::Flux2Transformer2DModel`] and [`flux2::Flux2Adapter`] |
 //! | [`qwen_image`] | [`qwen_image::QwenImageTransformer2DModel`], [`qwen_image::QwenImageAdapter`] and [`qwen_image::QwenImageEditAdapter`] |
 //! | [`z_image`] | [`z_image::ZImageTransformer2DModel`] and [`z_image::ZImageAdapter`] |
 //! | [`pipeline`] | diffusers' pipelines: a folder and its parts, loaded together or one by one |

@@ -49,6 +49,32 @@ pub const PRESETS: &[Preset] = &[
         ..PRESET
     },
     Preset {
+        name: "flux.2-klein-base-4b",
+        hub: &["black-forest-labs/FLUX.2-klein-base-4B"],
+        config: klein_4b,
+        ..PRESET
+    },
+    Preset {
+        name: "flux.2-klein-4b",
+        hub: &["black-forest-labs/FLUX.2-klein-4B"],
+        config: klein_4b,
+        caution: Some(KLEIN),
+        ..PRESET
+    },
+    Preset {
+        name: "flux.2-klein-base-9b",
+        hub: &["black-forest-labs/FLUX.2-klein-base-9B"],
+        config: klein_9b,
+        ..PRESET
+    },
+    Preset {
+        name: "flux.2-klein-9b",
+        hub: &["black-forest-labs/FLUX.2-klein-9B"],
+        config: klein_9b,
+        caution: Some(KLEIN),
+        ..PRESET
+    },
+    Preset {
         name: "qwen-image",
         hub: &["Qwen/Qwen-Image"],
         config: || json!({"_class_name": "QwenImageTransformer2DModel"}),
@@ -87,20 +113,46 @@ pub const PRESETS: &[Preset] = &[
         ..PRESET
     },
     Preset {
-        name: "ltx-2.3",
-        hub: &["Lightricks/LTX-2.3"],
+        name: "wan2.1-i2v-14b",
+        hub: &["Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"],
+        config: wan2_1_i2v,
+        ..PRESET
+    },
+    Preset {
+        name: "wan2.1-flf2v-14b",
+        hub: &["Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"],
+        config: || {
+            let mut config = wan2_1_i2v();
+            config["pos_embed_seq_len"] = 514.into();
+            config
+        },
+        ..PRESET
+    },
+    Preset {
+        name: "wan2.2-i2v-a14b",
+        hub: &["Wan-AI/Wan2.2-I2V-A14B-Diffusers"],
+        config: || json!({"_class_name": "WanTransformer3DModel", "in_channels": 36}),
+        transformers: 2,
+        ..PRESET
+    },
+    Preset {
+        name: "wan2.2-ti2v-5b",
+        hub: &["Wan-AI/Wan2.2-TI2V-5B-Diffusers"],
         config: || {
             json!({
-                "_class_name": "LTX2VideoTransformer3DModel",
-                "gated_attn": true,
-                "cross_attn_mod": true,
-                "audio_gated_attn": true,
-                "audio_cross_attn_mod": true,
-                "rope_type": "split",
-                "use_prompt_embeddings": false,
-                "perturbed_attn": true,
+                "_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48, "num_attention_heads": 24,
+                "ffn_dim": 14336, "num_layers": 30,
             })
         },
+        ..PRESET
+    },
+    Preset { name: "ltx-2.3", hub: &["Lightricks/LTX-2.3"], config: ltx_2_3, ..PRESET },
+    // The distilled model is in the pipeline's folder `transformer`, this one in `transformer_full`.
+    Preset {
+        name: "ltx-2.5",
+        hub: &["Lightricks/LTX-2.5-Diffusers", "Lightricks/LTX-2.5"],
+        config: ltx_2_5,
+        caution: Some(LTX_2_5),
         ..PRESET
     },
     Preset { name: "z-image", hub: &["Tongyi-MAI/Z-Image"], config: z_image, ..PRESET },
@@ -157,6 +209,53 @@ pub const PRESETS: &[Preset] = &[
     },
 ];
 
+/// Which of LTX-2.5's transformers to train.
+const LTX_2_5: &str = "the folder `transformer` of LTX-2.5 in diffusers' layout holds the model that is distilled to few steps without \
+                       guidance, which plain flow matching undoes: samples in few steps turn soft. Train the full model: say \
+                       `model.subfolder: transformer_full`; the distilled one takes its adapters";
+
+fn ltx_2_3() -> Value {
+    json!({
+        "_class_name": "LTX2VideoTransformer3DModel",
+        "gated_attn": true,
+        "cross_attn_mod": true,
+        "audio_gated_attn": true,
+        "audio_cross_attn_mod": true,
+        "rope_type": "split",
+        "use_prompt_embeddings": false,
+        "perturbed_attn": true,
+    })
+}
+
+fn ltx_2_5() -> Value {
+    let mut config = ltx_2_3();
+    config["ff_bias"] = false.into();
+    config["use_keyframes_abs_pos_embedding"] = true.into();
+    config
+}
+
+/// What training takes away from FLUX.2-klein.
+const KLEIN: &str = "FLUX.2-klein is distilled to four steps without guidance, which plain flow matching undoes: samples in few steps \
+                     turn soft. Train FLUX.2-klein-base of the same size, whose adapters the distilled model takes";
+
+fn klein_4b() -> Value {
+    json!({
+        "_class_name": "Flux2Transformer2DModel", "guidance_embeds": false, "joint_attention_dim": 7680, "num_layers": 5,
+        "num_single_layers": 20, "num_attention_heads": 24,
+    })
+}
+
+fn klein_9b() -> Value {
+    json!({
+        "_class_name": "Flux2Transformer2DModel", "guidance_embeds": false, "joint_attention_dim": 12288, "num_layers": 8,
+        "num_single_layers": 24, "num_attention_heads": 32,
+    })
+}
+
+fn wan2_1_i2v() -> Value {
+    json!({"_class_name": "WanTransformer3DModel", "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120})
+}
+
 fn z_image() -> Value {
     json!({"_class_name": "ZImageTransformer2DModel", "axes_lens": [1536, 512, 512]})
 }
@@ -198,13 +297,22 @@ mod tests {
         ("flux.1-dev", 11_901_408_320, 1160),
         ("flux.1-schnell", 11_891_178_560, 1156),
         ("flux.2-dev", 32_223_281_152, 331),
+        ("flux.2-klein-base-4b", 3_875_544_576, 169),
+        ("flux.2-klein-4b", 3_875_544_576, 169),
+        ("flux.2-klein-base-9b", 9_078_581_248, 233),
+        ("flux.2-klein-9b", 9_078_581_248, 233),
         ("qwen-image", 20_430_401_088, 1933),
         ("qwen-image-edit-2511", 20_430_401_088, 1933),
         ("hunyuanvideo-1.5", 8_326_608_160, 1801),
         ("wan2.1-1.3b", 1_418_996_800, 825),
         ("wan2.1-14b", 14_288_491_584, 1095),
         ("wan2.2-a14b", 14_288_491_584, 1095),
+        ("wan2.1-i2v-14b", 16_394_878_784, 1303),
+        ("wan2.1-flf2v-14b", 16_395_536_704, 1304),
+        ("wan2.2-i2v-a14b", 14_288_901_184, 1095),
+        ("wan2.2-ti2v-5b", 4_999_787_712, 825),
         ("ltx-2.3", 18_988_838_144, 4186),
+        ("ltx-2.5", 18_987_859_200, 4091),
         ("chroma1", 8_899_983_424, 1023),
         ("lumina-image-2.0", 2_609_769_152, 459),
         ("qwen-image-2.1", 7_115_124_736, 297),

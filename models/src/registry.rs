@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::chroma::{ChromaAdapter, ChromaConfig, ChromaTransformer2DModel};
 use crate::config::{Config, config_json, read, unknown_keys};
 use crate::flux::{FluxAdapter, FluxConfig, FluxTransformer2DModel};
-use crate::flux2::{Flux2Adapter, Flux2Config, Flux2Transformer2DModel};
+use crate::flux2::{Flux2Adapter, Flux2Config, Flux2EditAdapter, Flux2Transformer2DModel};
 use crate::flux3::{Flux3Adapter, Flux3Config, Flux3Transformer2DModel};
 use crate::hunyuan_video::{HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
 use crate::krea2::{Krea2Adapter, Krea2Config, Krea2Transformer2DModel};
@@ -16,7 +16,7 @@ use crate::lumina2::{Lumina2Adapter, Lumina2Config, Lumina2Transformer2DModel};
 use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
 use crate::qwen_image_21::{QwenImage21Adapter, QwenImage21Config, QwenImage21Transformer2DModel};
 use crate::requirements::Requirements;
-use crate::wan::{SimpleAdapter, WanConfig, WanTransformer3DModel};
+use crate::wan::{SimpleAdapter, WanConfig, WanI2VAdapter, WanTI2VAdapter, WanTransformer3DModel};
 use crate::z_image::{ZImageAdapter, ZImageConfig, ZImageTransformer2DModel};
 use crate::{Error, Result, Transformer};
 
@@ -33,6 +33,8 @@ pub type NewModel = fn(&Value, &ParamBuilder) -> Result<Box<dyn Transformer>>;
 pub enum Condition {
     /// The clean first frame of a video (image-to-video): the batch's latents hold it.
     FirstFrame,
+    /// Latents of a video in which the given frames alone are there (image-to-video): `condition_latents` of a batch.
+    GivenFrames,
     /// Clean latents of images to edit: the list `context_latents` of a batch. FLUX.3 does without, too.
     ReferenceImages,
     /// Audio that is generated along with its video: `audio_latents` of a batch.
@@ -113,7 +115,35 @@ pub const MODELS: &[ModelKind] = &[
         capabilities: Capabilities { data: DataType::Video, conditions: &[], guidance: GuidanceKind::ClassifierFree },
         new_adapter: |kwargs| Ok(Box::new(SimpleAdapter::from_kwargs(kwargs)?)),
         requirements: |config, kwargs| SimpleAdapter::from_kwargs(kwargs)?.requirements(&WanConfig::from_json(config)?),
-        new_model: |config, params| Ok(Box::new(WanTransformer3DModel::new(WanConfig::from_json(config)?, params)?)),
+        new_model: new_wan,
+    },
+    ModelKind {
+        adapter: "wan_i2v",
+        class: WanConfig::CLASS,
+        config: ConfigReader::of::<WanConfig>(),
+        capabilities: Capabilities {
+            data: DataType::Video,
+            conditions: &[Condition::GivenFrames],
+            guidance: GuidanceKind::ClassifierFree,
+        },
+        new_adapter: |kwargs| Ok(Box::new(WanI2VAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| WanI2VAdapter::from_kwargs(kwargs)?.requirements(&WanConfig::from_json(config)?),
+        new_model: new_wan,
+    },
+    ModelKind {
+        adapter: "wan_ti2v",
+        class: WanConfig::CLASS,
+        config: ConfigReader::of::<WanConfig>(),
+        capabilities: Capabilities {
+            data: DataType::Video,
+            conditions: &[Condition::FirstFrame],
+            guidance: GuidanceKind::ClassifierFree,
+        },
+        new_adapter: |kwargs| Ok(Box::new(WanTI2VAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            WanTI2VAdapter::from_kwargs(kwargs)?.requirements(&WanConfig::from_json(config)?)
+        },
+        new_model: new_wan,
     },
     ModelKind {
         adapter: "flux",
@@ -133,9 +163,22 @@ pub const MODELS: &[ModelKind] = &[
         requirements: |config, kwargs| {
             Flux2Adapter::from_kwargs(kwargs)?.requirements(&Flux2Config::from_json(config)?)
         },
-        new_model: |config, params| {
-            Ok(Box::new(Flux2Transformer2DModel::new(Flux2Config::from_json(config)?, params)?))
+        new_model: new_flux2,
+    },
+    ModelKind {
+        adapter: "flux2_edit",
+        class: Flux2Config::CLASS,
+        config: ConfigReader::of::<Flux2Config>(),
+        capabilities: Capabilities {
+            data: DataType::Image,
+            conditions: &[Condition::ReferenceImages],
+            guidance: GuidanceKind::Embedded,
         },
+        new_adapter: |kwargs| Ok(Box::new(Flux2EditAdapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            Flux2EditAdapter::from_kwargs(kwargs)?.requirements(&Flux2Config::from_json(config)?)
+        },
+        new_model: new_flux2,
     },
     ModelKind {
         adapter: "hunyuan",
@@ -296,6 +339,14 @@ fn new_qwen_image_21(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Tr
     Ok(Box::new(QwenImage21Transformer2DModel::new(QwenImage21Config::from_json(config)?, params)?))
 }
 
+fn new_wan(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
+    Ok(Box::new(WanTransformer3DModel::new(WanConfig::from_json(config)?, params)?))
+}
+
+fn new_flux2(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
+    Ok(Box::new(Flux2Transformer2DModel::new(Flux2Config::from_json(config)?, params)?))
+}
+
 fn new_qwen_image(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
     Ok(Box::new(QwenImageTransformer2DModel::new(QwenImageConfig::from_json(config)?, params)?))
 }
@@ -424,6 +475,7 @@ mod tests {
                 .with("text_attention_mask", mask())
                 .with("audio_latents", normal(&[2, 2, 3, 16]))
                 .with("image_pad_mask", Tensor::ones(&[2, 5], DType::F32, &Device::cpu()).unwrap())
+                .with("condition_latents", normal(dims))
                 .with_list("context_latents", vec![normal(&[2, 3, 2, 2])]);
             let plain = told(kind, &all, 0.0).unwrap_or_else(|e| panic!("{}: {e}", kind.adapter));
             let embedded = plain.get("guidance").is_some();
@@ -435,11 +487,14 @@ mod tests {
             without.tensors.remove("audio_latents");
             assert_eq!(told(kind, &without, 0.0).is_err(), kind.takes(Condition::Audio), "{}", kind.adapter);
             let mut without = all.clone();
+            without.tensors.remove("condition_latents");
+            assert_eq!(told(kind, &without, 0.0).is_err(), kind.takes(Condition::GivenFrames), "{}", kind.adapter);
+            let mut without = all.clone();
             without.lists.clear();
             let names = |inputs: &ModelInputs| inputs.iter().map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
             let counts = told(kind, &without, 0.0).map_or(true, |without| names(&without) != names(&plain));
             assert_eq!(counts, kind.takes(Condition::ReferenceImages), "{}", kind.adapter);
         }
-        assert_eq!(Condition::FirstFrame.adapters(), ["hunyuan"]);
+        assert_eq!(Condition::FirstFrame.adapters(), ["wan_ti2v", "hunyuan"]);
     }
 }

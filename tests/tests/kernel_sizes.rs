@@ -82,6 +82,22 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
             }),
             Batch::new(make.normal(&[2, 4, 3, 18, 22]), video).with("text_embeddings", text()),
         ),
+        "wan_i2v" => (
+            json!({
+                "in_channels": 12, "out_channels": 4, "num_layers": 1, "text_dim": TEXT_WIDTH, "ffn_dim": 2 * width,
+                "image_dim": 40, "added_kv_proj_dim": width,
+            }),
+            Batch::new(make.normal(&[2, 4, 3, 18, 22]), video)
+                .with("condition_latents", make.normal(&[2, 4, 3, 18, 22]))
+                .with("image_embeds", make.normal(&[2, 17, 40]))
+                .with("text_embeddings", text()),
+        ),
+        "wan_ti2v" => (
+            json!({
+                "in_channels": 4, "out_channels": 4, "num_layers": 1, "text_dim": TEXT_WIDTH, "ffn_dim": 2 * width,
+            }),
+            Batch::new(make.normal(&[2, 4, 3, 18, 22]), video).with("text_embeddings", text()),
+        ),
         "flux" => (
             json!({
                 "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": TEXT_WIDTH,
@@ -97,6 +113,15 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
                 "axes_dims_rope": vec![head_dim / 4; 4],
             }),
             Batch::new(make.normal(&[2, 16, 15, 17]), image).with("text_embeddings", text()),
+        ),
+        "flux2_edit" => (
+            json!({
+                "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": TEXT_WIDTH,
+                "axes_dims_rope": vec![head_dim / 4; 4],
+            }),
+            Batch::new(make.normal(&[2, 16, 11, 13]), image)
+                .with_list("context_latents", vec![make.normal(&[2, 16, 7, 9]), make.normal(&[2, 16, 5, 7])])
+                .with("text_embeddings", text()),
         ),
         "qwen_image" => (
             json!({

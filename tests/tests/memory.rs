@@ -15,11 +15,12 @@ use serde_json::json;
 /// Adapter and latents of a preset: an image of 1024 x 1024, or a few seconds of video.
 fn subject(preset: &Preset) -> (&'static str, Vec<usize>) {
     match preset.name {
-        "flux.2-dev" => ("flux2", vec![1, 128, 64, 64]),
+        "flux.2-klein-base-4b" => ("flux2_edit", vec![1, 128, 64, 64]),
+        name if name.starts_with("flux.2") => ("flux2", vec![1, 128, 64, 64]),
         "qwen-image" => ("qwen_image", vec![1, 16, 128, 128]),
         "qwen-image-edit-2511" => ("qwen_image_edit", vec![1, 16, 128, 128]),
         "hunyuanvideo-1.5" => ("hunyuan", vec![1, 32, 11, 30, 52]),
-        "ltx-2.3" => ("ltx2", vec![1, 128, 16, 16, 24]),
+        "ltx-2.3" | "ltx-2.5" => ("ltx2", vec![1, 128, 16, 16, 24]),
         "chroma1" => ("chroma", vec![1, 16, 128, 128]),
         "lumina-image-2.0" => ("lumina2", vec![1, 16, 128, 128]),
         "qwen-image-2.1" => ("qwen_image_21", vec![1, 64, 64, 64]),
@@ -27,6 +28,9 @@ fn subject(preset: &Preset) -> (&'static str, Vec<usize>) {
         "krea-2-raw" | "krea-2-turbo" => ("krea2", vec![1, 16, 128, 128]),
         name if name.starts_with("z-image") => ("z_image", vec![1, 16, 128, 128]),
         name if name.starts_with("flux.1") => ("flux", vec![1, 16, 128, 128]),
+        "wan2.2-ti2v-5b" => ("wan_ti2v", vec![1, 48, 11, 30, 52]),
+        name if name.starts_with("wan") && name.contains("i2v") => ("wan_i2v", vec![1, 16, 11, 60, 104]),
+        name if name.contains("flf2v") => ("wan_i2v", vec![1, 16, 11, 60, 104]),
         _ => ("simple", vec![1, 16, 11, 60, 104]),
     }
 }
@@ -76,9 +80,18 @@ fn activations(preset: &Preset, (adapter, latents): (&str, &[usize]), checkpoint
         .with("pooled_prompt_embeds", zeros(&[1, 768]))
         .with("text_attention_mask", zeros(&[1, len]))
         .with("image_pad_mask", zeros(&[1, len]))
+        .with("condition_latents", zeros(latents))
         .with("audio_latents", zeros(&[1, 8, 64, 16]))
         .with("audio_text_embeddings", zeros(&[1, 256, text(&["audio_cross_attention_dim"])]))
         .with_list("context_latents", vec![zeros(latents)]);
+    // What an image is told by, where the model takes it.
+    let batch = match config["image_dim"].as_u64() {
+        Some(width) => {
+            let tokens = config["pos_embed_seq_len"].as_u64().unwrap_or(257);
+            batch.with("image_embeds", zeros(&[1, tokens as usize, width as usize]))
+        }
+        None => batch,
+    };
     let config = FlowMatchingConfig { adapter_type: adapter.into(), ..FlowMatchingConfig::default() };
     let pipeline = create_pipeline(config).unwrap();
     let tape = Tape::new();

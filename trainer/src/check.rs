@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use flowtape_data::{BucketSampler, Media, Rank, Sample, Source, Text};
+use flowtape_engine::quant::Format;
 use flowtape_engine::{Device, Philox};
 use flowtape_models::ModelKind;
 use flowtape_models::requirements::SampleSizes;
@@ -118,7 +119,7 @@ impl Check {
         let kept = recipe.checkpoint.max_recent_checkpoints + usize::from(recipe.validation.is_some()) + 1;
         let capacity = device.backend().capacity();
         let fits = capacity.is_none_or(|capacity| step.peak <= capacity);
-        let alternatives = if fits { Vec::new() } else { alternatives(recipe, &data)? };
+        let alternatives = if fits { Vec::new() } else { alternatives(recipe, &data, step.peak)? };
         Ok(Self {
             name: recipe.name.clone(),
             device: recipe.device.clone(),
@@ -332,10 +333,11 @@ fn buckets(recipe: &Recipe, data: &Data) -> Result<Vec<Bucket>> {
     sampler.buckets().iter().map(bucket).collect()
 }
 
-/// What settings would take, those that change the result least first.
-fn alternatives(recipe: &Recipe, data: &Data) -> Result<Vec<Alternative>> {
+/// What settings would take, those that change the result least first: each that takes less than `peak`, and all of these so far
+/// together.
+fn alternatives(recipe: &Recipe, data: &Data, peak: usize) -> Result<Vec<Alternative>> {
     type Change = (&'static str, fn(&mut Recipe) -> bool);
-    let changes: [Change; 4] = [
+    let changes: [Change; 6] = [
         ("performance.activation_checkpointing=true", |r| {
             !std::mem::replace(&mut r.performance.activation_checkpointing, true)
         }),
@@ -344,17 +346,26 @@ fn alternatives(recipe: &Recipe, data: &Data) -> Result<Vec<Alternative>> {
             std::mem::replace(&mut r.step_scheduler.local_batch_size, 1) > 1
         }),
         ("clip_grad_norm=null", |r| r.clip_grad_norm.take().is_some()),
+        ("peft.quantize_base=int8", |r| quantise_base(r, Format::Int8)),
+        ("peft.quantize_base=nf4", |r| quantise_base(r, Format::Nf4)),
         ("dtype=bf16", |r| std::mem::replace(&mut r.dtype, Dtype::Bf16) != Dtype::Bf16),
     ];
-    let mut all = Vec::new();
+    let mut all: Vec<Alternative> = Vec::new();
     let (mut together, mut settings) = (recipe.clone(), Vec::new());
     for (setting, change) in changes {
         let mut changed = recipe.clone();
         if !change(&mut changed) {
             continue;
         }
-        all.push(Alternative { settings: vec![setting], peak: StepPlan::of(&changed, data.clone())?.peak });
+        let alone = StepPlan::of(&changed, data.clone())?.peak;
+        if alone >= peak {
+            continue;
+        }
+        all.push(Alternative { settings: vec![setting], peak: alone });
         change(&mut together);
+        // Of two values of one key the later one counts.
+        let key = setting.split('=').next();
+        settings.retain(|other: &&str| other.split('=').next() != key);
         settings.push(setting);
         if settings.len() > 1 {
             let peak = StepPlan::of(&together, data.clone())?.peak;
@@ -362,6 +373,11 @@ fn alternatives(recipe: &Recipe, data: &Data) -> Result<Vec<Alternative>> {
         }
     }
     Ok(all)
+}
+
+/// Quantises the frozen base of adapters; whether there is one that is not held so.
+fn quantise_base(recipe: &mut Recipe, format: Format) -> bool {
+    recipe.peft.as_mut().is_some_and(|peft| peft.quantize_base.replace(format) != Some(format))
 }
 
 /// Bytes that are free where a folder is, or would be.

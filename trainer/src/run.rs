@@ -11,6 +11,7 @@
 //! | `checkpoints/` | the newest checkpoints: [`Checkpoints`] |
 //! | `environment.json` | with what it runs: the program, the machine, the data |
 //! | `notices.jsonl` | warnings, a line each |
+//! | `tensorboard/` | event files, one a process |
 //! | `report.json` | the figures of the end |
 //! | `report.html` | all of this as a page: [`page`](crate::page) |
 //! | `.lock` | held by the process that writes here, and its number, which stays after a crash |
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use flowtape_engine::files::{exists, write_whole};
 use serde::de::DeserializeOwned;
 
-use crate::checkpoints::{Checkpoints, Unfinished};
+use crate::checkpoints::{Checkpoints, Unfinished, remove};
 use crate::error::io;
 use crate::record::StepRecord;
 use crate::train::Summary;
@@ -67,6 +68,7 @@ impl RunFolder {
                 _ => {}
             }
         }
+        remove(&run.tensorboard_path())?;
         run.write_recipe(recipe)?;
         run.make_samples_folder()?;
         Ok(run)
@@ -255,6 +257,11 @@ impl RunFolder {
     /// A line for each warning.
     pub fn notices_path(&self) -> PathBuf {
         self.path.join("notices.jsonl")
+    }
+
+    /// The folder of event files.
+    pub fn tensorboard_path(&self) -> PathBuf {
+        self.path.join("tensorboard")
     }
 
     /// The page.

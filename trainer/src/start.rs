@@ -89,8 +89,9 @@ impl Start {
         if let Value::Object(keys) = &mut config {
             keys.extend(section.config);
         }
-        // New weights know no distillation.
-        let caution = caution.filter(|_| weights.is_some());
+        // New weights know no distillation, nor does a transformer that stands beside the pipeline's own.
+        let own = section.subfolder.as_deref().is_none_or(|folder| folder == "transformer");
+        let caution = caution.filter(|_| weights.is_some() && own);
         Ok(Self { config, weights, sigmas, caution })
     }
 

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use crate::changes::listed;
 use crate::check::{Check, Depth};
 use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
-use crate::observe::{Environment, Learning, LossCurve, Metrics, Notices, Page, Validations};
+use crate::observe::{Environment, Learning, LossCurve, Metrics, Notices, Page, TensorBoard, Validations};
 use crate::record::{LeftOut, StepRecord};
 use crate::replay::told;
 use crate::run::{RunFolder, quoted};
@@ -154,7 +154,7 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
     let recipe = run.trainer().recipe().clone();
     let preview = builtin::preview(&recipe)?;
     let run = run.with(Box::new(Metrics::default())).with(Box::new(Environment::new(&preview.prompts)));
-    let run = run.with(Box::new(Notices::default()));
+    let run = run.with(Box::new(Notices::default())).with(Box::new(TensorBoard::default()));
     let run = hooks.into_iter().fold(run, Session::with).with(Box::new(LossCurve::default()));
     let run = run.with(Box::new(Learning::default()));
     let run = match &recipe.validation {

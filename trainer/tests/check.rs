@@ -128,6 +128,20 @@ fn a_model_of_12_billion_parameters_is_checked_at_once() {
         let least = check.alternatives.iter().map(|alternative| alternative.peak).min().unwrap();
         assert!(least < check.step.peak / 2, "{error}");
     }
+    // Adapters beside it, whose frozen base may be held in fewer bits; what would take no less is not told.
+    let (mut recipe, data) = twelve_billion();
+    recipe.model =
+        serde_json::from_value(json!({ "pretrained_model_name_or_path": "flux.1-dev", "mode": "pretrain" })).unwrap();
+    recipe.peft = serde_json::from_value(json!({ "dim": 16, "alpha": 16, "target_modules": ["*attn.to_q"] })).unwrap();
+    let adapted = Check::with_data(&recipe, &Device::cpu(), data, Depth::Handful).unwrap();
+    assert!(adapted.step.optimizer < check.step.optimizer / 100);
+    if !adapted.fits() {
+        let told = &adapted.alternatives;
+        assert!(told.iter().any(|a| a.settings == ["peft.quantize_base=nf4"]), "{told:?}");
+        assert!(told.iter().all(|a| a.peak < adapted.step.peak), "{told:?}");
+        let last = &told.last().unwrap().settings;
+        assert!(last.contains(&"peft.quantize_base=nf4") && !last.contains(&"peft.quantize_base=int8"), "{told:?}");
+    }
     assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
 }
 

@@ -78,7 +78,14 @@ fn recipes_of_the_project_are_taken() {
         if text.contains("PATH_TO_YOUR_DATA") {
             continue;
         }
-        let mut settings = Vec::new();
+        // Their paths are those of someone who stands in the repository.
+        let pictures = || -> Vec<String> {
+            let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/emoji");
+            let of = |key: &str, path: &Path| format!("data.folder.{key}={}", path.display());
+            let cache = folder.path().join("cache");
+            vec![of("path", &emoji.join("pictures")), of("pipeline", &emoji.join("pipeline")), of("cache_dir", &cache)]
+        };
+        let mut settings = if text.contains("data/emoji") { pictures() } else { Vec::new() };
         // What starts from another recipe's run needs one.
         if let Some((_, rest)) = text.split_once("pretrained_model_name_or_path: runs/") {
             let name = rest.lines().next().unwrap().trim();
@@ -86,8 +93,12 @@ fn recipes_of_the_project_are_taken() {
             let short =
                 ["step_scheduler.max_steps=1", "step_scheduler.local_batch_size=1", "sampling.num_inference_steps=1"];
             let short = short.map(str::to_owned).into_iter();
-            let short =
-                short.chain(["report=null".to_owned(), format!("run_dir={}", run.display())]).collect::<Vec<_>>();
+            let short = short.chain([
+                "report=null".to_owned(),
+                "lr_scheduler=null".to_owned(),
+                format!("run_dir={}", run.display()),
+            ]);
+            let short = short.chain(settings.clone()).collect::<Vec<_>>();
             let base = Recipe::load(&path.with_file_name(format!("{name}.yaml")), &short).unwrap();
             train(&base, Vec::new(), &AtomicBool::new(false)).unwrap();
             settings.push(format!("model.pretrained_model_name_or_path={}", run.display()));
@@ -120,6 +131,9 @@ fn sample_of(recipe: &Recipe) -> Sample {
     let mut sample = Sample::new(Media::Latents(zeros(&dims)), Text::Embeddings(text));
     for mask in ["text_mask", "text_mask_2", "text_attention_mask"] {
         sample.tensors.insert(mask.into(), ones(&[6]));
+    }
+    if kind.takes(Condition::GivenFrames) {
+        sample.tensors.insert("condition_latents".into(), zeros(&dims));
     }
     if kind.takes(Condition::Audio) {
         sample.tensors.insert("audio_latents".into(), zeros(&[8, 4, 16]));

@@ -107,26 +107,28 @@ fn adapters_go_on_with_other_threads() {
 }
 
 #[test]
-fn a_model_of_videos_goes_on_with_other_threads() {
+fn a_model_of_videos_and_its_adapters_go_on_with_other_threads() {
     let folder = tempfile::tempdir().unwrap();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/moving_digits_wan.yaml");
-    let wan = |run: &Path| {
+    let recipe = |run: &Path, model: &[&str]| {
         let run = format!("run_dir={}", run.display());
         let own = [
             &run[..],
-            "model.num_layers=1",
-            "model.ffn_dim=32",
-            "model.attention_head_dim=12",
-            "model.num_attention_heads=2",
             "step_scheduler={local_batch_size: 2, global_batch_size: 4, max_steps: 5, ckpt_every_steps: 2}",
             "sampling.every_steps=0",
             "sampling.num_inference_steps=1",
             "sampling.guidance_scale=1",
             "report=null",
         ];
-        Recipe::load(&path, &own.iter().chain(&MORE[1..]).map(|s| (*s).to_owned()).collect::<Vec<_>>()).unwrap()
+        let all = own.iter().chain(model).chain(&MORE[1..]);
+        Recipe::load(&path, &all.map(|s| (*s).to_owned()).collect::<Vec<_>>()).unwrap()
     };
-    goes_on("wan", folder.path(), wan, &[1, 3]);
+    let small =
+        ["model.num_layers=1", "model.ffn_dim=32", "model.attention_head_dim=12", "model.num_attention_heads=2"];
+    goes_on("wan", folder.path(), |run| recipe(run, &small), &[1, 3]);
+    let base = format!("model={{pretrained_model_name_or_path: {}}}", folder.path().join("wan_whole").display());
+    let adapters = [&base, "peft={dim: 4, alpha: 8, dropout: 0.2, target_modules: ['*attn1.*', '*ffn*']}"];
+    goes_on("wan_lora", folder.path(), |run| recipe(run, &adapters), &[2, 3]);
 }
 
 /// The goldens' recipe of NeMo's: a cache of two resolutions, over several epochs with a short last group each.
@@ -156,11 +158,11 @@ fn a_run_that_is_asked_to_stop_within_a_step_ends_behind_it() {
     let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
     let more = ["step_scheduler.global_batch_size=32"];
     train(&small(&whole, &more), Vec::new(), &NEVER).unwrap();
-    // Asked while a step of eight micro-batches runs.
+    // Asked while a step of eight micro-batches runs, the second or a later one.
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let running = scope.spawn(|| train(&small(&run, &more), Vec::new(), &stop).unwrap());
-        while !run.join("metrics.jsonl").exists() {
+        while std::fs::metadata(run.join("metrics.jsonl")).map_or(0, |file| file.len()) == 0 {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         stop.store(true, Ordering::Relaxed);

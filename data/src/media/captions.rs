@@ -69,7 +69,7 @@ impl Captions {
         let add = |all: &mut Self, path: &Path, place: &str, object: &Map<String, Value>| {
             let file = file_of(object).ok_or_else(|| wrong(path, format!("{place}: no `file_name`")))?;
             let named = folder.join(file);
-            if !named.is_file() {
+            if !named.exists() {
                 return Err(wrong(path, format!("{place}: there is no file {file}")));
             }
             if let Some(caption) = caption_of(object, field) {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::captions::{Captions, MissingCaptions, entries};
-use super::is_picture;
+use super::{is_film, is_picture};
 use crate::{Error, Result};
 
 /// Names that an error lists.
@@ -29,8 +29,8 @@ pub struct FolderOptions {
     pub caption_field: Option<String>,
 }
 
-/// The pictures of a folder and those below it, sorted by path, with their captions. Files that are no pictures by their
-/// names, and hidden ones, are passed over.
+/// The pictures and films of a folder and those below it, sorted by path, with their captions. Files that are neither by their
+/// names, and hidden ones, are passed over. A folder with a caption beside it is one film, whose frames are the pictures in it.
 ///
 /// # Errors
 /// When the folder can't be read, has no pictures, metadata is broken, or captions are missing; those are named together.
@@ -40,7 +40,9 @@ pub fn list_pictures(folder: &Path, options: &FolderOptions) -> Result<Vec<Pictu
     walk(folder, field, &mut captions, &mut pictures)?;
     let refused = |what: String| Error::Open { name: folder.display().to_string(), what };
     if pictures.is_empty() {
-        return Err(refused("no pictures there (.png, .jpg, .webp, .gif, .bmp, .tiff)".into()));
+        return Err(refused(
+            "no pictures or films there (.png, .jpg, .webp, .gif, .bmp, .tiff, .mp4, .mov, ..)".into(),
+        ));
     }
     let (mut items, mut missing) = (Vec::with_capacity(pictures.len()), Vec::new());
     for path in pictures {
@@ -79,9 +81,9 @@ fn walk(folder: &Path, field: Option<&str>, captions: &mut Captions, pictures: &
         if hidden {
             continue;
         }
-        if path.is_dir() {
+        if path.is_dir() && captions.of(&path, field)?.is_none() {
             walk(&path, field, captions, pictures)?;
-        } else if is_picture(&path) {
+        } else if path.is_dir() || is_picture(&path) || is_film(&path) {
             pictures.push(path);
         }
     }
@@ -153,6 +155,6 @@ mod tests {
         assert!(message.contains("line 1") && message.contains("b.png"), "{message}");
         let message = error(&[("a.png", b""), ("metadata.jsonl", b"{")]);
         assert!(message.contains("metadata.jsonl") && message.contains("line 1"), "{message}");
-        assert!(error(&[("a.md", b"")]).contains("no pictures"));
+        assert!(error(&[("a.md", b"")]).contains("no pictures or films"));
     }
 }

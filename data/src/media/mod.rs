@@ -3,6 +3,7 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `picture` | [`Picture`] and how files are read: formats, orientation, alpha, depth |
+//! | `film`, `mp4`, `ffmpeg` | frames of films |
 //! | `resample` | resizing, bit for bit as Pillow's |
 //! | `crop` | a picture at a bucket's size, as NeMo makes it |
 //! | `captions` | captions beside pictures, and in a folder's metadata |
@@ -11,8 +12,10 @@
 
 mod captions;
 mod crop;
+mod ffmpeg;
 mod film;
 mod folder;
+mod mp4;
 mod picture;
 mod processor;
 mod resample;
@@ -21,7 +24,7 @@ mod write;
 
 pub use captions::MissingCaptions;
 pub use crop::{Cropped, resize_and_crop};
-pub use film::{evenly, read_film};
+pub use film::{evenly, is_film, read_film};
 pub use folder::{FolderOptions, PictureItem, list_pictures};
 pub use picture::{Picture, ReadOptions, is_picture, read_picture};
 pub use processor::{

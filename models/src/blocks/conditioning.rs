@@ -25,6 +25,19 @@ pub fn image_dims(cx: &FlowMatchingContext<'_>, adapter: &str) -> Result<[usize;
         .map_err(|_| Error::adapter(adapter, "4-D latents [B, C, H, W]", format!("{}-D latents {dims:?}", dims.len())))
 }
 
+/// Samples, channels, frames, rows and columns of the noisy latents of videos.
+///
+/// # Errors
+/// When they are not 5-D or have no frame; `adapter` is named.
+pub fn video_dims(cx: &FlowMatchingContext<'_>, adapter: &str) -> Result<[usize; 5]> {
+    match *cx.noisy_latents.dims() {
+        [b, c, f @ 1..=usize::MAX, h, w] => Ok([b, c, f, h, w]),
+        ref dims => {
+            Err(Error::adapter(adapter, "5-D latents [B, C, F, H, W]", format!("{}-D latents {dims:?}", dims.len())))
+        }
+    }
+}
+
 /// The batch's `text_embeddings` `[B, T, D]` in the compute dtype; a single sample may lack its batch axis.
 ///
 /// # Errors
@@ -52,6 +65,31 @@ pub fn text_attention_mask(cx: &FlowMatchingContext<'_>, adapter: &str, text: &T
         return Err(Error::adapter(adapter, expected, format!("{:?}", mask.dims())));
     }
     Ok(Some(mask))
+}
+
+/// The batch's list `context_latents`: clean latents `[B, C, H, W]` of reference images in the compute dtype, with the samples and
+/// channels of the noisy latents, each with sides of its own that are multiples of `multiple`.
+///
+/// # Errors
+/// When there is none, or one has another shape; `adapter` is named.
+pub fn reference_latents(cx: &FlowMatchingContext<'_>, adapter: &str, multiple: usize) -> Result<Vec<Tensor>> {
+    let [batch, channels, ..] = image_dims(cx, adapter)?;
+    let references = cx.batch.list("context_latents");
+    if references.is_empty() {
+        return Err(Error::adapter(adapter, "a list of one or more `context_latents` in the batch", "none"));
+    }
+    let checked = |(i, reference): (usize, &Tensor)| match *reference.dims() {
+        [b, c, h, w] if [b, c] == [batch, channels] && h % multiple == 0 && w % multiple == 0 => {
+            Ok(reference.to_dtype(cx.dtype)?)
+        }
+        _ => {
+            let sides =
+                if multiple > 1 { format!(" with sides that are multiples of {multiple}") } else { String::new() };
+            let expected = format!("`context_latents[{i}]` [{batch}, {channels}, H, W]{sides}");
+            Err(Error::adapter(adapter, expected, format!("{:?}", reference.dims())))
+        }
+    };
+    references.iter().enumerate().map(checked).collect()
 }
 
 /// The same of a model that needs one.

@@ -15,8 +15,8 @@ pub(crate) use attention::TOKEN;
 pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, key_mask, shared_heads, split_heads};
 pub use captions::{Captions, read_marks};
 pub use conditioning::{
-    drop_samples, guidance, image_dims, required_text_mask, text_attention_mask, text_embeddings, unit_times,
-    with_batch_axis,
+    drop_samples, guidance, image_dims, reference_latents, required_text_mask, text_attention_mask, text_embeddings,
+    unit_times, video_dims, with_batch_axis,
 };
 pub(crate) use embeddings::CHANNELS;
 pub use embeddings::{CombinedTimestepTextProjEmbeddings, time_proj, with_time_projections};

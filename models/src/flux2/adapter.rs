@@ -15,7 +15,10 @@ use crate::config::parse_kwargs;
 use crate::requirements::{Fixed, Requirements, check_prediction};
 
 /// Latents of a token, rows and columns: the autoencoder's cache is patched already.
-const PATCH: [usize; 2] = [1, 1];
+pub(super) const PATCH: [usize; 2] = [1, 1];
+
+/// How far reference images are apart on the axis of time.
+const REFERENCE_TIME: u32 = 10;
 
 /// Lines up the latents of FLUX.2, which the cache holds patched and normalised, drops captions, and passes a guidance
 /// scale.
@@ -67,6 +70,16 @@ impl Flux2Adapter {
 /// When memory runs out.
 pub fn latent_ids(height: usize, width: usize, batch: usize) -> Result<Tensor> {
     ids((0..height * width).map(|i| [0, (i / width) as u32, (i % width) as u32, 0]), batch)
+}
+
+/// Positions `(T, y, x, 0)` of the tokens of a reference image with these sides, where T is 10, 20, … for the first, the second
+/// and so on: u32 `[B, H W, 4]` on the host, alike in all samples.
+///
+/// # Errors
+/// When memory runs out.
+pub fn reference_ids(index: usize, height: usize, width: usize, batch: usize) -> Result<Tensor> {
+    let time = REFERENCE_TIME * (index + 1) as u32;
+    ids((0..height * width).map(|i| [time, (i / width) as u32, (i % width) as u32, 0]), batch)
 }
 
 /// Positions `(0, 0, 0, i)` of text tokens: u32 `[B, len, 4]` on the host, alike in all samples.

@@ -130,7 +130,7 @@ pub struct LTX2Config {
     /// Whether the time modulates keys and values of the text, where it modulates the queries.
     #[serde(deserialize_with = "truth")]
     pub use_prompt_adaln_single: bool,
-    /// Whether there is an embedding of keyframes, which training does not use.
+    /// Whether there is an embedding of keyframes, which NeMo's training does not use.
     #[serde(deserialize_with = "truth")]
     pub use_keyframes_abs_pos_embedding: bool,
 }

@@ -1,9 +1,9 @@
 //! diffusers' `LTX2VideoTransformer3DModel`.
 
 use flowtape_engine::nn::{
-    Activation, Blocks, Init, LayerNorm, Linear, ParamBuilder, Params, TimestepEmbedding, TimestepProjection,
+    Activation, Blocks, Init, LayerNorm, Linear, Param, ParamBuilder, Params, TimestepEmbedding, TimestepProjection,
 };
-use flowtape_engine::ops::pointwise;
+use flowtape_engine::ops::{pointwise, pointwise_to};
 use flowtape_engine::{DType, Result, Tensor};
 use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
@@ -11,11 +11,11 @@ use super::LTX2Config;
 use super::block::{Constants, LTX2VideoTransformerBlock, Perturbation};
 use super::config::StreamConfig;
 use super::rope::{Axis, tables};
-use crate::blocks::{CHANNELS, ScaleShiftTable, time_proj};
+use crate::blocks::{CHANNELS, ScaleShiftTable, TOKEN, time_proj};
 use crate::config::config_json;
 use crate::{Error, Transformer};
 
-/// A parameter of keyframe pipelines, which no forward pass here reads.
+/// A parameter that is read where keyframes are marked.
 const KEYFRAMES: &str = "keyframes_abs_pos_embedding";
 /// Epsilon of the norm before the output.
 const EPS: f64 = 1e-6;
@@ -146,6 +146,9 @@ impl Ends {
     }
 }
 
+/// An input `[B, F H W, 1]`: above 0 at the video's tokens whose latent frame stands for one frame alone, where the model has an
+/// embedding of these (LTX-2.5).
+pub const VIDEO_KEYFRAMES_MASK: &str = "video_keyframes_mask";
 /// An input that is there where video and audio are not to see each other, for guidance.
 pub const ISOLATE_MODALITIES: &str = "isolate_modalities";
 /// An input with the blocks, u32, in which no token is to look at others of its stream, for guidance.
@@ -157,12 +160,13 @@ pub const PERTURBED_BLOCKS: &str = "spatio_temporal_guidance_blocks";
 /// `encoder_attention_mask` `[B, S]` (1 keeps; optional), `timestep` `[B]` or `[B, F H W]` (0 to 1000) and `sigma` `[B]`
 /// (the same range), each of them again with `audio_` before the name for the audio (`[B, L, ..]`; its times default to
 /// the video's); the numbers `num_frames`, `height`, `width`, `fps` and `audio_num_frames` give the positions;
-/// [`ISOLATE_MODALITIES`] and [`PERTURBED_BLOCKS`] leave something out. Result
+/// [`VIDEO_KEYFRAMES_MASK`] marks keyframes; [`ISOLATE_MODALITIES`] and [`PERTURBED_BLOCKS`] leave something out. Result
 /// `[B, F H W, out_channels]` and `[B, L, audio_out_channels]`.
 #[derive(Debug)]
 pub struct LTX2VideoTransformer3DModel {
     config: LTX2Config,
     params: Params,
+    keyframes_abs_pos_embedding: Option<Param>,
     ends: [Ends; 2],
     transformer_blocks: Blocks<LTX2VideoTransformerBlock>,
 }
@@ -173,11 +177,11 @@ impl LTX2VideoTransformer3DModel {
     /// # Errors
     /// When a parameter can't be made.
     pub fn new(config: LTX2Config, root: &ParamBuilder) -> crate::Result<Self> {
-        if config.use_keyframes_abs_pos_embedding {
-            root.get(KEYFRAMES, &[1, config.video().dim()], Init::Zeros)?;
-        }
+        let keyframes = || root.get(KEYFRAMES, &[1, config.video().dim()], Init::Zeros);
+        let keyframes = config.use_keyframes_abs_pos_embedding.then(keyframes).transpose()?;
         let block = |i| LTX2VideoTransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config, i);
         Ok(Self {
+            keyframes_abs_pos_embedding: keyframes,
             ends: [Ends::new(root, &config, config.video())?, Ends::new(root, &config, config.audio())?],
             transformer_blocks: Blocks::new(config.num_layers, block)?,
             params: root.params(),
@@ -212,7 +216,15 @@ impl FlowModel for LTX2VideoTransformer3DModel {
         let config = &self.config;
         let factor = config.cross_attn_timestep_scale_multiplier as f64 / config.timestep_scale_multiplier as f64;
         let [video, audio] = &self.ends;
-        let (v, a) = (video.begin(inputs, factor)?, audio.begin(inputs, factor)?);
+        let (mut v, a) = (video.begin(inputs, factor)?, audio.begin(inputs, factor)?);
+        if let Some((embedding, mask)) =
+            self.keyframes_abs_pos_embedding.as_ref().zip(inputs.optional(VIDEO_KEYFRAMES_MASK))
+        {
+            let mask = mask.detach().to_dtype(v.x.dtype())?;
+            v.x = pointwise_to(v.x.dtype(), [&mask, &v.x, &embedding.value()?], |[mask, x, embedding]| {
+                mask.select_lt(TOKEN, x, x + embedding)
+            })?;
+        }
         let constants = self.constants(inputs, [v.mask, a.mask])?;
         let ([v1, v2, v3, v4, v5], [a1, a2, a3, a4, a5]) = (&v.signals, &a.signals);
         let signals = [v1, v2, v3, v4, v5, a1, a2, a3, a4, a5];
@@ -235,8 +247,10 @@ impl Transformer for LTX2VideoTransformer3DModel {
         config_json(&self.config)
     }
 
-    fn paths_without_gradient(&self, _: &ModelInputs) -> Vec<String> {
-        vec![KEYFRAMES.into()]
+    /// The embedding of keyframes without any.
+    fn paths_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
+        let without = inputs.get(VIDEO_KEYFRAMES_MASK).is_none();
+        without.then(|| KEYFRAMES.into()).into_iter().collect()
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

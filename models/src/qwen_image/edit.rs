@@ -6,10 +6,12 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{PATCH, QwenImageConfig};
-use crate::blocks::{ChannelOrder, image_dims, patchify, required_text_mask, text_embeddings, unit_times, unpatchify};
+use crate::Result;
+use crate::blocks::{
+    ChannelOrder, image_dims, patchify, reference_latents, required_text_mask, text_embeddings, unit_times, unpatchify,
+};
 use crate::config::parse_kwargs;
 use crate::requirements::Requirements;
-use crate::{Error, Result};
 
 /// Gives the model the noisy latents and, after them, the clean latents of reference images.
 ///
@@ -38,37 +40,21 @@ impl QwenImageEditAdapter {
     }
 }
 
-fn refuse<T>(expected: impl ToString, got: &Tensor) -> Result<T> {
-    Err(Error::adapter("qwen_image_edit", expected, format!("{:?}", got.dims())))
-}
-
 impl ModelAdapter for QwenImageEditAdapter {
     fn name(&self) -> &str {
         "qwen_image_edit"
     }
 
     fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, _: &mut dyn Draws) -> Result<ModelInputs> {
-        let [batch, channels, height, width] = image_dims(cx, self.name())?;
-        let references = cx.batch.list("context_latents");
-        if references.is_empty() {
-            let expected = "a list of one or more `context_latents` in the batch";
-            return Err(Error::adapter(self.name(), expected, "none"));
-        }
+        let [batch, _, height, width] = image_dims(cx, self.name())?;
+        let references = reference_latents(cx, self.name(), 2)?;
         let text = text_embeddings(cx, self.name())?;
         let mask = required_text_mask(cx, self.name(), &text)?;
-        let target = patchify(&cx.noisy_latents, &PATCH)?;
-        let (mut shapes, mut tokens) = (vec![vec![1, height / 2, width / 2]], vec![target]);
-        for (i, reference) in references.iter().enumerate() {
-            match *reference.dims() {
-                [b, c, h, w] if [b, c] == [batch, channels] && h % 2 == 0 && w % 2 == 0 => {
-                    shapes.push(vec![1, h / 2, w / 2]);
-                    tokens.push(patchify(&reference.to_dtype(cx.dtype)?, &PATCH)?);
-                }
-                _ => {
-                    let expected = format!("`context_latents[{i}]` [{batch}, {channels}, H, W] with even sides");
-                    return refuse(expected, reference);
-                }
-            }
+        let (mut shapes, mut tokens) =
+            (vec![vec![1, height / 2, width / 2]], vec![patchify(&cx.noisy_latents, &PATCH)?]);
+        for reference in &references {
+            shapes.push(vec![1, reference.dim(2)? / 2, reference.dim(3)? / 2]);
+            tokens.push(patchify(reference, &PATCH)?);
         }
         Ok(ModelInputs::new()
             .with("hidden_states", Tensor::cat(&tokens.iter().collect::<Vec<_>>(), 1)?)

@@ -150,9 +150,13 @@ impl ImageEmbedding {
     fn forward(&self, image: &Tensor) -> Result<Tensor> {
         let mut x = image.clone();
         if let Some(positions) = &self.pos_embed {
-            // First and last image of a video, one after the other on the batch axis, are one context: the positions are
-            // those of both.
+            // First and last image of a video, one after the other on the axis of the batch or of the tokens, are one context:
+            // the positions are those of both.
             let (images, len, width) = (x.dim(0)?, x.dim(1)?, x.dim(2)?);
+            if len == positions.dim(1)? {
+                x = x.reshape(&[2 * images, len / 2, width])?;
+            }
+            let (images, len) = (x.dim(0)?, x.dim(1)?);
             if images % 2 != 0 || positions.dim(1)? != 2 * len {
                 let expected =
                     format!("pairs of images of {} tokens (half of pos_embed_seq_len)", positions.dim(1)? / 2);

@@ -83,6 +83,12 @@ impl Config for ZImageConfig {
             let expected = "null: the models that take reference images (Z-Image-Omni) are not supported";
             return Err(Error::config("siglip_feat_dim", expected, "a width"));
         }
+        check_sizes([
+            ("in_channels", self.in_channels),
+            ("dim", self.dim),
+            ("cap_feat_dim", self.cap_feat_dim),
+            ("n_kv_heads", self.n_kv_heads),
+        ])?;
         if self.all_patch_size.len() != self.all_f_patch_size.len() {
             let expected = format!("as many as all_patch_size has, {}", self.all_patch_size.len());
             return Err(Error::config("all_f_patch_size", expected, self.all_f_patch_size.len()));
@@ -96,12 +102,6 @@ impl Config for ZImageConfig {
         }
         check_heads(("dim", self.dim), ("n_heads", self.n_heads))?;
         check_rope_axes::<AXES>("axes_dims", &self.axes_dims, self.dim / self.n_heads)?;
-        check_sizes([
-            ("in_channels", self.in_channels),
-            ("dim", self.dim),
-            ("cap_feat_dim", self.cap_feat_dim),
-            ("dim times 8 / 3", self.mlp_dim()),
-        ])?;
         if self.axes_lens.len() != AXES {
             return Err(Error::config("axes_lens", format!("{AXES} numbers"), &self.axes_lens));
         }

@@ -6,6 +6,7 @@ mod loss_curve;
 mod metrics;
 mod notices;
 mod page;
+mod tensorboard;
 mod validation;
 
 pub use environment::Environment;
@@ -14,4 +15,5 @@ pub use loss_curve::LossCurve;
 pub use metrics::Metrics;
 pub use notices::Notices;
 pub use page::Page;
+pub use tensorboard::TensorBoard;
 pub use validation::Validations;

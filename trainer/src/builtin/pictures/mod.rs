@@ -37,7 +37,7 @@ const GRID_SEED: u64 = 1;
 pub struct FolderConfig {
     /// The folder, with captions in `metadata.jsonl` or in files beside the pictures.
     pub path: PathBuf,
-    /// The folders below it that are used; all of them if none is named.
+    /// The folders below it that are used, and single pictures; all of them if none is named.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub include: Vec<PathBuf>,
     /// A diffusers pipeline, whose autoencoder and text encoders make latents and embeddings.
@@ -52,10 +52,14 @@ pub struct FolderConfig {
     #[serde(default = "quantization")]
     #[schemars(range(min = 1, max = 4096))]
     pub quantization: usize,
-    /// Frames of films (animated GIF, PNG or WebP), evenly from the first to the last; pictures if none is given.
+    /// Frames of films (MP4 with H.264, animated GIF, PNG or WebP, folders of pictures), evenly from the first to the last; pictures
+    /// if none is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 16_384))]
     pub frames: Option<usize>,
+    /// Whether films of other kinds go through an `ffmpeg` of this machine.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ffmpeg: bool,
     /// Red, green and blue of what shows through where a picture is transparent; white.
     #[serde(default = "white")]
     pub background: [u8; 3],
@@ -84,8 +88,10 @@ impl FolderConfig {
             return Ok(list_pictures(&self.path, &options)?);
         }
         let mut items = Vec::new();
-        for part in &self.include {
-            items.extend(list_pictures(&self.path.join(part), &options)?);
+        for part in self.include.iter().map(|part| self.path.join(part)) {
+            let folder = if part.is_file() { part.parent().unwrap_or(&part) } else { &part };
+            let found = list_pictures(folder, &options)?;
+            items.extend(found.into_iter().filter(|item| *folder == *part || item.path == part));
         }
         Ok(items)
     }
@@ -94,7 +100,7 @@ impl FolderConfig {
         let read = ReadOptions { background: Some(self.background), ..ReadOptions::default() };
         let pictures = PictureOptions { quantization: self.quantization, max_pixels: self.max_pixels, read };
         let pipeline = PipelineFolder::open(&self.pipeline)?;
-        Ok(Preprocess { pipeline, pictures, frames: self.frames, workers })
+        Ok(Preprocess { pipeline, pictures, frames: self.frames, ffmpeg: self.ffmpeg, workers })
     }
 
     /// Encodes what the cache does not have yet.

@@ -68,7 +68,7 @@ function comparison(runs) {
     ["Accuracy", (r) => (isNumber(r.figures.accuracy) ? (100 * r.figures.accuracy).toFixed(1) + " %" : NONE)],
     ["Samples/s", (r) => number(recent(r.curves, "samples_per_sec"))], ["Memory", (r) => memory(last(r.curves.memory)[0]).join(" ")],
     ["Training", (r) => duration(r.figures.train_seconds)]].filter(([, of]) => runs.some((run) => of(run).trim() !== NONE));
-  return el("div", { class: "card" }, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Runs" }, el("table", {},
+  return el("div", { class: "card" }, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Runs" }, el("table", { class: "wide-table" },
     el("thead", {}, el("tr", {}, el("th", {}, "Run"), el("th", {}, "Status"), el("th", { class: "n" }, "Step"), columns.map(([name]) => el("th", { class: "n" }, name)))),
     el("tbody", {}, runs.map((run, i) => el("tr", {}, el("td", {}, el("span", { class: "dot", style: { background: colour(i) } }), run.name), el("td", {}, status(run)),
       el("td", { class: "n" }, count(run.step) + (run.steps ? " / " + count(run.steps) : "")), columns.map(([, of]) => el("td", { class: "n" }, of(run)))))))));
@@ -88,10 +88,10 @@ function recipe(runs) {
   const rows = [...known.values()];
   if (!rows.length) return null;
   const apart = (row) => runs.length > 1 && new Set(row.values.map(shownValue)).size > 1;
-  const table = (rows) => el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Keys of the recipe" }, el("table", {},
+  const table = (rows) => el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Keys of the recipe" }, el("table", { class: runs.length > 1 ? "wide-table" : "rows" },
     el("thead", {}, el("tr", {}, el("th", {}, "Key"), runs.length > 1 ? runs.map((run) => el("th", {}, run.name)) : el("th", {}, "Value"), el("th", {}, "Default"))),
     el("tbody", {}, rows.map((row) => el("tr", {}, el("td", { class: "key" }, row.key), row.values.map((value) => el("td", { class: "val" }, shownValue(value))),
-      el("td", { class: "was" }, row.default === undefined || row.default === null ? NONE : shownValue(row.default)))))));
+      row.default === undefined || row.default === null ? el("td", { class: "was none" }, NONE) : el("td", { class: "was" }, shownValue(row.default)))))));
   const told = rows.filter(apart).concat(rows.filter((row) => row.differs && !apart(row)));
   const rest = rows.filter((row) => !told.includes(row));
   return section("recipe", "Recipe", el("div", { class: "card" },
@@ -114,7 +114,7 @@ function figures(runs) {
   }));
   if (!rows.size) return null;
   const shown = (value) => (Array.isArray(value) ? value.map((v) => (isNumber(v) ? number(v) : shownValue(v))).join("  ") : isNumber(value) ? number(value) : shownValue(value));
-  return section("figures", "Figures", el("div", { class: "card" }, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Figures" }, el("table", {},
+  return section("figures", "Figures", el("div", { class: "card" }, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Figures" }, el("table", { class: "narrow" },
     runs.length > 1 ? el("thead", {}, el("tr", {}, el("th", {}, ""), runs.map((run) => el("th", { class: "n" }, run.name)))) : null,
     el("tbody", {}, [...rows].map(([name, values]) => el("tr", {}, el("td", {}, name.replaceAll("_", " ")), values.map((value) => el("td", { class: "n" }, shown(value))))))))));
 }
@@ -128,7 +128,7 @@ function sizes(dims) {
 function data(runs) {
   const cards = runs.filter((run) => (run.environment.buckets || []).length).map((run) => {
     const buckets = run.environment.buckets, most = Math.max(...buckets.map((bucket) => bucket.samples)), all = run.environment.samples;
-    return el("div", { class: "card" }, runs.length > 1 ? el("h3", {}, run.name) : null, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Sizes of samples" }, el("table", {},
+    return el("div", { class: "card" }, runs.length > 1 ? el("h3", {}, run.name) : null, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Sizes of samples" }, el("table", { class: "wide-table" },
       el("thead", {}, el("tr", {}, el("th", {}, "Size"), el("th", {}, "Shape"), el("th", { class: "n" }, "Samples"), el("th", { class: "n" }, "Share"), el("th", {}, ""))),
       el("tbody", {}, buckets.map(({ dims, samples }) => el("tr", {}, el("td", {}, sizes(dims)), el("td", {}, (dims[dims.length - 1] / dims[dims.length - 2]).toFixed(2) + " : 1"),
         el("td", { class: "n" }, count(samples)), el("td", { class: "n" }, ((100 * samples) / all).toFixed(1) + " %"),
