@@ -28,6 +28,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--lora", type=int, help="train LoRA adapters of this rank alone, peft's on the other side")
     parser.add_argument("--compile", action="store_true", help="also run PyTorch with compiled blocks")
     parser.add_argument("--quiet", type=float, default=60, help="seconds to wait at most for a quiet machine")
     parser.add_argument("--out", help="append every measurement to this file, one JSON object a line")
@@ -72,7 +73,7 @@ def main():
 
 def compare(args, config, dtype):
     counts = ["--steps", str(args.steps), "--warmup", str(args.warmup), "--threads", str(args.threads)]
-    what = ["--config", config, "--dtype", dtype, *counts]
+    what = ["--config", config, "--dtype", dtype, *counts, *(["--lora", str(args.lora)] if args.lora else [])]
     torch = [sys.executable, ROOT / "bench" / "torch_step.py", *what]
     sides = [[binary(), "bench", "step", *what, "--json"], torch]
     if args.compile:

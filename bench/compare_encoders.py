@@ -1,9 +1,10 @@
-"""Autoencoders against diffusers', both sides taking turns: ratios of the fastest runs, and of the memory.
+"""Autoencoders and a text encoder against diffusers' and transformers', both sides taking turns: ratios of the fastest runs, and of the memory.
 
     python bench/compare_encoders.py --dtype f32 bf16 --rounds 3 [--only 512] [--threads 2]
 
 The Python that runs this needs torch and diffusers; `cargo build --release` must have run. Shapes are those of `flowtape bench
-encoders`: FLUX.1's autoencoder at 512 x 512 and 1024 x 1024 pixels, Wan 2.1's on 17 frames; weights are random. Memory is that of a
+encoders`: FLUX.1's autoencoder at 512 x 512 and 1024 x 1024 pixels, Wan 2.1's on 17 frames, four layers of T5-XXL on 512 tokens;
+weights are random. Memory is that of a
 process of its own for each measurement: ours of tensors, PyTorch's of the process less what it takes before the first run.
 """
 
@@ -19,7 +20,9 @@ import time
 
 FLOWTAPE = pathlib.Path(__file__).resolve().parent.parent / "target" / "release" / "flowtape"
 
-WORKS = [("flux.1", "1x3x512x512"), ("flux.1", "1x3x1024x1024"), ("wan2.1", "1x3x17x256x256")]
+WORKS = [
+    ("flux.1", "1x3x512x512"), ("flux.1", "1x3x1024x1024"), ("wan2.1", "1x3x17x256x256"), ("t5-xxl", "4x512"),
+]
 
 
 def own(title, dtype, args):
@@ -38,6 +41,12 @@ def make(name, torch, dtype):
     except ImportError:
         sys.exit("compare_encoders.py needs the Python package diffusers: pip install torch diffusers")
     torch.manual_seed(0)
+    if name == "t5-xxl":
+        import transformers
+
+        config = transformers.T5Config(
+            d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=4, feed_forward_proj="gated-gelu", vocab_size=32128)
+        return transformers.T5EncoderModel(config).to(dtype).eval()
     if name == "wan2.1":
         model = diffusers.AutoencoderKLWan()
     else:
@@ -46,6 +55,19 @@ def make(name, torch, dtype):
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             use_quant_conv=False, use_post_quant_conv=False)
     return model.to(dtype).eval()
+
+
+def timed(run, model, rounds):
+    """Seconds of the fastest of some runs, and MiB that the process grew by, with the weights."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return best, peak / 1024 + weights / 2**20
 
 
 def peer(job, answer):
@@ -58,20 +80,15 @@ def peer(job, answer):
     model = make(name, torch, dtype)
     dims = [int(size) for size in job["shape"].split("x")]
     with torch.no_grad():
+        if name == "t5-xxl":
+            tokens = torch.arange(dims[1])[None]
+            return answer.send(timed(lambda: model(tokens).last_hidden_state, model, job["rounds"]))
         if way == "decode":
             frames = [1 + (dims[2] - 1) // 4] if name == "wan2.1" else []
             dims = [1, 16, *frames, dims[-2] // 8, dims[-1] // 8]
         x = torch.randn(dims).to(dtype)
         run = (lambda: model.encode(x).latent_dist.mean) if way == "encode" else (lambda: model.decode(x).sample)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        best = float("inf")
-        for _ in range(job["rounds"]):
-            start = time.perf_counter()
-            run()
-            best = min(best, time.perf_counter() - start)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    answer.send((best, peak / 1024 + weights / 2**20))
+        answer.send(timed(run, model, job["rounds"]))
 
 
 def main():
@@ -91,7 +108,7 @@ def main():
     for dtype in args.dtype:
         print(f"\n{dtype}, {args.threads} threads: seconds and MiB, Flowtape / PyTorch, and the ratios")
         for name, shape in WORKS:
-            for way in ["encode", "decode"]:
+            for way in ["encode"] if name == "t5-xxl" else ["encode", "decode"]:
                 title = f"{name} {way} {shape}"
                 if args.only and args.only not in title:
                     continue

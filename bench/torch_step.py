@@ -32,6 +32,7 @@ def arguments():
     parser.add_argument("--dtype", choices=["f32", "bf16", "mixed"], default="f32",
                         help="bf16: weights, gradients and moments too; mixed: f32 weights and moments, autocast")
     parser.add_argument("--compile", action="store_true", help="compile each kind of block once")
+    parser.add_argument("--lora", type=int, help="train peft's LoRA of this rank beside all linear layers")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0)
@@ -52,6 +53,12 @@ def main():
         pooled_projection_dim=config["pooled"], guidance_embeds=False, axes_dims_rope=config["axes"],
     ).to(dtype)
     model.train()
+    if args.lora:
+        import peft
+
+        adapter = peft.LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules="all-linear")
+        # peft would keep adapters of bf16 weights in f32.
+        model = peft.get_peft_model(model, adapter, autocast_adapter_dtype=False).to(dtype)
     batch, (height, width), text_len = config["batch"], config["image"], config["text"]
     params = sum(p.numel() for p in model.parameters())
 
@@ -73,7 +80,7 @@ def main():
     text = torch.randn(batch, text_len, config["joint"], dtype=dtype)
     pooled = torch.randn(batch, config["pooled"], dtype=dtype)
     optimizer = torch.optim.AdamW(
-        model.parameters(), fused=True, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
+        [p for p in model.parameters() if p.requires_grad], fused=True, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
     )
 
     def pack(x):

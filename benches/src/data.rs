@@ -65,7 +65,7 @@ impl Source for Slow {
 /// # Errors
 /// When memory runs out.
 pub fn loading(work: &Work, device: &Device, pause: Duration, steps: usize) -> Result<Loading> {
-    let recipe = work.recipe(Dtype::F32, true)?;
+    let recipe = work.recipe(Dtype::F32, true, None)?;
     let trainer = |pause: Duration, num_workers: usize| -> Result<Trainer> {
         let mut recipe = recipe.clone();
         recipe.data.num_workers = num_workers;

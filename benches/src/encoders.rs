@@ -1,9 +1,10 @@
-//! Autoencoders of published shapes with random weights: encoding and decoding, as preprocessing and previews run them.
+//! Autoencoders and a text encoder of published shapes with random weights, as preprocessing and previews run them.
 
 use std::time::Instant;
 
 use flowtape_engine::nn::{ParamBuilder, Placement};
 use flowtape_engine::{DType, Device, Philox, Tensor};
+use flowtape_models::text::{T5Config, T5EncoderModel, TextModel};
 use flowtape_models::vae::{Autoencoder, AutoencoderKind, Tiling};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -41,6 +42,10 @@ pub struct EncoderMeasurement {
     /// MiB of tensors at most, weights included.
     pub tensors_mb: usize,
 }
+
+/// Layers of T5-XXL that are measured, and tokens.
+const T5_LAYERS: usize = 4;
+const T5_TOKENS: usize = 512;
 
 /// Name, configuration, and the pixels of a sample.
 fn works() -> Vec<(&'static str, Value, Vec<usize>)> {
@@ -80,24 +85,44 @@ pub fn encoders(options: &EncoderOptions, mut report: impl FnMut(&EncoderMeasure
         let runs: [(&str, Run); 2] =
             [("encode", |model, x| Ok(model.encode(x)?.mean)), ("decode", |model, z| Ok(model.decode(z)?))];
         for ((way, run), input) in runs.into_iter().zip([&x, &z]).filter(|((way, _), _)| wanted(way)) {
-            let mut fastest = f64::INFINITY;
-            for _ in 0..options.rounds.max(1) {
-                let start = Instant::now();
-                // One value is read, so that all of it was computed.
-                run(&*model, input)?.flatten(1, input.rank() - 1)?.narrow(1, 0, 1)?.to_vec::<f32>()?;
-                fastest = fastest.min(start.elapsed().as_secs_f64());
-            }
-            report(&EncoderMeasurement {
-                name: format!("{name} {way}"),
-                shape: shape.clone(),
-                dtype: options.dtype.name(),
-                threads: rayon::current_num_threads(),
-                s_min: fastest,
-                tensors_mb: options.device.backend().memory().peak >> 20,
-            });
+            report(&measured(options, format!("{name} {way}"), shape.clone(), || run(&*model, input))?);
         }
     }
+    let (name, shape) = ("t5-xxl encode".to_owned(), format!("{T5_LAYERS}x{T5_TOKENS}"));
+    if options.only.as_deref().is_none_or(|only| format!("{name} {shape}").contains(only)) {
+        let config =
+            T5Config { d_model: 4096, d_ff: 10_240, num_heads: 64, num_layers: T5_LAYERS, ..T5Config::default() };
+        let params = ParamBuilder::with_plan(0, Placement::frozen(options.dtype), &options.device);
+        let model = T5EncoderModel::new(config, false, &params)?;
+        let tokens = Tensor::from_vec((0..T5_TOKENS as u32).collect::<Vec<u32>>(), &[1, T5_TOKENS], &options.device)?;
+        report(&measured(options, name, shape, || Ok(model.forward(&tokens, None)?.last_hidden_state))?);
+    }
     Ok(())
+}
+
+/// The fastest of some runs.
+fn measured(
+    options: &EncoderOptions,
+    name: String,
+    shape: String,
+    run: impl Fn() -> Result<Tensor>,
+) -> Result<EncoderMeasurement> {
+    let mut fastest = f64::INFINITY;
+    for _ in 0..options.rounds.max(1) {
+        let start = Instant::now();
+        let output = run()?;
+        // One value is read, so that all of it was computed.
+        output.flatten(1, output.rank() - 1)?.narrow(1, 0, 1)?.to_vec::<f32>()?;
+        fastest = fastest.min(start.elapsed().as_secs_f64());
+    }
+    Ok(EncoderMeasurement {
+        name,
+        shape,
+        dtype: options.dtype.name(),
+        threads: rayon::current_num_threads(),
+        s_min: fastest,
+        tensors_mb: options.device.backend().memory().peak >> 20,
+    })
 }
 
 /// One way through an autoencoder.

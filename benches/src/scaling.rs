@@ -64,7 +64,7 @@ fn sweeps() -> Vec<(&'static str, Vec<(usize, Work)>)> {
 /// When the sizes do not fit the model.
 pub fn memory(work: &Work, dtype: Dtype) -> Result<usize> {
     let meta = Meta::default();
-    step(work, &meta.device(), &Options { dtype, steps: 1, warmup: 1, at_once: true, profile: false })?;
+    step(work, &meta.device(), &Options { dtype, steps: 1, warmup: 1, at_once: true, profile: false, lora: None })?;
     Ok(meta.peak())
 }
 
@@ -76,7 +76,8 @@ pub fn scaling(device: &Device, dtype: Dtype, steps: usize, mut report: impl FnM
     let mut points = Vec::new();
     for (axis, sizes) in sweeps() {
         for (value, work) in sizes {
-            let m = step(&work, device, &Options { dtype, steps, warmup: 1, at_once: true, profile: false })?;
+            let m =
+                step(&work, device, &Options { dtype, steps, warmup: 1, at_once: true, profile: false, lora: None })?;
             let memory_mb = memory(&work, dtype)? as f64 / f64::from(1 << 20);
             let point = Point {
                 axis,
@@ -184,7 +185,8 @@ mod tests {
         let (_, work) = &of("batch")[1];
         for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Mixed] {
             let device = Device::new(Cpu::default());
-            step(work, &device, &Options { dtype, steps: 1, warmup: 1, at_once: true, profile: false }).unwrap();
+            step(work, &device, &Options { dtype, steps: 1, warmup: 1, at_once: true, profile: false, lora: None })
+                .unwrap();
             let (real, counted) = (device.backend().memory().peak as f64, memory(work, dtype).unwrap() as f64);
             assert!((real / counted - 1.0).abs() < 0.03, "{dtype:?}: {real} and {counted}");
         }

@@ -24,6 +24,8 @@ pub struct Options {
     pub at_once: bool,
     /// Whether each kernel is timed.
     pub profile: bool,
+    /// The rank of LoRA adapters beside all linear layers, where these alone are trained.
+    pub lora: Option<usize>,
 }
 
 /// What a step takes. The fields are those of the peer's script.
@@ -108,7 +110,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
     if options.steps == 0 {
         return Err(Error::Run { path: "--steps".into(), what: "expected at least 1, got 0".into() });
     }
-    let recipe = work.recipe(options.dtype, options.at_once)?;
+    let recipe = work.recipe(options.dtype, options.at_once, options.lora)?;
     let mut trainer = Trainer::with_data(&device, &recipe, work.data()?)?;
     // Before and after: a machine whose clock moves would else be told to run above its peak.
     let peak = || (options.profile && device.backend().is_host()).then(|| cpu::peak_flops(options.dtype.into()));
@@ -221,7 +223,7 @@ mod tests {
     /// The small configuration with few blocks, on a device of its own.
     fn measured(batch: usize, dtype: Dtype, at_once: bool) -> Measurement {
         let work = Work { double: 1, single: 1, batch, ..Work::s() };
-        let options = Options { dtype, steps: 3, warmup: 2, at_once, profile: false };
+        let options = Options { dtype, steps: 3, warmup: 2, at_once, profile: false, lora: None };
         step(&work, &Device::new(Cpu::default()), &options).unwrap()
     }
 
@@ -253,7 +255,7 @@ mod tests {
     #[test]
     fn a_profile_adds_up_to_the_step() {
         let work = Work { double: 1, single: 1, batch: 1, ..Work::s() };
-        let options = Options { dtype: Dtype::F32, steps: 5, warmup: 1, at_once: true, profile: true };
+        let options = Options { dtype: Dtype::F32, steps: 5, warmup: 1, at_once: true, profile: true, lora: None };
         let m = step(&work, &Device::cpu(), &options).unwrap();
         let kernels: f64 = m.profile.iter().map(|(_, e)| e.seconds).sum();
         assert!(kernels > 0.0 && kernels <= m.s_mean, "{kernels} of {}", m.s_mean);

@@ -135,11 +135,11 @@ impl Work {
     }
 
     /// A recipe that trains it, on data of [`Work::data`]. Parameters are updated as soon as their gradients are final, or
-    /// after the backward pass.
+    /// after the backward pass. With a rank, LoRA adapters of all linear layers are trained, and the rest is frozen.
     ///
     /// # Errors
     /// When the sizes do not fit.
-    pub fn recipe(&self, dtype: Dtype, at_once: bool) -> Result<Recipe> {
+    pub fn recipe(&self, dtype: Dtype, at_once: bool, lora: Option<usize>) -> Result<Recipe> {
         // A limit that is never reached keeps all gradients until the backward pass is through.
         let clip = if at_once { Value::Null } else { json!({ "max_norm": 1e30 }) };
         Recipe::from_json(json!({
@@ -157,6 +157,7 @@ impl Work {
             },
             "optimizer": { "lr": 1e-4, "weight_decay": 0.01 },
             "clip_grad_norm": clip,
+            "peft": lora.map(|rank| json!({ "dim": rank, "alpha": rank, "match_all_linear": true })),
             "step_scheduler": { "local_batch_size": self.batch, "max_steps": 1_000_000 },
         }))
     }
@@ -201,7 +202,7 @@ mod tests {
         }
         for (name, parameters) in [("s", 13_906_496), ("digits", 1_790_596)] {
             let work = Work::named(name).unwrap();
-            let recipe = work.recipe(Dtype::F32, true).unwrap();
+            let recipe = work.recipe(Dtype::F32, true, None).unwrap();
             let trainer = Trainer::with_data(&Meta::default().device(), &recipe, work.data().unwrap()).unwrap();
             assert_eq!(trainer.model().params().numel(), parameters, "{name}");
         }

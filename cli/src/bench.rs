@@ -62,6 +62,9 @@ pub struct Step {
     /// Print where the time goes, kernel by kernel.
     #[arg(long)]
     profile: bool,
+    /// Train LoRA adapters of this rank beside all linear layers, which are frozen.
+    #[arg(long, value_name = "RANK")]
+    lora: Option<usize>,
 }
 
 #[derive(Args)]
@@ -295,9 +298,9 @@ fn run_step(args: &Step) -> Result<()> {
     let mut work = Work::named(&name(args.config)).context("a configuration")?;
     work.batch = args.batch.unwrap_or(work.batch);
     let device = flowtape_gpu::device(&args.device)?;
-    let &Step { steps, warmup, profile, .. } = args;
+    let &Step { steps, warmup, profile, lora, .. } = args;
     let dtype = args.dtype.into();
-    let options = Options { dtype, steps, warmup, at_once: !args.update_last, profile };
+    let options = Options { dtype, steps, warmup, at_once: !args.update_last, profile, lora };
     let measured = awake(&device, || step(&work, &device, &options))?;
     if profile {
         out(format_args!("{}", profile_table(&measured)));

@@ -16,6 +16,7 @@ mod settings;
 mod signals;
 mod terminal;
 mod train;
+mod warnings;
 mod watch;
 mod weights;
 
@@ -26,7 +27,10 @@ use anyhow::Result;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use flowtape_engine::cpu::usable_threads;
 use flowtape_trainer::inspect::inspect;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::terminal::{Stderr, be_quiet, delivered, err, note, out, say};
 
@@ -174,7 +178,9 @@ fn log(usual: &str) {
         note!("RUST_LOG: {error}; showing {usual}s");
         EnvFilter::new(usual)
     });
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Stderr).init();
+    let printed = tracing_subscriber::fmt::layer().with_writer(|| Stderr).with_filter(filter);
+    let kept = warnings::Keep.with_filter(LevelFilter::WARN);
+    tracing_subscriber::registry().with(printed).with(kept).init();
 }
 
 fn list_devices(json: bool) -> Result<ExitCode> {

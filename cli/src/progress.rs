@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::signals::Stop;
 use crate::terminal::{bar, note};
+use crate::warnings;
 
 /// Time between lines where there is no terminal.
 const EVERY: Duration = Duration::from_secs(10);
@@ -116,6 +117,9 @@ impl Hook for &mut Terminal<'_> {
             Event::Validated(validated) => self.validated(validated),
             Event::Noticed(what) => self.line(what),
             _ => {}
+        }
+        for warning in warnings::taken() {
+            run.emit(Event::Warned(&warning))?;
         }
         Ok(())
     }

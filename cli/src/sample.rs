@@ -198,10 +198,10 @@ pub fn run(args: &Sample) -> Result<ExitCode> {
     let mut trained = load(from, args.device.as_deref())?;
     trained.add_adapters(&loras, args.allow_unused)?;
     if let Some(steps) = args.steps {
-        trained.sampling.num_inference_steps = steps;
+        trained.sampling.num_inference_steps = Some(steps);
     }
     if let Some(scale) = args.guidance {
-        trained.sampling.guidance_scale = scale;
+        trained.sampling.guidance_scale = Some(scale);
     }
     let first_frame = match (&args.first_frame, &trained.sample_dims()?[..]) {
         (Some(path), [.., height, width]) => Some(load_grey(path, (*height, *width))?),

@@ -73,7 +73,9 @@ fn a_report_is_good_on_every_screen_and_asks_nobody_for_anything() {
     let Some(mut browser) = Browser::start() else { return };
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("a <b>&\"run\"");
-    train(&run, &[]);
+    train(&run, &["data.drop_last=true"]);
+    // What the log warned of.
+    assert!(std::fs::read_to_string(run.join("notices.jsonl")).unwrap().contains("which fill no batch"));
     append(&run.join("notices.jsonl"), &format!("{}\n", json!({ "step": 7, "text": HOSTILE })));
     // `train` has written it with its last picture; the warning came later.
     assert!(run.join("report.html").exists());

@@ -10,7 +10,10 @@ use flowtape_models::pipeline::{PipelineFolder, PromptEncoder};
 
 use crate::cache::{CacheHeader, CacheWriter};
 use crate::encode::VaeCodec;
-use crate::media::{Picture, PictureItem, ReadOptions, is_film, read_film, read_picture, resize_and_crop};
+use crate::media::{
+    Interpolation, Picture, PictureItem, ReadOptions, is_film, read_film, read_picture, resize_and_crop,
+    resize_and_crop_frame,
+};
 use crate::{Buckets, Error, Fingerprint, LatentCodec, Media, Resolution, Result, Sample, Text, TextEmbeddings};
 
 /// Samples of a shard of the cache.
@@ -202,8 +205,14 @@ impl Preprocess {
         };
         let first = frames.first().ok_or_else(|| Error::batch("frames", "at least one", "none"))?;
         let bucket = buckets.resolutions[buckets.of(Resolution::new(first.width, first.height))];
-        let fitted =
-            |frame: &Picture| resize_and_crop(frame, bucket.width, bucket.height).picture.pixels(&Device::cpu());
+        let fitted = |frame: &Picture| {
+            let (width, height) = (bucket.width, bucket.height);
+            let cropped = match self.frames {
+                Some(_) => resize_and_crop_frame(frame, width, height, Interpolation::Linear),
+                None => resize_and_crop(frame, width, height),
+            };
+            cropped.picture.pixels(&Device::cpu())
+        };
         let fitted = frames.iter().map(fitted).collect::<Result<Vec<Tensor>>>()?;
         let pixels = match self.frames {
             Some(_) => Tensor::stack(&fitted.iter().collect::<Vec<_>>(), 1)?,

@@ -3,17 +3,14 @@
 use std::path::Path;
 
 use flowtape_data::media::{
-    EditAreas, Filter, Picture, Qwen2VLImageProcessor, ReadOptions, normalised, read_picture, resize, resize_and_crop,
-    sides_of_area,
+    EditAreas, Filter, Interpolation, Picture, Qwen2VLImageProcessor, ReadOptions, ResizeMode, evenly, interpolate,
+    normalised, read_picture, resize, resize_and_crop, resize_and_crop_frame, resize_to, sides_of_area,
 };
 use flowtape_engine::{Device, Tensor};
 use serde_json::Value;
 
 use crate::Outcome;
 use crate::golden::{Any, Golden, exact, max, text};
-
-/// What other parts of the project will make of these files.
-const NOT_BUILT: [&str; 1] = ["video"];
 
 /// The bytes of a picture among the outputs.
 fn picture(tensor: &Tensor) -> Any<Picture> {
@@ -121,7 +118,57 @@ pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
         let want = picture(&outputs.tensor("postprocess/uint8")?)?;
         out.push(same("postprocess/uint8".into(), &Picture::from_pixels(&pixels)?, &want, 0.0));
     }
-    out.extend(NOT_BUILT.into_iter().filter(|key| !case[*key].is_null()).map(Outcome::not_built));
+    films(&list("video"), &outputs, out)
+}
+
+/// Frames of films at other sizes, through OpenCV.
+fn films(list: &[Value], outputs: &Golden, out: &mut Vec<Outcome>) -> Any<()> {
+    if list.is_empty() {
+        return Ok(());
+    }
+    let all = outputs.tensor("video/frames")?;
+    let count = all.dim(0)?;
+    let frames = (0..count).map(|i| picture(&all.narrow(0, i, 1)?.squeeze(0)?)).collect::<Any<Vec<_>>>()?;
+    for film in list {
+        let (key, [height, width]) = (text(film, "key")?, pair(&film["target_hw"])?);
+        let by = match key.split('/').nth(1).unwrap_or_default().trim_end_matches("_stretch") {
+            "nearest" => Interpolation::Nearest,
+            "bilinear" => Interpolation::Linear,
+            "bicubic" => Interpolation::Cubic,
+            "area" => Interpolation::Area,
+            "lanczos" => Interpolation::Lanczos4,
+            other => return Err(format!("the interpolation {other}").into()),
+        };
+        let wanted: Vec<usize> = serde_json::from_value(film["indices"].clone())?;
+        out.push(exact(format!("{key}/indices"), evenly(count, wanted.len()) == wanted, format!("{wanted:?}")));
+        let want = outputs.tensor(key)?;
+        let mut worst = 0.0;
+        for (i, index) in wanted.into_iter().enumerate() {
+            let got = match film["center_crop"].as_bool() {
+                Some(true) => resize_and_crop_frame(&frames[index], width, height, by).picture,
+                _ => interpolate(&frames[index], width, height, by),
+            };
+            worst = max(worst, distance(&got, &picture(&want.narrow(0, i, 1)?.squeeze(0)?)?));
+        }
+        let bound = if by == Interpolation::Nearest { 0.0 } else { 1.0 };
+        out.push(Outcome::measured(key.to_owned(), worst, bound, format!("{:?}", want.dims())));
+    }
+    // What a film is before it is encoded, and its first frame.
+    if outputs.has("video/load_video") {
+        let want = outputs.tensor("video/load_video")?;
+        let &[1, 3, taken, height, width] = want.dims() else {
+            return Err("video/load_video is [1, 3, F, H, W]".into());
+        };
+        let fitted = |index: usize| resize_and_crop_frame(&frames[index], width, height, Interpolation::Linear).picture;
+        let indices = evenly(count, taken);
+        let pixels = indices.iter().map(|index| Ok(fitted(*index).pixels(&Device::cpu())?)).collect::<Any<Vec<_>>>()?;
+        let got = Tensor::stack(&pixels.iter().collect::<Vec<_>>(), 1)?.to_vec::<f64>()?;
+        let worst = got.iter().zip(want.to_vec::<f64>()?).map(|(a, b)| (a - b).abs()).fold(0.0, max);
+        // One level of OpenCV's.
+        out.push(Outcome::measured("video/load_video", worst, 2.0 / 255.0 + 1e-6, format!("{:?}", want.dims())));
+        let first = picture(&outputs.tensor("video/first_frame")?)?;
+        out.push(same("video/first_frame".into(), &fitted(0), &first, 1.0));
+    }
     Ok(())
 }
 
@@ -158,19 +205,17 @@ fn processors(dir: &Path, case: &Value, outputs: &Golden, out: &mut Vec<Outcome>
         let got = normalised(&resized, three("mean")?, three("std")?, &Device::cpu())?;
         compare("siglip/pixel_values", &got.unsqueeze(0)?)?;
     }
-    let mut others = Vec::new();
     for mode in case["vae_image_processor"].as_array().into_iter().flatten() {
         let name = format!("vae_image_processor/{}", text(mode, "resize_mode")?);
         let sides = serde_json::from_value::<[usize; 2]>(serde_json::json!([mode["width"], mode["height"]]))?;
-        match text(mode, "resize_mode")? {
-            "default" => {
-                let resized = resize(&rgb, sides[0], sides[1], Filter::Lanczos);
-                compare(&name, &resized.pixels(&Device::cpu())?.unsqueeze(0)?)?;
-            }
-            _ => others.push(name),
-        }
+        let by = match text(mode, "resize_mode")? {
+            "default" => ResizeMode::Default,
+            "fill" => ResizeMode::Fill,
+            "crop" => ResizeMode::Crop,
+            other => return Err(format!("the resize_mode {other}").into()),
+        };
+        compare(&name, &resize_to(&rgb, sides[0], sides[1], by).pixels(&Device::cpu())?.unsqueeze(0)?)?;
     }
-    out.extend(others.into_iter().map(Outcome::not_built));
     for geometry in case["edit_geometry"].as_array().into_iter().flatten() {
         let ([width, height], want) = (pair(&geometry["image"])?, pair(&geometry["condition_size"])?);
         let got = sides_of_area(EditAreas::default().condition, width, height);

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use flowtape_engine::Device;
-use flowtape_models::vae::{self, AUTOENCODERS, Tiling};
+use flowtape_engine::{Device, Tensor};
+use flowtape_models::vae::{self, AUTOENCODERS, MelSpectrogram, Tiling};
 use serde_json::Value;
 
 use crate::Outcome;
-use crate::golden::{Any, Golden, number, relative, text};
+use crate::golden::{Any, Golden, max, number, relative, text};
 
 /// Encode (moments, mean, sample), normalised latents, decode, and both in tiles.
 pub(crate) fn check(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
@@ -74,7 +74,7 @@ pub(crate) fn check_on(dir: &Path, device: &Device, out: &mut Vec<Outcome>) -> A
     Ok(())
 }
 
-/// A folder of one run, on sound. Spectrograms of waveforms are not built.
+/// A folder of one run, on sound, and the spectrogram in front of it.
 fn sound(dir: &Path, case: &Value, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
     let (inputs, outputs) = (Golden::tensors(dir, "inputs")?.on(device), Golden::tensors(dir, "outputs")?.on(device));
     let model = vae::load(dir, None, device)?;
@@ -91,7 +91,26 @@ fn sound(dir: &Path, case: &Value, device: &Device, out: &mut Vec<Outcome>) -> A
         let worst = relative(&tensor, &outputs.tensor(name)?)?;
         out.push(Outcome::measured(name, worst, bound, format!("{:?}", tensor.dims())));
     }
-    out.push(Outcome::not_built("mel"));
+    let sound = if inputs.has("waveform") { inputs.tensor("waveform")? } else { outputs.tensor("waveform")? };
+    let spectrogram = MelSpectrogram::default();
+    let want = outputs.tensor("mel")?;
+    let got = spectrogram.forward(&sound)?.unsqueeze(0)?;
+    let bound = number(&case["tolerance"], "mel")?;
+    out.push(Outcome::measured("mel", relative(&got, &want)?, bound, format!("{:?}", want.dims())));
+    // A narrow autoencoder takes some of the bands.
+    let taken = log_mel.dim(3)?;
+    let every = (0..taken as u32).map(|i| i * (spectrogram.n_mels / taken.max(1)) as u32).collect();
+    let every = Tensor::from_vec(every, &[taken], device)?;
+    let got = spectrogram.log_mel(&sound)?.index_select(3, &every)?;
+    let pairs = got.to_vec::<f64>()?.into_iter().zip(log_mel.to_vec::<f64>()?);
+    let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, max);
+    let worst = if got.dims() == log_mel.dims() { worst } else { f64::INFINITY };
+    out.push(Outcome::measured(
+        "log_mel",
+        worst,
+        1e-4,
+        case["tolerance"]["log_mel"].as_str().unwrap_or_default().to_owned(),
+    ));
     Ok(())
 }
 

@@ -19,6 +19,11 @@ use flowtape_tests::devices::{gpus, is_slow};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
+#[path = "contracts/convolution.rs"]
+mod convolution;
+
+use convolution::convolution;
+
 /// Elements of a memory: a few views of small sizes, which often meet.
 const LEN: usize = 2048;
 
@@ -897,7 +902,7 @@ fn bytes(seed: u64, device: &Device) {
 /// A method with operands of a seed on a device; whether they kept the contract.
 type Drive = fn(u64, &Device) -> bool;
 
-const METHODS: [(&str, Drive); 10] = [
+const METHODS: [(&str, Drive); 11] = [
     ("copy", copy),
     ("copy_from", copy_from),
     ("pointwise", pointwise),
@@ -907,6 +912,7 @@ const METHODS: [(&str, Drive); 10] = [
     ("rows", rows),
     ("norm", norm),
     ("attention", attention),
+    ("convolution", convolution),
     ("fused backward", fused_backward),
 ];
 

@@ -1,6 +1,7 @@
 //! Pictures and films of a diffusers pipeline, written with what made them.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use flowtape_data::media::{
     EditAreas, Picture, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture, write_film, write_png,
@@ -10,18 +11,21 @@ use flowtape_engine::cpu::awake;
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::Transformer;
 use flowtape_models::peft::load_any;
-use flowtape_models::pipeline::{ConditionImage, Generated, Generator, PipelineFolder, Waveform};
+use flowtape_models::pipeline::{
+    ConditionImage, Generated, Generator, KnownPrompts, PipelineFolder, PromptEncoder, Waveform,
+};
 
 pub use flowtape_flowmatch::solver::{SOLVERS, Solver};
 pub use flowtape_models::pipeline::{MODEL_INDEX, Request, SoundGuidance};
 
-use crate::Result;
 use crate::checkpoints::Content;
+use crate::generate::Samples;
 use crate::picture::beside;
 use crate::run::RunFolder;
 use crate::state::ema_folder;
 use crate::trainer::trained_model;
 use crate::weights::check_used;
+use crate::{Recipe, Result, generate};
 
 /// What a pipeline or a run of one is asked for beside the request.
 #[derive(Clone, Copy, Debug)]
@@ -71,7 +75,8 @@ pub fn compose(
         }
         Ok(())
     };
-    let mut generate = |folder: &PipelineFolder, generator: Generator<'_>| -> Result<Generated> {
+    let mut asked = request.clone();
+    let mut make = |folder: &PipelineFolder, generator: Generator<'_>, request: &Request<'_>| -> Result<Generated> {
         let images = images(folder, options.images)?;
         let request = Request { images: &images, ..request.clone() };
         let made = awake(options.device, || {
@@ -91,7 +96,7 @@ pub fn compose(
             generator = generator.with_folder(name, path.clone());
         }
         weights = hashes(&generator.transformer_folder("transformer")?)?;
-        generated = generate(&folder, generator)?;
+        generated = make(&folder, generator, &asked)?;
     } else {
         let (run, recipe) = RunFolder::open(named)?;
         let Some(path) = recipe.data.folder.as_ref().map(|folder| &folder.pipeline).or(recipe.data.pipeline.as_ref())
@@ -106,7 +111,9 @@ pub fn compose(
         pipeline = path.clone();
         weights = hashes(&checkpoint)?;
         let generator = Generator::new(&folder, recipe.dtype.into(), options.device)?.with_transformer(&*model);
-        generated = generate(&folder, generator)?;
+        asked.steps = asked.steps.or(recipe.sampling.num_inference_steps);
+        asked.guidance_scale = asked.guidance_scale.or(recipe.sampling.guidance_scale);
+        generated = make(&folder, generator, &asked)?;
     }
     let mut texts = texts(request, &generated, &pipeline);
     texts.push(("weights", weights));
@@ -115,6 +122,40 @@ pub fn compose(
         paths.extend(write_sound(sound, &paths)?);
     }
     Ok(paths)
+}
+
+/// Samples of a model in a pipeline: those that [`compose`] makes of a run's checkpoint with the same seed, size and settings of the
+/// recipe. None where it was asked to stop: it looks between prompts.
+pub(crate) fn samples(
+    pipeline: &KnownPrompts,
+    model: &dyn Transformer,
+    recipe: &Recipe,
+    dims: &[usize],
+    asked: &generate::Request<'_>,
+    stop: &AtomicBool,
+) -> Result<Option<Samples>> {
+    let generator = Generator::new(pipeline.folder(), recipe.dtype.into(), pipeline.device())?;
+    let generator = generator.with_transformer(model).with_prompts(pipeline);
+    // All at once, while the text encoders are there.
+    pipeline.encode(asked.prompts, None)?;
+    let mut made = Samples { pixels: Vec::new(), dims: dims.to_vec() };
+    for prompt in asked.prompts {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let request = Request {
+            size: dims.last_chunk().copied(),
+            frames: (dims.len() > 3).then(|| dims[1]),
+            steps: recipe.sampling.num_inference_steps,
+            guidance_scale: recipe.sampling.guidance_scale,
+            seed: asked.seed,
+            ..Request::new(prompt)
+        };
+        let generated = generator.generate(&request, &mut |_, _| Ok(()))?;
+        made.dims = generated.pixels.dims()[1..].to_vec();
+        made.pixels.extend(generated.pixels.to_vec::<f32>()?);
+    }
+    Ok(Some(made))
 }
 
 /// The sound of each film as a WAV of its name.

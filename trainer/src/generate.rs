@@ -29,7 +29,7 @@ impl SamplingConfig {
     /// # Errors
     /// Names the key whose value is outside its range.
     pub fn check(&self) -> Result<(), String> {
-        let (steps, scale) = (self.num_inference_steps, self.guidance_scale);
+        let (steps, scale) = (self.steps(), self.guidance());
         if !(1..=MAX_INFERENCE_STEPS).contains(&steps) {
             return Err(format!(
                 "num_inference_steps: expected a whole number from 1 to {MAX_INFERENCE_STEPS}, got {steps}"
@@ -94,7 +94,7 @@ impl Generator<'_> {
     pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
         let euler = FlowMatchEulerDiscrete::new(EulerConfig::default())?;
         // From 1 down in equal steps, as the FLUX pipeline asks for them.
-        let steps = self.sampling.num_inference_steps;
+        let steps = self.sampling.steps();
         let sigmas: Vec<f64> = (0..steps).map(|i| 1.0 - i as f64 / steps as f64).collect();
         let schedule = euler.set_sigmas(&sigmas, None)?;
         let dims = self.data.sample_dims()?;
@@ -113,7 +113,7 @@ impl Generator<'_> {
             let captions: Vec<Option<&str>> = prompts.iter().map(|p| Some(*p)).collect();
             let batch = self.conditioning(&captions, first, &dims, dtype)?;
             let negative = self.conditioning(&vec![None; prompts.len()], first, &dims, dtype)?;
-            let scale = self.sampling.guidance_scale;
+            let scale = self.sampling.guidance();
             let guidance = (scale != 1.0).then_some(Guidance { negative: &negative, scale });
             let task_type = if first.is_some() { TaskType::I2V } else { TaskType::T2V };
             let (adapter, model) = (self.adapter, self.model);
@@ -163,7 +163,8 @@ mod tests {
 
     #[test]
     fn numbers_without_a_meaning_are_refused() {
-        let with = |num_inference_steps, guidance_scale| {
+        let with = |steps, scale| {
+            let (num_inference_steps, guidance_scale) = (Some(steps), Some(scale));
             SamplingConfig { num_inference_steps, guidance_scale, ..SamplingConfig::default() }.check()
         };
         assert!([(1, 1.0), (MAX_INFERENCE_STEPS, 1e3)].into_iter().all(|(n, scale)| with(n, scale).is_ok()));

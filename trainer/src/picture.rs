@@ -118,7 +118,7 @@ pub fn beside(path: &Path, kind: &str) -> PathBuf {
 /// where, from a suffix of the name.
 ///
 /// # Errors
-/// When a file can't be written, or the samples are neither grey nor pictures in colour.
+/// When a file can't be written, or the samples are neither grey nor in colour.
 pub fn save_samples(samples: &Samples, columns: usize, path: impl Fn(&str) -> PathBuf) -> Result<()> {
     let pixels = &samples.pixels;
     match samples.dims[..] {
@@ -127,6 +127,18 @@ pub fn save_samples(samples: &Samples, columns: usize, path: impl Fn(&str) -> Pa
             let images = pixels.chunks_exact(3 * height * width);
             save_png(&path(""), &[Canvas::new(images, 3, (height, width), columns)])
         }
+        [3, frames, height, width] => {
+            let (picture, video) = (height * width, 3 * frames * height * width);
+            // A video's channels are films: a frame has one picture of each.
+            let frame = |video: &[f32], i: usize| -> Vec<f32> {
+                (0..3).flat_map(|channel| &video[(channel * frames + i) * picture..][..picture]).copied().collect()
+            };
+            let canvas = |i: usize| {
+                let images: Vec<Vec<f32>> = pixels.chunks_exact(video).map(|video| frame(video, i)).collect();
+                Canvas::new(images.iter().map(Vec::as_slice), 3, (height, width), columns)
+            };
+            save_png(&path(""), &(0..frames).map(canvas).collect::<Vec<_>>())
+        }
         [1, frames, height, width] => {
             save_animation(&path(""), pixels, (frames, height, width), columns)?;
             let videos = pixels.chunks_exact(frames * height * width);
@@ -134,7 +146,7 @@ pub fn save_samples(samples: &Samples, columns: usize, path: impl Fn(&str) -> Pa
             save_grid(&path("_frames"), &firsts, (height, width), frames)
         }
         _ => {
-            let what = format!("expected grey samples or pictures in colour, got {:?}", samples.dims);
+            let what = format!("expected samples that are grey or in colour, got {:?}", samples.dims);
             Err(Error::Picture { path: path(""), what })
         }
     }

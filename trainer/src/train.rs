@@ -153,7 +153,7 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
 fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Result<Session<'h>> {
     let recipe = run.trainer().recipe().clone();
     let preview = builtin::preview(&recipe)?;
-    let run = run.with(Box::new(Metrics::default())).with(Box::new(Environment::new(&preview.prompts)));
+    let run = run.with(Box::new(Metrics::default())).with(Box::new(Environment::new(&preview)));
     let run = run.with(Box::new(Notices::default())).with(Box::new(TensorBoard::default()));
     let run = hooks.into_iter().fold(run, Session::with).with(Box::new(LossCurve::default()));
     let run = run.with(Box::new(Learning::default()));

@@ -14,8 +14,10 @@ use flowtape_engine::optim::{
 };
 use flowtape_engine::{DType, Device, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput};
+use flowtape_models::pipeline::KnownPrompts;
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 
+use crate::compose;
 use crate::data::Data;
 use crate::error::io;
 use crate::generate::{Generator, Request, Samples};
@@ -527,9 +529,29 @@ impl Trainer {
     /// When a prompt is not taken, or the model fails.
     pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
         let generator = self.generator(&*self.model);
+        self.as_sampled(|| generator.generate(request, stop))
+    }
+
+    /// The same as the data's pipeline makes pictures, so that they are those of later inference: each is that of its prompt alone, with
+    /// the request's seed.
+    ///
+    /// # Errors
+    /// When a part of the pipeline is missing, or the model fails.
+    pub fn generate_by(
+        &self,
+        pipeline: &KnownPrompts,
+        request: &Request<'_>,
+        stop: &AtomicBool,
+    ) -> Result<Option<Samples>> {
+        let dims = self.sample_dims()?;
+        self.as_sampled(|| compose::samples(pipeline, &*self.model, &self.recipe, &dims, request, stop))
+    }
+
+    /// Runs `work` with the weights that are sampled with: their average, where one is kept.
+    fn as_sampled<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         match &self.state.ema {
-            Some(ema) => ema.instead(self.model.params(), || generator.generate(request, stop)),
-            None => self.as_evaluated(|| generator.generate(request, stop)),
+            Some(ema) => ema.instead(self.model.params(), work),
+            None => self.as_evaluated(work),
         }
     }
 }

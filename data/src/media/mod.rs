@@ -5,6 +5,7 @@
 //! | `picture` | [`Picture`] and how files are read: formats, orientation, alpha, depth |
 //! | `film`, `mp4`, `ffmpeg` | frames of films |
 //! | `resample` | resizing, bit for bit as Pillow's |
+//! | `interpolate` | resizing as OpenCV's, for frames |
 //! | `crop` | a picture at a bucket's size, as NeMo makes it |
 //! | `captions` | captions beside pictures, and in a folder's metadata |
 //! | `folder` | a folder of pictures as a list |
@@ -15,6 +16,7 @@ mod crop;
 mod ffmpeg;
 mod film;
 mod folder;
+mod interpolate;
 mod mp4;
 mod picture;
 mod processor;
@@ -23,9 +25,10 @@ mod sound;
 mod write;
 
 pub use captions::MissingCaptions;
-pub use crop::{Cropped, resize_and_crop};
+pub use crop::{Cropped, ResizeMode, resize_and_crop, resize_and_crop_frame, resize_to};
 pub use film::{evenly, is_film, read_film};
 pub use folder::{FolderOptions, PictureItem, list_pictures};
+pub use interpolate::{Interpolation, interpolate};
 pub use picture::{Picture, ReadOptions, is_picture, read_picture};
 pub use processor::{
     EditAreas, PREPROCESSOR_CONFIG, Qwen2VLImageProcessor, condition_image, normalised, sides_of_area,

@@ -55,12 +55,13 @@ struct Window {
     weights: Vec<i32>,
 }
 
-fn windows(filter: Filter, from: usize, to: usize) -> Vec<Window> {
-    let scale = from as f64 / to as f64;
+/// Of `to` new pixels from the part of `from` old ones that begins at `start` and is `length` long.
+fn windows(filter: Filter, from: usize, to: usize, start: f64, length: f64) -> Vec<Window> {
+    let scale = length / to as f64;
     let wide = scale.max(1.0);
     let support = filter.support() * wide;
     let window = |at: usize| {
-        let centre = (at as f64 + 0.5) * scale;
+        let centre = start + (at as f64 + 0.5) * scale;
         let first = (centre - support + 0.5).max(0.0) as usize;
         let last = ((centre + support + 0.5) as usize).min(from);
         let weights = (first..last).map(|i| filter.weight((i as f64 - centre + 0.5) * (1.0 / wide)));
@@ -94,31 +95,55 @@ pub fn resize(picture: &Picture, width: usize, height: usize, filter: Filter) ->
     with_height(with_width(picture.clone(), width, filter), height, filter)
 }
 
+/// Columns of an edge, one like the other: the right one where `last`, else the left one. Pillow makes them where it resizes a part
+/// without width.
+pub(super) fn edge_columns(picture: &Picture, width: usize, last: bool) -> Picture {
+    let start = if last { picture.width as f64 } else { 0.0 };
+    widened(picture, &windows(Filter::Bicubic, picture.width, width, start, 0.0))
+}
+
+/// Rows of the lower edge where `last`, else of the upper one.
+pub(super) fn edge_rows(picture: &Picture, height: usize, last: bool) -> Picture {
+    let start = if last { picture.height as f64 } else { 0.0 };
+    heightened(picture, &windows(Filter::Bicubic, picture.height, height, start, 0.0))
+}
+
 fn with_width(picture: Picture, width: usize, filter: Filter) -> Picture {
     if width == picture.width {
         return picture;
     }
-    let windows = windows(filter, picture.width, width);
+    widened(&picture, &windows(filter, picture.width, width, 0.0, picture.width as f64))
+}
+
+fn widened(picture: &Picture, windows: &[Window]) -> Picture {
     let row = |row: &[u8]| -> Vec<u8> {
         let pixel = |w: &Window| -> [u8; 3] {
             std::array::from_fn(|channel| weighted(&row[w.first * 3 + channel..], 3, &w.weights))
         };
         windows.iter().flat_map(pixel).collect()
     };
-    Picture { width, height: picture.height, rgb: picture.rgb.chunks(picture.width * 3).flat_map(row).collect() }
+    Picture {
+        width: windows.len(),
+        height: picture.height,
+        rgb: picture.rgb.chunks(picture.width * 3).flat_map(row).collect(),
+    }
 }
 
 fn with_height(picture: Picture, height: usize, filter: Filter) -> Picture {
     if height == picture.height {
         return picture;
     }
+    heightened(&picture, &windows(filter, picture.height, height, 0.0, picture.height as f64))
+}
+
+fn heightened(picture: &Picture, windows: &[Window]) -> Picture {
     let line = picture.width * 3;
-    let mut rgb = Vec::with_capacity(line * height);
-    for window in windows(filter, picture.height, height) {
+    let mut rgb = Vec::with_capacity(line * windows.len());
+    for window in windows {
         let start = window.first * line;
         rgb.extend((0..line).map(|i| weighted(&picture.rgb[start + i..], line, &window.weights)));
     }
-    Picture { width: picture.width, height, rgb }
+    Picture { width: picture.width, height: windows.len(), rgb }
 }
 
 fn nearest(picture: &Picture, width: usize, height: usize) -> Picture {

@@ -12,11 +12,11 @@ use flowtape_flowmatch::{
 use serde_json::Value;
 
 use super::guidance::{rescaled, with_norm_of};
-use super::{ConditionImage, PipelineFolder, SoundGuidance};
+use super::{ConditionImage, PipelineFolder, PromptEncoder, SoundGuidance};
 use crate::checkpoint::{CONFIG, load_config};
 use crate::ltx2::{ISOLATE_MODALITIES, PERTURBED_BLOCKS};
 use crate::presets::of_checkpoint;
-use crate::vae::{self, Autoencoder, LTX2Vocoder, Tiling};
+use crate::vae::{self, Autoencoder, Tiling, Vocoder};
 use crate::{Condition, Error, ModelKind, Result, Transformer, checkpoint};
 
 /// What is asked for. What is left out is the pipeline's own.
@@ -169,6 +169,7 @@ pub struct Generator<'a> {
     /// What is done to each transformer that is loaded, such as adapters that are folded in.
     on_load: Option<&'a OnLoad<'a>>,
     transformer: Option<&'a dyn Transformer>,
+    prompts: Option<&'a dyn PromptEncoder>,
     folders: BTreeMap<&'static str, PathBuf>,
     tile: Option<usize>,
 }
@@ -187,6 +188,7 @@ impl<'a> Generator<'a> {
             dtype,
             on_load: None,
             transformer: None,
+            prompts: None,
             folders: BTreeMap::new(),
             tile: None,
         })
@@ -203,6 +205,13 @@ impl<'a> Generator<'a> {
     #[must_use]
     pub fn with_transformer(mut self, model: &'a dyn Transformer) -> Self {
         self.transformer = Some(model);
+        self
+    }
+
+    /// With something that encodes prompts already, in place of the folder's text encoders.
+    #[must_use]
+    pub fn with_prompts(mut self, prompts: &'a dyn PromptEncoder) -> Self {
+        self.prompts = Some(prompts);
         self
     }
 
@@ -316,7 +325,7 @@ impl<'a> Generator<'a> {
 
     fn sound_waves(&self, autoencoder: &dyn Autoencoder, latents: &Tensor) -> Result<Waveform> {
         let log_mel = autoencoder.decode(&autoencoder.denormalise(&latents.to_dtype(DType::F32)?)?)?;
-        let vocoder = LTX2Vocoder::load(&self.folder.part("vocoder")?, DType::F32, &self.device)?;
+        let vocoder = Vocoder::load(&self.folder.part("vocoder")?, DType::F32, &self.device)?;
         Ok(Waveform { samples: vocoder.forward(&log_mel)?, sampling_rate: vocoder.sampling_rate() })
     }
 
@@ -396,7 +405,14 @@ impl<'a> Generator<'a> {
         data: &DataType,
         negative: Option<&str>,
     ) -> Result<Conditioning> {
-        let encoder = self.folder.prompts(&self.device)?;
+        let own;
+        let encoder = match self.prompts {
+            Some(lent) => lent,
+            None => {
+                own = self.folder.prompts(&self.device)?;
+                &*own
+            }
+        };
         let batch = |prompt: &str| -> Result<Batch> {
             let mut batch = Batch::new(noise.clone(), data.clone());
             let encoded = encoder.encode_with_images(&[prompt], request.images, request.max_sequence_length)?;

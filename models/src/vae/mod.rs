@@ -10,7 +10,8 @@
 //! | `hunyuan_video` | [`AutoencoderKLHunyuanVideo15`]: HunyuanVideo 1.5 |
 //! | `ltx2_audio` | [`AutoencoderKLLTX2Audio`]: the sound of LTX-2 |
 //! | `ltx2_video` | [`AutoencoderKLLTX2Video`]: the pictures of LTX-2 |
-//! | `vocoder` | [`LTX2Vocoder`]: from LTX-2's decoded spectrograms to sound waves |
+//! | `mel` | [`MelSpectrogram`]: from sound waves to what LTX-2's audio autoencoder takes |
+//! | `vocoder` | [`Vocoder`]: from LTX-2's decoded spectrograms to sound waves |
 //! | `wan` | [`AutoencoderKLWan`]: Wan 2.1 and 2.2, Qwen-Image |
 //!
 //! They are frozen when they are loaded: what they make is on no tape.
@@ -21,6 +22,7 @@ mod blocks;
 mod hunyuan_video;
 mod ltx2_audio;
 mod ltx2_video;
+mod mel;
 mod tiling;
 mod video;
 mod vocoder;
@@ -40,8 +42,9 @@ pub use self::autoencoder_kl_flux2::{AutoencoderKLFlux2, AutoencoderKLFlux2Confi
 pub use self::hunyuan_video::{AutoencoderKLHunyuanVideo15, AutoencoderKLHunyuanVideo15Config};
 pub use self::ltx2_audio::{AutoencoderKLLTX2Audio, AutoencoderKLLTX2AudioConfig};
 pub use self::ltx2_video::{AutoencoderKLLTX2Video, AutoencoderKLLTX2VideoConfig, Flags, PaddingMode, Scaling};
+pub use self::mel::MelSpectrogram;
 pub use self::tiling::Tiling;
-pub use self::vocoder::{LTX2Vocoder, LTX2VocoderConfig};
+pub use self::vocoder::{LTX2Vocoder, LTX2VocoderConfig, LTX2VocoderWithBWE, LTX2VocoderWithBWEConfig, Vocoder};
 pub use self::wan::{AutoencoderKLQwenImageConfig, AutoencoderKLWan, AutoencoderKLWanConfig};
 use crate::checkpoint::{CONFIG, open_weights, read_config};
 use crate::config::{Config, read};

@@ -1,13 +1,17 @@
 //! Sample grids.
 
 use super::{Cause, Event, Hook, due};
-use crate::Result;
-use crate::generate::Request;
+use std::path::PathBuf;
+
+use flowtape_models::pipeline::{KnownPrompts, PipelineFolder};
+
+use crate::generate::{Request, Samples};
 use crate::picture::save_samples;
 use crate::train::Session;
+use crate::{Error, Result};
 
 /// Samples a grid every so many steps and at the end.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Debug)]
 pub struct Preview {
     /// Steps between grids; 0 for one at the end alone.
     pub every: u64,
@@ -20,19 +24,43 @@ pub struct Preview {
     pub first_frames: Option<Vec<f32>>,
     /// The same in every run, so that pictures can be compared.
     pub seed: u64,
+    /// The pipeline that makes them, where one does.
+    pub pipeline: Option<PathBuf>,
+    /// The same with what it knows of the prompts, when it was opened.
+    pub opened: Option<KnownPrompts>,
 }
 
 impl Preview {
-    fn grids(&self, run: &mut Session<'_>) -> Result<()> {
+    /// By the pipeline, where there is one that can make them.
+    fn samples(&mut self, request: &Request<'_>, run: &Session<'_>) -> Result<Option<Samples>> {
+        let trainer = run.trainer();
+        if let Some(path) = &self.pipeline {
+            let opened = match &mut self.opened {
+                Some(opened) => Ok(opened),
+                none => {
+                    PipelineFolder::open(path).map(|folder| none.insert(KnownPrompts::new(folder, trainer.device())))
+                }
+            };
+            match opened.map_err(Error::from).and_then(|opened| trainer.generate_by(opened, request, run.stop())) {
+                Ok(samples) => return Ok(samples),
+                Err(error) => tracing::warn!("{}: {error}; grids are made without its schedule", path.display()),
+            }
+            self.pipeline = None;
+        }
+        trainer.generate(request, run.stop())
+    }
+
+    fn grids(&mut self, run: &mut Session<'_>) -> Result<()> {
         if self.prompts.is_empty() {
             return Ok(());
         }
         run.emit(Event::Busy("sampling a grid"))?;
-        let prompts: Vec<&str> = self.prompts.iter().map(String::as_str).collect();
-        let kinds = [("", None), ("_i2v", self.first_frames.as_deref())];
+        let (prompts, first_frames) = (self.prompts.clone(), self.first_frames.clone());
+        let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+        let kinds = [("", None), ("_i2v", first_frames.as_deref())];
         for (kind, first_frames) in kinds.into_iter().filter(|(kind, frames)| kind.is_empty() || frames.is_some()) {
             let request = Request { prompts: &prompts, first_frames, seed: self.seed };
-            let Some(samples) = run.trainer().generate(&request, run.stop())? else { return Ok(()) };
+            let Some(samples) = self.samples(&request, run)? else { return Ok(()) };
             let step = run.trainer().state().progress.step;
             let path = |part: &str| run.folder().samples_path(step, &format!("{kind}{part}"));
             let made = run.folder().make_samples_folder();

@@ -8,21 +8,22 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::error::io;
-use crate::hooks::{Begin, Event, Hook};
+use crate::hooks::{Begin, Event, Hook, Preview};
 use crate::train::Session;
 
 /// Writes down with what a run goes on, when it begins: the program, the machine, the data.
 #[derive(Clone, Debug)]
 pub struct Environment {
     prompts: Vec<String>,
+    seed: u64,
 }
 
 impl Environment {
-    /// With the prompts of its sample grids.
-    pub fn new(prompts: &[String]) -> Self {
-        let mut prompts = prompts.to_vec();
+    /// With what its sample grids show.
+    pub fn new(preview: &Preview) -> Self {
+        let mut prompts = preview.prompts.clone();
         prompts.dedup();
-        Self { prompts }
+        Self { prompts, seed: preview.seed }
     }
 
     fn told(&self, begin: &Begin, run: &Session<'_>) -> Value {
@@ -43,6 +44,7 @@ impl Environment {
             "samples": samples,
             "buckets": buckets,
             "prompts": self.prompts,
+            "samples_seed": self.seed,
         })
     }
 }

@@ -76,6 +76,6 @@ mod tests {
         for key in ["dtype", "device", "non_finite", "performance.check_loss", "init", "data.shuffle", "validation"] {
             assert!(!of(key).differs, "{:?}", of(key));
         }
-        assert_eq!(of("sampling.num_inference_steps").default, Some(Value::from(20)));
+        assert_eq!(of("sampling.every_steps").default, Some(Value::from(0)));
     }
 }

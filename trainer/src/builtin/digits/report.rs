@@ -60,6 +60,8 @@ pub fn preview(recipe: &Recipe) -> DataResult<Preview> {
         columns,
         first_frames,
         seed: GRID_SEED,
+        pipeline: None,
+        opened: None,
     })
 }
 

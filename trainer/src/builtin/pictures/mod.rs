@@ -148,7 +148,11 @@ impl FolderConfig {
 /// Grids of these prompts.
 pub(super) fn preview_of(recipe: &Recipe, prompts: Vec<String>) -> Preview {
     let every = recipe.sampling.every_steps;
-    Preview { every, prompts, columns: COLUMNS, first_frames: None, seed: GRID_SEED }
+    let named = recipe.data.folder.as_ref().map(|folder| &folder.pipeline).or(recipe.data.pipeline.as_ref());
+    // Of two transformers, which take turns by the noise level, a run trains one.
+    let of_one = |path: &&PathBuf| PipelineFolder::open(path).is_ok_and(|p| p.number("boundary_ratio").is_none());
+    let pipeline = named.filter(|_| recipe.sampling.pipeline).filter(of_one).cloned();
+    Preview { every, prompts, columns: COLUMNS, first_frames: None, seed: GRID_SEED, pipeline, opened: None }
 }
 
 /// Samples that were encoded before, by `flowtape preprocess` or by NeMo, and how often an epoch has those of each folder. Grids

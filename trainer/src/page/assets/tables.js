@@ -51,15 +51,18 @@ function best(run) {
 function tiles(run) {
   const c = run.curves, valid = best(run), [lr] = last(c.lr), [gb, unit] = memory(last(c.memory)[0]);
   const accuracy = run.figures.accuracy, seconds = run.figures.train_seconds;
-  return el("div", { class: "tiles" },
-    tile("Loss", number(recent(c, "loss")), "", "mean of 100 steps", smoothed(c.loss, 0.9)),
-    valid ? tile("Validation loss", number(valid[0]), "", `${number(valid[1])} at step ${count(valid[2])}, best`, valid[3]) : null,
+  const shown = [tile("Loss", number(recent(c, "loss")), "", "mean of 100 steps", smoothed(c.loss, 0.9)),
+    valid ? tile("Validation loss", number(valid[0]), "", `best ${number(valid[1])}, step ${count(valid[2])}`, valid[3]) : null,
     isNumber(accuracy) ? tile("Accuracy of samples", (100 * accuracy).toFixed(1), "%", "by nearest real ones") : null,
     tile("Speed", number(recent(c, "samples_per_sec")), "samples/s", duration(recent(c, "step_time")) + " a step", smoothed(c.samples_per_sec, 0.8)),
     tile("Gradient norm", number(recent(c, "grad_norm")), "", "before clipping", smoothed(c.grad_norm, 0.9)),
     tile("Learning rate", number(lr), "", "", c.lr),
     gb === NONE ? null : tile("Memory", gb, unit, "of tensors"),
-    isNumber(seconds) ? tile("Training", duration(seconds), "", "") : null);
+    isNumber(seconds) ? tile("Training", duration(seconds), "", "") : null].filter(Boolean);
+  const node = el("div", { class: "tiles" }, shown);
+  // In rows of one length.
+  node.style.setProperty("--across", String(shown.length > 6 ? Math.ceil(shown.length / 2) : shown.length));
+  return node;
 }
 
 // Several runs beside each other.

@@ -1,13 +1,18 @@
-//! diffusers' `LTX2Vocoder`: sound waves of mel spectrograms, as HiFi-GAN makes them (Kong et al. 2020).
+//! diffusers' `LTX2Vocoder`: sound waves of mel spectrograms, as HiFi-GAN (Kong et al. 2020) and BigVGAN make them.
+
+mod activation;
+mod bandwidth;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use flowtape_engine::nn::{Conv, Init, Param, ParamBuilder, Params, Placement};
-use flowtape_engine::ops::{ConvAxis, conv, pointwise};
+use flowtape_engine::nn::{Conv, Init, Param, ParamBuilder, Placement};
+use flowtape_engine::ops::{ConvAxis, pointwise};
 use flowtape_engine::{DType, Device, Result as EngineResult, Tensor};
 use serde::{Deserialize, Serialize};
 
+use self::activation::{Activation, Periodic, leaky, transposed};
+pub use self::bandwidth::{LTX2VocoderWithBWE, LTX2VocoderWithBWEConfig};
 use crate::checkpoint::{CONFIG, open_weights, read_config};
 use crate::config::{Config, check_layers, check_sizes, read, truth};
 use crate::registry::ConfigReader;
@@ -36,18 +41,18 @@ pub struct LTX2VocoderConfig {
     pub resnet_kernel_sizes: Vec<usize>,
     /// Dilations of each of them.
     pub resnet_dilations: Vec<Vec<usize>>,
-    /// `leaky_relu` alone is known.
+    /// `leaky_relu`, `snakebeta`, or `snake`.
     pub act_fn: String,
-    /// Its slope below zero.
+    /// The slope of `leaky_relu` below zero.
     pub leaky_relu_negative_slope: f64,
-    /// Unknown when set.
+    /// Whether periodic activations run at a higher rate.
     #[serde(deserialize_with = "truth")]
     pub antialias: bool,
-    /// Without effect without `antialias`.
+    /// How many times the rate that is.
     pub antialias_ratio: usize,
-    /// Without effect without `antialias`.
+    /// Taps of the filters there and back.
     pub antialias_kernel_size: usize,
-    /// `tanh` or none.
+    /// `tanh`, `clamp` (to -1 and 1), or none.
     pub final_act_fn: Option<String>,
     /// Whether the last convolution has a bias.
     #[serde(deserialize_with = "truth")]
@@ -104,18 +109,40 @@ impl Config for LTX2VocoderConfig {
             let expected = "odd resnet_kernel_sizes, and dilations for each";
             return Err(Error::config("resnet_dilations", expected, &self.resnet_dilations));
         }
-        let known = self.act_fn == "leaky_relu" && !self.antialias;
-        if !known || self.final_act_fn.as_ref().is_some_and(|name| name != "tanh") {
-            let expected = "leaky_relu without antialias, and tanh at the end: those of LTX-2.0";
-            return Err(Error::config("act_fn", expected, &self.act_fn));
+        let periodic = matches!(&self.act_fn[..], "snakebeta" | "snake");
+        // The reference's leaky activations at a higher rate are others than they are called.
+        if !periodic && (self.act_fn != "leaky_relu" || self.antialias) {
+            return Err(Error::config("act_fn", "snakebeta, snake, or leaky_relu without antialias", &self.act_fn));
+        }
+        let (ratio, taps) = (self.antialias_ratio, self.antialias_kernel_size);
+        if periodic && (ratio == 0 || taps < 2 * ratio) {
+            return Err(Error::config("antialias_kernel_size", "at least twice antialias_ratio", taps));
+        }
+        if self.final_act_fn.as_ref().is_some_and(|name| !matches!(&name[..], "tanh" | "clamp")) {
+            return Err(Error::config("final_act_fn", "tanh, clamp or null", &self.final_act_fn));
         }
         Ok(())
     }
 }
 
-/// `x` above zero, `slope x` below.
-fn leaky(x: &Tensor, slope: f64) -> EngineResult<Tensor> {
-    pointwise([x], |[x]| x.maximum(0.0) + x.minimum(0.0) * slope)
+impl LTX2VocoderConfig {
+    /// An activation by its path.
+    fn activation(&self, params: &ParamBuilder, channels: usize) -> Result<Activation> {
+        let antialias = self.antialias.then_some((self.antialias_ratio, self.antialias_kernel_size));
+        match &self.act_fn[..] {
+            "leaky_relu" => Ok(Activation::Leaky(self.leaky_relu_negative_slope)),
+            name => Activation::periodic(params, channels, Periodic { with_beta: name == "snakebeta", antialias }),
+        }
+    }
+
+    /// That before the last convolution: a periodic one is always of the one kind.
+    fn last_activation(&self, params: &ParamBuilder, channels: usize) -> Result<Activation> {
+        let antialias = Some((self.antialias_ratio, self.antialias_kernel_size));
+        match &self.act_fn[..] {
+            "leaky_relu" => Ok(Activation::Leaky(LAST_SLOPE)),
+            _ => Activation::periodic(params, channels, Periodic { with_beta: true, antialias }),
+        }
+    }
 }
 
 /// A transposed convolution along time: zeros between the values, then a convolution with the kernel backwards.
@@ -136,48 +163,51 @@ impl Upsampler {
 
     fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
         let weight = self.weight.value()?;
-        let (batch, channels, length, kernel) = (x.dim(0)?, x.dim(1)?, x.dim(2)?, weight.dim(2)?);
-        let spread = x.unsqueeze(3)?.pad(3, 0, self.factor - 1)?.reshape(&[batch, channels, length * self.factor])?;
-        let spread = spread.narrow(2, 0, (length.saturating_sub(1)) * self.factor + 1)?;
-        let backwards: Vec<u32> = (0..kernel as u32).rev().collect();
-        let backwards = Tensor::from_vec(backwards, &[kernel], x.device())?;
-        let weight = weight.index_select(2, &backwards)?.transpose(0, 1)?.contiguous()?;
+        let kernel = weight.dim(2)?;
         let added = kernel - 1 - (kernel - self.factor) / 2;
-        conv(&spread, &weight, Some(&self.bias.value()?), &[ConvAxis::padded(added, added)], 1)
+        transposed(x, &weight, Some(&self.bias.value()?), self.factor, added)
     }
 }
 
-/// Pairs of convolutions, the first of each dilated, whose results are added.
+/// Pairs of convolutions behind activations, the first of each dilated, whose results are added.
 #[derive(Clone, Debug)]
-struct ResBlock(Vec<[Conv; 2]>);
+struct ResBlock(Vec<[(Activation, Conv); 2]>);
 
 impl ResBlock {
-    fn new(params: &ParamBuilder, channels: usize, kernel: usize, dilations: &[usize]) -> Result<Self> {
-        let one = |(i, dilation): (usize, &usize)| -> Result<[Conv; 2]> {
-            let make = |name: &str, dilation: usize| {
+    fn new(
+        params: &ParamBuilder,
+        config: &LTX2VocoderConfig,
+        channels: usize,
+        kernel: usize,
+        dilations: &[usize],
+    ) -> Result<Self> {
+        let one = |(i, dilation): (usize, &usize)| -> Result<[(Activation, Conv); 2]> {
+            let make = |number: usize, dilation: usize| -> Result<(Activation, Conv)> {
                 let axis = ConvAxis { dilation, ..ConvAxis::same((kernel - 1) * dilation + 1) };
-                Conv::new(&params.sub(name).sub(i), channels, channels, &[(kernel, axis)])
+                let path = |name: &str| params.sub(format!("{name}{number}")).sub(i);
+                let conv = Conv::new(&path("convs"), channels, channels, &[(kernel, axis)])?;
+                Ok((config.activation(&path("acts"), channels)?, conv))
             };
-            Ok([make("convs1", *dilation)?, make("convs2", 1)?])
+            Ok([make(1, *dilation)?, make(2, 1)?])
         };
         Ok(Self(dilations.iter().enumerate().map(one).collect::<Result<_>>()?))
     }
 
-    fn forward(&self, x: &Tensor, slope: f64) -> EngineResult<Tensor> {
-        self.0.iter().try_fold(x.clone(), |x, [first, second]| {
-            let h = first.forward(&leaky(&x, slope)?)?;
-            x.add(&second.forward(&leaky(&h, slope)?)?)
+    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
+        self.0.iter().try_fold(x.clone(), |x, pair| {
+            let h = pair.iter().try_fold(x.clone(), |h, (activation, conv)| conv.forward(&activation.forward(&h)?))?;
+            x.add(&h)
         })
     }
 }
 
-/// The vocoder of LTX-2.0.
+/// The vocoder of LTX-2.0, and each of the two of LTX-2.3.
 #[derive(Debug)]
 pub struct LTX2Vocoder {
     config: LTX2VocoderConfig,
-    params: Params,
     conv_in: Conv,
     stages: Vec<(Upsampler, Vec<ResBlock>)>,
+    act_out: Activation,
     conv_out: Conv,
 }
 
@@ -193,7 +223,7 @@ impl LTX2Vocoder {
             let (inputs, outputs) = (config.hidden_channels >> i, config.hidden_channels >> (i + 1));
             let (kernel, factor) = (config.upsample_kernel_sizes[i], config.upsample_factors[i]);
             let block = |(j, (kernel, dilations)): (usize, (&usize, &Vec<usize>))| {
-                ResBlock::new(&root.sub("resnets").sub(i * per_stage + j), outputs, *kernel, dilations)
+                ResBlock::new(&root.sub("resnets").sub(i * per_stage + j), &config, outputs, *kernel, dilations)
             };
             let blocks = config.resnet_kernel_sizes.iter().zip(&config.resnet_dilations).enumerate();
             let upsampler = Upsampler::new(&root.sub("upsamplers").sub(i), inputs, outputs, kernel, factor)?;
@@ -212,29 +242,10 @@ impl LTX2Vocoder {
                 1,
                 config.final_bias,
             )?,
+            act_out: config.last_activation(&root.sub("act_out"), last)?,
             stages,
-            params: root.params(),
             config,
         })
-    }
-
-    /// Loads a diffusers folder, frozen.
-    ///
-    /// # Errors
-    /// When the class is another, a file can't be read, or keys do not fit.
-    pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
-        let config = read_config(&folder.join(CONFIG), |class| match class {
-            LTX2VocoderConfig::CLASS => Ok(ConfigReader::of::<LTX2VocoderConfig>()),
-            other => Err(Error::config("_class_name", LTX2VocoderConfig::CLASS, other)),
-        })?;
-        let weights = Arc::new(open_weights(folder)?);
-        let params = ParamBuilder::with_plan(0, Placement::frozen(dtype), device).reading(weights.clone());
-        let model = Self::new(read(&config)?, &params)?;
-        model
-            .params
-            .check_keys(&weights, |_| false)
-            .map_err(|error| Error::Model { model: LTX2VocoderConfig::CLASS.into(), source: Box::new(error) })?;
-        Ok(model)
     }
 
     /// Samples a second of what it makes.
@@ -248,16 +259,79 @@ impl LTX2Vocoder {
     /// When the sizes do not fit.
     pub fn forward(&self, log_mel: &Tensor) -> Result<Tensor> {
         let mut x = self.conv_in.forward(&log_mel.transpose(2, 3)?.contiguous()?.flatten(1, 2)?)?;
+        let leaking = self.config.act_fn == "leaky_relu";
         for (upsampler, blocks) in &self.stages {
-            x = upsampler.forward(&leaky(&x, self.config.leaky_relu_negative_slope)?)?;
+            // The periodic ones are in the blocks alone.
+            let h = if leaking { leaky(&x, self.config.leaky_relu_negative_slope)? } else { x };
+            x = upsampler.forward(&h)?;
             let mut sum: Option<Tensor> = None;
             for block in blocks {
-                let out = block.forward(&x, self.config.leaky_relu_negative_slope)?;
+                let out = block.forward(&x)?;
                 sum = Some(sum.map_or(Ok(out.clone()), |sum| sum.add(&out))?);
             }
             x = sum.unwrap_or(x).mul_scalar(1.0 / blocks.len().max(1) as f64)?;
         }
-        let x = self.conv_out.forward(&leaky(&x, LAST_SLOPE)?)?;
-        Ok(if self.config.final_act_fn.is_some() { pointwise([&x], |[x]| x.tanh())? } else { x })
+        let x = self.conv_out.forward(&self.act_out.forward(&x)?)?;
+        Ok(match self.config.final_act_fn.as_deref() {
+            Some("tanh") => pointwise([&x], |[x]| x.tanh())?,
+            Some(_) => pointwise([&x], |[x]| x.maximum(-1.0).minimum(1.0))?,
+            None => x,
+        })
+    }
+}
+
+/// A vocoder of any of the classes.
+#[derive(Debug)]
+pub enum Vocoder {
+    /// That of LTX-2.0.
+    LTX2(Box<LTX2Vocoder>),
+    /// That of LTX-2.3.
+    WithBWE(Box<LTX2VocoderWithBWE>),
+}
+
+impl Vocoder {
+    /// Loads a diffusers folder, frozen.
+    ///
+    /// # Errors
+    /// When the class is another, a file can't be read, or keys do not fit.
+    pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
+        let config = read_config(&folder.join(CONFIG), |class| match class {
+            LTX2VocoderConfig::CLASS => Ok(ConfigReader::of::<LTX2VocoderConfig>()),
+            LTX2VocoderWithBWEConfig::CLASS => Ok(ConfigReader::of::<LTX2VocoderWithBWEConfig>()),
+            other => Err(Error::config("_class_name", "LTX2Vocoder or LTX2VocoderWithBWE", other)),
+        })?;
+        let weights = Arc::new(open_weights(folder)?);
+        let params = ParamBuilder::with_plan(0, Placement::frozen(dtype), device).reading(weights.clone());
+        let (model, class) = if config["_class_name"] == LTX2VocoderConfig::CLASS {
+            (Self::LTX2(Box::new(LTX2Vocoder::new(read(&config)?, &params)?)), LTX2VocoderConfig::CLASS)
+        } else {
+            (
+                Self::WithBWE(Box::new(LTX2VocoderWithBWE::new(read(&config)?, &params)?)),
+                LTX2VocoderWithBWEConfig::CLASS,
+            )
+        };
+        // The way back from spectra is stored and never gone.
+        let checked = params.params().check_keys(&weights, |name| name.ends_with("inverse_basis"));
+        checked.map_err(|error| Error::Model { model: class.into(), source: Box::new(error) })?;
+        Ok(model)
+    }
+
+    /// Samples a second of what it makes.
+    pub fn sampling_rate(&self) -> usize {
+        match self {
+            Self::LTX2(vocoder) => vocoder.sampling_rate(),
+            Self::WithBWE(vocoder) => vocoder.sampling_rate(),
+        }
+    }
+
+    /// Logarithms of a mel spectrogram `[B, C, T, M]` to a waveform `[B, out_channels, samples]`.
+    ///
+    /// # Errors
+    /// When the sizes do not fit.
+    pub fn forward(&self, log_mel: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::LTX2(vocoder) => vocoder.forward(log_mel),
+            Self::WithBWE(vocoder) => vocoder.forward(log_mel),
+        }
     }
 }
