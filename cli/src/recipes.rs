@@ -23,6 +23,8 @@ const RECIPES: &[(&str, &str)] = &[
     ("flux1_lora", include_str!("../../recipes/flux1_lora.yaml")),
     ("flux1_pretrain", include_str!("../../recipes/flux1_pretrain.yaml")),
     ("flux2_finetune", include_str!("../../recipes/flux2_finetune.yaml")),
+    ("flux2_klein_edit_finetune", include_str!("../../recipes/flux2_klein_edit_finetune.yaml")),
+    ("flux2_klein_edit_lora", include_str!("../../recipes/flux2_klein_edit_lora.yaml")),
     ("flux2_klein_finetune", include_str!("../../recipes/flux2_klein_finetune.yaml")),
     ("flux2_klein_lora", include_str!("../../recipes/flux2_klein_lora.yaml")),
     ("flux2_klein_pretrain", include_str!("../../recipes/flux2_klein_pretrain.yaml")),

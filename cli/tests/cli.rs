@@ -418,7 +418,7 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
         (text.replace("num_layers: 2", "num_layers: two"), "num_layers"),
         (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, "),
         (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),
-        (text.replace("adapter_type: flux", "adapter_type: flex"), "simple, flux"),
+        (text.replace("adapter_type: flux", "adapter_type: flex"), "simple, wan_i2v, wan_ti2v, flux"),
         (text.replace("text_dim: 32", "text_dim: 16"), "data.text_dim (16) must equal model.joint_attention_dim (32)"),
         ("name: [".into(), "recipe.yaml"),
     ];
@@ -452,10 +452,7 @@ fn a_recipe_is_checked_without_a_trace() {
     let output = check(&huge);
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(!output.status.success(), "{shown}");
-    assert!(
-        shown.contains("does not fit") && shown.contains("--set performance.activation_checkpointing=true"),
-        "{shown}"
-    );
+    assert!(shown.contains("does not fit") && shown.contains("--set dtype=bf16"), "{shown}");
     let refused = failure(&flowtape(&[&["train", RECIPE, "--set", &run_dir], &huge[..]].concat()));
     assert!(refused.contains("does not fit"), "{refused}");
     assert!(!run.exists());

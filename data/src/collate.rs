@@ -1,5 +1,6 @@
 //! From samples to a batch on the device.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use flowtape_engine::{Device, Philox, Tensor};
@@ -54,9 +55,18 @@ impl Collator {
         let text = self.text(samples, &dropped, device)?;
         let data_type = data_type(latents.dims())?;
         let mut batch = text.into_batch(Batch::new(latents, data_type));
+        let mut lists = BTreeMap::<&str, BTreeMap<usize, Tensor>>::new();
         for name in names(samples, |sample| sample.tensors.keys())? {
             let tensors: Vec<&Tensor> = samples.iter().filter_map(|sample| sample.tensors.get(name)).collect();
-            batch = batch.with(name, stack(name, &tensors, device)?);
+            let tensor = stack(name, &tensors, device)?;
+            // `context_latents.0`, `.1`, … are a list.
+            match name.rsplit_once('.').and_then(|(list, number)| Some((list, number.parse::<usize>().ok()?))) {
+                Some((list, number)) => drop(lists.entry(list).or_default().insert(number, tensor)),
+                None => batch = batch.with(name, tensor),
+            }
+        }
+        for (list, tensors) in lists {
+            batch = batch.with_list(list, tensors.into_values().collect());
         }
         Ok(batch)
     }
@@ -227,6 +237,25 @@ mod tests {
             (values(&dropped, "text_embeddings"), values(&dropped, "loss_mask")),
             (vec![0.0; 2], vec![8.0, 9.0])
         );
+    }
+
+    #[test]
+    fn numbered_tensors_are_a_list_in_the_order_of_their_numbers() {
+        let sample = |value: f32| {
+            let mut sample = Sample::new(Media::Pixels(tensor(&[0.0], &[1, 1, 1])), Text::Caption("a".into()));
+            for i in [0usize, 1, 2, 10] {
+                sample.tensors.insert(format!("context_latents.{i}"), tensor(&vec![value + i as f32; i + 1], &[i + 1]));
+            }
+            sample
+        };
+        let batch = collator(Twice, 0.0).batch(&loaded(vec![sample(0.0), sample(20.0)]), &Device::cpu()).unwrap();
+        let lists: Vec<(Vec<usize>, f32)> = batch
+            .list("context_latents")
+            .iter()
+            .map(|tensor| (tensor.dims().to_vec(), *tensor.to_vec::<f32>().unwrap().last().unwrap()))
+            .collect();
+        assert_eq!(lists, [(vec![2, 1], 20.0), (vec![2, 2], 21.0), (vec![2, 3], 22.0), (vec![2, 11], 30.0)]);
+        assert!(batch.get("context_latents.0").is_none());
     }
 
     #[test]

@@ -2,10 +2,10 @@
 //!
 //! A table for each class says it once; files are read through it, and written by it. Qwen-Image's own names are diffusers'.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use flowtape_engine::meta::Meta;
-use flowtape_engine::nn::{ParamBuilder, Params};
+use flowtape_engine::nn::{Param, ParamBuilder, Params};
 use flowtape_engine::safetensors::{Rows, Shards};
 use flowtape_engine::{DType, Tensor};
 use serde_json::{Value, json};
@@ -15,8 +15,8 @@ use crate::{Error, Result, Transformer, checkpoint, create_model};
 /// An original layer or tensor, and those of diffusers whose rows it holds, one after the other. `{}` is a block's number.
 type Line = (&'static str, &'static [&'static str]);
 
-/// Where the halves of a tensor's rows are in another order: diffusers has scale before shift.
-const SWAPPED: &str = "final_layer.adaLN_modulation.1";
+/// The layer of diffusers' the halves of whose rows are in another order: it has scale before shift.
+const SWAPPED: &[&str] = &["norm_out.linear"];
 
 /// Black Forest Labs' FLUX.1 (`model.py`).
 const FLUX: &[Line] = &[
@@ -65,8 +65,78 @@ const FLUX: &[Line] = &[
     ("single_blocks.{}.norm.query_norm.scale", &["single_transformer_blocks.{}.attn.norm_q.weight"]),
     ("single_blocks.{}.norm.key_norm.scale", &["single_transformer_blocks.{}.attn.norm_k.weight"]),
     ("single_blocks.{}.linear2", &["single_transformer_blocks.{}.proj_out"]),
-    (SWAPPED, &["norm_out.linear"]),
+    ("final_layer.adaLN_modulation.1", SWAPPED),
     ("final_layer.linear", &["proj_out"]),
+];
+
+/// Black Forest Labs' FLUX.2 (`flux2`'s `model.py`).
+const FLUX2: &[Line] = &[
+    ("img_in", &["x_embedder"]),
+    ("txt_in", &["context_embedder"]),
+    ("time_in.in_layer", &["time_guidance_embed.timestep_embedder.linear_1"]),
+    ("time_in.out_layer", &["time_guidance_embed.timestep_embedder.linear_2"]),
+    ("guidance_in.in_layer", &["time_guidance_embed.guidance_embedder.linear_1"]),
+    ("guidance_in.out_layer", &["time_guidance_embed.guidance_embedder.linear_2"]),
+    ("double_stream_modulation_img.lin", &["double_stream_modulation_img.linear"]),
+    ("double_stream_modulation_txt.lin", &["double_stream_modulation_txt.linear"]),
+    ("single_stream_modulation.lin", &["single_stream_modulation.linear"]),
+    (
+        "double_blocks.{}.img_attn.qkv",
+        &["transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"],
+    ),
+    (
+        "double_blocks.{}.txt_attn.qkv",
+        &[
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ],
+    ),
+    ("double_blocks.{}.img_attn.norm.query_norm.scale", &["transformer_blocks.{}.attn.norm_q.weight"]),
+    ("double_blocks.{}.img_attn.norm.key_norm.scale", &["transformer_blocks.{}.attn.norm_k.weight"]),
+    ("double_blocks.{}.txt_attn.norm.query_norm.scale", &["transformer_blocks.{}.attn.norm_added_q.weight"]),
+    ("double_blocks.{}.txt_attn.norm.key_norm.scale", &["transformer_blocks.{}.attn.norm_added_k.weight"]),
+    ("double_blocks.{}.img_attn.proj", &["transformer_blocks.{}.attn.to_out.0"]),
+    ("double_blocks.{}.txt_attn.proj", &["transformer_blocks.{}.attn.to_add_out"]),
+    ("double_blocks.{}.img_mlp.0", &["transformer_blocks.{}.ff.linear_in"]),
+    ("double_blocks.{}.img_mlp.2", &["transformer_blocks.{}.ff.linear_out"]),
+    ("double_blocks.{}.txt_mlp.0", &["transformer_blocks.{}.ff_context.linear_in"]),
+    ("double_blocks.{}.txt_mlp.2", &["transformer_blocks.{}.ff_context.linear_out"]),
+    ("single_blocks.{}.linear1", &["single_transformer_blocks.{}.attn.to_qkv_mlp_proj"]),
+    ("single_blocks.{}.linear2", &["single_transformer_blocks.{}.attn.to_out"]),
+    ("single_blocks.{}.norm.query_norm.scale", &["single_transformer_blocks.{}.attn.norm_q.weight"]),
+    ("single_blocks.{}.norm.key_norm.scale", &["single_transformer_blocks.{}.attn.norm_k.weight"]),
+    ("final_layer.adaLN_modulation.1", SWAPPED),
+    ("final_layer.linear", &["proj_out"]),
+];
+
+/// Z-Image; what is not here has diffusers' names.
+const Z_IMAGE: &[Line] = &[
+    ("x_embedder", &["all_x_embedder.2-1"]),
+    ("final_layer.adaLN_modulation.1", &["all_final_layer.2-1.adaLN_modulation.1"]),
+    ("final_layer.linear", &["all_final_layer.2-1.linear"]),
+    ("layers.{}.attention.qkv", &["layers.{}.attention.to_q", "layers.{}.attention.to_k", "layers.{}.attention.to_v"]),
+    ("layers.{}.attention.out", &["layers.{}.attention.to_out.0"]),
+    ("layers.{}.attention.q_norm", &["layers.{}.attention.norm_q"]),
+    ("layers.{}.attention.k_norm", &["layers.{}.attention.norm_k"]),
+    (
+        "noise_refiner.{}.attention.qkv",
+        &["noise_refiner.{}.attention.to_q", "noise_refiner.{}.attention.to_k", "noise_refiner.{}.attention.to_v"],
+    ),
+    ("noise_refiner.{}.attention.out", &["noise_refiner.{}.attention.to_out.0"]),
+    ("noise_refiner.{}.attention.q_norm", &["noise_refiner.{}.attention.norm_q"]),
+    ("noise_refiner.{}.attention.k_norm", &["noise_refiner.{}.attention.norm_k"]),
+    (
+        "context_refiner.{}.attention.qkv",
+        &[
+            "context_refiner.{}.attention.to_q",
+            "context_refiner.{}.attention.to_k",
+            "context_refiner.{}.attention.to_v",
+        ],
+    ),
+    ("context_refiner.{}.attention.out", &["context_refiner.{}.attention.to_out.0"]),
+    ("context_refiner.{}.attention.q_norm", &["context_refiner.{}.attention.norm_q"]),
+    ("context_refiner.{}.attention.k_norm", &["context_refiner.{}.attention.norm_k"]),
 ];
 
 /// Wan (`wan/modules/model.py`). Its norms run in the order 1, 3, 2.
@@ -109,20 +179,32 @@ const WAN: &[Line] = &[
 struct Layout {
     class: &'static str,
     lines: &'static [Line],
-    /// A tensor that only it has.
-    sign: &'static str,
+    /// Tensors that are together in no other one.
+    signs: &'static [&'static str],
     /// The configuration of weights, as far as their sizes tell it.
     config: fn(&Shards) -> Option<Value>,
 }
 
 const LAYOUTS: &[Layout] = &[
     Layout {
+        class: "Flux2Transformer2DModel",
+        lines: FLUX2,
+        signs: &["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"],
+        config: flux2_config,
+    },
+    Layout {
         class: "FluxTransformer2DModel",
         lines: FLUX,
-        sign: "double_blocks.0.img_attn.qkv.weight",
+        signs: &["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "vector_in.in_layer.weight"],
         config: flux_config,
     },
-    Layout { class: "WanTransformer3DModel", lines: WAN, sign: "blocks.0.self_attn.q.weight", config: wan_config },
+    Layout { class: "WanTransformer3DModel", lines: WAN, signs: &["blocks.0.self_attn.q.weight"], config: wan_config },
+    Layout {
+        class: "ZImageTransformer2DModel",
+        lines: Z_IMAGE,
+        signs: &["layers.0.attention.qkv.weight", "x_pad_token"],
+        config: z_image_config,
+    },
 ];
 
 /// An original tensor, and the parameters whose rows it holds.
@@ -134,10 +216,10 @@ struct Held {
 
 impl Layout {
     fn of(weights: &Shards) -> Option<&'static Self> {
-        LAYOUTS.iter().find(|layout| weights.dims(layout.sign).is_some())
+        LAYOUTS.iter().find(|layout| layout.signs.iter().all(|sign| weights.dims(sign).is_some()))
     }
 
-    /// The lines with all numbers and endings that a model has.
+    /// The lines with all numbers and endings that a model has; parameters that are in none have the same name.
     fn held(&self, params: &Params) -> Vec<Held> {
         let mut all = Vec::new();
         for (original, parts) in self.lines {
@@ -148,7 +230,7 @@ impl Layout {
                     .map(|end| Held {
                         original: fill(original) + end,
                         parameters: parts.iter().map(|part| fill(part) + end).collect(),
-                        swapped: *original == SWAPPED,
+                        swapped: *parts == SWAPPED,
                     })
                     .filter(|held| held.parameters.iter().all(|name| params.get(name).is_some()))
                     .collect();
@@ -159,6 +241,11 @@ impl Layout {
                 }
             }
         }
+        let named: HashSet<&String> = all.iter().flat_map(|held: &Held| &held.parameters).collect();
+        let alike = |name: &str| Held { original: name.into(), parameters: vec![name.into()], swapped: false };
+        let rest = params.iter().map(Param::path).filter(|name| !named.contains(&(*name).to_owned()));
+        let rest: Vec<Held> = rest.map(alike).collect();
+        all.extend(rest);
         all
     }
 }
@@ -261,6 +348,46 @@ fn flux_config(weights: &Shards) -> Option<Value> {
     }))
 }
 
+fn flux2_config(weights: &Shards) -> Option<Value> {
+    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+    let head = dims("double_blocks.0.img_attn.norm.query_norm.scale")?[0];
+    let [width, channels] = *dims("img_in.weight")? else { return None };
+    // The axes of the rotary tables are in no tensor: only the published ones are known.
+    (head == 128).then_some(())?;
+    let outputs = dims("final_layer.linear.weight")?[0];
+    Some(json!({
+        "_class_name": "Flux2Transformer2DModel",
+        "in_channels": channels,
+        "out_channels": (outputs != channels).then_some(outputs),
+        "num_layers": blocks(weights, "double_blocks.{}.img_attn.qkv.weight"),
+        "num_single_layers": blocks(weights, "single_blocks.{}.linear1.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": width / head,
+        "joint_attention_dim": *dims("txt_in.weight")?.get(1)?,
+        "mlp_ratio": *dims("double_blocks.0.img_mlp.2.weight")?.get(1)? as f64 / width as f64,
+        "guidance_embeds": dims("guidance_in.in_layer.weight").is_some(),
+    }))
+}
+
+fn z_image_config(weights: &Shards) -> Option<Value> {
+    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+    let head = dims("layers.0.attention.q_norm.weight")?[0];
+    let [width, inputs] = *dims("x_embedder.weight")? else { return None };
+    // The published models' axes and their lengths are in no tensor.
+    (head == 128).then_some(())?;
+    Some(json!({
+        "_class_name": "ZImageTransformer2DModel",
+        "in_channels": inputs / 4,
+        "dim": width,
+        "n_layers": blocks(weights, "layers.{}.attention.qkv.weight"),
+        "n_refiner_layers": blocks(weights, "noise_refiner.{}.attention.qkv.weight"),
+        "n_heads": width / head,
+        "n_kv_heads": width / head,
+        "cap_feat_dim": *dims("cap_embedder.1.weight")?.get(1)?,
+        "axes_lens": [1536, 512, 512],
+    }))
+}
+
 fn wan_config(weights: &Shards) -> Option<Value> {
     let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
     let [width, channels, frames, height, side] = *dims("patch_embedding.weight")? else { return None };
@@ -338,6 +465,15 @@ mod tests {
                 "_class_name": "WanTransformer3DModel", "in_channels": 6, "out_channels": 4, "num_layers": 1,
                 "num_attention_heads": 1, "text_dim": 10, "freq_dim": 16, "ffn_dim": 24, "image_dim": 14,
                 "added_kv_proj_dim": 128, "pos_embed_seq_len": 5,
+            }),
+            json!({
+                "_class_name": "Flux2Transformer2DModel", "in_channels": 8, "num_layers": 2, "num_single_layers": 1,
+                "attention_head_dim": 128, "num_attention_heads": 1, "joint_attention_dim": 12, "guidance_embeds": false,
+                "mlp_ratio": 2.0,
+            }),
+            json!({
+                "_class_name": "ZImageTransformer2DModel", "in_channels": 3, "dim": 128, "n_heads": 1, "n_kv_heads": 1,
+                "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": 10, "axes_lens": [1536, 512, 512],
             }),
             json!({
                 "_class_name": "QwenImageTransformer2DModel", "in_channels": 16, "out_channels": 4, "num_layers": 1,

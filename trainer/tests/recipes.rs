@@ -132,6 +132,11 @@ fn sample_of(recipe: &Recipe) -> Sample {
     for mask in ["text_mask", "text_mask_2", "text_attention_mask"] {
         sample.tensors.insert(mask.into(), ones(&[6]));
     }
+    if kind.takes(Condition::ReferenceImages) {
+        for i in 0..2 {
+            sample.tensors.insert(format!("context_latents.{i}"), zeros(&dims));
+        }
+    }
     if kind.takes(Condition::GivenFrames) {
         sample.tensors.insert("condition_latents".into(), zeros(&dims));
     }

@@ -14,7 +14,9 @@ use flowtape_data::{
 use flowtape_engine::{Device, Philox, Tensor};
 use flowtape_trainer::builtin::WordTable;
 use flowtape_trainer::data::Data;
+use flowtape_trainer::generate::Samples;
 use flowtape_trainer::hooks::{Cause, Checkpoint, Event, Hook, on_step};
+use flowtape_trainer::picture::save_samples;
 use flowtape_trainer::run::RunFolder;
 use flowtape_trainer::state::TrainProgress;
 use flowtape_trainer::train::{Resume, Session, resume, train};
@@ -620,4 +622,33 @@ fn what_was_left_out_stands_in_the_summary() {
     assert!((1..=2).contains(&summary.left_out.unreadable), "{:?}", summary.left_out);
     let report = run.report().unwrap().unwrap();
     assert_eq!(report.left_out, summary.left_out);
+}
+
+#[test]
+fn films_in_colour_play_side_by_side() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("films.png");
+    // Two films of two frames of 1 x 2 pixels: each number tells its film, channel, frame and column.
+    let level = |film: usize, channel: usize, frame: usize, x: usize| (film * 12 + channel * 4 + frame * 2 + x) as f32;
+    let mut pixels = Vec::new();
+    for film in 0..2 {
+        for channel in 0..3 {
+            (0..4).for_each(|i| pixels.push(level(film, channel, i / 2, i % 2) / 127.5 - 1.0));
+        }
+    }
+    let samples = Samples { pixels, dims: vec![3, 2, 1, 2] };
+    save_samples(&samples, 2, |_| path.clone()).unwrap();
+    let file = std::io::BufReader::new(std::fs::File::open(&path).unwrap());
+    let mut reader = png::Decoder::new(file).read_info().unwrap();
+    assert_eq!(reader.info().animation_control().unwrap().num_frames, 2);
+    let mut rgb = vec![0; reader.output_buffer_size().unwrap()];
+    for frame in 0..2 {
+        let width = reader.next_frame(&mut rgb).unwrap().width as usize;
+        // A pixel is 6 x 6, and there are 4 around each picture.
+        for (film, x) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let at = 3 * (5 * width + 4 + film * (2 * 6 + 4) + x * 6);
+            let expected: Vec<u8> = (0..3).map(|channel| level(film, channel, frame, x) as u8).collect();
+            assert_eq!(rgb[at..at + 3], expected, "frame {frame}, film {film}, column {x}");
+        }
+    }
 }

@@ -39,6 +39,8 @@ const SCRIPTS: [&str; 6] = [
     include_str!("assets/tables.js"),
     include_str!("assets/page.js"),
 ];
+/// Stands in each page, as uPlot's authors ask.
+const LICENSE: &str = include_str!("assets/uPlot.LICENSE");
 /// Bytes of pictures that a page holds at most, for all runs together.
 const PICTURE_BYTES: usize = 32 << 20;
 
@@ -55,7 +57,7 @@ pub fn named(mut runs: Vec<Value>) -> Vec<Value> {
 
 /// The page of what [`RunReader::page`] says of each run. A live one asks for `data.json` beside it again and again.
 pub fn html(runs: &[Value], live: bool) -> String {
-    let script = format!("(() => {{\n\"use strict\";\n{}\n}})();", SCRIPTS.join("\n"));
+    let script = format!("(() => {{\n\"use strict\";\n/* uPlot:\n{LICENSE}*/\n{}\n}})();", SCRIPTS.join("\n"));
     let hash = BASE64_STANDARD.encode(Sha256::digest(script.as_bytes()));
     let connect = if live { "; connect-src 'self'" } else { "" };
     let pictures = if live { "'self' data:" } else { "data:" };
