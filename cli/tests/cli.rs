@@ -418,7 +418,7 @@ fn wrong_recipes_are_errors_that_say_what_and_where() {
         (text.replace("num_layers: 2", "num_layers: two"), "num_layers"),
         (text.replace("FluxTransformer2DModel", "FluxTransformer"), "FluxTransformer2DModel, "),
         (text.replace("[8, 12, 12]", "[8, 12, 13]"), "axes_dims_rope"),
-        (text.replace("adapter_type: flux", "adapter_type: flex"), "simple, flux"),
+        (text.replace("adapter_type: flux", "adapter_type: flex"), "simple, wan_i2v, wan_ti2v, flux"),
         (text.replace("text_dim: 32", "text_dim: 16"), "data.text_dim (16) must equal model.joint_attention_dim (32)"),
         ("name: [".into(), "recipe.yaml"),
     ];

@@ -6,6 +6,8 @@
 //! | [`chroma`] | [`chroma::ChromaTransformer2DModel`] and [`chroma::ChromaAdapter`] |
 //! | [`flux`] | [`flux::FluxTransformer2DModel`] and [`flux::FluxAdapter`] |
 //! | [`hunyuan_video`] | [`hunyuan_video::HunyuanVideo15Transformer3DModel`] and [`hunyuan_video::HunyuanAdapter`] |
+//! | [`lumina2`] | [`lumina2::Lumina2Transformer2DModel`] and [`lumina2::Lumina2Adapter`] |
+//! | [`qwen_image_21`] | [`qwen_image_21::QwenImage21Transformer2DModel`] and [`qwen_image_21::QwenImage21Adapter`] |
 //! | [`ltx2`] | [`ltx2::LTX2VideoTransformer3DModel`] and [`ltx2::LTX2Adapter`] |
 //! | [`wan`] | [`wan::WanTransformer3DModel`], [`wan::SimpleAdapter`], [`wan::WanI2VAdapter`] and [`wan::WanTI2VAdapter`] |
 //! | [`flux2`] | [`flux2::Flux2Transformer2DModel`], [`flux2::Flux2Adapter`] and [`flux2::Flux2EditAdapter`] |
@@ -34,11 +36,13 @@ pub mod flux3;
 pub mod hunyuan_video;
 pub mod krea2;
 pub mod ltx2;
+pub mod lumina2;
 pub mod original;
 pub mod peft;
 pub mod pipeline;
 pub mod presets;
 pub mod qwen_image;
+pub mod qwen_image_21;
 pub mod registry;
 pub mod requirements;
 pub mod summary;

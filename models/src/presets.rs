@@ -174,6 +174,18 @@ pub const PRESETS: &[Preset] = &[
         ..PRESET
     },
     Preset {
+        name: "lumina-image-2.0",
+        hub: &["Alpha-VLLM/Lumina-Image-2.0"],
+        config: || json!({"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304}),
+        ..PRESET
+    },
+    Preset {
+        name: "qwen-image-2.1",
+        hub: &["Qwen/Qwen-Image-2.1"],
+        config: || json!({"_class_name": "QwenImage21Transformer2DModel"}),
+        ..PRESET
+    },
+    Preset {
         name: "flux.3-klein-base",
         hub: &["black-forest-labs/flux-3-image-klein-base"],
         config: || json!({"_class_name": "Flux3Transformer2DModel"}),
@@ -302,6 +314,8 @@ mod tests {
         ("ltx-2.3", 18_988_838_144, 4186),
         ("ltx-2.5", 18_987_859_200, 4091),
         ("chroma1", 8_899_983_424, 1023),
+        ("lumina-image-2.0", 2_609_769_152, 459),
+        ("qwen-image-2.1", 7_115_124_736, 297),
         ("flux.3-klein-base", 5_538_458_368, 357),
         ("krea-2-raw", 12_820_073_036, 430),
         ("krea-2-turbo", 12_820_073_036, 430),

@@ -12,7 +12,9 @@ use crate::flux3::{Flux3Adapter, Flux3Config, Flux3Transformer2DModel};
 use crate::hunyuan_video::{HunyuanAdapter, HunyuanVideo15Config, HunyuanVideo15Transformer3DModel};
 use crate::krea2::{Krea2Adapter, Krea2Config, Krea2Transformer2DModel};
 use crate::ltx2::{LTX2Adapter, LTX2Config, LTX2VideoTransformer3DModel};
+use crate::lumina2::{Lumina2Adapter, Lumina2Config, Lumina2Transformer2DModel};
 use crate::qwen_image::{QwenImageAdapter, QwenImageConfig, QwenImageEditAdapter, QwenImageTransformer2DModel};
+use crate::qwen_image_21::{QwenImage21Adapter, QwenImage21Config, QwenImage21Transformer2DModel};
 use crate::requirements::Requirements;
 use crate::wan::{SimpleAdapter, WanConfig, WanI2VAdapter, WanTI2VAdapter, WanTransformer3DModel};
 use crate::z_image::{ZImageAdapter, ZImageConfig, ZImageTransformer2DModel};
@@ -250,6 +252,45 @@ pub const MODELS: &[ModelKind] = &[
         },
     },
     ModelKind {
+        adapter: "lumina2",
+        class: Lumina2Config::CLASS,
+        config: ConfigReader::of::<Lumina2Config>(),
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
+        new_adapter: |kwargs| Ok(Box::new(Lumina2Adapter::from_kwargs(kwargs)?)),
+        requirements: |config, kwargs| {
+            Lumina2Adapter::from_kwargs(kwargs)?.requirements(&Lumina2Config::from_json(config)?)
+        },
+        new_model: |config, params| {
+            Ok(Box::new(Lumina2Transformer2DModel::new(Lumina2Config::from_json(config)?, params)?))
+        },
+    },
+    ModelKind {
+        adapter: "qwen_image_21",
+        class: QwenImage21Config::CLASS,
+        config: ConfigReader::of::<QwenImage21Config>(),
+        capabilities: Capabilities { data: DataType::Image, conditions: &[], guidance: GuidanceKind::ClassifierFree },
+        new_adapter: |kwargs| Ok(Box::new(QwenImage21Adapter::from_kwargs(kwargs, false)?)),
+        requirements: |config, kwargs| {
+            QwenImage21Adapter::from_kwargs(kwargs, false)?.requirements(&QwenImage21Config::from_json(config)?)
+        },
+        new_model: new_qwen_image_21,
+    },
+    ModelKind {
+        adapter: "qwen_image_21_edit",
+        class: QwenImage21Config::CLASS,
+        config: ConfigReader::of::<QwenImage21Config>(),
+        capabilities: Capabilities {
+            data: DataType::Image,
+            conditions: &[Condition::ReferenceImages],
+            guidance: GuidanceKind::ClassifierFree,
+        },
+        new_adapter: |kwargs| Ok(Box::new(QwenImage21Adapter::from_kwargs(kwargs, true)?)),
+        requirements: |config, kwargs| {
+            QwenImage21Adapter::from_kwargs(kwargs, true)?.requirements(&QwenImage21Config::from_json(config)?)
+        },
+        new_model: new_qwen_image_21,
+    },
+    ModelKind {
         adapter: "flux3",
         class: Flux3Config::CLASS,
         config: ConfigReader::of::<Flux3Config>(),
@@ -293,6 +334,10 @@ pub const MODELS: &[ModelKind] = &[
         },
     },
 ];
+
+fn new_qwen_image_21(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
+    Ok(Box::new(QwenImage21Transformer2DModel::new(QwenImage21Config::from_json(config)?, params)?))
+}
 
 fn new_wan(config: &Value, params: &ParamBuilder) -> Result<Box<dyn Transformer>> {
     Ok(Box::new(WanTransformer3DModel::new(WanConfig::from_json(config)?, params)?))
@@ -429,6 +474,7 @@ mod tests {
                 .with("text_mask", mask())
                 .with("text_attention_mask", mask())
                 .with("audio_latents", normal(&[2, 2, 3, 16]))
+                .with("image_pad_mask", Tensor::ones(&[2, 5], DType::F32, &Device::cpu()).unwrap())
                 .with("condition_latents", normal(dims))
                 .with_list("context_latents", vec![normal(&[2, 3, 2, 2])]);
             let plain = told(kind, &all, 0.0).unwrap_or_else(|e| panic!("{}: {e}", kind.adapter));

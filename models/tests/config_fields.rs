@@ -14,6 +14,8 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
     ("QwenImageTransformer2DModel", "guidance_embeds"),
     ("HunyuanVideo15Transformer3DModel", "target_size"),
     ("HunyuanVideo15Transformer3DModel", "task_type"),
+    ("Lumina2Transformer2DModel", "sample_size"),
+    ("Lumina2Transformer2DModel", "scaling_factor"),
     ("LTX2VideoTransformer3DModel", "perturbed_attn"),
     ("LTX2VideoTransformer3DModel", "audio_patch_size"),
     ("ZImageTransformer2DModel", "n_kv_heads"),
@@ -99,6 +101,23 @@ fn subjects() -> Vec<(&'static str, Value, Vec<usize>)> {
             vec![2, 3, 4, 6],
         ),
         (
+            "lumina2",
+            json!({
+                "in_channels": 3, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2,
+                "num_kv_heads": 1, "multiple_of": 8, "ffn_dim_multiplier": 1.0, "axes_dim_rope": [4, 4, 4],
+                "axes_lens": [8, 4, 4], "cap_feat_dim": 8,
+            }),
+            vec![2, 3, 4, 6],
+        ),
+        (
+            "qwen_image_21_edit",
+            json!({
+                "in_channels": 3, "out_channels": 3, "num_layers": 1, "attention_head_dim": 12, "num_attention_heads": 2,
+                "context_in_dim": 8, "axes_dims_rope": [2, 4, 6],
+            }),
+            vec![2, 3, 4, 6],
+        ),
+        (
             "flux3",
             json!({
                 "in_channels": 3, "cond_in_channels": 3, "num_layers": 1, "num_single_layers": 1,
@@ -144,6 +163,7 @@ fn batch(kind: &ModelKind, config: &Value, latents: &[usize]) -> Batch {
         .with("text_attention_mask", mask())
         .with("audio_latents", normal(&[2, 2, 3, 16]))
         .with("audio_text_embeddings", normal(&[2, 5, 8]))
+        .with("image_pad_mask", Tensor::from_slice(&[0u32, 1, 1, 0, 0].repeat(2), &[2, 5], &Device::cpu()).unwrap())
         .with_list("context_latents", vec![normal(&[2, 3, 2, 4])])
 }
 

@@ -186,6 +186,37 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
                 .with("text_embeddings", text())
                 .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
         ),
+        "lumina2" => (
+            json!({
+                "in_channels": 4, "hidden_size": width, "num_layers": 1, "num_refiner_layers": 1,
+                "num_attention_heads": heads, "num_kv_heads": heads / 2, "cap_feat_dim": TEXT_WIDTH,
+                "axes_dim_rope": axes,
+            }),
+            Batch::new(make.normal(&[2, 4, 30, 34]), image)
+                .with("text_embeddings", text())
+                .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
+        ),
+        "qwen_image_21" => (
+            json!({
+                "in_channels": 16, "out_channels": 16, "num_layers": 2, "context_in_dim": TEXT_WIDTH,
+                "axes_dims_rope": axes,
+            }),
+            Batch::new(make.normal(&[2, 16, 14, 18]), image)
+                .with("text_embeddings", text())
+                .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 20)),
+        ),
+        "qwen_image_21_edit" => (
+            json!({
+                "in_channels": 16, "out_channels": 16, "num_layers": 1, "context_in_dim": TEXT_WIDTH,
+                "axes_dims_rope": axes,
+            }),
+            // 12 places for the first image, and 15 for the second.
+            Batch::new(make.normal(&[2, 16, 10, 14]), image)
+                .with_list("context_latents", vec![make.normal(&[2, 16, 6, 8]), make.normal(&[2, 16, 6, 10])])
+                .with("text_embeddings", text())
+                .with("text_attention_mask", make.mask(TEXT, |sample, i| sample == 0 || i < 38))
+                .with("image_pad_mask", make.mask(TEXT, |sample, i| (4 - sample..31 - sample).contains(&i))),
+        ),
         "flux3" => (
             json!({
                 "in_channels": 16, "cond_in_channels": 16, "num_layers": 1, "num_single_layers": 1,
@@ -210,7 +241,7 @@ fn case(adapter: &str, [heads, head_dim]: [usize; 2], make: &Maker) -> (Value, B
     };
     let mut config = config;
     // Some say it by the width of the model.
-    if config["dim"].is_null() {
+    if config["dim"].is_null() && config["hidden_size"].is_null() {
         config["num_attention_heads"] = heads.into();
         config["attention_head_dim"] = head_dim.into();
     }

@@ -15,6 +15,21 @@ pub struct Captions {
     lengths: Vec<usize>,
 }
 
+/// Which numbers of a mask of the tokens of texts, `[B, T]`, are not 0; nothing where there is no mask, or no data to read.
+///
+/// # Errors
+/// When it has other sizes.
+pub fn read_marks(mask: Option<&Tensor>, dims: [usize; 2]) -> Result<Option<Vec<bool>>> {
+    match mask {
+        Some(mask) if mask.dims() != dims => Err(Error::shape("captions", format!("a mask {dims:?}"), mask.dims())),
+        Some(mask) if mask.device().backend().has_data() => {
+            let marks = mask.to_vec::<f32>()?.into_iter();
+            Ok(Some(marks.map(|mark| f64::from(mark.abs()) >= TOKEN).collect()))
+        }
+        _ => Ok(None),
+    }
+}
+
 impl Captions {
     /// Of texts `[B, T, D]` and their mask `[B, T]`, 0 at padding, where there is one: it is read. Each text gets as many
     /// places as it has valid tokens, at least one, and so many more that they are a multiple of `multiple`.
@@ -24,14 +39,7 @@ impl Captions {
     pub fn of(text: &Tensor, mask: Option<&Tensor>, multiple: usize) -> Result<Self> {
         let (batch, len) = (text.dim(0)?, text.dim(1)?);
         // Without data nothing is known to be padding.
-        let mask = mask.filter(|mask| mask.device().backend().has_data());
-        let valid = match mask {
-            Some(mask) if mask.dims() != [batch, len] => {
-                return Err(Error::shape("captions", format!("a mask {:?}", [batch, len]), mask.dims()));
-            }
-            Some(mask) => mask.to_vec::<f32>()?.into_iter().map(|mark| f64::from(mark.abs()) >= TOKEN).collect(),
-            None => vec![true; batch * len],
-        };
+        let valid = read_marks(mask, [batch, len])?.unwrap_or_else(|| vec![true; batch * len]);
         let places = |sample: usize| sample * len..(sample + 1) * len;
         let of_sample = |sample| places(sample).filter(|i| valid[*i]).map(|i| i as u32).collect();
         let tokens: Vec<Vec<u32>> = (0..batch).map(of_sample).collect();

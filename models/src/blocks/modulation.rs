@@ -126,6 +126,14 @@ pub fn scaled(x: &Tensor, scale: &Tensor) -> Result<Tensor> {
     pointwise_to(x.dtype(), [x, scale], |[x, scale]| x * (scale + 1.0))
 }
 
+/// `residual + tanh(gate) y` in the dtype of the residual `[B, L, dim]`; the gate `[B, 1, dim]`.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn tanh_gate(residual: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    pointwise_to(residual.dtype(), [residual, gate, y], |[residual, gate, y]| residual + gate.tanh() * y)
+}
+
 /// `residual + gate y` in the dtype of the residual `[B, L, dim]`; the gate `[B, 1, dim]`, or one per token.
 ///
 /// # Errors

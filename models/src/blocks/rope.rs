@@ -131,6 +131,18 @@ impl RopeTables {
         }
     }
 
+    /// Tables of `samples` samples that stand one behind the other, each with as many places; of one sample they stay as they are.
+    ///
+    /// # Errors
+    /// When the places can't be shared out.
+    pub fn per_sample(&self, samples: usize) -> Result<Self> {
+        if samples == 1 {
+            return Ok(self.clone());
+        }
+        let split = |table: &Tensor| table.reshape(&[samples, table.dim(0)? / samples.max(1), table.dim(1)?]);
+        Ok(Self { cos: split(&self.cos)?, sin: split(&self.sin)?, layout: self.layout })
+    }
+
     /// The tables of places one behind the other. Where some are `[B, L, D]`, so is the result.
     ///
     /// # Errors

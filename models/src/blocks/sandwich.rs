@@ -1,11 +1,10 @@
 //! Blocks of one stream whose layers are normalised before and after (sandwich norm; Zhuo et al. 2024, Lumina-Next).
 
 use flowtape_engine::nn::{Linear, RmsNorm};
-use flowtape_engine::ops::pointwise_to;
 use flowtape_engine::{Result, Tensor};
 
 use super::modulation::equal_parts;
-use super::{QkvHeads, RopeTables, SwiGlu, attend, scaled};
+use super::{QkvHeads, RopeTables, SwiGlu, attend, scaled, tanh_gate};
 
 /// The norms of a block, each with a weight.
 #[derive(Clone, Debug)]
@@ -34,10 +33,7 @@ pub struct SandwichBlock {
 
 /// `x + tanh(gate) y`, or `x + y`.
 fn add(x: &Tensor, gate: Option<&Tensor>, y: &Tensor) -> Result<Tensor> {
-    match gate {
-        Some(gate) => pointwise_to(x.dtype(), [x, gate, y], |[x, gate, y]| x + gate.tanh() * y),
-        None => x.add(y),
-    }
+    gate.map_or_else(|| x.add(y), |gate| tanh_gate(x, gate, y))
 }
 
 impl SandwichBlock {

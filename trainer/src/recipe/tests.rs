@@ -150,7 +150,10 @@ fn errors_say_what_is_expected() {
         ("step_scheduler.global_batch_size=100", "step_scheduler.global_batch_size: expected a multiple of"),
         ("flow_matching.flow_shift=0", "flow_matching.flow_shift"),
         ("flow_matching.flow_shit=1", "flow_matching.flow_shit: unknown key; did you mean `flow_shift`"),
-        ("flow_matching.adapter_type=flex", "flow_matching.adapter_type: expected one of simple, flux"),
+        (
+            "flow_matching.adapter_type=flex",
+            "flow_matching.adapter_type: expected one of simple, wan_i2v, wan_ti2v, flux",
+        ),
         ("sampelr.x=1", "did you mean `sampling`"),
         ("data.source=moving_digits", "data.video"),
         ("data.builtin=moving_digits", "data.video"),
