@@ -35,6 +35,8 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_qwen_image", pipelines::check),
     ("pipe_qwen_image_edit", pipelines::edit),
     ("pipe_wan", pipelines::check),
+    ("pipe_z_image", pipelines::check),
+    ("pipe_chroma", pipelines::check),
     ("recipe_*", recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
@@ -61,8 +63,8 @@ pub fn outcomes(root: &Path) -> io::Result<Vec<Outcome>> {
     let mut out = Vec::new();
     for entry in list(root)? {
         if !entry.is_dir() {
-            // The goldens' own description.
-            if name(&entry) != "README.md" {
+            // The goldens' own description, and what makes them.
+            if !matches!(&*name(&entry), "README.md" | "make.py") {
                 out.push(broken(name(&entry), &*Box::<dyn std::error::Error>::from("a file beside the folders")));
             }
             continue;
@@ -75,14 +77,16 @@ pub fn outcomes(root: &Path) -> io::Result<Vec<Outcome>> {
     Ok(out)
 }
 
-/// The subjects of which a folder of goldens has nothing.
+/// The subjects of which folders of goldens have nothing.
 ///
 /// # Errors
 /// A folder can't be listed.
-pub fn without_goldens(root: &Path) -> io::Result<Vec<&'static str>> {
+pub fn without_goldens(roots: &[&Path]) -> io::Result<Vec<&'static str>> {
     let mut parts_there = Vec::new();
-    for folder in list(root)?.iter().filter(|entry| entry.is_dir()) {
-        parts_there.extend(parts(folder)?.into_iter().flatten().map(|file| title(folder, &file)));
+    for root in roots {
+        for folder in list(root)?.iter().filter(|entry| entry.is_dir()) {
+            parts_there.extend(parts(folder)?.into_iter().flatten().map(|file| title(folder, &file)));
+        }
     }
     let patterns = SUBJECTS.iter().map(|(pattern, _)| *pattern);
     Ok(patterns.filter(|pattern| !parts_there.iter().any(|part| matches(pattern, part))).collect())
@@ -169,7 +173,7 @@ mod tests {
         assert_eq!(of(Outcome::failed), ["new_step/aborted", "ops", "sampling", "stray.bin"]);
         assert_eq!(outcomes.len(), 6);
         std::fs::remove_file(root.path().join("ops/lonely.safetensors")).unwrap();
-        assert!(without_goldens(root.path()).unwrap().contains(&"optim_flux"));
-        assert!(!without_goldens(root.path()).unwrap().contains(&"ops/*"));
+        assert!(without_goldens(&[root.path()]).unwrap().contains(&"optim_flux"));
+        assert!(!without_goldens(&[root.path()]).unwrap().contains(&"ops/*"));
     }
 }

@@ -2,9 +2,15 @@
 #![allow(clippy::unwrap_used)] // a test
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use flowtape_engine::gradcheck::rerun_on_instruction_sets;
 use flowtape_tests::{Outcome, goldens, suite};
+
+/// Those that this project made with the real diffusers.
+fn own_goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("own_goldens")
+}
 
 #[test]
 fn every_instruction_set_meets_them() {
@@ -14,7 +20,8 @@ fn every_instruction_set_meets_them() {
 #[test]
 fn goldens_are_met() {
     let root = goldens();
-    let outcomes = suite::outcomes(&root).unwrap();
+    let mut outcomes = suite::outcomes(&root).unwrap();
+    outcomes.extend(suite::outcomes(&own_goldens()).unwrap());
     // Straight to the terminal: the harness swallows what a passing test prints.
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "goldens in {}", root.display());
@@ -31,6 +38,6 @@ fn goldens_are_met() {
 /// A folder of goldens that disappears would take its cases along without a word.
 #[test]
 fn every_subject_has_goldens() {
-    let own = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens");
-    assert_eq!(suite::without_goldens(&own).unwrap(), [""; 0]);
+    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens");
+    assert_eq!(suite::without_goldens(&[&kept, &own_goldens()]).unwrap(), [""; 0]);
 }
