@@ -177,7 +177,7 @@ mod tests {
         let config = json!({"in_channels": 3, "out_channels": 3, "patch_size": [2, 2, 2]});
         let told = WanTI2VAdapter::default().requirements(&WanConfig::from_json(&config).unwrap());
         assert!(told.unwrap_err().to_string().contains("patch_size"));
-        let kwargs = Map::from_iter([("first_frame".into(), Value::from(true))]);
+        let kwargs = Map::from_iter([("train_first_frames".into(), Value::from(true))]);
         assert!(WanTI2VAdapter::from_kwargs(&kwargs).unwrap_err().to_string().contains("train_first_frame"));
     }
 }
