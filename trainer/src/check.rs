@@ -8,6 +8,7 @@ use flowtape_engine::quant::Format;
 use flowtape_engine::{Device, Philox};
 use flowtape_models::ModelKind;
 use flowtape_models::requirements::SampleSizes;
+use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::data::{Data, bucket_options};
@@ -350,27 +351,38 @@ fn alternatives(recipe: &Recipe, data: &Data, peak: usize) -> Result<Vec<Alterna
         ("peft.quantize_base=nf4", |r| quantise_base(r, Format::Nf4)),
         ("dtype=bf16", |r| std::mem::replace(&mut r.dtype, Dtype::Bf16) != Dtype::Bf16),
     ];
-    let mut all: Vec<Alternative> = Vec::new();
-    let (mut together, mut settings) = (recipe.clone(), Vec::new());
-    for (setting, change) in changes {
+    // Each is a step of its own on a device without data, so they are planned beside each other.
+    let plan = |(settings, changed): (Vec<&'static str>, Recipe)| -> Result<Alternative> {
+        Ok(Alternative { settings, peak: StepPlan::of(&changed, data.clone())?.peak })
+    };
+    let plan_all = |recipes: Vec<(Vec<&'static str>, Recipe)>| -> Result<Vec<Alternative>> {
+        recipes.into_par_iter().map(plan).collect()
+    };
+    let single = changes.iter().filter_map(|(setting, change)| {
         let mut changed = recipe.clone();
-        if !change(&mut changed) {
+        change(&mut changed).then(|| (vec![*setting], changed))
+    });
+    let mut single = plan_all(single.collect())?;
+    single.retain(|alternative| alternative.peak < peak);
+    let (mut together, mut settings, mut combined) = (recipe.clone(), Vec::new(), Vec::new());
+    for (setting, change) in changes {
+        if single.iter().all(|alternative| alternative.settings != [setting]) {
             continue;
         }
-        let alone = StepPlan::of(&changed, data.clone())?.peak;
-        if alone >= peak {
-            continue;
-        }
-        all.push(Alternative { settings: vec![setting], peak: alone });
         change(&mut together);
         // Of two values of one key the later one counts.
         let key = setting.split('=').next();
         settings.retain(|other: &&str| other.split('=').next() != key);
         settings.push(setting);
-        if settings.len() > 1 {
-            let peak = StepPlan::of(&together, data.clone())?.peak;
-            all.push(Alternative { settings: settings.clone(), peak });
-        }
+        combined.push((settings.clone(), together.clone()));
+    }
+    let combined = plan_all(combined.into_iter().filter(|(settings, _)| settings.len() > 1).collect())?;
+    // Behind each setting alone what it makes with those before.
+    let mut all = Vec::new();
+    for alone in single {
+        let setting = alone.settings[0];
+        all.push(alone);
+        all.extend(combined.iter().filter(|both| both.settings.last() == Some(&setting)).cloned());
     }
     Ok(all)
 }
