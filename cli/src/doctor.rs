@@ -170,17 +170,11 @@ fn works(name: &str) -> Finding {
 }
 
 fn disk() -> Finding {
+    let free = |bytes: u64| format!("{} free here", gigabytes(usize::try_from(bytes).unwrap_or(usize::MAX)));
     match fs4::available_space(".") {
-        Ok(free) if free < LITTLE_DISK => {
-            let found = format!("{} free here", gigabytes(usize::try_from(free).unwrap_or(usize::MAX)));
-            Finding::new("disk", Health::Note, found)
-                .fix("set run_dir to a larger disk: checkpoints of a model take several times its size")
-        }
-        Ok(free) => Finding::new(
-            "disk",
-            Health::Good,
-            format!("{} free here", gigabytes(usize::try_from(free).unwrap_or(usize::MAX))),
-        ),
+        Ok(bytes) if bytes < LITTLE_DISK => Finding::new("disk", Health::Note, free(bytes))
+            .fix("set run_dir to a larger disk: checkpoints of a model take several times its size"),
+        Ok(bytes) => Finding::new("disk", Health::Good, free(bytes)),
         Err(error) => Finding::new("disk", Health::Note, format!("its free space is not known: {error}")),
     }
 }

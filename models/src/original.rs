@@ -18,18 +18,8 @@ type Line = (&'static str, &'static [&'static str]);
 /// The layer of diffusers' the halves of whose rows are in another order: it has scale before shift.
 const SWAPPED: &[&str] = &["norm_out.linear"];
 
-/// Black Forest Labs' FLUX.1 (`model.py`).
-const FLUX: &[Line] = &[
-    ("img_in", &["x_embedder"]),
-    ("txt_in", &["context_embedder"]),
-    ("time_in.in_layer", &["time_text_embed.timestep_embedder.linear_1"]),
-    ("time_in.out_layer", &["time_text_embed.timestep_embedder.linear_2"]),
-    ("vector_in.in_layer", &["time_text_embed.text_embedder.linear_1"]),
-    ("vector_in.out_layer", &["time_text_embed.text_embedder.linear_2"]),
-    ("guidance_in.in_layer", &["time_text_embed.guidance_embedder.linear_1"]),
-    ("guidance_in.out_layer", &["time_text_embed.guidance_embedder.linear_2"]),
-    ("double_blocks.{}.img_mod.lin", &["transformer_blocks.{}.norm1.linear"]),
-    ("double_blocks.{}.txt_mod.lin", &["transformer_blocks.{}.norm1_context.linear"]),
+/// The attention of Black Forest Labs' blocks with two streams.
+const DOUBLE_ATTENTION: &[Line] = &[
     (
         "double_blocks.{}.img_attn.qkv",
         &["transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"],
@@ -48,6 +38,20 @@ const FLUX: &[Line] = &[
     ("double_blocks.{}.txt_attn.norm.key_norm.scale", &["transformer_blocks.{}.attn.norm_added_k.weight"]),
     ("double_blocks.{}.img_attn.proj", &["transformer_blocks.{}.attn.to_out.0"]),
     ("double_blocks.{}.txt_attn.proj", &["transformer_blocks.{}.attn.to_add_out"]),
+];
+
+/// Black Forest Labs' FLUX.1 (`model.py`), but for [`DOUBLE_ATTENTION`].
+const FLUX: &[Line] = &[
+    ("img_in", &["x_embedder"]),
+    ("txt_in", &["context_embedder"]),
+    ("time_in.in_layer", &["time_text_embed.timestep_embedder.linear_1"]),
+    ("time_in.out_layer", &["time_text_embed.timestep_embedder.linear_2"]),
+    ("vector_in.in_layer", &["time_text_embed.text_embedder.linear_1"]),
+    ("vector_in.out_layer", &["time_text_embed.text_embedder.linear_2"]),
+    ("guidance_in.in_layer", &["time_text_embed.guidance_embedder.linear_1"]),
+    ("guidance_in.out_layer", &["time_text_embed.guidance_embedder.linear_2"]),
+    ("double_blocks.{}.img_mod.lin", &["transformer_blocks.{}.norm1.linear"]),
+    ("double_blocks.{}.txt_mod.lin", &["transformer_blocks.{}.norm1_context.linear"]),
     ("double_blocks.{}.img_mlp.0", &["transformer_blocks.{}.ff.net.0.proj"]),
     ("double_blocks.{}.img_mlp.2", &["transformer_blocks.{}.ff.net.2"]),
     ("double_blocks.{}.txt_mlp.0", &["transformer_blocks.{}.ff_context.net.0.proj"]),
@@ -69,7 +73,7 @@ const FLUX: &[Line] = &[
     ("final_layer.linear", &["proj_out"]),
 ];
 
-/// Black Forest Labs' FLUX.2 (`flux2`'s `model.py`).
+/// Black Forest Labs' FLUX.2 (`flux2`'s `model.py`), but for [`DOUBLE_ATTENTION`].
 const FLUX2: &[Line] = &[
     ("img_in", &["x_embedder"]),
     ("txt_in", &["context_embedder"]),
@@ -80,24 +84,6 @@ const FLUX2: &[Line] = &[
     ("double_stream_modulation_img.lin", &["double_stream_modulation_img.linear"]),
     ("double_stream_modulation_txt.lin", &["double_stream_modulation_txt.linear"]),
     ("single_stream_modulation.lin", &["single_stream_modulation.linear"]),
-    (
-        "double_blocks.{}.img_attn.qkv",
-        &["transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"],
-    ),
-    (
-        "double_blocks.{}.txt_attn.qkv",
-        &[
-            "transformer_blocks.{}.attn.add_q_proj",
-            "transformer_blocks.{}.attn.add_k_proj",
-            "transformer_blocks.{}.attn.add_v_proj",
-        ],
-    ),
-    ("double_blocks.{}.img_attn.norm.query_norm.scale", &["transformer_blocks.{}.attn.norm_q.weight"]),
-    ("double_blocks.{}.img_attn.norm.key_norm.scale", &["transformer_blocks.{}.attn.norm_k.weight"]),
-    ("double_blocks.{}.txt_attn.norm.query_norm.scale", &["transformer_blocks.{}.attn.norm_added_q.weight"]),
-    ("double_blocks.{}.txt_attn.norm.key_norm.scale", &["transformer_blocks.{}.attn.norm_added_k.weight"]),
-    ("double_blocks.{}.img_attn.proj", &["transformer_blocks.{}.attn.to_out.0"]),
-    ("double_blocks.{}.txt_attn.proj", &["transformer_blocks.{}.attn.to_add_out"]),
     ("double_blocks.{}.img_mlp.0", &["transformer_blocks.{}.ff.linear_in"]),
     ("double_blocks.{}.img_mlp.2", &["transformer_blocks.{}.ff.linear_out"]),
     ("double_blocks.{}.txt_mlp.0", &["transformer_blocks.{}.ff_context.linear_in"]),
@@ -178,7 +164,7 @@ const WAN: &[Line] = &[
 /// A layout that is not diffusers'.
 struct Layout {
     class: &'static str,
-    lines: &'static [Line],
+    lines: &'static [&'static [Line]],
     /// Tensors that are together in no other one.
     signs: &'static [&'static str],
     /// The configuration of weights, as far as their sizes tell it.
@@ -188,20 +174,25 @@ struct Layout {
 const LAYOUTS: &[Layout] = &[
     Layout {
         class: "Flux2Transformer2DModel",
-        lines: FLUX2,
+        lines: &[FLUX2, DOUBLE_ATTENTION],
         signs: &["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"],
         config: flux2_config,
     },
     Layout {
         class: "FluxTransformer2DModel",
-        lines: FLUX,
+        lines: &[FLUX, DOUBLE_ATTENTION],
         signs: &["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "vector_in.in_layer.weight"],
         config: flux_config,
     },
-    Layout { class: "WanTransformer3DModel", lines: WAN, signs: &["blocks.0.self_attn.q.weight"], config: wan_config },
+    Layout {
+        class: "WanTransformer3DModel",
+        lines: &[WAN],
+        signs: &["blocks.0.self_attn.q.weight"],
+        config: wan_config,
+    },
     Layout {
         class: "ZImageTransformer2DModel",
-        lines: Z_IMAGE,
+        lines: &[Z_IMAGE],
         signs: &["layers.0.attention.qkv.weight", "x_pad_token"],
         config: z_image_config,
     },
@@ -222,7 +213,7 @@ impl Layout {
     /// The lines with all numbers and endings that a model has; parameters that are in none have the same name.
     fn held(&self, params: &Params) -> Vec<Held> {
         let mut all = Vec::new();
-        for (original, parts) in self.lines {
+        for (original, parts) in self.lines.iter().copied().flatten() {
             for n in 0.. {
                 let fill = |name: &str| name.replace("{}", &n.to_string());
                 let found: Vec<Held> = ["", ".weight", ".bias"]
