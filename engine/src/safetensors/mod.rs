@@ -1,6 +1,7 @@
 //! Checkpoints in the safetensors format: read from mapped memory, written whole or not at all.
 
 mod sharded;
+mod snapshot;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -14,6 +15,7 @@ use safetensors::View;
 use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo, serialize_to_file};
 
 pub use sharded::{Rows, Shards, save_sharded};
+pub use snapshot::Snapshot;
 
 use crate::files::{mistaken_for, write_whole};
 use crate::float8::{E4M3, E5M2, to_e4m3};
