@@ -143,7 +143,7 @@ impl Ema {
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn save(&self, params: &Params, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
+    pub fn save(&self, params: &Params, folder: &Path, stem: &str, max_bytes: u64) -> Result<()> {
         let value = |param: &Param| match param.var().and_then(|var| self.averages.get(&var)) {
             Some(average) => Ok(average.clone()),
             None => param.kept(),
@@ -238,7 +238,7 @@ mod tests {
                     assert!((got - expected).abs() < 1e-12, "{config:?}, step {step}: {got} instead of {expected}");
                 }
                 assert_eq!(w.kept()?.to_vec::<f64>()?, all[step as usize]);
-                ema.save(&params, folder.path(), "m", usize::MAX)?;
+                ema.save(&params, folder.path(), "m", u64::MAX)?;
                 ema = Ema::new(&config, &params)?;
                 ema.load(&params, &Shards::open(folder.path(), "m")?)?;
             }
