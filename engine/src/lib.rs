@@ -13,6 +13,7 @@
 
 pub mod backend;
 mod checkpoint;
+pub mod comm;
 pub mod cpu;
 mod dtype;
 mod error;

@@ -130,9 +130,20 @@ impl Params {
     /// # Errors
     /// When a file can't be written.
     pub fn save(&self, folder: &Path, stem: &str, max_bytes: u64) -> Result<()> {
-        // diffusers and transformers read this key.
-        let all: Vec<_> = self.iter().map(|p| Ok((p.path().to_owned(), p.kept()?))).collect::<Result<_>>()?;
-        save_sharded(folder, stem, &all, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
+        save_sharded(folder, stem, &self.tensors()?, &Self::text(), max_bytes)
+    }
+
+    /// All parameters by their paths, the wider copies where there are such: what [`Params::save`] writes.
+    ///
+    /// # Errors
+    /// When a parameter is not there.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        self.iter().map(|p| Ok((p.path().to_owned(), p.kept()?))).collect()
+    }
+
+    /// The free text of a file of parameters: diffusers and transformers read this key.
+    pub fn text() -> BTreeMap<String, String> {
+        BTreeMap::from([("format".into(), "pt".into())])
     }
 
     /// Checks that every trained parameter has a gradient, but for those named in `allowed`.

@@ -1,6 +1,7 @@
 //! Checkpoints in the safetensors format: read from mapped memory, written whole or not at all.
 
 mod sharded;
+mod snapshot;
 mod write;
 
 use std::collections::BTreeMap;
@@ -10,6 +11,7 @@ use half::bf16;
 use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo};
 
 pub use sharded::{Rows, Shards, save_sharded};
+pub use snapshot::Snapshot;
 pub use write::{save, save_float8, to_bytes};
 
 use crate::files::mistaken_for;
