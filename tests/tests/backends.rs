@@ -329,7 +329,7 @@ fn a_snapshot_keeps_the_values_of_its_moment() -> Result<()> {
         let values = [1.0f32, -2.0, 3.5];
         let tensor = Tensor::from_slice(&values, &[3], device)?;
         let mut snapshot = Snapshot::default();
-        snapshot.add(folder.path(), "state", vec![("w".into(), tensor.clone())], BTreeMap::new(), usize::MAX)?;
+        snapshot.add(folder.path(), "state", vec![("w".into(), tensor.clone())], BTreeMap::new(), u64::MAX)?;
         tensor.copy_from(&Tensor::from_slice(&[0f32; 3], &[3], device)?)?;
         let path = folder.path().join("state.safetensors");
         let (name, host) = (device.backend().name(), device.backend().is_host());

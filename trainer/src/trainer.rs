@@ -367,7 +367,7 @@ impl Trainer {
         }
         self.state.save(&self.recipe, folder)?;
         let optimizer = self.state.optimizer.tensors(self.model.params())?;
-        snapshot.add(folder, OPTIMIZER, optimizer, BTreeMap::new(), usize::MAX)?;
+        snapshot.add(folder, OPTIMIZER, optimizer, BTreeMap::new(), u64::MAX)?;
         Ok(snapshot)
     }
 

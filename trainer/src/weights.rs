@@ -26,7 +26,7 @@ pub struct Written {
     /// Whether it has its authors' names, as ComfyUI ships it, and not diffusers'; in one file alone.
     pub original: bool,
     /// About the most bytes of one file of a folder.
-    pub max_shard_size: usize,
+    pub max_shard_size: u64,
 }
 
 impl Default for Written {

@@ -143,7 +143,7 @@ impl Ema {
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn save(&self, params: &Params, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
+    pub fn save(&self, params: &Params, folder: &Path, stem: &str, max_bytes: u64) -> Result<()> {
         save_sharded(folder, stem, &self.tensors(params)?, &Params::text(), max_bytes)
     }
 
@@ -245,7 +245,7 @@ mod tests {
                     assert!((got - expected).abs() < 1e-12, "{config:?}, step {step}: {got} instead of {expected}");
                 }
                 assert_eq!(w.kept()?.to_vec::<f64>()?, all[step as usize]);
-                ema.save(&params, folder.path(), "m", usize::MAX)?;
+                ema.save(&params, folder.path(), "m", u64::MAX)?;
                 ema = Ema::new(&config, &params)?;
                 ema.load(&params, &Shards::open(folder.path(), "m")?)?;
             }

@@ -19,7 +19,7 @@ struct Files {
     stem: String,
     tensors: Vec<(String, Tensor)>,
     text: BTreeMap<String, String>,
-    max_bytes: usize,
+    max_bytes: u64,
 }
 
 impl Snapshot {
@@ -34,7 +34,7 @@ impl Snapshot {
         stem: &str,
         tensors: Vec<(String, Tensor)>,
         text: BTreeMap<String, String>,
-        max_bytes: usize,
+        max_bytes: u64,
     ) -> Result<()> {
         let copy = |(name, tensor): &(String, Tensor)| Ok((name.clone(), tensor.to_device(&Device::cpu())?));
         let copies = if tensors.iter().all(|(_, tensor)| tensor.device().backend().is_host()) {
