@@ -131,7 +131,7 @@ pub fn save(model: &dyn Transformer, folder: &Path, max_shard_size: usize) -> Re
 /// # Errors
 /// When the device fails.
 pub fn tensors(model: &dyn Transformer) -> Result<Vec<(String, Tensor)>> {
-    model.params().base().iter().map(|param| Ok((param.path().to_owned(), param.kept()?))).collect()
+    Ok(model.params().base().tensors()?)
 }
 
 /// Writes a model's configuration beside weights that are there.

@@ -131,8 +131,15 @@ impl Params {
     /// When a file can't be written.
     pub fn save(&self, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
         // diffusers and transformers read this key.
-        let all: Vec<_> = self.iter().map(|p| Ok((p.path().to_owned(), p.kept()?))).collect::<Result<_>>()?;
-        save_sharded(folder, stem, &all, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
+        save_sharded(folder, stem, &self.tensors()?, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
+    }
+
+    /// All parameters by their paths, the wider copies where there are such.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        self.iter().map(|param| Ok((param.path().to_owned(), param.kept()?))).collect()
     }
 
     /// Checks that every trained parameter has a gradient, but for those named in `allowed`.

@@ -144,12 +144,20 @@ impl Ema {
     /// # Errors
     /// When a file can't be written.
     pub fn save(&self, params: &Params, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
+        let all = self.tensors(params)?;
+        save_sharded(folder, stem, &all, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
+    }
+
+    /// The averages by their parameters' paths, and the values of parameters that are not trained.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn tensors(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {
         let value = |param: &Param| match param.var().and_then(|var| self.averages.get(&var)) {
             Some(average) => Ok(average.clone()),
             None => param.kept(),
         };
-        let all: Vec<_> = params.iter().map(|p| Ok((p.path().to_owned(), value(p)?))).collect::<Result<_>>()?;
-        save_sharded(folder, stem, &all, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
+        params.iter().map(|param| Ok((param.path().to_owned(), value(param)?))).collect()
     }
 
     /// Reads what [`Ema::save`] wrote for the same parameters.

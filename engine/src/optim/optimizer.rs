@@ -12,7 +12,7 @@ use super::updates::{COMPENSATION, Kind, Programs, Rounding, Update};
 use crate::expr::{Function, Program};
 use crate::nn::{Param, Params};
 use crate::ops::pointwise::{pointwise, run_pointwise, run_pointwise_each};
-use crate::safetensors::{SafeTensors, save};
+use crate::safetensors::{Shards, save};
 use crate::{DType, Device, Error, Gradients, Later, Result, Tensor, VarId};
 
 /// What a step is taken with: the values of a schedule.
@@ -396,12 +396,20 @@ impl Optimizer {
         slots.chain(lost).chain(whole).chain(trained).collect()
     }
 
-    /// Writes what is remembered, named `<slot>.<name>` for each slot of the rule, counts of updates, `step.<name>`, and the numbers that
-    /// all parameters share.
+    /// Writes what is remembered to a file.
     ///
     /// # Errors
     /// When the file can't be written.
     pub fn save(&self, params: &Params, path: impl AsRef<Path>) -> Result<()> {
+        save(path, &self.tensors(params)?, &BTreeMap::new())
+    }
+
+    /// What is remembered, named `<slot>.<name>` for each slot of the rule, counts of updates, `step.<name>`, and the numbers that
+    /// all parameters share.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn tensors(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {
         let gated = match &self.gated {
             Some(gated) if gated.clip.item()?.is_nan() => Some(gated),
             _ => None,
@@ -422,14 +430,14 @@ impl Optimizer {
         for ((name, _), value) in self.rule.shared().into_iter().zip(shared) {
             all.push((name.into(), Tensor::from_slice(&[*value], &[], &Device::cpu())?));
         }
-        save(path, &all, &BTreeMap::new())
+        Ok(all)
     }
 
     /// Reads what [`Optimizer::save`] wrote for the same parameters and the same rule.
     ///
     /// # Errors
     /// When a tensor is missing or of another shape, or there is one of no parameter or no slot.
-    pub fn load(&mut self, params: &Params, file: &SafeTensors) -> Result<()> {
+    pub fn load(&mut self, params: &Params, file: &Shards) -> Result<()> {
         let mut state = HashMap::new();
         let mut mismatched = Vec::new();
         let mut trained = Vec::new();
@@ -453,14 +461,14 @@ impl Optimizer {
             state.insert(var, State { steps, slots: values, whole });
         }
         let shared = self.rule.shared();
-        let known = |key: &String| {
+        let known = |key: &str| {
             let Some((kind, param)) = key.split_once('.').and_then(|(kind, n)| Some((kind, params.get(n)?))) else {
-                return shared.iter().any(|(name, _)| name == key);
+                return shared.iter().any(|(name, _)| *name == key);
             };
             let slots = param.kept().map(|kept| self.remembered(param, &kept)).unwrap_or_default();
             kind == STEP || slots.iter().any(|(slot, ..)| *slot == kind)
         };
-        let unexpected: Vec<String> = file.names().into_iter().filter(|n| !known(n)).collect();
+        let unexpected: Vec<String> = file.names().filter(|n| !known(n)).map(String::from).collect();
         let missing = shared.iter().map(|(name, _)| (*name).to_owned()).filter(|name| file.dims(name).is_none());
         let missing: Vec<String> = missing.collect();
         if mismatched.len() + unexpected.len() + missing.len() > 0 {

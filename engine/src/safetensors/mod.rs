@@ -1,4 +1,4 @@
-//! Checkpoints in the safetensors format: read from mapped memory, written whole or not at all.
+//! Checkpoints in the safetensors format: files read from mapped memory and written whole or not at all, or bytes in memory.
 
 mod sharded;
 
@@ -6,12 +6,14 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use half::bf16;
 use memmap2::Mmap;
 use safetensors::View;
-use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo, serialize_to_file};
+use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo, serialize, serialize_to_file};
 
 pub use sharded::{Rows, Shards, save_sharded};
 
@@ -23,11 +25,34 @@ use crate::{DType, Device, Error, Result, Tensor, printable};
 const SCALED: &str = "scaled_fp8";
 const SCALE: &str = ".scale_weight";
 
-/// An open file: its tensors are read when asked for.
+/// What is read from.
+enum Bytes {
+    File(Mmap),
+    Memory(Vec<u8>),
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::File(map) => map,
+            Self::Memory(bytes) => bytes,
+        }
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.len())
+    }
+}
+
+/// An open file, or one in memory: its tensors are read when asked for.
 #[derive(Debug)]
 pub struct SafeTensors {
     path: PathBuf,
-    map: Mmap,
+    bytes: Bytes,
     /// Where the data starts.
     start: usize,
     metadata: Metadata,
@@ -52,16 +77,28 @@ impl SafeTensors {
         // SAFETY: files are replaced by renaming, never written in place; whoever truncates one while it is read
         // gets a bus error, as with every mapped file.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        let broken = |e: SafeTensorError| match mistaken_for(&map) {
+        Self::of(path, Bytes::File(map))
+    }
+
+    /// The content of a file, wherever it comes from; errors call it `name`.
+    ///
+    /// # Errors
+    /// When it is not that of a whole safetensors file.
+    pub fn from_bytes(name: impl AsRef<Path>, bytes: Vec<u8>) -> Result<Self> {
+        Self::of(name.as_ref(), Bytes::Memory(bytes))
+    }
+
+    fn of(path: &Path, bytes: Bytes) -> Result<Self> {
+        let broken = |e: SafeTensorError| match mistaken_for(&bytes) {
             Some(what) => format_error(path, what),
             None => format_error(path, format!("not a whole safetensors file: {e}")),
         };
         // Checks that offsets are in order, without gaps, and end with the file.
-        let (header, metadata) = safetensors::SafeTensors::read_metadata(&map).map_err(broken)?;
-        Ok(Self { path: path.into(), map, start: header + 8, metadata })
+        let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).map_err(broken)?;
+        Ok(Self { path: path.into(), bytes, start: header + 8, metadata })
     }
 
-    /// The file's path.
+    /// The file's path, or what bytes in memory are called.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -149,7 +186,7 @@ impl SafeTensors {
             return Err(format_error(&self.path, format!("no tensor {}", printable(name))));
         };
         let (from, to) = info.data_offsets;
-        Ok((info, &self.map[self.start + from..self.start + to]))
+        Ok((info, &self.bytes[self.start + from..self.start + to]))
     }
 
     fn read(
@@ -193,7 +230,7 @@ struct Outgoing<'a> {
     tensor: &'a Tensor,
     /// Whether it becomes e4m3.
     float8: bool,
-    failed: &'a RefCell<Option<Error>>,
+    failed: Rc<RefCell<Option<Error>>>,
 }
 
 impl Outgoing<'_> {
@@ -256,19 +293,38 @@ pub fn save_float8(
 }
 
 fn write(path: &Path, tensors: &[(String, Tensor)], text: &BTreeMap<String, String>, float8: bool) -> Result<()> {
-    let failed = RefCell::new(None);
-    let views = tensors.iter().map(|(name, tensor)| {
-        let float8 = float8 && tensor.dims().len() > 1 && tensor.dtype() != DType::U32;
-        (name.as_str(), Outgoing { tensor, float8, failed: &failed })
-    });
-    let text: Option<HashMap<_, _>> = (!text.is_empty()).then(|| text.clone().into_iter().collect());
     write_whole(path, |partial| {
-        serialize_to_file(views, text, partial).map_err(|e| match e {
-            SafeTensorError::IoError(source) => Error::Io { path: path.into(), source },
-            other => format_error(path, other),
-        })?;
-        failed.take().map_or(Ok(()), Err)
+        serialised(path, tensors, text, float8, |views, text| serialize_to_file(views, text, partial))
     })
+}
+
+/// The content of the file that [`save`] would write.
+///
+/// # Errors
+/// When the device fails.
+pub fn to_bytes(tensors: &[(String, Tensor)], text: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+    serialised(Path::new("memory"), tensors, text, false, |views, text| serialize(views, text))
+}
+
+/// What `write` makes of the tensors, which leave their device while it runs.
+fn serialised<'a, R>(
+    path: &Path,
+    tensors: &'a [(String, Tensor)],
+    text: &BTreeMap<String, String>,
+    float8: bool,
+    write: impl FnOnce(Vec<(&'a str, Outgoing<'a>)>, Option<HashMap<String, String>>) -> Result<R, SafeTensorError>,
+) -> Result<R> {
+    let failed = Rc::default();
+    let view = |(name, tensor): &'a (String, Tensor)| {
+        let float8 = float8 && tensor.dims().len() > 1 && tensor.dtype() != DType::U32;
+        (name.as_str(), Outgoing { tensor, float8, failed: Rc::clone(&failed) })
+    };
+    let text = (!text.is_empty()).then(|| text.clone().into_iter().collect());
+    let written = write(tensors.iter().map(view).collect(), text).map_err(|e| match e {
+        SafeTensorError::IoError(source) => Error::Io { path: path.into(), source },
+        other => format_error(path, other),
+    })?;
+    failed.take().map_or(Ok(written), Err)
 }
 
 #[cfg(test)]
@@ -297,6 +353,14 @@ mod tests {
         let row = file.row("c", 1, &cpu)?;
         assert_eq!((row.dims(), row.dtype(), row.to_vec::<f32>()?), (&[3][..], DType::BF16, vec![4.0, 5.0, 6.0]));
         assert!(file.row("c", 2, &cpu).unwrap_err().to_string().contains("no row 2 of [2, 3]"));
+        // In memory it is the same.
+        let bytes = to_bytes(&all, &text)?;
+        assert!(bytes == std::fs::read(&path).unwrap());
+        let held = SafeTensors::from_bytes("held", bytes.clone())?;
+        assert_eq!((held.names(), held.metadata()), (file.names(), text));
+        assert_eq!(held.get("a", &cpu, None)?.to_vec::<f32>()?, file.get("a", &cpu, None)?.to_vec::<f32>()?);
+        let short = SafeTensors::from_bytes("held", bytes[..bytes.len() - 1].to_vec()).unwrap_err().to_string();
+        assert!(short.contains("held") && short.contains("not a whole safetensors file"), "{short}");
         Ok(())
     }
 
