@@ -44,24 +44,27 @@ pub fn ring(steps: u64, n: usize) -> Result<Vec<f32>> {
     let model = Mlp([3, 128, 128, 2].windows(2).enumerate().map(layer).collect::<Result<_, _>>()?);
     let config = FlowMatchingConfig { flow_shift: 1.0, use_loss_weighting: false, ..Default::default() };
     let pipeline = FlowMatchingPipeline::new(config, Points)?;
-    let (mut optimizer, mut random, mut draws) =
-        (OptimizerConfig::default().build()?, Philox::new(2), PhiloxDraws::new(3));
+    let (mut random, mut draws) = (Philox::new(2), PhiloxDraws::new(3));
+    let mut optimizer = OptimizerConfig::default().build()?;
     for step in 0..steps {
-        let points = (0..256).map(|_| random.next_f64() as f32 * std::f32::consts::TAU).flat_map(|a| [a.cos(), a.sin()]);
+        let angles = (0..256).map(|_| random.next_f64() as f32 * std::f32::consts::TAU);
+        let points = angles.flat_map(|angle| [angle.cos(), angle.sin()]);
         let batch = Batch::new(Tensor::from_vec(points.collect(), &[256, 2, 1, 1], &cpu)?, DataType::Image);
         let tape = Tape::new();
         let out = pipeline.step(&model, &batch, step, &mut draws, &StepOptions::recorded(&tape))?;
         optimizer.step(&root.params(), &tape.backward(&out.loss)?, Rates { lr: 3e-3, weight_decay: 0.0 }, None)?;
     }
     let noise = draws.noise(&[n, 2, 1, 1], &cpu)?;
-    let (batch, euler) = (Batch::new(noise.clone(), DataType::Image), FlowMatchEulerDiscrete::new(EulerConfig::default())?);
-    let sampling =
-        Sampling { adapter: &Points, model: &model, batch: &batch, task_type: TaskType::T2V, guidance: None };
+    let batch = &Batch::new(noise.clone(), DataType::Image);
+    let sampling = Sampling { adapter: &Points, model: &model, batch, task_type: TaskType::T2V, guidance: None };
+    let euler = FlowMatchEulerDiscrete::new(EulerConfig::default())?;
     Ok(euler.sample(&sampling, &noise, &euler.set_timesteps(30, None)?)?.to_vec()?)
 }
 
 #[allow(clippy::print_stdout, dead_code)] // an example shows what it does
 fn main() -> Result<()> {
-    ring(800, 8)?.chunks(2).for_each(|p| println!("({:6.3}, {:6.3}), {:.3} from the middle", p[0], p[1], p[0].hypot(p[1])));
+    for point in ring(800, 8)?.chunks(2) {
+        println!("({:6.3}, {:6.3}), {:.3} from the middle", point[0], point[1], point[0].hypot(point[1]));
+    }
     Ok(())
 }

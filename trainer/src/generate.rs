@@ -116,7 +116,13 @@ impl Generator<'_> {
     }
 
     /// Latents of a batch's conditions, by Euler's method from `noise`, away from `negative` where there is one and guidance is asked for.
-    pub fn sample(&self, batch: &Batch, negative: Option<&Batch>, task_type: TaskType, noise: &Tensor) -> Result<Tensor> {
+    pub fn sample(
+        &self,
+        batch: &Batch,
+        negative: Option<&Batch>,
+        task_type: TaskType,
+        noise: &Tensor,
+    ) -> Result<Tensor> {
         let euler = FlowMatchEulerDiscrete::new(EulerConfig::default())?;
         // From 1 down in equal steps, as the FLUX pipeline asks for them.
         let steps = self.sampling.steps();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use flowtape_engine::nn::Params;
 use flowtape_engine::safetensors::{SafeTensors, Shards, to_bytes};
+use flowtape_engine::{Device, Tensor};
 
 use crate::state::{Stored, averaged};
 use crate::{Error, Result, Trainer};
@@ -31,9 +32,7 @@ impl Trainer {
     /// # Errors
     /// When the device fails.
     pub fn weights_to_bytes(&self) -> Result<Vec<u8>> {
-        // diffusers and transformers read this key.
-        let text = BTreeMap::from([("format".into(), "pt".into())]);
-        self.as_sampled(|| Ok(to_bytes(&self.trained().tensors()?, &text)?))
+        self.as_sampled(|| Ok(to_bytes(&self.trained().tensors()?, &Params::text())?))
     }
 
     /// Puts weights in the place of those that are trained, and begins a new average where one is kept; what the optimiser remembers
@@ -53,15 +52,17 @@ impl Trainer {
     /// When the device fails.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let state = self.state();
+        // The optimiser may mean other values to be looked at than those it trains, which are among its own: these are copies.
+        let copy = |(name, tensor): (String, Tensor)| {
+            Ok((name, Tensor::from_bytes(&tensor.to_bytes()?, tensor.dims(), tensor.dtype(), &Device::cpu())?))
+        };
+        let weights =
+            self.as_evaluated(|| self.trained().tensors()?.into_iter().map(copy).collect::<Result<Vec<_>>>())?;
         let averages = state.ema.as_ref().map_or(Ok(Vec::new()), |ema| ema.tensors(&self.trained()))?;
         let optimizer = state.optimizer.tensors(self.model().params())?;
+        let all = under(MODEL, weights).chain(under(OPTIMIZER, optimizer)).chain(under(AVERAGES, averages));
         let stored = serde_json::json!(state.stored(self.recipe())?).to_string();
-        let text = BTreeMap::from([(STATE.into(), stored)]);
-        self.as_evaluated(|| {
-            let all = under(MODEL, self.trained().tensors()?);
-            let all = all.chain(under(OPTIMIZER, optimizer)).chain(under(AVERAGES, averages));
-            Ok(to_bytes(&all.collect::<Vec<_>>(), &text)?)
-        })
+        Ok(to_bytes(&all.collect::<Vec<_>>(), &BTreeMap::from([(STATE.into(), stored)]))?)
     }
 
     /// Goes on from what [`Trainer::to_bytes`] gave for the same recipe.
@@ -81,6 +82,6 @@ impl Trainer {
     }
 }
 
-fn under<T>(prefix: &'static str, tensors: Vec<(String, T)>) -> impl Iterator<Item = (String, T)> {
+fn under(prefix: &'static str, tensors: Vec<(String, Tensor)>) -> impl Iterator<Item = (String, Tensor)> {
     tensors.into_iter().map(move |(name, tensor)| (format!("{prefix}{name}"), tensor))
 }

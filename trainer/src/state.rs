@@ -15,7 +15,8 @@ use crate::changes::{Change, listed};
 use crate::error::io;
 use crate::{Error, Recipe, Result};
 
-const OPTIMIZER: &str = "optimizer.safetensors";
+/// The name of the optimiser's file, without its end.
+pub(crate) const OPTIMIZER: &str = "optimizer";
 const STATE: &str = "state.json";
 pub(crate) const EMA: &str = "ema";
 
@@ -97,12 +98,11 @@ impl Stored {
 }
 
 impl TrainState {
-    /// Writes it into the folder of a checkpoint, but for the average of the weights; and the recipe.
+    /// Writes the progress and the recipe into the folder of a checkpoint.
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn save(&self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
-        self.optimizer.save(params, folder.join(OPTIMIZER))?;
+    pub(crate) fn save(&self, recipe: &Recipe, folder: &Path) -> Result<()> {
         let stored = self.stored(recipe)?;
         let path = folder.join(STATE);
         std::fs::write(&path, format!("{:#}\n", serde_json::json!(stored))).map_err(io(&path))
@@ -113,7 +113,7 @@ impl TrainState {
     /// # Errors
     /// When a file can't be read or does not fit the parameters.
     pub fn load(&mut self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
-        let optimizer = SafeTensors::open(folder.join(OPTIMIZER))?.into();
+        let optimizer = SafeTensors::open(folder.join(format!("{OPTIMIZER}.safetensors")))?.into();
         let averages = match (&self.ema, ema_folder(folder)?) {
             (Some(_), Some(averages)) => Some(Shards::open(&averages, averaged(recipe, params).1)?),
             _ => None,

@@ -1,9 +1,9 @@
 //! Where the time of a step goes.
 
 use std::cell::Cell;
-use std::time::Instant;
 
 use flowtape_engine::optim::StepSink;
+use flowtape_engine::platform::Instant;
 use flowtape_engine::{GradientSink, Result, Tensor, VarId};
 
 /// Seconds that the parts of a step took. On a device that runs behind the host they are what it took to hand the work over.
@@ -18,7 +18,7 @@ pub struct StepTimes {
     /// Clipping and updates, on the way of backward and behind it.
     pub optimizer: f64,
     /// Bytes in use when the loss was there, the most of all micro-batches, where the device counts them.
-    pub forward_bytes: usize,
+    pub forward_bytes: u64,
 }
 
 /// Counts the seconds of what is behind it in a chain of sinks.

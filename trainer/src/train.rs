@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use flowtape_engine::Device;
 use flowtape_engine::cpu::awake;
+use flowtape_engine::platform::Instant;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 

@@ -396,7 +396,7 @@ impl Optimizer {
         slots.chain(lost).chain(whole).chain(trained).collect()
     }
 
-    /// Writes what is remembered to a file.
+    /// Writes [`Optimizer::tensors`] to a file.
     ///
     /// # Errors
     /// When the file can't be written.

@@ -97,7 +97,8 @@ impl Shards {
             return Err(format_error(&index, format!("expected names of files beside it, got {outside:?}")));
         }
         check_strays(folder, stem, &index, &names)?;
-        let files = names.iter().map(|name| Ok(Arc::new(SafeTensors::open(folder.join(name))?))).collect::<Result<Vec<_>>>()?;
+        let files =
+            names.iter().map(|name| Ok(Arc::new(SafeTensors::open(folder.join(name))?))).collect::<Result<Vec<_>>>()?;
         let mut at = BTreeMap::new();
         for (tensor, file) in &parsed.weight_map {
             let number = names.binary_search(&file).unwrap_or_default();
@@ -315,9 +316,9 @@ pub fn save_sharded(
     stem: &str,
     tensors: &[(String, Tensor)],
     text: &BTreeMap<String, String>,
-    max_bytes: usize,
+    max_bytes: u64,
 ) -> Result<()> {
-    let bytes = |tensor: &Tensor| tensor.numel() * tensor.dtype().size();
+    let bytes = |tensor: &Tensor| (tensor.numel() * tensor.dtype().size()) as u64;
     let mut shards: Vec<&[(String, Tensor)]> = Vec::new();
     let (mut start, mut filled) = (0, 0);
     for (i, (_, tensor)) in tensors.iter().enumerate() {
@@ -340,7 +341,7 @@ pub fn save_sharded(
             weight_map.extend(shard.iter().map(|(tensor, _)| (tensor.clone(), name(i))));
             written.push(name(i));
         }
-        let total: usize = tensors.iter().map(|(_, t)| bytes(t)).sum();
+        let total: u64 = tensors.iter().map(|(_, t)| bytes(t)).sum();
         let index = Index { metadata: BTreeMap::from([("total_size".into(), total.into())]), weight_map };
         let path = folder.join(index_name(stem));
         let json = format!("{:#}\n", serde_json::json!(index));

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::nn::{Init, ParamBuilder, Placement};
-use crate::safetensors::SafeTensors;
 use crate::optim::{AdamW, RULES, RuleEntry, Sgd, functions};
+use crate::safetensors::SafeTensors;
 use crate::{Device, Philox};
 
 /// Steps of a rule in f64 beside a formula, which gets the step's number (from 1), an element's number, value and gradient,
