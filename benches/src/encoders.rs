@@ -40,7 +40,7 @@ pub struct EncoderMeasurement {
     /// Seconds of the fastest run.
     pub s_min: f64,
     /// MiB of tensors at most, weights included.
-    pub tensors_mb: usize,
+    pub tensors_mb: u64,
 }
 
 /// Layers of T5-XXL that are measured, and tokens.

@@ -25,7 +25,7 @@ pub struct Point {
     /// What flows where.
     pub dtype: Dtype,
     /// Numbers that are trained.
-    pub params: usize,
+    pub params: u64,
     /// 10^9 floating-point operations of a step.
     pub gflop: f64,
     /// Seconds of a step, the median.
@@ -62,7 +62,7 @@ fn sweeps() -> Vec<(&'static str, Vec<(usize, Work)>)> {
 ///
 /// # Errors
 /// When the sizes do not fit the model.
-pub fn memory(work: &Work, dtype: Dtype) -> Result<usize> {
+pub fn memory(work: &Work, dtype: Dtype) -> Result<u64> {
     let meta = Meta::default();
     step(work, &meta.device(), &Options { dtype, steps: 1, warmup: 1, at_once: true, profile: false, lora: None })?;
     Ok(meta.peak())

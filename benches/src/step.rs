@@ -44,7 +44,7 @@ pub struct Measurement {
     /// Threads.
     pub threads: usize,
     /// Numbers that are trained.
-    pub params: usize,
+    pub params: u64,
     /// 10^9 floating-point operations of a step.
     pub gflop: f64,
     /// Seconds of a step, the median.
@@ -174,7 +174,7 @@ pub fn step(work: &Work, device: &Device, options: &Options) -> Result<Measureme
         first_step_s: rounded(first_step_s, 2),
         peak_rss_mb: process::peak_memory() >> 20,
         rss_before_mb: before >> 20,
-        tensors_mb: (memory.peak >> 20) as u64,
+        tensors_mb: memory.peak >> 20,
         pool_misses: memory.misses - misses,
         loss_first: rounded(losses.first().copied().unwrap_or(f64::NAN), 4),
         loss_last: rounded(losses.last().copied().unwrap_or(f64::NAN), 4),

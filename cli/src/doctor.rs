@@ -54,7 +54,7 @@ impl Finding {
 }
 
 /// Memory below which even the digits are tight, and disk below which checkpoints of small models are, in bytes.
-const LITTLE_MEMORY: usize = 2 << 30;
+const LITTLE_MEMORY: u64 = 2 << 30;
 const LITTLE_DISK: u64 = 5 << 30;
 /// What PCI calls NVIDIA.
 const NVIDIA: &str = "0x10de";
@@ -170,7 +170,7 @@ fn works(name: &str) -> Finding {
 }
 
 fn disk() -> Finding {
-    let free = |bytes: u64| format!("{} free here", gigabytes(usize::try_from(bytes).unwrap_or(usize::MAX)));
+    let free = |bytes: u64| format!("{} free here", gigabytes(bytes));
     match fs4::available_space(".") {
         Ok(bytes) if bytes < LITTLE_DISK => Finding::new("disk", Health::Note, free(bytes))
             .fix("set run_dir to a larger disk: checkpoints of a model take several times its size"),

@@ -24,7 +24,7 @@ pub struct Output {
     layout: Layout,
     /// About the most bytes of one file.
     #[arg(long, default_value_t = MAX_SHARD_SIZE)]
-    max_shard_size: usize,
+    max_shard_size: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -173,9 +173,8 @@ fn reference_images_are_encoded_beside_what_was_made_of_them() {
         workers: 1,
     };
     let cache = tempfile::tempdir().unwrap();
-    let run = || {
-        preprocess.run(&items, cache.path(), &Device::cpu(), &AtomicBool::new(false), &mut |_| {}).unwrap().encoded
-    };
+    let run =
+        || preprocess.run(&items, cache.path(), &Device::cpu(), &AtomicBool::new(false), &mut |_| {}).unwrap().encoded;
     // Encoded once.
     assert_eq!((run(), run()), (1, 0));
     let sample = CacheSource::open(cache.path()).unwrap().read(0, &mut Philox::new(0)).unwrap();

@@ -1,5 +1,7 @@
 //! The element types of tensors.
 
+use std::borrow::Cow;
+
 use half::{bf16, f16};
 
 /// An element type.
@@ -41,6 +43,16 @@ impl DType {
     /// Whether it is a floating-point type.
     pub const fn is_float(self) -> bool {
         !matches!(self, Self::U32)
+    }
+
+    /// Elements from the machine's order of bytes to little-endian or back: the same bytes on nearly all machines.
+    pub(crate) fn little_endian(self, bytes: Cow<'_, [u8]>) -> Cow<'_, [u8]> {
+        if cfg!(target_endian = "little") {
+            return bytes;
+        }
+        let mut swapped = bytes.into_owned();
+        swapped.chunks_exact_mut(self.size()).for_each(<[u8]>::reverse);
+        swapped.into()
     }
 
     /// The type that holds the result of an operation on both: the wider float;

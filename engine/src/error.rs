@@ -74,6 +74,14 @@ pub enum Error {
         /// What it says.
         what: String,
     },
+    /// A rank of a run with several gave up, or all do not agree on what to do.
+    #[error("rank {rank}: {what}; all ranks stop, and go on from the last checkpoint")]
+    Rank {
+        /// Which, from 0.
+        rank: usize,
+        /// Why.
+        what: String,
+    },
     /// Any other value outside its range.
     #[error("{op}: expected {expected}, got {got}")]
     Argument {

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::Error;
 
 /// Lets `write` make a file beside `path`, and moves it there when it is whole and on the disk: an older file is
-/// replaced at once or stays. It has the rights of any new file (those that the umask leaves), whatever `write` gives it.
+/// replaced at once or stays.
 ///
 /// # Errors
 /// Those of `write`, and of the file system.
@@ -15,10 +15,7 @@ pub fn write_whole<E: From<Error>>(path: &Path, write: impl FnOnce(&Path) -> Res
     partial.push(".partial");
     let partial = Path::new(&partial);
     let io = |source| E::from(Error::Io { path: path.into(), source });
-    // Others may put a private temporary file in the place of this one.
-    let rights = File::create(partial).and_then(|file| file.metadata()).map_err(io)?.permissions();
     let written = write(partial)
-        .and_then(|()| std::fs::set_permissions(partial, rights).map_err(io))
         .and_then(|()| File::open(partial).and_then(|f| f.sync_all()).map_err(io))
         .and_then(|()| std::fs::rename(partial, path).map_err(io));
     written.inspect_err(|_| {
@@ -81,13 +78,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mode = |name: &str| std::fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
         std::fs::write(folder.path().join("plain"), "x").unwrap();
-        write_whole(&folder.path().join("whole"), |partial| {
-            let private = tempfile::NamedTempFile::new_in(folder.path()).unwrap();
-            private.persist(partial).unwrap();
-            Ok::<(), Error>(())
-        })
-        .unwrap();
         crate::safetensors::save(folder.path().join("a.safetensors"), &[], &Default::default()).unwrap();
-        assert_eq!([mode("whole"), mode("a.safetensors")], [mode("plain"); 2]);
+        assert_eq!(mode("a.safetensors"), mode("plain"));
     }
 }

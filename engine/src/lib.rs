@@ -13,6 +13,7 @@
 
 pub mod backend;
 mod checkpoint;
+pub mod comm;
 pub mod cpu;
 mod dtype;
 mod error;
@@ -26,6 +27,7 @@ pub mod non_finite;
 pub mod ops;
 pub mod optim;
 mod places;
+pub mod platform;
 pub mod pool;
 pub mod profile;
 pub mod quant;

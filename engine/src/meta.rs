@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::call::{Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd, Upload};
 use crate::backend::{Backend, Buffer, Fused, Ran};
@@ -16,8 +16,8 @@ pub struct Meta(Arc<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
-    used: AtomicUsize,
-    peak: AtomicUsize,
+    used: AtomicU64,
+    peak: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Buffer for MetaBuffer {}
 
 impl Drop for MetaBuffer {
     fn drop(&mut self) {
-        self.counts.used.fetch_sub(self.size, Ordering::Relaxed);
+        self.counts.used.fetch_sub(self.size as u64, Ordering::Relaxed);
     }
 }
 
@@ -41,12 +41,12 @@ impl Meta {
     }
 
     /// Bytes in use.
-    pub fn used(&self) -> usize {
+    pub fn used(&self) -> u64 {
         self.0.used.load(Ordering::Relaxed)
     }
 
     /// The most bytes that were in use at once.
-    pub fn peak(&self) -> usize {
+    pub fn peak(&self) -> u64 {
         self.0.peak.load(Ordering::Relaxed)
     }
 }
@@ -69,7 +69,7 @@ impl Backend for Meta {
         let size = class(bytes, ALIGN).filter(|&size| isize::try_from(size).is_ok()).ok_or_else(|| {
             Error::OutOfMemory { device: "meta".into(), bytes, reason: "more than the address space".into() }
         })?;
-        let used = self.0.used.fetch_add(size, Ordering::Relaxed) + size;
+        let used = self.0.used.fetch_add(size as u64, Ordering::Relaxed) + size as u64;
         self.0.peak.fetch_max(used, Ordering::Relaxed);
         Ok(Box::new(MetaBuffer { size, counts: self.0.clone() }))
     }
@@ -126,7 +126,7 @@ mod tests {
         let device = meta.device();
         let root = ParamBuilder::new(0, DType::F32, &device);
         let layer = Linear::new(&root, 1 << 10, 1 << 20, true)?;
-        let weights = ((1usize << 30) + (1 << 20)) * 4;
+        let weights = ((1u64 << 30) + (1 << 20)) * 4;
         assert_eq!(meta.used(), weights);
         let tape = Tape::new();
         let x = tape.attach(&Tensor::zeros(&[8, 1 << 10], DType::F32, &device)?);

@@ -25,11 +25,11 @@ pub trait Raw: Debug + Send + Sync {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PoolUsage {
     /// In use by tensors.
-    pub used: usize,
+    pub used: u64,
     /// Kept for reuse.
-    pub kept: usize,
+    pub kept: u64,
     /// The most that was in use.
-    pub peak: usize,
+    pub peak: u64,
     /// Blocks that were asked of the device, because none of their size was kept.
     pub misses: u64,
 }
@@ -54,13 +54,13 @@ struct Free<B> {
 impl<B> Free<B> {
     fn take(&mut self, size: usize) -> Option<B> {
         let (_, block) = self.by_size.get_mut(&size)?.pop_back()?;
-        self.usage.kept -= size;
+        self.usage.kept -= size as u64;
         Some(block)
     }
 
     fn put(&mut self, size: usize, block: B) {
         self.time += 1;
-        self.usage.kept += size;
+        self.usage.kept += size as u64;
         self.by_size.entry(size).or_default().push_back((self.time, block));
     }
 
@@ -69,7 +69,7 @@ impl<B> Free<B> {
         let first = self.by_size.iter().filter_map(|(&size, blocks)| Some((blocks.front()?.0, size)));
         let (_, size) = first.min()?;
         let (_, block) = self.by_size.get_mut(&size)?.pop_front()?;
-        self.usage.kept -= size;
+        self.usage.kept -= size as u64;
         Some(block)
     }
 }
@@ -150,7 +150,7 @@ impl<R: Raw> Pool<R> {
             }
         };
         let usage = &mut free.usage;
-        usage.used += size;
+        usage.used += size as u64;
         usage.peak = usage.peak.max(usage.used);
         drop(free);
         Ok(Pooled { block, bytes: size, pool: self.clone() })
@@ -193,10 +193,10 @@ impl<R: Raw> Drop for Pooled<R> {
     fn drop(&mut self) {
         let Inner { raw, spare, .. } = &*self.pool.0;
         let mut free = self.pool.0.lock();
-        free.usage.used -= self.bytes;
+        free.usage.used -= self.bytes as u64;
         free.put(self.bytes, self.block.clone());
         let mut given_back = Vec::new();
-        while free.usage.used + free.usage.kept > free.usage.peak.saturating_add(*spare) {
+        while free.usage.used + free.usage.kept > free.usage.peak.saturating_add(*spare as u64) {
             given_back.extend(free.take_oldest());
         }
         drop(free);

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use crate::backend::call::{
     Call, Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload,
 };
 use crate::backend::{Backend, Buffer, Decorator, Fused, Pending, Ran};
+use crate::platform::Instant;
 use crate::{DType, Device, Result, Tensor};
 
 /// What the calls of one kind came to.

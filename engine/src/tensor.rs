@@ -146,8 +146,9 @@ impl Tensor {
         if Some(bytes.len()) != dims.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d)) {
             return Err(Error::shape("from_bytes", format!("{dims:?} of {dtype}"), [bytes.len()]));
         }
-        let out = Self::written(bytes, dims, dtype, device)?;
-        out.storage.keep(bytes);
+        let bytes = dtype.little_endian(bytes.into());
+        let out = Self::written(&bytes, dims, dtype, device)?;
+        out.storage.keep(&bytes);
         Ok(out)
     }
 
@@ -295,18 +296,20 @@ impl Tensor {
     /// # Errors
     /// When the device fails.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        Ok(self.converted(&self.own_bytes()?))
+    }
+
+    /// The bytes in row-major order, each element's as the machine has them.
+    fn own_bytes(&self) -> Result<Vec<u8>> {
         let size = self.dtype.size();
-        let bytes = match self.storage.kept() {
-            Some(kept) => self.layout.positions().flat_map(|at| &kept[at * size..][..size]).copied().collect(),
-            None => {
-                let plain = self.detach().contiguous()?;
-                let (start, count) = (plain.layout.offset * size, self.numel() * size);
-                let mut bytes = self.device().backend().download(plain.storage.buffer(), start + count)?;
-                bytes.drain(..start);
-                bytes
-            }
-        };
-        Ok(self.converted(&bytes))
+        if let Some(kept) = self.storage.kept() {
+            return Ok(self.layout.positions().flat_map(|at| &kept[at * size..][..size]).copied().collect());
+        }
+        let plain = self.detach().contiguous()?;
+        let (start, count) = (plain.layout.offset * size, self.numel() * size);
+        let mut bytes = self.device().backend().download(plain.storage.buffer(), start + count)?;
+        bytes.drain(..start);
+        Ok(bytes)
     }
 
     /// Reads the values now, but waits for them only when they are asked for.
@@ -343,13 +346,7 @@ impl Tensor {
     /// # Errors
     /// When the device fails.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        Ok(match self.dtype {
-            DType::F32 => bytemuck::cast_slice(&self.to_vec::<f32>()?).to_vec(),
-            DType::BF16 => bytemuck::cast_slice(&self.to_vec::<half::bf16>()?).to_vec(),
-            DType::F16 => bytemuck::cast_slice(&self.to_vec::<half::f16>()?).to_vec(),
-            DType::F64 => bytemuck::cast_slice(&self.to_vec::<f64>()?).to_vec(),
-            DType::U32 => bytemuck::cast_slice(&self.to_vec::<u32>()?).to_vec(),
-        })
+        Ok(self.dtype.little_endian(self.own_bytes()?.into()).into_owned())
     }
 
     /// The value of a tensor with one element. Waits for the device.

@@ -19,7 +19,7 @@ pub const CONFIG: &str = "config.json";
 /// The name of the weights' file or files, without endings.
 pub const WEIGHTS: &str = "diffusion_pytorch_model";
 /// The greatest file of weights that is written, in bytes: diffusers' default of 10 GB.
-pub const MAX_SHARD_SIZE: usize = 10_000_000_000;
+pub const MAX_SHARD_SIZE: u64 = 10_000_000_000;
 
 /// The keys and values of a JSON object, repeated keys too.
 struct Entries(Vec<(String, Value)>);
@@ -120,7 +120,7 @@ pub fn load_weights(weights: Arc<Shards>, config: &Value, params: ParamBuilder) 
 ///
 /// # Errors
 /// When the folder can't be written.
-pub fn save(model: &dyn Transformer, folder: &Path, max_shard_size: usize) -> Result<()> {
+pub fn save(model: &dyn Transformer, folder: &Path, max_shard_size: u64) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|source| EngineError::Io { path: folder.into(), source })?;
     model.params().base().save(folder, WEIGHTS, max_shard_size)?;
     save_config(model, folder)
@@ -131,7 +131,7 @@ pub fn save(model: &dyn Transformer, folder: &Path, max_shard_size: usize) -> Re
 /// # Errors
 /// When the device fails.
 pub fn tensors(model: &dyn Transformer) -> Result<Vec<(String, Tensor)>> {
-    model.params().base().iter().map(|param| Ok((param.path().to_owned(), param.kept()?))).collect()
+    Ok(model.params().base().tensors()?)
 }
 
 /// Writes a model's configuration beside weights that are there.

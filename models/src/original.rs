@@ -484,7 +484,7 @@ mod tests {
         for (i, given) in models().iter().enumerate() {
             let model = create_model(given, &ParamBuilder::new(i as u64, DType::F32, &Device::cpu())).unwrap();
             let tensors = tensors(&*model).unwrap();
-            let elements: usize = tensors.iter().map(|(_, tensor)| tensor.dims().iter().product::<usize>()).sum();
+            let elements: u64 = tensors.iter().map(|(_, tensor)| tensor.numel() as u64).sum();
             assert_eq!(elements, model.params().numel(), "{given}: every parameter, once");
             // As ComfyUI ships them, too.
             for prefix in ["", "model.diffusion_model."] {

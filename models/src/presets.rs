@@ -303,7 +303,7 @@ mod tests {
     use crate::create_model;
 
     /// Elements and tensors that PyTorch counts for diffusers' classes on its meta device.
-    const COUNTS: &[(&str, usize, usize)] = &[
+    const COUNTS: &[(&str, u64, usize)] = &[
         ("flux.1-dev", 11_901_408_320, 1160),
         ("flux.1-schnell", 11_891_178_560, 1156),
         ("flux.2-dev", 32_223_281_152, 331),

@@ -21,11 +21,11 @@ pub struct Summary {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config: Option<Value>,
     /// Elements of all tensors.
-    pub parameters: usize,
+    pub parameters: u64,
     /// Number of tensors.
     pub tensors: usize,
     /// Bytes by dtype: as stored or, for a configuration, what it would take in each.
-    pub bytes: BTreeMap<String, usize>,
+    pub bytes: BTreeMap<String, u64>,
     /// Parts by their place in the model.
     pub modules: Vec<Module>,
 }
@@ -38,7 +38,7 @@ pub struct Module {
     /// Number of numbered layers, or 0.
     pub layers: usize,
     /// Elements of all its tensors.
-    pub parameters: usize,
+    pub parameters: u64,
     /// Number of tensors.
     pub tensors: usize,
 }
@@ -51,9 +51,10 @@ impl Summary {
     pub fn of_config(config: &Value) -> Result<Self> {
         let model = create_model(config, &ParamBuilder::new(0, DType::F32, &Meta::default().device()))?;
         let config = model.config();
-        let tensors = model.params().iter().map(|p| (p.path(), p.numel()));
+        let tensors = model.params().iter().map(|p| (p.path(), p.numel() as u64));
         let mut summary = Self::of_tensors(tensors);
-        let sizes = [DType::F32, DType::BF16].map(|dtype| (dtype.to_string(), summary.parameters * dtype.size()));
+        let sizes =
+            [DType::F32, DType::BF16].map(|dtype| (dtype.to_string(), summary.parameters * dtype.size() as u64));
         summary.bytes = sizes.into();
         summary.class = config["_class_name"].as_str().map(String::from);
         summary.config = Some(config);
@@ -65,16 +66,16 @@ impl Summary {
     /// # Errors
     /// When a name that the file lists is not in it.
     pub fn of_weights(weights: &Shards) -> EngineResult<Self> {
-        let numel = |name| weights.dims(name).map_or(0, |dims: &[usize]| dims.iter().product());
+        let numel = |name| weights.dims(name).map_or(0, |dims: &[usize]| dims.iter().map(|d| *d as u64).product());
         let mut summary = Self::of_tensors(weights.names().map(|name| (name, numel(name))));
         for name in weights.names() {
             let dtype = weights.dtype_name(name).unwrap_or_default();
-            *summary.bytes.entry(dtype.to_lowercase()).or_default() += weights.bytes(name)?;
+            *summary.bytes.entry(dtype.to_lowercase()).or_default() += weights.bytes(name)? as u64;
         }
         Ok(summary)
     }
 
-    fn of_tensors<'a>(tensors: impl Iterator<Item = (&'a str, usize)>) -> Self {
+    fn of_tensors<'a>(tensors: impl Iterator<Item = (&'a str, u64)>) -> Self {
         let mut modules = Vec::<Module>::new();
         // Place of a module in that list, and its numbered layers.
         let mut known = HashMap::<&str, (usize, HashSet<&str>)>::new();

@@ -36,7 +36,7 @@ fn configurations_count_as_diffusers_counts_them_or_are_refused() {
         // diffusers leaves the quantised weights to a library; what we can't read we refuse.
         let quantised = read_text(&path).contains("quantization_config");
         match (expected["parameters"].as_u64().filter(|_| !quantised), ours) {
-            (Some(count), Ok(summary)) if summary.parameters as u64 == count => {}
+            (Some(count), Ok(summary)) if summary.parameters == count => {}
             (None, Err(error)) if error.to_string().contains(name.as_str()) => {}
             (_, ours) => {
                 wrong.push(format!("{name}: expected {expected}, got {:?}", ours.map(|summary| summary.parameters)));

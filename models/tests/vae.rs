@@ -8,7 +8,7 @@ use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::vae::{Autoencoder, AutoencoderKind, Tiling};
 use serde_json::{Value, json};
 
-const GIB: usize = 1 << 30;
+const GIB: u64 = 1 << 30;
 
 fn make(config: &Value, device: &Device) -> Box<dyn Autoencoder> {
     let params = ParamBuilder::with_plan(0, Placement::frozen(DType::F32), device);
@@ -73,7 +73,7 @@ fn is_buffer(path: &str) -> bool {
 }
 
 /// Bytes that decoding and encoding a picture take at most, weights included.
-fn peaks(side: usize, tiling: Option<Tiling>) -> [usize; 2] {
+fn peaks(side: usize, tiling: Option<Tiling>) -> [u64; 2] {
     let peak = |run: &dyn Fn(&dyn Autoencoder, &Device)| {
         let meta = Meta::default();
         let device = meta.device();

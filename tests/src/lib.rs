@@ -1,6 +1,7 @@
 //! The goldens' cases, driven by their files, and what the integration tests share.
 
 mod adapters;
+pub mod comm;
 mod data;
 pub mod devices;
 pub mod fuzz;

@@ -2,6 +2,8 @@
 //! goldens and the CPU.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
+use std::collections::BTreeMap;
+
 use flowtape_engine::backend::call::{Call, ScatterAdd};
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
 use flowtape_engine::nn::{Init, ParamBuilder, Placement};
@@ -10,7 +12,7 @@ use flowtape_engine::optim::{
     AdamW, Clipping, LossScale, LossScaleConfig, LossScaleState, Optimizer, OptimizerStep, Rates, StepConfig,
     clip_grad_norm,
 };
-use flowtape_engine::safetensors::SafeTensors;
+use flowtape_engine::safetensors::{SafeTensors, Snapshot};
 use flowtape_engine::{DType, Device, Error, Gradients, Philox, Result, Tape, Tensor, ops};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, PhiloxDraws, StepOptions};
 use flowtape_gpu::cuda::Cuda;
@@ -315,6 +317,25 @@ fn a_norm_that_is_not_finite_gates_the_update() -> Result<()> {
             assert_eq!(w.value()?.to_vec::<f32>()? != [1.0; 5], moves, "{value}");
             assert_eq!(Clipping::finite(clipping.norm.item()?).is_ok(), moves);
         }
+    }
+    Ok(())
+}
+
+/// What is saved is what the tensors were when the snapshot was taken, not when its files are written.
+#[test]
+fn a_snapshot_keeps_the_values_of_its_moment() -> Result<()> {
+    for device in [&Device::cpu()].into_iter().chain(gpus()) {
+        let folder = tempfile::tempdir().unwrap();
+        let values = [1.0f32, -2.0, 3.5];
+        let tensor = Tensor::from_slice(&values, &[3], device)?;
+        let mut snapshot = Snapshot::default();
+        snapshot.add(folder.path(), "state", vec![("w".into(), tensor.clone())], BTreeMap::new(), u64::MAX)?;
+        tensor.copy_from(&Tensor::from_slice(&[0f32; 3], &[3], device)?)?;
+        let path = folder.path().join("state.safetensors");
+        let (name, host) = (device.backend().name(), device.backend().is_host());
+        assert_eq!(path.exists(), host, "{name}: only what is not on the host is written later");
+        snapshot.write()?;
+        assert_eq!(SafeTensors::open(&path)?.get("w", &Device::cpu(), None)?.to_vec::<f32>()?, values, "{name}");
     }
     Ok(())
 }

@@ -150,7 +150,7 @@ fn a_run_without_memory_names_the_tensor_and_keeps_its_checkpoint() {
     let failed = run(&device, &recipe, |step| {
         if step == 1 {
             let usage = device.backend().memory();
-            wgpu.limit_memory((usage.used + usage.kept) as u64 + (64 << 10));
+            wgpu.limit_memory(usage.used + usage.kept + (64 << 10));
         }
     });
     out_of_memory(&failed.unwrap_err(), "f32 [");

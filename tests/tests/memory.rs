@@ -49,7 +49,7 @@ impl GradientSink for Taken {
 }
 
 /// Bytes of weights, and the most that a step takes beside them.
-fn activations(preset: &Preset, (adapter, latents): (&str, &[usize]), checkpointing: bool) -> (usize, usize) {
+fn activations(preset: &Preset, (adapter, latents): (&str, &[usize]), checkpointing: bool) -> (u64, u64) {
     let meta = Meta::default();
     let device = meta.device();
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::BF16, &device).unwrap();
@@ -112,7 +112,7 @@ fn activations(preset: &Preset, (adapter, latents): (&str, &[usize]), checkpoint
 
 #[test]
 fn checkpointing_every_block_saves_most_of_the_activations() {
-    let gigabytes = |bytes: usize| format!("{:.1} GB", bytes as f64 / 1e9);
+    let gigabytes = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
     println!(
         "| model | latents | weights, bf16 | activations | with checkpointing | ratio |\n|---|---|---|---|---|---|"
     );

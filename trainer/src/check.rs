@@ -38,11 +38,11 @@ pub struct Check {
     /// What one takes.
     pub step: StepPlan,
     /// Bytes that the device has for it, where that is known.
-    pub capacity: Option<usize>,
+    pub capacity: Option<u64>,
     /// Settings that would take less, each with what a step takes then: where it does not fit.
     pub alternatives: Vec<Alternative>,
     /// Bytes that checkpoints take at once: those that are kept, and the next while it is written.
-    pub checkpoints: usize,
+    pub checkpoints: u64,
     /// Bytes that are free where the run is kept, where that is known.
     pub disk: Option<u64>,
     /// What training takes away from the checkpoint that the run starts from: where it is distilled.
@@ -79,7 +79,7 @@ pub struct Alternative {
     /// As on the command line.
     pub settings: Vec<&'static str>,
     /// What a step takes with it.
-    pub peak: usize,
+    pub peak: u64,
 }
 
 /// Which samples are read.
@@ -132,7 +132,7 @@ impl Check {
             step,
             capacity,
             alternatives,
-            checkpoints: kept.saturating_mul(step.checkpoint),
+            checkpoints: (kept as u64).saturating_mul(step.checkpoint),
             disk: free_disk(recipe.run_dir.as_deref().unwrap_or(Path::new("runs"))),
             caution: Start::of(&recipe.model)?.caution,
         })
@@ -141,7 +141,7 @@ impl Check {
     /// Whether memory and disk suffice, as far as they are known.
     pub fn fits(&self) -> bool {
         self.capacity.is_none_or(|capacity| self.step.peak <= capacity)
-            && self.disk.is_none_or(|disk| self.checkpoints as u64 <= disk)
+            && self.disk.is_none_or(|disk| self.checkpoints <= disk)
     }
 
     /// An error where it does not fit.
@@ -169,8 +169,8 @@ impl Check {
                 if self.capacity.is_some_and(|capacity| alternative.peak <= capacity) { "fits" } else { "too much" };
             out.push(format!("  {:>10}  {fits:<8}  with {}", gigabytes(alternative.peak), settings.join(" ")));
         }
-        if let Some(disk) = self.disk.filter(|disk| self.checkpoints as u64 > *disk) {
-            let disk = gigabytes(usize::try_from(disk).unwrap_or(usize::MAX));
+        if let Some(disk) = self.disk.filter(|disk| self.checkpoints > *disk) {
+            let disk = gigabytes(disk);
             out.push(format!(
                 "the disk has {disk} left, and checkpoints take {}: choose another run_dir",
                 gigabytes(self.checkpoints)
@@ -336,7 +336,7 @@ fn buckets(recipe: &Recipe, data: &Data) -> Result<Vec<Bucket>> {
 
 /// What settings would take, those that change the result least first: each that takes less than `peak`, and all of these so far
 /// together.
-fn alternatives(recipe: &Recipe, data: &Data, peak: usize) -> Result<Vec<Alternative>> {
+fn alternatives(recipe: &Recipe, data: &Data, peak: u64) -> Result<Vec<Alternative>> {
     type Change = (&'static str, fn(&mut Recipe) -> bool);
     let changes: [Change; 6] = [
         ("performance.activation_checkpointing=true", |r| {

@@ -19,6 +19,7 @@ use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::files::write_whole;
+use flowtape_engine::safetensors::Snapshot;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -102,21 +103,21 @@ impl Checkpoints {
     /// # Errors
     /// Those of `write` and of the file system; the other checkpoints stay then.
     pub fn save(&self, step: u64, keep: usize, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        self.begin(step, write)?.finish(keep, false)
+        self.begin(step, |folder| write(folder).map(|()| Snapshot::default()))?.finish(keep, false)
     }
 
-    /// The first half of [`Checkpoints::save`]: the files are written, but neither hashed nor on the disk for certain. They are a copy
-    /// of the state, so training may go on while another thread finishes.
+    /// The first half of [`Checkpoints::save`]: the files are written, or copies of what goes into them are taken, but nothing is hashed
+    /// or on the disk for certain. So training may go on while another thread finishes.
     ///
     /// # Errors
     /// Those of `write` and of the file system.
-    pub fn begin(&self, step: u64, write: impl FnOnce(&Path) -> Result<()>) -> Result<Unfinished> {
+    pub fn begin(&self, step: u64, write: impl FnOnce(&Path) -> Result<Snapshot>) -> Result<Unfinished> {
         self.make_folder()?;
         let partial = partial(&self.path(step));
         remove(&partial)?;
         std::fs::create_dir(&partial).map_err(io(&partial))?;
-        write(&partial)?;
-        Ok(Unfinished { checkpoints: self.clone(), step })
+        let snapshot = write(&partial)?;
+        Ok(Unfinished { checkpoints: self.clone(), step, snapshot })
     }
 
     /// Marks the checkpoint of a step as the best one: it is kept until another one is.
@@ -220,22 +221,25 @@ impl Checkpoints {
     }
 }
 
-/// A checkpoint whose files are written, but not yet one that a run goes on from.
+/// A checkpoint that is not yet one which a run goes on from.
 #[derive(Debug)]
 #[must_use]
 pub struct Unfinished {
     checkpoints: Checkpoints,
     step: u64,
+    /// What of it is still to be written.
+    snapshot: Snapshot,
 }
 
 impl Unfinished {
-    /// Hashes the files, brings them to the disk and puts them in their place; `best` marks them as the best ones so far. Then all but
+    /// Writes what is left to be written, hashes the files, brings them to the disk and puts them in their place; `best` marks them as the best ones so far. Then all but
     /// the newest `keep` checkpoints are removed.
     ///
     /// # Errors
     /// Those of the file system; the other checkpoints stay then.
     pub fn finish(self, keep: usize, best: bool) -> Result<()> {
-        let Self { checkpoints, step } = self;
+        let Self { checkpoints, step, snapshot } = self;
+        snapshot.write()?;
         let (path, partial) = (checkpoints.path(step), partial(&checkpoints.path(step)));
         Manifest::write(&partial)?;
         // There is one of this step already where a run went on from an earlier one.

@@ -156,7 +156,7 @@ impl std::fmt::Display for Inspection {
 }
 
 /// Digits in groups of three.
-fn grouped(n: usize) -> String {
+fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let first = digits.len() % 3;
     let groups = digits.as_bytes()[first..].chunks(3).map(|c| String::from_utf8_lossy(c).into_owned());

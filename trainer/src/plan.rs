@@ -13,19 +13,19 @@ use crate::{Recipe, Result};
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct StepPlan {
     /// Parameters, with their wider copies and their average.
-    pub weights: usize,
+    pub weights: u64,
     /// What the optimiser remembers.
-    pub optimizer: usize,
+    pub optimizer: u64,
     /// Gradients that are kept until all are there, for their norm or over micro-batches; 0 where each is used at once.
-    pub gradients: usize,
+    pub gradients: u64,
     /// What forward keeps for backward.
-    pub activations: usize,
+    pub activations: u64,
     /// What the peak holds beside: inputs of operations that are under way.
-    pub workspace: usize,
+    pub workspace: u64,
     /// The most at once; activations go while gradients come, so it may be less than the sum.
-    pub peak: usize,
+    pub peak: u64,
     /// What a checkpoint takes on the disk.
-    pub checkpoint: usize,
+    pub checkpoint: u64,
     /// Operations of all matrix products and attention of an optimiser step.
     pub flops: f64,
 }
@@ -64,17 +64,17 @@ impl StepPlan {
         let all = trainer.model().params();
         // A run of adapters saves them alone.
         let saved = if recipe.peft.is_some() { all.adapters() } else { all.base() };
-        let kept = saved.iter().map(|param| Ok(param.numel() * param.kept()?.dtype().size()));
+        let kept = saved.iter().map(|param| Ok((param.numel() * param.kept()?.dtype().size()) as u64));
         let averages = if recipe.ema.is_some() { saved.numel() * 4 } else { 0 };
-        let checkpoint = optimizer + averages + kept.sum::<Result<usize>>()?;
+        let checkpoint = optimizer + averages + kept.sum::<Result<u64>>()?;
         Ok(Self { weights, optimizer, gradients, activations, workspace, peak, checkpoint, flops })
     }
 }
 
 /// Bytes of all gradients: in f32 where they are summed over micro-batches.
-fn gradients(params: &Params, summed: bool) -> usize {
+fn gradients(params: &Params, summed: bool) -> u64 {
     let size = |dtype: flowtape_engine::DType| if summed { dtype.size().max(4) } else { dtype.size() };
-    trained(params).map(|param| param.numel() * size(param.dtype())).sum()
+    trained(params).map(|param| (param.numel() * size(param.dtype())) as u64).sum()
 }
 
 fn trained(params: &Params) -> impl Iterator<Item = &Param> {
@@ -82,7 +82,7 @@ fn trained(params: &Params) -> impl Iterator<Item = &Param> {
 }
 
 /// Bytes for people.
-pub fn gigabytes(bytes: usize) -> String {
+pub fn gigabytes(bytes: u64) -> String {
     match bytes {
         0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
         1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),

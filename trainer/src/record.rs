@@ -70,7 +70,7 @@ pub struct Memory {
 
 impl From<PoolUsage> for Memory {
     fn from(usage: PoolUsage) -> Self {
-        let gb = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         Self { allocated: gb(usage.used), max_allocated: gb(usage.peak) }
     }
 }

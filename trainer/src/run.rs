@@ -302,7 +302,7 @@ impl RunFolder {
     /// # Errors
     /// When they can't be written; the other checkpoints stay then.
     pub fn begin_save(&self, trainer: &Trainer) -> Result<Unfinished> {
-        self.checkpoints().begin(trainer.state().progress.step, |folder| trainer.save(folder))
+        self.checkpoints().begin(trainer.state().progress.step, |folder| trainer.snapshot(folder))
     }
 }
 

@@ -15,7 +15,8 @@ use crate::changes::{Change, listed};
 use crate::error::io;
 use crate::{Error, Recipe, Result};
 
-const OPTIMIZER: &str = "optimizer.safetensors";
+/// The name of the optimiser's file, without its end.
+pub(crate) const OPTIMIZER: &str = "optimizer";
 const STATE: &str = "state.json";
 pub(crate) const EMA: &str = "ema";
 
@@ -97,12 +98,11 @@ impl Stored {
 }
 
 impl TrainState {
-    /// Writes it into the folder of a checkpoint, but for the average of the weights; and the recipe.
+    /// Writes the progress and the recipe into the folder of a checkpoint.
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn save(&self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
-        self.optimizer.save(params, folder.join(OPTIMIZER))?;
+    pub(crate) fn save(&self, recipe: &Recipe, folder: &Path) -> Result<()> {
         let scale = self.loss_scale.as_ref().map(|scale| LossScaleState::read(scale.read_later()?)).transpose()?;
         let stored = Stored { progress: self.progress, recipe: recipe.to_json(), loss_scale: scale };
         let path = folder.join(STATE);
@@ -114,7 +114,7 @@ impl TrainState {
     /// # Errors
     /// When a file can't be read or does not fit the parameters.
     pub fn load(&mut self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
-        self.optimizer.load(params, &SafeTensors::open(folder.join(OPTIMIZER))?)?;
+        self.optimizer.load(params, &SafeTensors::open(folder.join(format!("{OPTIMIZER}.safetensors")))?)?;
         let stored = Stored::read(folder)?;
         if let (Some(scale), Some(state)) = (&mut self.loss_scale, stored.loss_scale) {
             scale.load(state)?;

@@ -18,7 +18,7 @@ pub struct StepTimes {
     /// Clipping and updates, on the way of backward and behind it.
     pub optimizer: f64,
     /// Bytes in use when the loss was there, the most of all micro-batches, where the device counts them.
-    pub forward_bytes: usize,
+    pub forward_bytes: u64,
 }
 
 /// Counts the seconds of what is behind it in a chain of sinks.

@@ -8,10 +8,11 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use flowtape_data::{Collator, Cursor, Loaded, Loader, Rank, Sampler};
-use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Placement};
+use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Params, Placement};
 use flowtape_engine::optim::{
     Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, Rounding, StepConfig,
 };
+use flowtape_engine::safetensors::Snapshot;
 use flowtape_engine::{DType, Device, Later, Philox, Tape, Tensor};
 use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput};
 use flowtape_models::pipeline::KnownPrompts;
@@ -26,7 +27,7 @@ use crate::recipe::{Init, NonFinite};
 use crate::record::{BySigma, LeftOut, StepRecord, losses_of_samples, norms_by_group};
 use crate::replay::{self, Finding};
 use crate::start::Start;
-use crate::state::{EMA, TrainProgress, TrainState, averaged};
+use crate::state::{EMA, OPTIMIZER, TrainProgress, TrainState, averaged};
 use crate::timing::{StepTimes, Timed};
 use crate::validation::{HeldOut, Validated};
 use crate::{Error, Recipe, Result};
@@ -293,19 +294,42 @@ impl Trainer {
     /// # Errors
     /// When the folder can't be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        self.as_evaluated(|| self.save_weights(folder))?;
+        Ok(self.snapshot(folder)?.write()?)
+    }
+
+    /// Writes the small files of a checkpoint, and takes copies for the large ones where the device is not the host: to be written
+    /// while training goes on.
+    ///
+    /// # Errors
+    /// When the folder can't be written.
+    pub(crate) fn snapshot(&self, folder: &Path) -> Result<Snapshot> {
+        let mut snapshot = Snapshot::default();
+        let mut add = |folder: &Path, stem: &str, tensors: Vec<(String, Tensor)>| {
+            snapshot.add(folder, stem, tensors, Params::text(), checkpoint::MAX_SHARD_SIZE)
+        };
+        self.as_evaluated(|| match &self.recipe.peft {
+            // Adapters are small, and read back before they count as saved.
+            Some(_) => self.save_weights(folder),
+            None => {
+                checkpoint::save_config(self.model(), folder)?;
+                Ok(add(folder, checkpoint::WEIGHTS, checkpoint::tensors(self.model())?)?)
+            }
+        })?;
         if let Some(ema) = &self.state.ema {
             let folder = folder.join(EMA);
             std::fs::create_dir(&folder).map_err(io(&folder))?;
             let (params, stem) = averaged(&self.recipe, self.model.params());
-            ema.save(&params, &folder, stem, checkpoint::MAX_SHARD_SIZE)?;
+            add(&folder, stem, ema.tensors(&params)?)?;
             match &self.recipe.peft {
                 // Adapters have files of their own, in the dtype that they are kept in.
                 Some(_) => ema.instead(self.model.params(), || self.save_weights(&folder))?,
                 None => checkpoint::save_config(self.model(), &folder)?,
             }
         }
-        self.state.save(self.model.params(), &self.recipe, folder)
+        self.state.save(&self.recipe, folder)?;
+        let optimizer = self.state.optimizer.tensors(self.model.params())?;
+        snapshot.add(folder, OPTIMIZER, optimizer, BTreeMap::new(), u64::MAX)?;
+        Ok(snapshot)
     }
 
     /// Runs `work` with the weights that the optimiser means to be looked at.

@@ -1,9 +1,8 @@
 //! Checkpoints and adapters on their way into other files: merged, in another dtype, extracted.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use flowtape_engine::nn::{ParamBuilder, Placement};
+use flowtape_engine::nn::{ParamBuilder, Params, Placement};
 use flowtape_engine::safetensors::{self, SafeTensors, Shards};
 use flowtape_engine::{DType, Device};
 use flowtape_models::checkpoint::{self, open_weights};
@@ -27,7 +26,7 @@ pub struct Written {
     /// Whether it has its authors' names, as ComfyUI ships it, and not diffusers'; in one file alone.
     pub original: bool,
     /// About the most bytes of one file of a folder.
-    pub max_shard_size: usize,
+    pub max_shard_size: u64,
 }
 
 impl Default for Written {
@@ -56,7 +55,7 @@ impl Written {
             return Ok(checkpoint::save(model, out, self.max_shard_size)?);
         }
         let tensors = if self.original { original::tensors(model)? } else { checkpoint::tensors(model)? };
-        let text = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let text = Params::text();
         let save = if self.float8 { safetensors::save_float8 } else { safetensors::save };
         Ok(save(out, &tensors, &text)?)
     }

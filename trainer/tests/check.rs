@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -33,7 +33,7 @@ fn recipe(name: &str, settings: &[&str]) -> Recipe {
 #[derive(Debug)]
 struct Watched {
     cpu: Device,
-    peak: Arc<AtomicUsize>,
+    peak: Arc<AtomicU64>,
 }
 
 impl Decorator for Watched {
@@ -65,7 +65,7 @@ fn a_steps_memory_is_what_it_takes() {
         for settings in settings {
             let recipe = recipe(name, &[&[batch], settings].concat());
             let plan = StepPlan::of(&recipe, builtin::data(&recipe.data, &Device::cpu()).unwrap()).unwrap();
-            let peak = Arc::new(AtomicUsize::new(0));
+            let peak = Arc::new(AtomicU64::new(0));
             let before = Device::cpu().backend().memory().used;
             let device = Device::new(Watched { cpu: Device::cpu(), peak: peak.clone() });
             let mut trainer = Trainer::on(&device, &recipe).unwrap();
@@ -110,7 +110,7 @@ fn a_model_of_12_billion_parameters_is_checked_at_once() {
     let check = Check::with_data(&recipe, &Device::cpu(), data, Depth::Handful).unwrap();
     println!("{:?}\n{check}", started.elapsed());
     // Blocks of memory come in eight sizes an octave. bf16 with f32 copies, and two moments in f32.
-    let parameters = 11_901_408_320_usize;
+    let parameters = 11_901_408_320_u64;
     assert!(check.step.weights.abs_diff(6 * parameters) < parameters / 4, "{}", check.step.weights);
     assert!(check.step.optimizer.abs_diff(8 * parameters) < parameters / 4, "{}", check.step.optimizer);
     // The copies alone, and the moments; two of them while one is written.

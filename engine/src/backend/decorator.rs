@@ -36,7 +36,7 @@ decorator! {
     fn is_host(&self) -> bool;
     fn has_f64(&self) -> bool;
     fn memory(&self) -> PoolUsage;
-    fn capacity(&self) -> Option<usize>;
+    fn capacity(&self) -> Option<u64>;
     ///
     /// # Errors
     /// Those of the backend.

@@ -47,7 +47,7 @@ pub trait Backend: Debug + Send + Sync {
         PoolUsage::default()
     }
     /// Bytes that its tensors may take together, where that is known.
-    fn capacity(&self) -> Option<usize> {
+    fn capacity(&self) -> Option<u64> {
         None
     }
     /// Uninitialised memory of at least `bytes` bytes.

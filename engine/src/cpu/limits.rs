@@ -1,12 +1,13 @@
 //! What the machine's arithmetic units reach at best: multiply-adds on registers alone.
 
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::isa::{FUSED, Isa, isa};
+use super::isa::{FUSED, isa};
 use super::math::Real;
 use super::team::{spread, threads};
 use crate::DType;
+use crate::platform::Instant;
 
 /// Independent sums: more than a multiply-add's latency times what is started in a cycle, and few enough for 16 registers.
 const CHAINS: usize = 12;
@@ -36,6 +37,7 @@ fn fastest(dtype: DType) -> Loop {
     let wide = dtype == DType::F64;
     #[cfg(target_arch = "x86_64")]
     {
+        use super::isa::Isa;
         // SAFETY: `isa()` gives only what the machine has.
         unsafe {
             match isa() {
@@ -105,15 +107,17 @@ mod x86 {
 }
 
 /// Bytes of memory that are free for this process, on Linux: the machine's, or its container's.
-pub(super) fn memory() -> Option<usize> {
+pub(super) fn memory() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let info = read("/proc/meminfo")?;
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let machine = line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()? << 10;
-    let number = |path| read(path)?.trim().parse::<usize>().ok();
+    let machine = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10;
+    let number = |path| read(path)?.trim().parse::<u64>().ok();
     let container = number("/sys/fs/cgroup/memory.max")
         .map(|most| most.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
-    Some(container.map_or(machine, |container| container.min(machine)))
+    let free = container.map_or(machine, |container| container.min(machine));
+    // No process has more than its address space.
+    Some(free.min(usize::MAX as u64))
 }
 
 #[cfg(test)]

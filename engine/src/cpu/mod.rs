@@ -113,7 +113,7 @@ impl Backend for Cpu {
         self.pool.usage()
     }
 
-    fn capacity(&self) -> Option<usize> {
+    fn capacity(&self) -> Option<u64> {
         limits::memory().map(|free| free + self.pool.usage().used)
     }
 

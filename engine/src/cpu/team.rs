@@ -10,11 +10,12 @@ use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rayon::prelude::*;
 
 use crate::Device;
+use crate::platform::Instant;
 
 /// Set in [`Team::state`] while tasks may be taken.
 const OPEN: u64 = 1 << 31;

@@ -87,8 +87,8 @@ impl Params {
     }
 
     /// Number of elements of all parameters.
-    pub fn numel(&self) -> usize {
-        self.iter().map(Param::numel).sum()
+    pub fn numel(&self) -> u64 {
+        self.iter().map(|param| param.numel() as u64).sum()
     }
 
     /// Overwrites all parameters with a file's tensors of the same names, converted to the parameters' dtypes; the wider
@@ -129,10 +129,21 @@ impl Params {
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn save(&self, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
-        // diffusers and transformers read this key.
-        let all: Vec<_> = self.iter().map(|p| Ok((p.path().to_owned(), p.kept()?))).collect::<Result<_>>()?;
-        save_sharded(folder, stem, &all, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
+    pub fn save(&self, folder: &Path, stem: &str, max_bytes: u64) -> Result<()> {
+        save_sharded(folder, stem, &self.tensors()?, &Self::text(), max_bytes)
+    }
+
+    /// All parameters by their paths, the wider copies where there are such: what [`Params::save`] writes.
+    ///
+    /// # Errors
+    /// When a parameter is not there.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        self.iter().map(|p| Ok((p.path().to_owned(), p.kept()?))).collect()
+    }
+
+    /// The free text of a file of parameters: diffusers and transformers read this key.
+    pub fn text() -> BTreeMap<String, String> {
+        BTreeMap::from([("format".into(), "pt".into())])
     }
 
     /// Checks that every trained parameter has a gradient, but for those named in `allowed`.
@@ -350,7 +361,7 @@ mod tests {
         let open = || Shards::open(folder.path(), "p");
         let (first, second) = (two()?, two()?);
         first.get("b.0.bias").unwrap().copy_from(&Tensor::ones(&[4], DType::F32, &Device::cpu())?)?;
-        first.save(folder.path(), "p", usize::MAX)?;
+        first.save(folder.path(), "p", u64::MAX)?;
         second.load(&open()?)?;
         assert_eq!(second.get("b.0.bias").unwrap().value()?.to_vec::<f32>()?, [1.0; 4]);
         let root = ParamBuilder::new(1, DType::F32, &Device::cpu());
@@ -409,7 +420,7 @@ mod tests {
             let root = ParamBuilder::with_plan(1, plan, &device);
             let layers: Vec<Linear> =
                 (0..8).map(|i| Linear::new(&root.sub(i), 1024, 2048, false)).collect::<Result<_>>()?;
-            let (codes, dense) = (QTensor::bytes_of(format, [2048, 1024]), 2 * 2048 * 1024);
+            let (codes, dense) = (QTensor::bytes_of(format, [2048, 1024]) as u64, 2 * 2048 * 1024);
             // The shape-only device rounds up as the CPU's pool does.
             let quantised = meta.used();
             assert!(quantised >= 8 * codes && quantised <= 8 * (codes + codes / 4), "{format:?}: {quantised}");

@@ -1,6 +1,6 @@
 //! Averages of the weights over the steps, with which models sample better than with the weights of the last step (EMA).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -139,17 +139,24 @@ impl Ema {
         done
     }
 
-    /// Writes the averages as [`Params::save`] writes the parameters, and with those that are not trained: a whole model.
+    /// Writes the averages as [`Params::save`] writes the parameters: [`Ema::tensors`].
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn save(&self, params: &Params, folder: &Path, stem: &str, max_bytes: usize) -> Result<()> {
+    pub fn save(&self, params: &Params, folder: &Path, stem: &str, max_bytes: u64) -> Result<()> {
+        save_sharded(folder, stem, &self.tensors(params)?, &Params::text(), max_bytes)
+    }
+
+    /// The averages by the parameters' names, with those that are not trained: a whole model.
+    ///
+    /// # Errors
+    /// When a parameter is not there.
+    pub fn tensors(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {
         let value = |param: &Param| match param.var().and_then(|var| self.averages.get(&var)) {
             Some(average) => Ok(average.clone()),
             None => param.kept(),
         };
-        let all: Vec<_> = params.iter().map(|p| Ok((p.path().to_owned(), value(p)?))).collect::<Result<_>>()?;
-        save_sharded(folder, stem, &all, &BTreeMap::from([("format".into(), "pt".into())]), max_bytes)
+        params.iter().map(|p| Ok((p.path().to_owned(), value(p)?))).collect()
     }
 
     /// Reads what [`Ema::save`] wrote for the same parameters.
@@ -238,7 +245,7 @@ mod tests {
                     assert!((got - expected).abs() < 1e-12, "{config:?}, step {step}: {got} instead of {expected}");
                 }
                 assert_eq!(w.kept()?.to_vec::<f64>()?, all[step as usize]);
-                ema.save(&params, folder.path(), "m", usize::MAX)?;
+                ema.save(&params, folder.path(), "m", u64::MAX)?;
                 ema = Ema::new(&config, &params)?;
                 ema.load(&params, &Shards::open(folder.path(), "m")?)?;
             }

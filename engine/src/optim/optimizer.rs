@@ -396,12 +396,20 @@ impl Optimizer {
         slots.chain(lost).chain(whole).chain(trained).collect()
     }
 
-    /// Writes what is remembered, named `<slot>.<name>` for each slot of the rule, counts of updates, `step.<name>`, and the numbers that
-    /// all parameters share.
+    /// Writes [`Optimizer::tensors`] to a file.
     ///
     /// # Errors
     /// When the file can't be written.
     pub fn save(&self, params: &Params, path: impl AsRef<Path>) -> Result<()> {
+        save(path, &self.tensors(params)?, &BTreeMap::new())
+    }
+
+    /// What is remembered, named `<slot>.<name>` for each slot of the rule, counts of updates, `step.<name>`, and the numbers that
+    /// all parameters share.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn tensors(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {
         let gated = match &self.gated {
             Some(gated) if gated.clip.item()?.is_nan() => Some(gated),
             _ => None,
@@ -422,7 +430,7 @@ impl Optimizer {
         for ((name, _), value) in self.rule.shared().into_iter().zip(shared) {
             all.push((name.into(), Tensor::from_slice(&[*value], &[], &Device::cpu())?));
         }
-        save(path, &all, &BTreeMap::new())
+        Ok(all)
     }
 
     /// Reads what [`Optimizer::save`] wrote for the same parameters and the same rule.

@@ -1,33 +1,33 @@
 //! Checkpoints in the safetensors format: read from mapped memory, written whole or not at all.
 
 mod sharded;
+mod snapshot;
+mod write;
 
-use std::borrow::Cow;
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::bf16;
-use memmap2::Mmap;
-use safetensors::View;
-use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo, serialize_to_file};
+use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo};
 
 pub use sharded::{Rows, Shards, save_sharded};
+pub use snapshot::Snapshot;
+pub use write::{save, save_float8, to_bytes};
 
-use crate::files::{mistaken_for, write_whole};
-use crate::float8::{E4M3, E5M2, to_e4m3};
+use crate::files::mistaken_for;
+use crate::float8::{E4M3, E5M2};
+use crate::platform::FileBytes;
 use crate::{DType, Device, Error, Result, Tensor, printable};
 
 /// How ComfyUI's scaled weights of eight bits are told, and the end of the name of a scale.
 const SCALED: &str = "scaled_fp8";
 const SCALE: &str = ".scale_weight";
 
-/// An open file: its tensors are read when asked for.
+/// An open file, or the bytes of one: its tensors are read when asked for.
 #[derive(Debug)]
 pub struct SafeTensors {
     path: PathBuf,
-    map: Mmap,
+    bytes: FileBytes,
     /// Where the data starts.
     start: usize,
     metadata: Metadata,
@@ -44,24 +44,31 @@ impl SafeTensors {
     /// When it can't be read or is not a whole safetensors file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let io = |source| Error::Io { path: path.into(), source };
-        let file = File::open(path).map_err(io)?;
-        if file.metadata().map_err(io)?.is_dir() {
+        if path.is_dir() {
             return Err(format_error(path, "a folder, not a safetensors file"));
         }
-        // SAFETY: files are replaced by renaming, never written in place; whoever truncates one while it is read
-        // gets a bus error, as with every mapped file.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        let broken = |e: SafeTensorError| match mistaken_for(&map) {
+        Self::new(path, FileBytes::open(path).map_err(|source| Error::Io { path: path.into(), source })?)
+    }
+
+    /// Reads the header of a file that is in memory. Errors call it `name`, in place of a path.
+    ///
+    /// # Errors
+    /// When it is not a whole safetensors file.
+    pub fn from_bytes(name: impl AsRef<Path>, bytes: Vec<u8>) -> Result<Self> {
+        Self::new(name.as_ref(), bytes.into())
+    }
+
+    fn new(path: &Path, bytes: FileBytes) -> Result<Self> {
+        let broken = |e: SafeTensorError| match mistaken_for(&bytes) {
             Some(what) => format_error(path, what),
             None => format_error(path, format!("not a whole safetensors file: {e}")),
         };
         // Checks that offsets are in order, without gaps, and end with the file.
-        let (header, metadata) = safetensors::SafeTensors::read_metadata(&map).map_err(broken)?;
-        Ok(Self { path: path.into(), map, start: header + 8, metadata })
+        let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).map_err(broken)?;
+        Ok(Self { path: path.into(), bytes, start: header + 8, metadata })
     }
 
-    /// The file's path.
+    /// The file's path, or the name that stands for it.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -149,7 +156,7 @@ impl SafeTensors {
             return Err(format_error(&self.path, format!("no tensor {}", printable(name))));
         };
         let (from, to) = info.data_offsets;
-        Ok((info, &self.map[self.start + from..self.start + to]))
+        Ok((info, &self.bytes[self.start + from..self.start + to]))
     }
 
     fn read(
@@ -188,89 +195,6 @@ impl SafeTensors {
     }
 }
 
-/// A tensor on its way into a file: it leaves its device when its turn comes, so one at a time is in memory twice.
-struct Outgoing<'a> {
-    tensor: &'a Tensor,
-    /// Whether it becomes e4m3.
-    float8: bool,
-    failed: &'a RefCell<Option<Error>>,
-}
-
-impl Outgoing<'_> {
-    fn bytes(&self) -> Result<Vec<u8>> {
-        if !self.float8 {
-            return self.tensor.to_bytes();
-        }
-        let values = self.tensor.to_dtype(DType::F32)?.to_vec::<f32>()?;
-        Ok(values.into_iter().map(to_e4m3).collect())
-    }
-}
-
-impl View for Outgoing<'_> {
-    fn dtype(&self) -> safetensors::Dtype {
-        match self.tensor.dtype() {
-            _ if self.float8 => safetensors::Dtype::F8_E4M3,
-            DType::F32 => safetensors::Dtype::F32,
-            DType::BF16 => safetensors::Dtype::BF16,
-            DType::F16 => safetensors::Dtype::F16,
-            DType::F64 => safetensors::Dtype::F64,
-            DType::U32 => safetensors::Dtype::U32,
-        }
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.tensor.dims()
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.bytes().unwrap_or_else(|error| {
-            self.failed.replace(Some(error));
-            vec![0; self.data_len()]
-        }))
-    }
-
-    fn data_len(&self) -> usize {
-        self.tensor.numel() * if self.float8 { 1 } else { self.tensor.dtype().size() }
-    }
-}
-
-/// Writes tensors and free text. The file appears whole, in place of an older one, or not at all.
-///
-/// # Errors
-/// When the folder can't be written.
-pub fn save(path: impl AsRef<Path>, tensors: &[(String, Tensor)], text: &BTreeMap<String, String>) -> Result<()> {
-    write(path.as_ref(), tensors, text, false)
-}
-
-/// The same with all matrices (tensors of two axes or more) as floats of eight bits, e4m3: each element becomes the nearest
-/// one, as in PyTorch's cast to `float8_e4m3fn`, but for those beyond 448, which become that.
-///
-/// # Errors
-/// When the folder can't be written.
-pub fn save_float8(
-    path: impl AsRef<Path>,
-    tensors: &[(String, Tensor)],
-    text: &BTreeMap<String, String>,
-) -> Result<()> {
-    write(path.as_ref(), tensors, text, true)
-}
-
-fn write(path: &Path, tensors: &[(String, Tensor)], text: &BTreeMap<String, String>, float8: bool) -> Result<()> {
-    let failed = RefCell::new(None);
-    let views = tensors.iter().map(|(name, tensor)| {
-        let float8 = float8 && tensor.dims().len() > 1 && tensor.dtype() != DType::U32;
-        (name.as_str(), Outgoing { tensor, float8, failed: &failed })
-    });
-    let text: Option<HashMap<_, _>> = (!text.is_empty()).then(|| text.clone().into_iter().collect());
-    write_whole(path, |partial| {
-        serialize_to_file(views, text, partial).map_err(|e| match e {
-            SafeTensorError::IoError(source) => Error::Io { path: path.into(), source },
-            other => format_error(path, other),
-        })?;
-        failed.take().map_or(Ok(()), Err)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -297,6 +221,49 @@ mod tests {
         let row = file.row("c", 1, &cpu)?;
         assert_eq!((row.dims(), row.dtype(), row.to_vec::<f32>()?), (&[3][..], DType::BF16, vec![4.0, 5.0, 6.0]));
         assert!(file.row("c", 2, &cpu).unwrap_err().to_string().contains("no row 2 of [2, 3]"));
+        Ok(())
+    }
+
+    /// The bytes are those of the format's own crate, in memory as in a file, whatever the machine's order of bytes.
+    #[test]
+    fn what_is_written_is_what_the_format_says() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let cpu = Device::cpu();
+        let wide = Tensor::from_vec(vec![1f32, -2.5, 3e-9], &[3], &cpu)?;
+        let tensors = [
+            ("b.narrow".to_owned(), wide.to_dtype(DType::BF16)?),
+            ("b".to_owned(), wide.reshape(&[3, 1])?),
+            ("a.index".to_owned(), Tensor::from_vec(vec![1u32, 0x0102_0304], &[2], &cpu)?),
+            ("a.long".to_owned(), wide.to_dtype(DType::F64)?),
+        ];
+        let text = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let expected = {
+            let le = |words: &[&[u8]]| words.concat();
+            let data = [
+                le(&[&[0x80, 0x3f], &[0x20, 0xc0], &[0x4e, 0x31]]),
+                le(&[&1f32.to_le_bytes(), &(-2.5f32).to_le_bytes(), &3e-9f32.to_le_bytes()]),
+                le(&[&[1, 0, 0, 0], &[4, 3, 2, 1]]),
+                le(&[&1f64.to_le_bytes(), &(-2.5f64).to_le_bytes(), &f64::from(3e-9f32).to_le_bytes()]),
+            ];
+            use safetensors::Dtype as D;
+            let shapes = [vec![3], vec![3, 1], vec![2], vec![3]];
+            let views = [D::BF16, D::F32, D::U32, D::F64].into_iter().zip(shapes).zip(&data);
+            let views =
+                views.map(|((dtype, shape), data)| safetensors::tensor::TensorView::new(dtype, shape, data).unwrap());
+            let named = tensors.iter().map(|(name, _)| name).zip(views);
+            safetensors::serialize(named, Some(text.clone().into_iter().collect())).unwrap()
+        };
+        let written = to_bytes(&tensors, &text)?;
+        assert_eq!(written, expected);
+        let path = folder.path().join("a.safetensors");
+        save(&path, &tensors, &text)?;
+        assert_eq!(std::fs::read(&path).unwrap(), expected);
+        let read = SafeTensors::from_bytes("memory", written)?;
+        assert_eq!((read.get("b.narrow", &cpu, None)?.to_vec::<f32>()?[1], read.path()), (-2.5, Path::new("memory")));
+        assert_eq!(read.get("a.index", &cpu, None)?.to_vec::<u32>()?, [1, 0x0102_0304]);
+        assert_eq!(read.get("a.long", &cpu, None)?.to_vec::<f64>()?[2], f64::from(3e-9f32));
+        let broken = SafeTensors::from_bytes("memory", expected[..40].to_vec()).unwrap_err().to_string();
+        assert!(broken.contains("memory") && broken.contains("not a whole safetensors file"), "{broken}");
         Ok(())
     }
 

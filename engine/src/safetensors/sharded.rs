@@ -308,9 +308,9 @@ pub fn save_sharded(
     stem: &str,
     tensors: &[(String, Tensor)],
     text: &BTreeMap<String, String>,
-    max_bytes: usize,
+    max_bytes: u64,
 ) -> Result<()> {
-    let bytes = |tensor: &Tensor| tensor.numel() * tensor.dtype().size();
+    let bytes = |tensor: &Tensor| (tensor.numel() * tensor.dtype().size()) as u64;
     let mut shards: Vec<&[(String, Tensor)]> = Vec::new();
     let (mut start, mut filled) = (0, 0);
     for (i, (_, tensor)) in tensors.iter().enumerate() {
@@ -333,7 +333,7 @@ pub fn save_sharded(
             weight_map.extend(shard.iter().map(|(tensor, _)| (tensor.clone(), name(i))));
             written.push(name(i));
         }
-        let total: usize = tensors.iter().map(|(_, t)| bytes(t)).sum();
+        let total: u64 = tensors.iter().map(|(_, t)| bytes(t)).sum();
         let index = Index { metadata: BTreeMap::from([("total_size".into(), total.into())]), weight_map };
         let path = folder.join(index_name(stem));
         let json = format!("{:#}\n", serde_json::json!(index));

@@ -195,8 +195,8 @@ impl Backend for Cuda {
         self.0.pool.usage()
     }
 
-    fn capacity(&self) -> Option<usize> {
-        Some(self.0.gpu.total)
+    fn capacity(&self) -> Option<u64> {
+        Some(self.0.gpu.total as u64)
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {

@@ -75,7 +75,7 @@ pub fn save_as(
         SaveFormat::Comfyui => for_comfyui(weights, class)?,
     };
     std::fs::create_dir_all(folder).map_err(|source| EngineError::Io { path: folder.into(), source })?;
-    save_tensors(&path, &tensors, &BTreeMap::from([("format".into(), "pt".into())]))?;
+    save_tensors(&path, &tensors, &Params::text())?;
     let (read, _) = load_file(&path, params)?;
     check(weights, &read, params, &path)?;
     Ok(path)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use flowtape_engine::files::write_whole;
-use flowtape_engine::nn::{AdapterKind, AdapterSpec, Parts, Placement};
+use flowtape_engine::nn::{AdapterKind, AdapterSpec, Params, Parts, Placement};
 use flowtape_engine::safetensors::{SafeTensors, save as save_tensors};
 use flowtape_engine::{DType, Device, Error as EngineError};
 use serde_json::{Map, Value, json};
@@ -98,7 +98,7 @@ pub fn save(weights: &AdapterWeights, folder: &Path) -> Result<()> {
         let named = |(name, part): (&String, &_)| (format!("{PREFIX}{module}.{}", file_name(name)), Clone::clone(part));
         tensors.extend(parts.iter().map(named));
     }
-    save_tensors(folder.join(ADAPTER_WEIGHTS), &tensors, &BTreeMap::from([("format".into(), "pt".into())]))?;
+    save_tensors(folder.join(ADAPTER_WEIGHTS), &tensors, &Params::text())?;
     let text = format!("{:#}\n", config(weights));
     write_whole(&folder.join(ADAPTER_CONFIG), |partial| Ok(std::fs::write(partial, text).map_err(io)?))
 }

@@ -9,7 +9,7 @@ use crate::train::Session;
 use crate::{Error, Result};
 
 /// Saves every so many steps, perhaps at the ends of epochs, and when there are no more; and the best by validation loss, where the run
-/// validates. The files are written at once; a thread hashes them and brings them to the disk while training goes on.
+/// validates. A thread brings them to the disk and hashes them while training goes on.
 #[derive(Debug)]
 pub struct Checkpoint {
     every: u64,

@@ -53,7 +53,7 @@ pub struct Begin {
     /// Steps in all.
     pub steps: u64,
     /// Numbers that are trained.
-    pub parameters: usize,
+    pub parameters: u64,
 }
 
 /// Why there are no more steps.

@@ -248,15 +248,12 @@ unsafe fn transposed_panel<T: Narrow, const W: usize, const AVX2: bool>(s: &Sour
     // SAFETY: the caller's promise.
     unsafe {
         let src = s.ptr.add(j * s.ns);
-        // What is left for single copies.
-        let (mut from_k, mut from_column) = (0, 0);
+        // Squares of eight by eight, the rest by single copies.
+        let (from_k, from_column) = if AVX2 && s.ks == 1 { (s.k / 8 * 8, live / 8 * 8) } else { (0, 0) };
         #[cfg(target_arch = "x86_64")]
-        if AVX2 && s.ks == 1 {
-            (from_k, from_column) = (s.k / 8 * 8, live / 8 * 8);
-            for k in (0..from_k).step_by(8) {
-                for i in (0..from_column).step_by(8) {
-                    transpose8(src.add(i * s.ns + k), s.ns, out.add(k * W + i), W);
-                }
+        for k in (0..from_k).step_by(8) {
+            for i in (0..from_column).step_by(8) {
+                transpose8(src.add(i * s.ns + k), s.ns, out.add(k * W + i), W);
             }
         }
         for k in 0..s.k {

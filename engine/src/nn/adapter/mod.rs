@@ -404,7 +404,7 @@ mod tests {
         let y = layer.forward(&x)?;
         let bytes = 4 * rows;
         // The result and the product of A beside the input, which is there anyhow.
-        assert_eq!(meta.used() - before, bytes * width + bytes * dim);
+        assert_eq!(meta.used() - before, (bytes * width + bytes * dim) as u64);
         drop(x);
         let loss = y.sum_all()?;
         drop(y);

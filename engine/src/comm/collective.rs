@@ -1,0 +1,201 @@
+//! One exchange between all ranks, with its operands.
+
+use super::Comm;
+use crate::backend::call::{Call, CopyTo, has_dtype, is_dense, is_float, is_same_view, overlap};
+use crate::shape::Layout;
+use crate::{Error, Result, Tensor};
+
+/// What ranks do together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// All have what one has.
+    Broadcast {
+        /// The one.
+        root: usize,
+    },
+    /// All have the sum of all.
+    AllReduce,
+    /// Each has its part of the sum of all.
+    ReduceScatter,
+    /// All have the parts of all.
+    AllGather,
+    /// Each has its part of all.
+    AllToAll,
+}
+
+impl Kind {
+    /// The name in errors.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Broadcast { .. } => "broadcast",
+            Self::AllReduce => "all-reduce",
+            Self::ReduceScatter => "reduce-scatter",
+            Self::AllGather => "all-gather",
+            Self::AllToAll => "all-to-all",
+        }
+    }
+}
+
+/// A collective whose operands keep its contract: plain tensors of one dtype on one device, row-major without gaps. Part `r` of one of
+/// `N * n` elements for N ranks is elements `r * n` to `(r + 1) * n`.
+#[derive(Clone, Debug)]
+pub struct Collective {
+    kind: Kind,
+    source: Tensor,
+    target: Tensor,
+}
+
+impl Collective {
+    /// `tensor = tensor of rank root`, of any dtype.
+    ///
+    /// # Errors
+    /// When there is no such rank, or the tensor has gaps.
+    pub fn broadcast(comm: &dyn Comm, tensor: &Tensor, root: usize) -> Result<Self> {
+        let world = comm.world_size();
+        if root >= world {
+            return Err(Error::argument("broadcast", format!("a rank below {world}"), root));
+        }
+        Self::in_place(Kind::Broadcast { root }, tensor)
+    }
+
+    /// `tensor = sum over ranks of tensor`: floats.
+    ///
+    /// # Errors
+    /// When the tensor has gaps or other numbers.
+    pub fn all_reduce(_: &dyn Comm, tensor: &Tensor) -> Result<Self> {
+        is_float("all-reduce", "a tensor", tensor)?;
+        Self::in_place(Kind::AllReduce, tensor)
+    }
+
+    /// `target = sum over ranks of this rank's part of source`: floats. The target may be exactly this rank's part of the source.
+    ///
+    /// # Errors
+    /// When the source has not as many elements as all ranks' targets, or an operand does not fit.
+    pub fn reduce_scatter(comm: &dyn Comm, source: &Tensor, target: &Tensor) -> Result<Self> {
+        is_float("reduce-scatter", "a source", source)?;
+        let own = part_of(source, comm);
+        Self::apart(
+            Kind::ReduceScatter,
+            comm,
+            (source, source.numel()),
+            (target, comm.world_size() * target.numel()),
+            own,
+        )
+    }
+
+    /// `target's part r = source of rank r`, of any dtype. The source may be exactly this rank's part of the target.
+    ///
+    /// # Errors
+    /// When the target has not as many elements as all ranks' sources, or an operand does not fit.
+    pub fn all_gather(comm: &dyn Comm, source: &Tensor, target: &Tensor) -> Result<Self> {
+        let own = part_of(target, comm);
+        Self::apart(Kind::AllGather, comm, (source, comm.world_size() * source.numel()), (target, target.numel()), own)
+    }
+
+    /// `target's part r = this rank's part of the source of rank r`, of any dtype.
+    ///
+    /// # Errors
+    /// When both have not as many elements, in as many equal parts as there are ranks, or an operand does not fit.
+    pub fn all_to_all(comm: &dyn Comm, source: &Tensor, target: &Tensor) -> Result<Self> {
+        Self::apart(Kind::AllToAll, comm, (source, source.numel()), (target, target.numel()), None)
+    }
+
+    fn in_place(kind: Kind, tensor: &Tensor) -> Result<Self> {
+        is_dense(kind.name(), "a tensor", tensor)?;
+        tensor.storage().touch();
+        Ok(Self { kind, source: tensor.detach(), target: tensor.detach() })
+    }
+
+    /// `own` is the part of one operand that the other may be.
+    fn apart(
+        kind: Kind,
+        comm: &dyn Comm,
+        (source, of_source): (&Tensor, usize),
+        (target, of_target): (&Tensor, usize),
+        own: Option<Tensor>,
+    ) -> Result<Self> {
+        let op = kind.name();
+        is_dense(op, "a source", source)?;
+        is_dense(op, "a target", target)?;
+        has_dtype(op, "a target", target, source.dtype())?;
+        if !source.device().same(target.device()) {
+            let [expected, got] = [source, target].map(|t| t.device().backend().name().to_owned());
+            return Err(Error::Device { op, expected, got });
+        }
+        let world = comm.world_size();
+        if of_source != of_target || !of_source.is_multiple_of(world) {
+            let expected = format!("as many elements on both sides, in parts for {world} ranks");
+            return Err(Error::shape(op, expected, (source.dims(), target.dims())));
+        }
+        let smaller = flat(if source.numel() < target.numel() { source } else { target });
+        if overlap(source, target) && !own.is_some_and(|own| is_same_view(&own, &smaller)) {
+            let what = format!("a target {target:?} that shares memory with the source {source:?}");
+            return Err(Error::Overlap { op, what });
+        }
+        target.storage().touch();
+        Ok(Self { kind, source: source.detach(), target: target.detach() })
+    }
+
+    /// What is done.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// What is read; the same as the target where it is done in place.
+    pub fn source(&self) -> &Tensor {
+        &self.source
+    }
+
+    /// What is written.
+    pub fn target(&self) -> &Tensor {
+        &self.target
+    }
+
+    /// Whether another rank's is the same one, but for the memory.
+    pub fn agrees(&self, other: &Self) -> bool {
+        let sizes = |c: &Self| (c.source.numel(), c.target.numel(), c.source.dtype());
+        self.kind == other.kind && sizes(self) == sizes(other)
+    }
+
+    /// For people: what is done, with how much.
+    pub fn shown(&self) -> String {
+        format!("{} of {} x {}", self.kind.name(), self.source.numel(), self.source.dtype())
+    }
+
+    /// What it comes to where one rank is alone.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn alone(&self) -> Result<()> {
+        copy(&flat(&self.source), &flat(&self.target))
+    }
+}
+
+/// Copies bits, unless both are the same memory.
+pub(super) fn copy(source: &Tensor, target: &Tensor) -> Result<()> {
+    if source.numel() == 0 || is_same_view(source, target) {
+        return Ok(());
+    }
+    CopyTo { source, target }.run()
+}
+
+/// The same elements in one axis.
+pub(super) fn flat(tensor: &Tensor) -> Tensor {
+    slice(tensor, 0, tensor.numel())
+}
+
+/// Elements of a tensor without gaps.
+pub(super) fn slice(tensor: &Tensor, start: usize, len: usize) -> Tensor {
+    tensor.view(Layout { dims: vec![len], strides: vec![1], offset: tensor.layout().offset + start })
+}
+
+/// Part `rank` of so many equal ones.
+pub(super) fn part(tensor: &Tensor, rank: usize, world: usize) -> Tensor {
+    let len = tensor.numel() / world;
+    slice(tensor, rank * len, len)
+}
+
+/// This rank's part, where the tensor has no gaps.
+fn part_of(tensor: &Tensor, comm: &dyn Comm) -> Option<Tensor> {
+    tensor.layout().is_contiguous().then(|| part(tensor, comm.rank(), comm.world_size()))
+}
