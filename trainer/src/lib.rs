@@ -50,6 +50,7 @@ pub mod generation;
 mod gradients;
 pub mod hooks;
 pub mod inspect;
+pub mod launch;
 mod memory;
 pub mod observe;
 pub mod page;
