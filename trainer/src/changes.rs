@@ -19,6 +19,7 @@ const FREE: &[&str] = &[
     "step_scheduler.ckpt_every_steps",
     "step_scheduler.save_checkpoint_every_epoch",
     "performance",
+    "fsdp",
     "checkpoint",
     "validation.every_steps",
     "sampling",

@@ -52,6 +52,11 @@ impl Trainer {
     /// When the device fails.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let state = self.state();
+        if self.is_shared_out() {
+            let what =
+                "ranks share out the weights (`fsdp`), so none has them all: write a folder with `Trainer::save`";
+            return Err(Error::Run { path: Path::new(NAME).into(), what: what.into() });
+        }
         // The optimiser may mean other values to be looked at than those it trains, which are among its own: these are copies.
         let copy = |(name, tensor): (String, Tensor)| {
             Ok((name, Tensor::from_bytes(&tensor.to_bytes()?, tensor.dims(), tensor.dtype(), &Device::cpu())?))

@@ -49,11 +49,11 @@ impl StepPlan {
     pub fn on_ranks(recipe: &Recipe, data: Data, ranks: usize) -> Result<Self> {
         let (meta, profile) = (Meta::default(), Profile::default());
         let device = profile.device(&meta.device());
-        // A third micro-batch takes no more than the second.
+        // The sum of two micro-batches may be wider than the gradients of one; a fourth takes no more than the third.
         let mut short = recipe.clone();
         let local = recipe.step_scheduler.local_batch_size;
         let parts = recipe.step_scheduler.on_ranks(ranks)?.micro_batches() / ranks;
-        short.step_scheduler.global_batch_size = Some(local.saturating_mul(parts.min(2)).saturating_mul(ranks));
+        short.step_scheduler.global_batch_size = Some(local.saturating_mul(parts.min(3)).saturating_mul(ranks));
         short.data.num_workers = 0;
         let comm = Arc::new(Planned::new(0, ranks, &device)?);
         let mut trainer = Trainer::among(comm, &device, &short, data)?;
@@ -68,27 +68,29 @@ impl StepPlan {
         // The sums of micro-batches and of ranks are wider.
         let summed = parts > 1 || ranks > 1;
         let kept = recipe.clip_grad_norm.is_some() || parts > 1;
-        let gradients = if kept { gradients(trainer.model().params(), summed) } else { 0 };
+        let all = trainer.model().params();
+        let gradients = if kept { gradients(all, summed, |param| parts > 1 || trainer.updates(param)) } else { 0 };
         let activations = forward.saturating_sub(before);
         // With more than one micro-batch the gradients so far are there in forward.
         let activations = if parts > 1 { activations.saturating_sub(gradients) } else { activations };
         let peak = meta.peak();
         let workspace = peak.saturating_sub(before + gradients.max(activations));
-        let flops = flops * parts as f64 / parts.min(2) as f64;
-        let all = trainer.model().params();
+        let flops = flops * parts as f64 / parts.min(3) as f64;
         // A run of adapters saves them alone.
         let saved = if recipe.peft.is_some() { all.adapters() } else { all.base() };
-        let kept = saved.iter().map(|param| Ok((param.numel() * param.kept()?.dtype().size()) as u64));
+        let kept = saved.iter().map(|param| (param.numel() * param.kept_dtype().size()) as u64);
         let averages = if recipe.ema.is_some() { saved.numel() * 4 } else { 0 };
-        let checkpoint = optimizer + averages + kept.sum::<Result<u64>>()?;
+        // Files have what all ranks remember.
+        let remembered = if trainer.is_shared_out() { optimizer.saturating_mul(ranks as u64) } else { optimizer };
+        let checkpoint = remembered + averages + kept.sum::<u64>();
         Ok(Self { weights, optimizer, gradients, activations, workspace, peak, checkpoint, flops })
     }
 }
 
-/// Bytes of all gradients: in f32 where they are summed over micro-batches.
-fn gradients(params: &Params, summed: bool) -> u64 {
+/// Bytes of the gradients that are kept: in f32 where they are summed over micro-batches or ranks.
+fn gradients(params: &Params, summed: bool, kept: impl Fn(&Param) -> bool) -> u64 {
     let size = |dtype: flowtape_engine::DType| if summed { dtype.size().max(4) } else { dtype.size() };
-    trained(params).map(|param| (param.numel() * size(param.dtype())) as u64).sum()
+    trained(params).filter(|param| kept(param)).map(|param| (param.numel() * size(param.dtype())) as u64).sum()
 }
 
 fn trained(params: &Params) -> impl Iterator<Item = &Param> {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use flowtape_data::{Cursor, Fingerprint};
 use flowtape_engine::files::exists;
-use flowtape_engine::nn::Params;
+use flowtape_engine::nn::{Param, Params};
 use flowtape_engine::optim::{Ema, LossScale, LossScaleState, Optimizer};
 use flowtape_engine::safetensors::{SafeTensors, Shards};
 use flowtape_models::checkpoint::WEIGHTS;
@@ -124,13 +124,19 @@ impl TrainState {
     ///
     /// # Errors
     /// When a file can't be read or does not fit the parameters.
-    pub fn load(&mut self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
+    pub(crate) fn load(
+        &mut self,
+        params: &Params,
+        recipe: &Recipe,
+        folder: &Path,
+        holds: &dyn Fn(&Param) -> bool,
+    ) -> Result<()> {
         let optimizer = SafeTensors::open(folder.join(format!("{OPTIMIZER}.safetensors")))?.into();
         let averages = match (&self.ema, ema_folder(folder)?) {
             (Some(_), Some(averages)) => Some(Shards::open(&averages, averaged(recipe, params).1)?),
             _ => None,
         };
-        self.restore(params, recipe, &optimizer, averages, Stored::read(folder)?)
+        self.restore(params, recipe, &optimizer, averages, Stored::read(folder)?, holds)
     }
 
     /// What is stored beside tensors.
@@ -139,7 +145,8 @@ impl TrainState {
         Ok(Stored { progress: self.progress, recipe: recipe.to_json(), loss_scale: scale })
     }
 
-    /// Goes on from what was stored: the optimiser's tensors, the averages of the weights where they were kept, and the rest.
+    /// Goes on from what was stored: the optimiser's tensors (of parameters that `holds` holds for), the averages of the weights where
+    /// they were kept, and the rest.
     pub(crate) fn restore(
         &mut self,
         params: &Params,
@@ -147,8 +154,9 @@ impl TrainState {
         optimizer: &Shards,
         averages: Option<Shards>,
         stored: Stored,
+        holds: &dyn Fn(&Param) -> bool,
     ) -> Result<()> {
-        self.optimizer.load(params, optimizer)?;
+        self.optimizer.load_some(params, optimizer, holds)?;
         if let (Some(scale), Some(state)) = (&mut self.loss_scale, stored.loss_scale) {
             scale.load(state)?;
         }

@@ -217,10 +217,18 @@ fn resume_as(
 /// A run with what all have and its recipe asks for; `hooks` come in between, so that they hear of a step before what takes
 /// long.
 fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Result<Session<'h>> {
-    if !run.is_first() {
+    let (recipe, first) = (run.trainer().recipe().clone(), run.is_first());
+    let checkpoint = Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)
+        .at_epoch_ends(recipe.step_scheduler.save_checkpoint_every_epoch);
+    if !first && run.trainer().is_shared_out() {
+        // The others come to the same losses, and give what they have to each checkpoint.
+        let validate = recipe.validation.as_ref().map(|config| Validate::new(config.every_steps));
+        let run = validate.into_iter().fold(run, |run, validate| run.with(Box::new(validate)));
+        return Ok(run.with(Box::new(checkpoint)));
+    }
+    if !first {
         return Ok(run);
     }
-    let recipe = run.trainer().recipe().clone();
     let preview = builtin::preview(&recipe)?;
     let run = run.with(Box::new(Metrics::default())).with(Box::new(Environment::new(&preview)));
     let run = run.with(Box::new(Notices::default())).with(Box::new(TensorBoard::default()));
@@ -233,10 +241,7 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
         Some(config) => run.with(Box::new(Validations::default())).with(Box::new(Validate::new(config.every_steps))),
         None => run,
     };
-    let run = run.with(Box::new(
-        Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)
-            .at_epoch_ends(recipe.step_scheduler.save_checkpoint_every_epoch),
-    ));
+    let run = run.with(Box::new(checkpoint));
     let run = builtin::report(&recipe)?.into_iter().fold(run.with(Box::new(preview)), Session::with);
     Ok(run.with(Box::new(Page::default())))
 }
@@ -285,7 +290,9 @@ impl<'h> Session<'h> {
     /// # Errors
     /// Those of [`Trainer::validate`].
     pub fn validate(&mut self) -> Result<Option<Validated>> {
-        self.trainer.validate(self.stop)
+        // Several ranks come to the same together.
+        static NEVER: AtomicBool = AtomicBool::new(false);
+        self.trainer.validate(if self.trainer.is_shared_out() { &NEVER } else { self.stop })
     }
 
     /// Where the run is kept.
@@ -303,7 +310,7 @@ impl<'h> Session<'h> {
     }
 
     /// Whether this is the rank that has a run folder.
-    fn is_first(&self) -> bool {
+    pub(crate) fn is_first(&self) -> bool {
         is_first(&**self.trainer.comm())
     }
 

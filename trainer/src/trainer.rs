@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use flowtape_data::{Collator, Cursor, Loaded, Loader, Rank, Sampler};
 use flowtape_engine::comm::{Comm, Solo};
-use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Params, Placement};
+use flowtape_engine::nn::{AdapterSpec, DropoutMasks, Param, ParamBuilder, Params, Placement};
 use flowtape_engine::optim::{
     Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Ranks, Rates, Rounding, StepConfig,
 };
@@ -167,11 +167,17 @@ impl Trainer {
                 precision::warn(&optimizer.name, lr, model.params())?;
             }
         }
-        let ranks = Ranks::replicated(comm);
         if device.backend().has_data() {
             // All begin with the same bits, whatever machines they are.
-            ranks.align(model.params())?;
+            Ranks::replicated(comm.clone()).align(model.params())?;
         }
+        // Averages begin with the wider copies, as long as all have those.
+        let ema = recipe.ema.as_ref().map(|config| Ema::new(config, model.params())).transpose()?;
+        let ranks = match &recipe.fsdp {
+            // Adapters are small.
+            Some(fsdp) if recipe.peft.is_none() => fsdp.ranks(comm, model.params())?,
+            _ => Ranks::replicated(comm),
+        };
         Ok(Self {
             pipeline: create_pipeline(flow_matching)?,
             schedule,
@@ -181,7 +187,7 @@ impl Trainer {
             held_out,
             state: TrainState {
                 optimizer: optimizer.build()?.with_rounding(recipe.dtype.rounding(recipe.seed)),
-                ema: recipe.ema.as_ref().map(|config| Ema::new(config, model.params())).transpose()?,
+                ema,
                 loss_scale: recipe.dtype.loss_scale(recipe.loss_scale, device)?,
                 progress: TrainProgress {
                     step: 0,
@@ -251,7 +257,8 @@ impl Trainer {
     pub fn load(&mut self, checkpoint: &Path) -> Result<()> {
         self.load_weights(checkpoint)?;
         self.loader = None;
-        self.state.load(self.model.params(), &self.recipe, checkpoint)?;
+        let ranks = &self.ranks;
+        self.state.load(self.model.params(), &self.recipe, checkpoint, &|param| ranks.updates(param))?;
         self.recount();
         Ok(())
     }
@@ -281,7 +288,9 @@ impl Trainer {
     /// Goes on from what was stored beside the weights.
     pub(crate) fn restore(&mut self, optimizer: &Shards, averages: Option<Shards>, stored: Stored) -> Result<()> {
         self.loader = None;
-        self.state.restore(self.model.params(), &self.recipe, optimizer, averages, stored)?;
+        let ranks = &self.ranks;
+        let holds = |param: &Param| ranks.updates(param);
+        self.state.restore(self.model.params(), &self.recipe, optimizer, averages, stored, &holds)?;
         self.recount();
         Ok(())
     }
@@ -370,6 +379,7 @@ impl Trainer {
     /// When the folder can't be written.
     pub(crate) fn snapshot(&self, folder: &Path) -> Result<Snapshot> {
         let mut snapshot = Snapshot::default();
+        let optimizer = self.collect_optimizer()?;
         let mut add = |folder: &Path, stem: &str, tensors: Vec<(String, Tensor)>| {
             snapshot.add(folder, stem, tensors, Params::text(), checkpoint::MAX_SHARD_SIZE)
         };
@@ -378,7 +388,7 @@ impl Trainer {
             Some(_) => self.save_weights(folder),
             None => {
                 checkpoint::save_config(self.model(), folder)?;
-                Ok(add(folder, checkpoint::WEIGHTS, checkpoint::tensors(self.model())?)?)
+                Ok(add(folder, checkpoint::WEIGHTS, self.collect_weights()?)?)
             }
         })?;
         if let Some(ema) = &self.state.ema {
@@ -393,9 +403,49 @@ impl Trainer {
             }
         }
         self.state.save(&self.recipe, folder)?;
-        let optimizer = self.state.optimizer.tensors(self.model.params())?;
         snapshot.add(folder, OPTIMIZER, optimizer, BTreeMap::new(), u64::MAX)?;
         Ok(snapshot)
+    }
+
+    /// Goes along where the first rank takes a snapshot: gives it what this rank alone has.
+    pub(crate) fn give_to_snapshot(&self) -> Result<()> {
+        self.collect_optimizer()?;
+        if self.recipe.peft.is_none() {
+            self.collect_weights()?;
+        }
+        Ok(())
+    }
+
+    /// Whether all ranks are needed for a snapshot.
+    pub(crate) fn is_shared_out(&self) -> bool {
+        self.ranks.is_sharded()
+    }
+
+    /// Whether this rank updates a parameter.
+    pub(crate) fn updates(&self, param: &Param) -> bool {
+        self.ranks.updates(param)
+    }
+
+    /// What the optimiser remembers: all of it on the first rank.
+    fn collect_optimizer(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(self.ranks.collect(self.state.optimizer.tensors(self.model.params())?)?)
+    }
+
+    /// The weights as they are kept: all of them on the first rank.
+    fn collect_weights(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut all = checkpoint::tensors(self.model())?;
+        if !self.ranks.is_sharded() {
+            return Ok(all);
+        }
+        // Where there is no wider copy each rank has the weights already.
+        let params = self.model.params();
+        let is_elsewhere =
+            |name: &str| params.get(name).is_some_and(|p| p.kept_dtype() != p.dtype() && p.var().is_some());
+        let own = |name: &str| params.get(name).is_some_and(|param| self.ranks.updates(param));
+        let given = all.iter().filter(|(name, _)| is_elsewhere(name) && own(name)).cloned().collect();
+        all.retain(|(name, _)| !is_elsewhere(name));
+        all.extend(self.ranks.collect(given)?);
+        Ok(all)
     }
 
     /// Runs `work` with the weights that the optimiser means to be looked at.
@@ -576,7 +626,7 @@ impl Trainer {
         }
         drop((sinks, forward));
         if let Some(ema) = &mut self.state.ema {
-            ema.update(self.model.params(), step + 1)?;
+            ema.update_on_ranks(&self.ranks, self.model.params(), step + 1)?;
         }
         times.optimizer = updates.get();
         times.backward -= times.optimizer;

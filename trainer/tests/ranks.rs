@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use flowtape_engine::Device;
 use flowtape_engine::comm::{Comm, Threads};
+use flowtape_engine::meta::Meta;
 use flowtape_engine::safetensors::SafeTensors;
 use flowtape_trainer::hooks::{Event, Hook, on_step};
+use flowtape_trainer::plan::StepPlan;
 use flowtape_trainer::run::RunFolder;
 use flowtape_trainer::train::{Resume, Session, Summary, resume_among, train, train_among};
-use flowtape_trainer::{Error, Recipe, Result};
+use flowtape_trainer::{Error, Recipe, Result, Trainer, builtin};
 
 use crate::common::{files, small};
 
@@ -78,6 +80,71 @@ fn ranks_have_the_bits_of_as_many_micro_batches_on_one() {
     }
 }
 
+/// Each rank updates some of the parameters, and has what an optimiser remembers of them alone.
+#[test]
+fn ranks_that_share_out_the_parameters_have_the_bits_of_one_too() {
+    let folder = tempfile::tempdir().unwrap();
+    for (dtype, clip) in [("f32", "null"), ("mixed", "{max_norm: 0.1}"), ("mixed", "null"), ("mixed_f16", "null")] {
+        let (dtype_is, clip_is) = (format!("dtype={dtype}"), format!("clip_grad_norm={clip}"));
+        let recipe = |run: &Path, world: usize| {
+            let batch = format!("step_scheduler.global_batch_size={}", 4 * world);
+            let fsdp =
+                if run.ends_with(format!("{dtype}_{}_{world}_several", clip.len())) { "fsdp={}" } else { "fsdp=null" };
+            small(run, &[&MORE[..], &[&dtype_is, &clip_is, &batch, fsdp]].concat())
+        };
+        same_on_all(&format!("{dtype}_{}", clip.len()), folder.path(), recipe);
+    }
+    // Groups add up their own gradients first.
+    let recipe = |run: &str, fsdp: &str| small(&folder.path().join(run), &[&MORE[..], &["dtype=mixed", fsdp]].concat());
+    trained(4, &recipe("whole", "fsdp={dp_size: 4}"));
+    trained(4, &recipe("groups", "fsdp={dp_size: 4, dp_replicate_size: 2}"));
+    let (a, b) = (weights(&folder.path().join("whole")), weights(&folder.path().join("groups")));
+    let apart = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(a.len() == b.len() && apart < 1e-3, "{apart}");
+}
+
+/// On devices without data, that count: what each rank takes is what the plan of the first says.
+#[test]
+fn what_a_rank_takes_is_what_is_planned() {
+    let folder = tempfile::tempdir().unwrap();
+    let more = [
+        "step_scheduler.global_batch_size=32",
+        "dtype=mixed",
+        "model.num_layers=4",
+        "model.attention_head_dim=32",
+        "model.axes_dims_rope=[8, 12, 12]",
+    ];
+    let recipe = |fsdp: &str| small(&folder.path().join("run"), &[&more[..], &[fsdp]].concat());
+    let data = |recipe: &Recipe| builtin::data(&recipe.data, &Device::cpu()).unwrap();
+    let alone = StepPlan::of(&recipe("fsdp=null"), data(&recipe("fsdp=null"))).unwrap();
+    for fsdp in ["fsdp=null", "fsdp={}"] {
+        for world in [2, 4, 8] {
+            let recipe = recipe(fsdp);
+            let plan = StepPlan::on_ranks(&recipe, data(&recipe), world).unwrap();
+            let metas: Vec<Meta> = (0..world).map(|_| Meta::default()).collect();
+            let comms = Threads::on(&metas.iter().map(Meta::device).collect::<Vec<_>>());
+            std::thread::scope(|scope| {
+                for comm in comms {
+                    let recipe = &recipe;
+                    scope.spawn(move || {
+                        let device = comm.device();
+                        let data = builtin::data(&recipe.data, &device).unwrap();
+                        let mut trainer = Trainer::among(comm, &device, recipe, data).unwrap();
+                        (0..2).for_each(|_| drop(trainer.step().unwrap()));
+                    });
+                }
+            });
+            for (rank, meta) in metas.iter().enumerate() {
+                let off = meta.peak() as f64 / plan.peak as f64 - 1.0;
+                assert!(off.abs() < 0.1, "rank {rank} of {world}, {fsdp}: {} against {}", meta.peak(), plan.peak);
+            }
+            let share = plan.optimizer as f64 / alone.optimizer as f64;
+            let expected = if fsdp == "fsdp={}" { 1.0 / world as f64 } else { 1.0 };
+            assert!((share / expected - 1.0).abs() < 0.2, "{share} of {world}, {fsdp}");
+        }
+    }
+}
+
 #[test]
 fn adapters_have_the_bits_of_one_rank_too() {
     let folder = tempfile::tempdir().unwrap();
@@ -117,11 +184,15 @@ fn weights(run: &Path) -> Vec<f64> {
 fn a_run_goes_on_with_another_number_of_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let steps = "step_scheduler={local_batch_size: 4, global_batch_size: 16, max_steps: 18, ckpt_every_steps: 0}";
-    let recipe = |run: &Path| small(run, &[&MORE[1..], &["dtype=mixed", steps]].concat());
+    let recipe = |run: &Path| {
+        // Some of the runs share out the parameters.
+        let fsdp = if run.ends_with("[1, 4, 1, 4]") || run.ends_with("[1, 2, 4, 1]") { "fsdp={}" } else { "fsdp=null" };
+        small(run, &[&MORE[1..], &["dtype=mixed", steps, fsdp]].concat())
+    };
     let whole = folder.path().join("whole");
     trained(4, &recipe(&whole));
     let open = |_: &str| Ok(Device::cpu());
-    for worlds in [[1, 4, 1, 4], [1, 2, 4, 1]] {
+    for worlds in [[1, 4, 1, 4], [1, 2, 4, 1], [4, 1, 4, 1]] {
         let run = folder.path().join(format!("{worlds:?}"));
         for (i, world) in worlds.into_iter().enumerate() {
             let (stop, until) = (AtomicBool::new(false), if i < 3 { 3 * (i as u64 + 1) } else { u64::MAX });
@@ -141,9 +212,9 @@ fn a_run_goes_on_with_another_number_of_ranks() {
         }
         if worlds.contains(&2) {
             let apart = weights(&whole).iter().zip(weights(&run)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-            assert!(apart > 0.0 && apart < 1e-3, "{apart}");
+            assert!(apart < 1e-3, "{apart}");
         } else {
-            assert_same(&whole, &run, "1, 4, 1 and 4 ranks");
+            assert_same(&whole, &run, &format!("{worlds:?} ranks"));
         }
     }
 }

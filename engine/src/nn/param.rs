@@ -42,6 +42,8 @@ struct Inner {
     path: String,
     dims: Vec<usize>,
     dtype: DType,
+    /// That of the wider copy, where there is one on some rank.
+    kept: DType,
     role: Role,
     zero_init: bool,
     adapter: bool,
@@ -70,6 +72,7 @@ impl Param {
             path,
             dims: value.dims().to_vec(),
             dtype: value.dtype(),
+            kept: master.as_ref().map_or(value.dtype(), Tensor::dtype),
             role,
             zero_init,
             adapter,
@@ -87,6 +90,7 @@ impl Param {
             path,
             dims: weight.dims().to_vec(),
             dtype,
+            kept: dtype,
             role,
             zero_init,
             adapter,
@@ -126,6 +130,11 @@ impl Param {
     /// The dtype that models compute with it in.
     pub fn dtype(&self) -> DType {
         self.0.dtype
+    }
+
+    /// The dtype that it is trained and saved in: that of the wider copy where there is one, on this rank or another.
+    pub fn kept_dtype(&self) -> DType {
+        self.0.kept
     }
 
     /// Where it is computed with.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::Ranks;
 use crate::expr::Function;
 use crate::nn::{Param, Params};
 use crate::ops::pointwise::run_pointwise_each;
@@ -118,6 +119,21 @@ impl Ema {
         let both = values.iter().filter_map(|(var, value)| Some((self.averages.get(var)?, value)));
         let operands: Vec<_> = both.map(|(average, value)| (vec![average, value], vec![average])).collect();
         run_pointwise_each(&self.update, &operands, &[1.0 - self.decay.at(step)])
+    }
+
+    /// The same where ranks share out the parameters: each has all averages.
+    ///
+    /// # Errors
+    /// When a rank or the device fails.
+    pub fn update_on_ranks(&mut self, ranks: &Ranks, params: &Params, step: u64) -> Result<()> {
+        if !ranks.is_sharded() {
+            return self.update(params, step);
+        }
+        let share = 1.0 - self.decay.at(step);
+        ranks.each_kept(params, |param, value| match param.var().and_then(|var| self.averages.get(&var)) {
+            Some(average) => run_pointwise_each(&self.update, &[(vec![average, &value], vec![average])], &[share]),
+            None => Ok(()),
+        })
     }
 
     /// Runs `work` with the averages in the parameters' places; the parameters are the same bits afterwards.

@@ -154,6 +154,19 @@ impl Optimizer {
         self.summed.is_some()
     }
 
+    /// Checks that ranks may share out the parameters.
+    ///
+    /// # Errors
+    /// For a rule that sums over all parameters, or means other values to be looked at than those it trains.
+    pub fn check_shareable(&self) -> Result<()> {
+        if !self.needs_all() && self.evaluation().is_none() {
+            return Ok(());
+        }
+        let expected =
+            "a rule that looks at one parameter at a time where ranks share them out (leave `fsdp` out, or take `ddp`)";
+        Err(Error::argument("optimizer", expected, self.rule.name()))
+    }
+
     /// With groups of parameters whose rates are others. A parameter belongs to the first group that holds it.
     #[must_use]
     pub fn with_groups(self, groups: Vec<ParamGroup>) -> Self {
@@ -438,10 +451,18 @@ impl Optimizer {
     /// # Errors
     /// When a tensor is missing or of another shape, or there is one of no parameter or no slot.
     pub fn load(&mut self, params: &Params, file: &Shards) -> Result<()> {
+        self.load_some(params, file, |_| true)
+    }
+
+    /// The same, of which only what belongs to parameters that `holds` holds for is read.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn load_some(&mut self, params: &Params, file: &Shards, holds: impl Fn(&Param) -> bool) -> Result<()> {
         let mut state = HashMap::new();
         let mut mismatched = Vec::new();
         let mut trained = Vec::new();
-        for p in params.iter() {
+        for p in params.iter().filter(|param| holds(param)) {
             let (name, kept) = (p.path(), p.kept()?);
             let step = format!("{STEP}.{name}");
             let (Some(var), Some(_)) = (p.var(), file.dims(&step)) else { continue };

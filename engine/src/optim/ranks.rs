@@ -1,12 +1,12 @@
 //! Who updates what, where several ranks train together.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::SquareSums;
-use crate::comm::{Collective, Comm};
+use crate::comm::{Collective, Comm, Work};
 use crate::nn::{Param, Params};
-use crate::{DType, Device, Gradients, Result, Tensor, VarId};
+use crate::{DType, Device, Error, Gradients, Result, Tensor, VarId};
 
 /// Bytes of a bucket, as in PyTorch's `DistributedDataParallel`: large enough to use a network's whole bandwidth, small enough that the
 /// first one leaves while backward still has most to do.
@@ -15,24 +15,47 @@ const BUCKET: usize = 25 << 20;
 /// The ranks of a run, and which of them updates which parameter.
 #[derive(Clone, Debug)]
 pub struct Ranks {
-    pub(super) comm: Arc<dyn Comm>,
-    /// By the parameters' variables, where each is updated by one rank alone; else all ranks update all.
-    pub(super) owners: Option<HashMap<VarId, usize>>,
-    pub(super) bucket_bytes: usize,
+    comm: Arc<dyn Comm>,
+    shards: Option<Shards>,
+    bucket_bytes: usize,
+}
+
+/// Who has what, where ranks share out the parameters.
+#[derive(Clone, Debug)]
+struct Shards {
+    /// The ranks that share them out.
+    group: Arc<dyn Comm>,
+    /// The ranks of other groups that have the same share.
+    copies: Arc<dyn Comm>,
+    /// Ranks of the group by the parameters' variables; all ranks update the other parameters.
+    owners: HashMap<VarId, usize>,
 }
 
 impl Ranks {
     /// All ranks update all parameters, from the same sums: `DistributedDataParallel`.
     pub fn replicated(comm: Arc<dyn Comm>) -> Self {
-        Self { comm, owners: None, bucket_bytes: BUCKET }
+        Self { comm, shards: None, bucket_bytes: BUCKET }
     }
 
     /// Each parameter is updated by one rank, which alone has the sum of its gradients, what the optimiser remembers of it and its wider
     /// copy: ZeRO's stages 1 and 2 (Rajbhandari et al. 2020) by whole parameters, so that rules which mix a matrix's elements work as
-    /// on one rank. The wider copies of the others are let go here.
-    pub fn sharded(comm: Arc<dyn Comm>, params: &Params) -> Self {
-        let (rank, world) = (comm.rank(), comm.world_size());
-        let mut trained: Vec<&Param> = params.iter().filter(|param| param.var().is_some()).collect();
+    /// on one rank. The wider copies of the others are let go here. Parameters of adapters are small, and all ranks update them.
+    ///
+    /// With several `copies` the ranks form as many groups of neighbours, each of which has it all, and gradients are summed in a group
+    /// first: PyTorch's hybrid sharding. All ranks call it together.
+    ///
+    /// # Errors
+    /// When the ranks do not form so many groups, or one fails.
+    pub fn sharded(comm: Arc<dyn Comm>, params: &Params, copies: usize) -> Result<Self> {
+        let all = comm.world_size();
+        if copies == 0 || !all.is_multiple_of(copies) {
+            return Err(Error::argument("sharding", format!("a number of groups that {all} ranks form"), copies));
+        }
+        let world = all / copies;
+        let (group, copies) = (comm.split(&|rank| rank / world)?, comm.split(&|rank| rank % world)?);
+        let rank = group.rank();
+        let is_shared = |param: &&Param| param.var().is_some() && !param.is_adapter();
+        let mut trained: Vec<&Param> = params.iter().filter(is_shared).collect();
         // The largest first, each to the rank that has least so far: a stable sort, so that all ranks come to the same.
         trained.sort_by_key(|param| std::cmp::Reverse(param.numel()));
         let (mut loads, mut owners) = (vec![0usize; world], HashMap::new());
@@ -44,7 +67,7 @@ impl Ranks {
                 param.forget_master();
             }
         }
-        Self { comm, owners: Some(owners), bucket_bytes: BUCKET }
+        Ok(Self { comm, shards: Some(Shards { group, copies, owners }), bucket_bytes: BUCKET })
     }
 
     /// With buckets of another size.
@@ -60,30 +83,35 @@ impl Ranks {
 
     /// Whether each parameter is updated by one rank alone.
     pub fn is_sharded(&self) -> bool {
-        self.owners.is_some()
+        self.shards.is_some()
     }
 
     /// Whether this rank updates a parameter.
     pub fn updates(&self, param: &Param) -> bool {
-        self.owner(param).is_none_or(|owner| owner == self.comm.rank())
+        match &self.shards {
+            Some(shards) => self.owner(param).is_none_or(|owner| owner == shards.group.rank()),
+            None => true,
+        }
     }
 
     /// The rank that updates a parameter, where it is one alone.
-    pub(super) fn owner(&self, param: &Param) -> Option<usize> {
-        self.owners.as_ref().and_then(|owners| owners.get(&param.var()?).copied())
+    fn owner(&self, param: &Param) -> Option<usize> {
+        self.shards.as_ref().and_then(|shards| shards.owners.get(&param.var()?).copied())
     }
 
     /// Buckets of trained parameters in the reverse order of how they were made, in which gradients become final, with elements as
     /// large as `dtype_of` says.
     pub(super) fn buckets<'a>(&self, params: &'a Params, dtype_of: impl Fn(&Param) -> DType) -> Vec<Bucket<'a>> {
-        let parts = if self.is_sharded() { self.comm.world_size() } else { 1 };
+        let group = self.shards.as_ref().map_or(1, |shards| shards.group.world_size());
         let mut buckets: Vec<Bucket<'a>> = Vec::new();
         let mut bytes = 0;
         for param in params.iter().rev().filter(|param| param.var().is_some()) {
-            let dtype = dtype_of(param);
+            let (dtype, shared_out) = (dtype_of(param), self.owner(param).is_some());
             let size = param.numel() * dtype.size();
-            if buckets.last().is_none_or(|last| last.dtype != dtype || bytes + size > self.bucket_bytes) {
-                buckets.push(Bucket { members: Vec::new(), dtype, lens: vec![0; parts] });
+            let is_like = |last: &Bucket<'_>| last.dtype == dtype && last.shared_out == shared_out;
+            if buckets.last().is_none_or(|last| !is_like(last) || bytes + size > self.bucket_bytes) {
+                let parts = if shared_out { group } else { 1 };
+                buckets.push(Bucket { members: Vec::new(), dtype, shared_out, lens: vec![0; parts] });
                 bytes = 0;
             }
             bytes += size;
@@ -98,15 +126,115 @@ impl Ranks {
 
     /// The norm of all gradients, of which each rank has those that it updates.
     pub(super) fn norm_sums(&self, params: &Params, gradients: &Gradients, device: &Device) -> Result<SquareSums> {
-        let trained = params.iter().filter_map(Param::var);
-        let sums = SquareSums::new(trained.clone().count(), device)?;
-        for (place, var) in trained.enumerate() {
-            if let Some(gradient) = gradients.get(var) {
+        let sums = SquareSums::new(params.iter().filter_map(Param::var).count(), device)?;
+        let trained = params.iter().filter(|param| param.var().is_some());
+        for (place, param) in trained.enumerate().filter(|(_, param)| self.counts(param)) {
+            if let Some(gradient) = gradients.of(param) {
                 sums.add(place, gradient)?;
             }
         }
-        sums.all_reduce(&*self.comm)?;
+        self.all_reduce_sums(&sums)?;
         Ok(sums)
+    }
+
+    /// Whether this rank is the one of its group whose gradient of a parameter counts in sums over all parameters.
+    pub(super) fn counts(&self, param: &Param) -> bool {
+        let first = self.shards.as_ref().is_none_or(|shards| shards.group.rank() == 0);
+        self.updates(param) && (first || self.owner(param).is_some())
+    }
+
+    /// Adds the sums of what each rank of a group counts.
+    pub(super) fn all_reduce_sums(&self, sums: &SquareSums) -> Result<()> {
+        self.shards.as_ref().map_or(Ok(()), |shards| sums.all_reduce(&*shards.group))
+    }
+
+    /// Begins to add up a bucket of all ranks, and gives the memory of what this rank has of the sums then.
+    pub(super) fn sum(&self, bucket: &Bucket<'_>, buffer: Tensor) -> Result<(Tensor, Box<dyn Work>)> {
+        let Some(shards) = self.shards.as_ref().filter(|_| bucket.shared_out) else {
+            let work = self.comm.start(Collective::all_reduce(&*self.comm, &buffer)?)?;
+            return Ok((buffer, work));
+        };
+        let sums = Tensor::empty(&[bucket.part_len()], bucket.dtype, buffer.device())?;
+        let work = shards.group.start(Collective::reduce_scatter(&*shards.group, &buffer, &sums)?)?;
+        if shards.copies.is_alone() {
+            return Ok((sums, work));
+        }
+        work.wait()?;
+        let work = shards.copies.start(Collective::all_reduce(&*shards.copies, &sums)?)?;
+        Ok((sums, work))
+    }
+
+    /// Gives what each rank has of its own to all ranks of its group: `own` says what this rank has, and all of it goes to `each`.
+    fn exchange(
+        &self,
+        params: &Params,
+        dtype_of: impl Fn(&Param) -> DType,
+        own: impl Fn(&Param) -> Result<Tensor>,
+        mut each: impl FnMut(&Param, Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let Some(shards) = &self.shards else { return Ok(()) };
+        for bucket in self.buckets(params, dtype_of).into_iter().filter(|bucket| bucket.shared_out) {
+            let Some(first) = bucket.members.first() else { continue };
+            let all = bucket.buffer(first.param.device())?;
+            for member in bucket.members.iter().filter(|member| self.updates(member.param)) {
+                bucket.view(&all, member).copy_from(&own(member.param)?)?;
+            }
+            let part = all.run_of(shards.group.rank() * bucket.part_len(), &[bucket.part_len()]);
+            shards.group.start(Collective::all_gather(&*shards.group, &part, &all)?)?.wait()?;
+            bucket.members.iter().try_for_each(|member| each(member.param, bucket.view(&all, member)))?;
+        }
+        Ok(())
+    }
+
+    /// Goes through the trained parameters as they are kept, in their wider dtype, on all ranks.
+    ///
+    /// # Errors
+    /// Those of `each`, and when a rank or the device fails.
+    pub fn each_kept(&self, params: &Params, mut each: impl FnMut(&Param, Tensor) -> Result<()>) -> Result<()> {
+        let trained = params.iter().filter(|param| param.var().is_some() && self.owner(param).is_none());
+        trained.into_iter().try_for_each(|param| each(param, param.kept()?))?;
+        self.exchange(params, Param::kept_dtype, Param::kept, each)
+    }
+
+    /// What the optimiser remembers, of all parameters on the first rank and nothing on the others; `own` is what this rank has.
+    /// Tensors are on the host then. All ranks call it together.
+    ///
+    /// # Errors
+    /// When a rank or the device fails.
+    pub fn collect(&self, own: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
+        let Some(Shards { group, copies, .. }) = &self.shards else { return Ok(own) };
+        if copies.rank() > 0 {
+            return Ok(Vec::new());
+        }
+        let mut all = if group.rank() == 0 { own.clone() } else { Vec::new() };
+        // What all ranks remember is the first one's.
+        let mut names: HashSet<String> = own.iter().map(|(name, _)| name.clone()).collect();
+        for root in 1..group.world_size() {
+            let mut list = String::new();
+            for (name, tensor) in own.iter().filter(|_| group.rank() == root) {
+                let dims: Vec<String> = tensor.dims().iter().map(usize::to_string).collect();
+                list += &format!("{name}\t{}\t{}\n", tensor.dtype().name(), dims.join(" "));
+            }
+            let list = group.share(list.as_bytes(), root)?;
+            let list = String::from_utf8_lossy(&list).into_owned();
+            for (i, line) in list.lines().enumerate() {
+                let unread = || Error::argument("collect", "a name, a dtype and sizes", line);
+                let [name, dtype, dims] = line.split('\t').collect::<Vec<_>>()[..] else { return Err(unread()) };
+                let all_dtypes = [DType::F32, DType::BF16, DType::F16, DType::F64, DType::U32];
+                let dtype = all_dtypes.into_iter().find(|d| d.name() == dtype).ok_or_else(unread)?;
+                let dims = dims.split_whitespace().map(|d| d.parse().map_err(|_| unread()));
+                let dims = dims.collect::<Result<Vec<usize>>>()?;
+                let tensor = match own.get(i).filter(|_| group.rank() == root) {
+                    Some((_, tensor)) => tensor.to_device(&group.device())?.contiguous()?,
+                    None => Tensor::empty(&dims, dtype, &group.device())?,
+                };
+                group.broadcast(&tensor, root)?;
+                if group.rank() == 0 && names.insert(name.into()) {
+                    all.push((name.into(), tensor.to_device(&Device::cpu())?));
+                }
+            }
+        }
+        Ok(all)
     }
 
     /// Writes the trained parameters of the first rank over those of all others.
@@ -130,23 +258,10 @@ impl Ranks {
     /// # Errors
     /// When a rank or the device fails.
     pub fn gather(&self, params: &Params) -> Result<()> {
-        if !self.is_sharded() {
-            return Ok(());
-        }
-        for bucket in self.buckets(params, Param::dtype) {
-            let Some(first) = bucket.members.first() else { continue };
-            let all = bucket.buffer(first.param.device())?;
-            let own = |member: &&Member<'_>| member.part == self.comm.rank();
-            for member in bucket.members.iter().filter(own) {
-                bucket.view(&all, member)?.copy_from(&member.param.value()?.detach())?;
-            }
-            let part = bucket.part(&all, self.comm.rank());
-            self.comm.start(Collective::all_gather(&*self.comm, &part, &all)?)?.wait()?;
-            for member in bucket.members.iter().filter(|member| !own(member)) {
-                member.param.value()?.copy_from(&bucket.view(&all, member)?)?;
-            }
-        }
-        Ok(())
+        let own = |param: &Param| Ok(param.value()?.detach());
+        self.exchange(params, Param::dtype, own, |param, value| {
+            if self.updates(param) { Ok(()) } else { param.value()?.copy_from(&value) }
+        })
     }
 }
 
@@ -156,6 +271,8 @@ impl Ranks {
 pub(super) struct Bucket<'a> {
     pub members: Vec<Member<'a>>,
     pub dtype: DType,
+    /// Whether each of them is one rank's.
+    pub shared_out: bool,
     /// Elements of the parts; the longest decides.
     lens: Vec<usize>,
 }
@@ -169,7 +286,7 @@ pub(super) struct Member<'a> {
 }
 
 impl Bucket<'_> {
-    fn part_len(&self) -> usize {
+    pub fn part_len(&self) -> usize {
         self.lens.iter().copied().max().unwrap_or(0)
     }
 
@@ -178,19 +295,25 @@ impl Bucket<'_> {
         Tensor::empty(&[self.lens.len() * self.part_len()], self.dtype, device)
     }
 
-    /// A rank's part, or all of it where there are no parts.
-    pub fn part(&self, buffer: &Tensor, rank: usize) -> Tensor {
-        let (rank, len) = (if self.lens.len() == 1 { 0 } else { rank }, self.part_len());
-        buffer.run_of(rank * len, &[len])
+    /// Where a member lies in all of it.
+    pub fn view(&self, buffer: &Tensor, member: &Member<'_>) -> Tensor {
+        member.value(&buffer.run_of(member.part * self.part_len(), &[self.part_len()]))
     }
 
-    /// Where a member lies.
-    pub fn view(&self, buffer: &Tensor, member: &Member<'_>) -> Result<Tensor> {
-        Ok(buffer.run_of(member.part * self.part_len() + member.start, member.param.dims()))
-    }
-
-    /// Whether there is a gradient of a member: more than 0 where there is.
+    /// Where it says whether there is a gradient of a member.
     pub fn flag(&self, buffer: &Tensor, member: &Member<'_>) -> Tensor {
-        buffer.run_of(member.part * self.part_len() + member.start + member.param.numel(), &[1])
+        member.flag(&buffer.run_of(member.part * self.part_len(), &[self.part_len()]))
+    }
+}
+
+impl Member<'_> {
+    /// Where it lies in its part.
+    pub fn value(&self, part: &Tensor) -> Tensor {
+        part.run_of(self.start, self.param.dims())
+    }
+
+    /// Whether there is a gradient of it: more than 0 where there is.
+    pub fn flag(&self, part: &Tensor) -> Tensor {
+        part.run_of(self.start + self.param.numel(), &[1])
     }
 }

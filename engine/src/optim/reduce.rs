@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use super::StepSink;
 use super::ranks::{Bucket, Ranks};
-use crate::comm::{Collective, Work};
+use crate::comm::Work;
 use crate::nn::Params;
-use crate::{DType, GradientSink, Result, Tensor, VarId};
+use crate::{DType, Error, GradientSink, Result, Tensor, VarId};
 
 /// Adds up the gradients of all ranks, in f32 (f64 for f64) and in the order of the ranks, and hands on the sums: all of them on each
 /// rank, or those of the parameters that the rank updates.
@@ -34,7 +34,8 @@ struct State {
     buffer: Option<Tensor>,
     /// Which members' gradients came.
     came: Vec<bool>,
-    work: Option<Box<dyn Work>>,
+    /// What this rank has of the sums, when the work is done.
+    sums: Option<(Tensor, Box<dyn Work>)>,
 }
 
 impl<'a, S: StepSink> Reduce<'a, S> {
@@ -54,34 +55,28 @@ impl<'a, S: StepSink> Reduce<'a, S> {
     fn buffer(&mut self, b: usize) -> Result<Tensor> {
         let (bucket, state) = (&self.buckets[b], &mut self.state[b]);
         if state.buffer.is_none() {
-            let Some(first) = bucket.members.first() else { return bucket.buffer(&self.ranks.comm.device()) };
-            state.buffer = Some(bucket.buffer(first.param.device())?);
+            let device =
+                bucket.members.first().map_or_else(|| self.ranks.comm().device(), |m| m.param.device().clone());
             state.came = vec![false; bucket.members.len()];
+            return Ok(state.buffer.insert(bucket.buffer(&device)?).clone());
         }
-        match &state.buffer {
-            Some(buffer) => Ok(buffer.clone()),
-            None => bucket.buffer(&self.ranks.comm.device()),
-        }
+        state.buffer.clone().ok_or_else(|| Error::argument("reduce", "memory of a bucket", "none"))
     }
 
     /// Sends the next bucket.
     fn leave(&mut self) -> Result<()> {
         let b = self.left;
         let buffer = self.buffer(b)?;
-        let (bucket, state, comm) = (&self.buckets[b], &mut self.state[b], &*self.ranks.comm);
+        let (bucket, state) = (&self.buckets[b], &mut self.state[b]);
         for (member, came) in bucket.members.iter().zip(&state.came) {
             let (flag, device) = (bucket.flag(&buffer, member), buffer.device());
             flag.copy_from(&Tensor::full(&[1], f64::from(u8::from(*came)), bucket.dtype, device)?)?;
             if !came {
-                bucket.view(&buffer, member)?.copy_from(&Tensor::zeros(member.param.dims(), bucket.dtype, device)?)?;
+                bucket.view(&buffer, member).copy_from(&Tensor::zeros(member.param.dims(), bucket.dtype, device)?)?;
             }
         }
-        let collective = if self.ranks.is_sharded() {
-            Collective::reduce_scatter(comm, &buffer, &bucket.part(&buffer, comm.rank()))?
-        } else {
-            Collective::all_reduce(comm, &buffer)?
-        };
-        state.work = Some(comm.start(collective)?);
+        state.buffer = None;
+        state.sums = Some(self.ranks.sum(bucket, buffer)?);
         self.left += 1;
         Ok(())
     }
@@ -90,19 +85,16 @@ impl<'a, S: StepSink> Reduce<'a, S> {
     fn hand_on(&mut self) -> Result<()> {
         let (bucket, state) = (&self.buckets[self.handed_on], std::mem::take(&mut self.state[self.handed_on]));
         self.handed_on += 1;
-        if let Some(work) = state.work {
-            work.wait()?;
-        }
-        let Some(buffer) = state.buffer else { return Ok(()) };
+        let Some((sums, work)) = state.sums else { return Ok(()) };
+        work.wait()?;
         for (member, came) in bucket.members.iter().zip(state.came) {
             if !self.ranks.updates(member.param) {
                 continue;
             }
-            let has_data = buffer.device().backend().has_data();
-            if if has_data { bucket.flag(&buffer, member).item()? > 0.0 } else { came }
-                && let Some(var) = member.param.var()
-            {
-                self.next.gradient(var, bucket.view(&buffer, member)?)?;
+            let has_data = sums.device().backend().has_data();
+            let reached = if has_data { member.flag(&sums).item()? > 0.0 } else { came };
+            if let Some(var) = member.param.var().filter(|_| reached) {
+                self.next.gradient(var, member.value(&sums))?;
             }
         }
         Ok(())
@@ -114,7 +106,7 @@ impl<S: StepSink> GradientSink for Reduce<'_, S> {
         let Some(&(b, m)) = self.places.get(&var) else { return Ok(()) };
         let buffer = self.buffer(b)?;
         let bucket = &self.buckets[b];
-        bucket.view(&buffer, &bucket.members[m])?.copy_from(&gradient)?;
+        bucket.view(&buffer, &bucket.members[m]).copy_from(&gradient)?;
         drop(gradient);
         self.state[b].came[m] = true;
         let is_full = |state: &State| !state.came.is_empty() && state.came.iter().all(|came| *came);
@@ -189,9 +181,11 @@ mod tests {
     ) -> Result<(Vec<f64>, Vec<Option<Vec<f64>>>, Vec<Vec<f64>>)> {
         let params = model(dtype, master)?;
         let ranks = ranks.map(|(comm, sharded)| {
-            let ranks = if sharded { Ranks::sharded(comm.clone(), &params) } else { Ranks::replicated(comm.clone()) };
-            ranks.with_bucket_bytes(256)
+            let ranks =
+                if sharded { Ranks::sharded(comm.clone(), &params, 1)? } else { Ranks::replicated(comm.clone()) };
+            Ok::<_, Error>(ranks.with_bucket_bytes(256))
         });
+        let ranks = ranks.transpose()?;
         let mut optimizer = Optimizer::new(rule);
         let (first, own) = match &ranks {
             Some(ranks) => (ranks.comm().rank() as u64, 1),

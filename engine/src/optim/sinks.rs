@@ -56,7 +56,11 @@ impl GradientSink for Step<'_> {
     /// Gradients of what is no parameter are let go.
     fn gradient(&mut self, var: VarId, gradient: Tensor) -> Result<()> {
         let Some(&place) = self.places.get(&var) else { return Ok(()) };
-        self.squares(gradient.device())?.add(place, &gradient)?;
+        let counts = self.ranks.is_none_or(|ranks| ranks.counts(self.targets[place]));
+        let squares = self.squares(gradient.device())?;
+        if counts {
+            squares.add(place, &gradient)?;
+        }
         self.optimizer.step_one(self.targets[place], &gradient, self.rates)
     }
 }
@@ -78,7 +82,7 @@ impl StepSink for Step<'_> {
     fn end(&mut self) -> Result<Option<Tensor>> {
         if let (Some(ranks), Some(first)) = (self.ranks, self.targets.first()) {
             // A rank may have nothing to update.
-            self.squares(first.device())?.all_reduce(&**ranks.comm())?;
+            ranks.all_reduce_sums(self.squares(first.device())?)?;
         }
         let squares = self.squares.take();
         squares.ok_or_else(|| Error::argument("optimizer step", "at least one gradient", 0))?.norm().map(Some)
@@ -274,13 +278,8 @@ impl<'a> OptimizerStep<'a> {
     ) -> Result<Self> {
         let cotangent = scale.as_ref().map(|scale| scale.scale()).transpose()?;
         let sharing = ranks.filter(|ranks| ranks.is_sharded());
-        if sharing.is_some() && optimizer.needs_all() {
-            let got = "parameters that are shared out among ranks";
-            return Err(Error::argument(
-                "optimizer",
-                "all parameters on each rank for a rule that sums over them",
-                got,
-            ));
+        if sharing.is_some() {
+            optimizer.check_shareable()?;
         }
         let together = config.max_norm.is_some() || scale.is_some() || config.skip_non_finite || optimizer.needs_all();
         let mut sink: Box<dyn StepSink + 'a> = if together {

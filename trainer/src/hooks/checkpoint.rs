@@ -4,6 +4,7 @@ use std::thread::JoinHandle;
 
 use super::{Event, Hook, due};
 use crate::error::io;
+use crate::ranks::shared_text;
 use crate::state::TrainProgress;
 use crate::train::Session;
 use crate::{Error, Result};
@@ -42,6 +43,10 @@ impl Checkpoint {
             return Ok(());
         }
         self.finish(run)?;
+        if !run.is_first() {
+            self.saved = step;
+            return run.trainer().give_to_snapshot();
+        }
         run.emit(Event::Busy("saving a checkpoint"))?;
         let begun = run.folder().begin_save(run.trainer())?;
         let keep = run.trainer().recipe().checkpoint.max_recent_checkpoints;
@@ -80,8 +85,16 @@ impl Hook for Checkpoint {
             Event::Begin(begin) => {
                 self.saved = begin.from;
                 // Where it was taken away, the next one is the best.
-                let best = run.folder().checkpoints().best()?.and_then(|best| TrainProgress::read(&best).ok());
-                self.best = best.and_then(|progress| progress.validation_loss);
+                let best = if run.is_first() { run.folder().checkpoints().best()? } else { None };
+                let best = best.and_then(|best| TrainProgress::read(&best).ok()?.validation_loss);
+                let trainer = run.trainer();
+                // All ranks save at the same steps where all are needed for it.
+                self.best = if trainer.is_shared_out() {
+                    let text = best.map_or(String::new(), |best| best.to_bits().to_string());
+                    shared_text(&**trainer.comm(), &text)?.parse().ok().map(f64::from_bits)
+                } else {
+                    best
+                };
                 Ok(())
             }
             Event::Validated(validated) if self.best.is_none_or(|best| validated.loss() < best) => {
@@ -90,7 +103,7 @@ impl Hook for Checkpoint {
                     return self.save(true, run);
                 }
                 self.finish(run)?;
-                run.folder().checkpoints().mark_best(validated.step)
+                if run.is_first() { run.folder().checkpoints().mark_best(validated.step) } else { Ok(()) }
             }
             Event::Step(record) if due(self.every, record.step) => self.save(false, run),
             Event::Step(_) if self.each_epoch && run.trainer().ends_epoch() => self.save(false, run),

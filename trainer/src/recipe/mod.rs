@@ -12,6 +12,7 @@ mod nemo;
 mod node;
 mod peft;
 mod problems;
+mod ranks;
 mod read;
 mod sampling;
 mod steps;
@@ -39,6 +40,7 @@ pub use self::dtype::Dtype;
 pub use self::model::{Mode, ModelSection, Stage};
 pub use self::peft::{Algorithm, KeptDtype, PeftConfig};
 pub use self::problems::{Place, Problem};
+pub use self::ranks::Fsdp;
 pub use self::sampling::{ReportConfig, SamplingConfig};
 pub use self::steps::{ClipGradNorm, NonFinite, Performance, StepScheduler};
 
@@ -105,6 +107,9 @@ pub struct Recipe {
     /// What is traded for time.
     #[serde(default)]
     pub performance: Performance,
+    /// What several ranks share out; nothing if the section is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fsdp: Option<Fsdp>,
     /// Sample grids.
     #[serde(default)]
     pub sampling: SamplingConfig,

@@ -82,11 +82,9 @@ const KEYS: &[(&str, Fate)] = &[
     ("checkpoint.consolidation_timeout_minutes", Elsewhere),
     ("checkpoint.best_metric_key", Elsewhere),
     ("fsdp.activation_checkpointing", Ours("performance.activation_checkpointing")),
-    ("fsdp.dp_size", Elsewhere),
-    ("fsdp.dp_replicate_size", Elsewhere),
-    ("fsdp.tp_size", Elsewhere),
-    ("fsdp.cp_size", Elsewhere),
-    ("fsdp.pp_size", Elsewhere),
+    ("fsdp.tp_size", Must("1")),
+    ("fsdp.cp_size", Must("1")),
+    ("fsdp.pp_size", Must("1")),
     ("fsdp.cpu_offload", Elsewhere),
     ("fsdp.defer_fsdp_grad_sync", Elsewhere),
     ("fsdp.reduce_dtype", Elsewhere),
@@ -95,8 +93,8 @@ const KEYS: &[(&str, Fate)] = &[
     ("fsdp.fsdp2_forward_prefetch_depth", Elsewhere),
     ("fsdp.fsdp2_backward_prefetch_depth", Elsewhere),
     ("fsdp.use_hf_tp_plan", Elsewhere),
-    ("fsdp.cp_ring_degree", Elsewhere),
-    ("fsdp.cp_ulysses_degree", Elsewhere),
+    ("fsdp.cp_ring_degree", Must("1")),
+    ("fsdp.cp_ulysses_degree", Must("1")),
     ("ddp.activation_checkpointing", Ours("performance.activation_checkpointing")),
     ("ddp.backend", Elsewhere),
     ("ddp.find_unused_parameters", Elsewhere),
@@ -113,14 +111,25 @@ const KEYS: &[(&str, Fate)] = &[
 /// Puts NeMo's keys into ours. What is without effect here is told, in the order of the table.
 pub(crate) fn translate(root: &mut Node, problems: &mut Vec<Problem>) -> Vec<&'static str> {
     let mut without_effect = Vec::new();
+    let given = |section: &str| root.entry(section).filter(|entry| !entry.value.is_null());
+    if let (Some(entry), Some(_)) = (given("ddp"), given("fsdp")) {
+        problems.push(Problem::new(&entry.place, "ddp: contradicts `fsdp`: remove one of them"));
+    }
     for (path, fate) in KEYS {
         let Some(entry) = root.take(path) else { continue };
         match fate {
             Elsewhere => without_effect.push(*path),
             Must(only) if said(&entry.value) == *only || entry.value.is_null() => {}
             Must(only) => {
-                let advice =
-                    if *path == "checkpoint.restore_from" { "; resume with `flowtape train --resume RUN`" } else { "" };
+                let advice = match *path {
+                    "checkpoint.restore_from" => "; resume with `flowtape train --resume RUN`",
+                    "fsdp.tp_size" => "; there is no tensor parallelism: all ranks share the data (dp_size)",
+                    "fsdp.pp_size" => "; there is no pipeline parallelism: all ranks share the data (dp_size)",
+                    path if path.starts_with("fsdp.cp_") => {
+                        "; there is no context parallelism: all ranks share the data (dp_size)"
+                    }
+                    _ => "",
+                };
                 let what = format!("{path}: expected {only}, got {}{advice}", entry.value.shown());
                 problems.push(Problem::new(&entry.value.place, what));
             }
@@ -140,8 +149,7 @@ pub(crate) fn translate(root: &mut Node, problems: &mut Vec<Problem>) -> Vec<&'s
         }
     }
     // What is left in a section of NeMo's is unknown, and told when the recipe is read.
-    for section in ["model.pipeline_spec", "data.dataloader", "optim", "checkpoint", "fsdp", "ddp", "wandb", "dist_env"]
-    {
+    for section in ["model.pipeline_spec", "data.dataloader", "optim", "checkpoint", "ddp", "wandb", "dist_env"] {
         if root.get(section).is_some_and(|found| {
             found.is_null() || matches!(&found.content, super::node::Content::Section(left) if left.is_empty())
         }) {
