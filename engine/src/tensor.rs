@@ -74,6 +74,12 @@ impl Tensor {
         Self { storage, layout, dtype: self.dtype, var: None, tape: None, unrecorded: false, param: None }
     }
 
+    /// Elements of a tensor without gaps, from one of them on, in these dims.
+    pub(crate) fn run_of(&self, start: usize, dims: &[usize]) -> Self {
+        let layout = Layout::contiguous(dims);
+        self.view(Layout { offset: self.layout.offset + start, ..layout })
+    }
+
     /// A view that repeats the one element of `self`: for what only needs dims and dtype.
     pub(crate) fn shape_only(&self, dims: &[usize]) -> Self {
         self.view(Layout { dims: dims.to_vec(), strides: vec![0; dims.len()], offset: 0 })
