@@ -112,7 +112,8 @@ fn weights(run: &Path) -> Vec<f64> {
 }
 
 /// Each part of a run is stopped by the rank that comes last, after some steps, and the next one has other ranks. A step of
-/// four ranks has the bits of four micro-batches on one; two ranks add up their own two first, so theirs are near.
+/// four ranks has the bits of four micro-batches on one; two ranks add up their own two first, so theirs are near (the same where
+/// sums of halves in f32 round nothing).
 #[test]
 fn a_run_goes_on_with_another_number_of_ranks() {
     let folder = tempfile::tempdir().unwrap();
@@ -141,7 +142,7 @@ fn a_run_goes_on_with_another_number_of_ranks() {
         }
         if worlds.contains(&2) {
             let apart = weights(&whole).iter().zip(weights(&run)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-            assert!(apart > 0.0 && apart < 1e-3, "{apart}");
+            assert!(apart < 1e-3, "{apart}");
         } else {
             assert_same(&whole, &run, "1, 4, 1 and 4 ranks");
         }
