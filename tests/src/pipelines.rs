@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use flowtape_data::media::{
-    EditAreas, Filter, Picture, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture, resize,
+    ConditionProcessor, EditAreas, Filter, Picture, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture,
+    resize,
 };
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::Solver;
@@ -24,8 +25,17 @@ const SIGMAS: f64 = 2e-6;
 pub(crate) fn check(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     pipeline_prompts(dir, name, out)?;
     let case = Golden::open(dir, name)?.json;
+    let folder = PipelineFolder::open(&dir.join("pipeline"))?;
     for (run, asked) in case["runs"].as_object().into_iter().flatten() {
-        generate(dir, &case, run, asked, &[], out)?;
+        let files = asked["images"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let pictures = files.map(|file| read_picture(&dir.join(file), &ReadOptions::like_nemo()));
+        let pictures = pictures.collect::<Result<Vec<_>, _>>()?;
+        let size = [number(asked, "height")? as usize, number(asked, "width")? as usize];
+        let images = match pictures.is_empty() {
+            true => Vec::new(),
+            false => ConditionProcessor::load(&folder)?.process_all(&pictures, Some(size), &Device::cpu())?,
+        };
+        generate(dir, &case, run, asked, &images, out)?;
     }
     Ok(())
 }
@@ -57,7 +67,7 @@ pub(crate) fn edit(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     let read = |file: &str| read_picture(&dir.join(file), &ReadOptions::like_nemo());
     let taken = |file: &&str| Ok(condition_image(&read(file)?, &processor, areas, &device)?);
     let images = files.iter().map(taken).collect::<Any<Vec<ConditionImage>>>()?;
-    let patches: Vec<&Tensor> = images.iter().map(|image| &image.patches).collect();
+    let patches: Vec<&Tensor> = images.iter().filter_map(|image| Some(&image.seen.as_ref()?.values)).collect();
     let worst = relative(&Tensor::cat(&patches, 0)?, &inputs.tensor("pixel_values")?)?;
     out.push(Outcome::measured("pixel_values", worst, 1e-6, format!("{} pictures", images.len())));
     let run = &case["run"];

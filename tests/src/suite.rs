@@ -37,6 +37,11 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_wan", pipelines::check),
     ("pipe_z_image", pipelines::check),
     ("pipe_chroma", pipelines::check),
+    ("pipe_flux2_klein_edit", pipelines::check),
+    ("pipe_wan21_i2v", pipelines::check),
+    ("pipe_wan22_i2v", pipelines::check),
+    ("pipe_wan_flf2v", pipelines::check),
+    ("pipe_wan_ti2v", pipelines::check),
     ("recipe_*", recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
@@ -52,6 +57,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("tokenizers", text::tokenizers),
     ("vae_*", vae::check),
     ("vocoder_ltx2", pipelines::vocoder),
+    ("vision_clip", vision::clip),
     ("vision_siglip", vision::siglip),
 ];
 
