@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# Builds a program outside this workspace that depends on its library crates by path: with their default features, and with
-# CUDA by the steps that the README documents. Usage: .ci/outside.sh [CARGO OPTIONS], such as --offline.
+# Builds programs outside this workspace that depend on its library crates by path. Usage: .ci/outside.sh [CARGO OPTIONS], such as
+# --offline.
+#
+#  own      flowmatch/examples/own_model.rs: a model of its own on the engine and the pipeline alone, run
+#  trainer  all library crates with default features, whose tree holds nothing that only a command line or a GPU needs
+#  cuda     the same with CUDA, by the steps that the README documents
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -8,9 +12,28 @@ trap 'rm -rf "$work"' EXIT
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target}/outside
 # A toolkit that happens to be there must not be what makes it build.
 unset CUDA_PATH CUDA_ROOT CUDA_TOOLKIT_ROOT_DIR CUDA_LIBRARY_PATH
-mkdir "$work/src"
-cp "$root/Cargo.lock" "$work/"
-cat >"$work/src/main.rs" <<'RUST'
+
+# A program's folder with its manifest: its name, then its crates, each with features after a colon.
+program() {
+    local folder=$work/$1 crate
+    mkdir -p "$folder/src"
+    cp "$root/Cargo.lock" "$folder/"
+    {
+        printf '[package]\nname = "%s"\nversion = "0.0.0"\nedition = "2024"\n\n[workspace]\n\n[dependencies]\n' "$1"
+        for crate in "${@:2}"; do
+            echo "flowtape-${crate%:*} = { path = \"$root/${crate%:*}\", features = [$([[ $crate != *:* ]] || echo "\"${crate#*:}\"")] }"
+        done
+    } >"$folder/Cargo.toml"
+}
+
+program own engine flowmatch
+cp "$root/flowmatch/examples/own_model.rs" "$work/own/src/main.rs"
+[ "$(wc -l <"$work/own/src/main.rs")" -lt 70 ]
+echo "outside program: a model of its own"
+cargo run --quiet --release --manifest-path "$work/own/Cargo.toml" "$@"
+
+program trainer engine flowmatch models data trainer gpu
+cat >"$work/trainer/src/main.rs" <<'RUST'
 use flowtape_engine::{DType, Device, Tensor};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -25,17 +48,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 RUST
-for features in '' '"cuda"'; do
-    {
-        printf '[package]\nname = "outside"\nversion = "0.0.0"\nedition = "2024"\n\n[workspace]\n\n[dependencies]\n'
-        for crate in engine flowmatch models data trainer; do
-            echo "flowtape-$crate = { path = \"$root/$crate\" }"
-        done
-        echo "flowtape-gpu = { path = \"$root/gpu\", features = [$features] }"
-        if [ -n "$features" ]; then
-            printf '\n[patch.crates-io]\nfind_cuda_helper = { path = "%s/gpu/find_cuda_helper" }\n' "$root"
-        fi
-    } >"$work/Cargo.toml"
-    echo "outside program, features of flowtape-gpu: [$features]"
-    cargo check --quiet --manifest-path "$work/Cargo.toml" "$@"
+echo "outside program: the trainer, with default features"
+cargo check --quiet --manifest-path "$work/trainer/Cargo.toml" "$@"
+# `normal` leaves out what only builds or tests need.
+tree=$(cargo tree --manifest-path "$work/trainer/Cargo.toml" --edges normal --prefix none "$@")
+for unwanted in wgpu naga plotters indicatif clap signal-hook tiny_http cust; do
+    if grep -q "^$unwanted v" <<<"$tree"; then
+        echo "the trainer's tree holds $unwanted, which nobody asked for" >&2
+        exit 1
+    fi
 done
+
+program cuda engine flowmatch models data trainer gpu:cuda
+cp "$work/trainer/src/main.rs" "$work/cuda/src/"
+printf '\n[patch.crates-io]\nfind_cuda_helper = { path = "%s/gpu/find_cuda_helper" }\n' "$root" >>"$work/cuda/Cargo.toml"
+echo "outside program: with CUDA"
+cargo check --quiet --manifest-path "$work/cuda/Cargo.toml" "$@"

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use flowtape_engine::Philox;
+use flowtape_engine::cpu::alone;
 
 use crate::{BatchPlan, Cursor, Error, Pick, Rank, Result, Sample, Sampler, Source};
 
@@ -93,7 +94,7 @@ impl Loader {
         for _ in 0..options.num_workers {
             let reader = reader.clone();
             let thread = std::thread::Builder::new().name("data".into());
-            thread.spawn(move || reader.work()).map_err(Error::Thread)?;
+            thread.spawn(move || alone(|| reader.work())).map_err(Error::Thread)?;
         }
         Ok(Self { reader, sampler, rank, options, at, skipped: 0 })
     }

@@ -1,66 +1,70 @@
-//! A model of one's own behind an adapter of one's own: it learns where its data lie, and samples from there.
+//! A model of one's own in a program of one's own, on the engine and the pipeline alone: a small network learns where points lie (on a
+//! ring), and Euler's method draws new ones from noise.
 //!
-//! All data are the point c, so that x_t = (1 - σ) c + σ ε and the velocity ε - c is (x_t - c) / σ. The model has that
-//! form; c is what it learns, from the pipeline's loss alone.
-#![allow(clippy::print_stdout)] // an example shows what it does
+//!     cargo run --release -p flowtape-flowmatch --example own_model
 
-use flowtape_engine::{DType, Device, Tape, Tensor};
-use flowtape_flowmatch::{
-    Batch, DataType, Draws, EulerConfig, FlowMatchEulerDiscrete, FlowMatchingConfig, FlowMatchingContext,
-    FlowMatchingPipeline, FlowModel, ModelAdapter, ModelInputs, ModelOutput, PhiloxDraws, Result, Sampling,
-    StepOptions, TaskType,
-};
+use flowtape_engine::nn::{Linear, ParamBuilder};
+use flowtape_engine::optim::{OptimizerConfig, Rates};
+use flowtape_engine::{DType, Device, Philox, Tape, Tensor};
+use flowtape_flowmatch::*;
 
-/// `v = (x - c) / σ`, with `c` of shape `[1, 2, 1, 1]`.
-struct PointModel {
-    c: Tensor,
-}
+/// Velocities of points, from where they are and how noisy: `[B, 3]` to `[B, 2, 1, 1]`.
+struct Mlp(Vec<Linear>);
 
-impl FlowModel for PointModel {
+impl FlowModel for Mlp {
     fn forward(&self, inputs: &ModelInputs) -> Result<ModelOutput> {
-        let distance = inputs.tensor("x")?.sub(&self.c)?;
-        Ok(distance.div(inputs.tensor("sigma")?)?.into())
+        let x = inputs.tensor("point")?;
+        let mut h = self.0[0].forward(x)?;
+        for layer in &self.0[1..] {
+            h = layer.forward(&h.silu()?)?;
+        }
+        Ok(h.reshape(&[x.dim(0)?, 2, 1, 1])?.into())
     }
 }
 
-struct PointAdapter;
+struct Points;
 
-impl ModelAdapter for PointAdapter {
+impl ModelAdapter for Points {
     fn name(&self) -> &str {
-        "point"
+        "points"
     }
 
     fn prepare_inputs(&self, cx: &FlowMatchingContext<'_>, _: &mut dyn Draws) -> Result<ModelInputs> {
-        let sigma = cx.sigma.reshape(&[cx.sigma.numel(), 1, 1, 1])?;
-        Ok(ModelInputs::new().with("x", cx.noisy_latents.clone()).with("sigma", sigma))
+        let n = cx.sigma.numel();
+        let (x, sigma) = (cx.noisy_latents.reshape(&[n, 2])?, cx.sigma.reshape(&[n, 1])?);
+        Ok(ModelInputs::new().with("point", Tensor::cat(&[&x, &sigma], 1)?))
     }
 }
 
-fn main() -> Result<()> {
+/// Trains, and draws some points.
+pub fn ring(steps: u64, n: usize) -> Result<Vec<f32>> {
     let cpu = Device::cpu();
-    let data = Tensor::from_slice(&[3.0f32, -1.0].repeat(64), &[64, 2, 1, 1], &cpu)?;
-    let batch = Batch::new(data, DataType::Image);
-    // Near σ = 0 the velocity of this form grows without bound.
-    let config = FlowMatchingConfig { sigma_min: 0.2, use_loss_weighting: false, ..Default::default() };
-    let pipeline = FlowMatchingPipeline::new(config, PointAdapter)?;
-    let mut draws = PhiloxDraws::new(1);
-    let mut c = Tensor::zeros(&[1, 2, 1, 1], DType::F32, &cpu)?;
-    for step in 0..200 {
+    let root = ParamBuilder::new(1, DType::F32, &cpu);
+    let layer = |(i, w): (usize, &[usize])| Linear::new(&root.sub(i), w[0], w[1], true);
+    let model = Mlp([3, 128, 128, 2].windows(2).enumerate().map(layer).collect::<Result<_, _>>()?);
+    let config = FlowMatchingConfig { flow_shift: 1.0, use_loss_weighting: false, ..Default::default() };
+    let pipeline = FlowMatchingPipeline::new(config, Points)?;
+    let (mut random, mut draws) = (Philox::new(2), PhiloxDraws::new(3));
+    let mut optimizer = OptimizerConfig::default().build()?;
+    for step in 0..steps {
+        let angles = (0..256).map(|_| random.next_f64() as f32 * std::f32::consts::TAU);
+        let points = angles.flat_map(|angle| [angle.cos(), angle.sin()]);
+        let batch = Batch::new(Tensor::from_vec(points.collect(), &[256, 2, 1, 1], &cpu)?, DataType::Image);
         let tape = Tape::new();
-        let model = PointModel { c: tape.leaf(&c) };
         let out = pipeline.step(&model, &batch, step, &mut draws, &StepOptions::recorded(&tape))?;
-        if let Some(gradient) = tape.backward(&out.loss)?.of(&model.c) {
-            c = c.sub(&gradient.mul_scalar(0.1)?)?;
-        }
-        if step % 50 == 0 {
-            println!("step {step:3}  loss {:9.6}  c {:?}", out.loss.item()?, c.to_vec::<f32>()?);
-        }
+        optimizer.step(&root.params(), &tape.backward(&out.loss)?, Rates { lr: 3e-3, weight_decay: 0.0 }, None)?;
     }
+    let noise = draws.noise(&[n, 2, 1, 1], &cpu)?;
+    let batch = &Batch::new(noise.clone(), DataType::Image);
+    let sampling = Sampling { adapter: &Points, model: &model, batch, task_type: TaskType::T2V, guidance: None };
     let euler = FlowMatchEulerDiscrete::new(EulerConfig::default())?;
-    let model = PointModel { c };
-    let (adapter, task_type) = (pipeline.adapter(), TaskType::T2V);
-    let sampling = Sampling { adapter, model: &model, batch: &batch, task_type, guidance: None };
-    let sample = euler.sample(&sampling, &draws.noise(&[64, 2, 1, 1], &cpu)?, &euler.set_timesteps(10, None)?)?;
-    println!("sampled {:?}", sample.narrow(0, 0, 1)?.to_vec::<f32>()?);
+    Ok(euler.sample(&sampling, &noise, &euler.set_timesteps(30, None)?)?.to_vec()?)
+}
+
+#[allow(clippy::print_stdout, dead_code)] // an example shows what it does
+fn main() -> Result<()> {
+    for point in ring(800, 8)?.chunks(2) {
+        println!("({:6.3}, {:6.3}), {:.3} from the middle", point[0], point[1], point[0].hypot(point[1]));
+    }
     Ok(())
 }

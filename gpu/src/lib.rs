@@ -8,9 +8,11 @@
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod device;
+mod ranks;
 mod report;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
 pub use device::device;
+pub use ranks::{Fail, join_ranks, ranks_id};
 pub use report::{DeviceReport, reports};

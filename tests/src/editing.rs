@@ -6,7 +6,7 @@ use flowtape_data::media::{
     EditAreas, Filter, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture, resize,
 };
 use flowtape_engine::{Device, Tensor};
-use flowtape_models::pipeline::{ConditionImage, PipelineFolder, QwenImageEditPrompts};
+use flowtape_models::pipeline::{ConditionImage, PipelineFolder, PromptEncoder, QwenImageEditPrompts};
 use flowtape_models::vae;
 use serde_json::Value;
 

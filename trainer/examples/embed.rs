@@ -29,7 +29,6 @@ fn sample(i: usize) -> Result<Sample> {
 /// Trains, tells of it, and draws.
 pub fn main() -> Result<()> {
     let recipe = Recipe::from_json(serde_json::json!({
-        "data": { "source": "digits", "text_dim": 16 }, // its samples are ours, below
         "model": {
             "_class_name": "FluxTransformer2DModel", "in_channels": 4, "num_layers": 1, "num_single_layers": 1,
             "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 16, "pooled_projection_dim": 16,

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use flowtape_data::{
-    BucketOptions, BucketSampler, Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, Part, PixelCodec,
-    Rank, Resolution, Sampler, Source, TextEncoder,
+    BucketOptions, BucketSampler, Collator, Cursor, EpochSampler, LatentCodec, Loader, LoaderOptions, MemorySource,
+    Part, PixelCodec, Rank, Resolution, Sampler, Source, TextEncoder,
 };
 use flowtape_engine::Philox;
 
 use crate::Result;
+use crate::builtin::WordTable;
 use crate::recipe::DataConfig;
 use crate::validation::ValidationConfig;
 
@@ -30,6 +31,14 @@ impl Data {
     /// Samples whose pixels are the latents.
     pub fn of_pixels(source: Arc<dyn Source>, text: impl TextEncoder + 'static) -> Self {
         Self { source, codec: Arc::new(PixelCodec), text: Arc::new(text) }
+    }
+
+    /// No samples: for a trainer that is given each batch ([`Trainer::step_on`](crate::Trainer::step_on)).
+    ///
+    /// # Errors
+    /// Never, as it stands.
+    pub fn none() -> Result<Self> {
+        Ok(Self::of_pixels(Arc::new(MemorySource::new(Vec::new())?), WordTable::new(&[], 0)))
     }
 
     /// Sizes of the first sample: `[C, H, W]` or `[C, F, H, W]`.

@@ -40,6 +40,9 @@ pub enum Error {
         /// The encoder's reason.
         what: String,
     },
+    /// The ranks of a run can't find each other, or are not what their launcher says.
+    #[error("{0}")]
+    Launch(String),
     /// A sample can't be read, or data does not fit.
     #[error(transparent)]
     Data(flowtape_data::Error),

@@ -92,36 +92,51 @@ impl Generator<'_> {
     /// One sample for each prompt. A sample depends on the seed, its place and what is asked for. None where it was asked to
     /// stop: it looks between batches.
     pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
-        let euler = FlowMatchEulerDiscrete::new(EulerConfig::default())?;
-        // From 1 down in equal steps, as the FLUX pipeline asks for them.
-        let steps = self.sampling.steps();
-        let sigmas: Vec<f64> = (0..steps).map(|i| 1.0 - i as f64 / steps as f64).collect();
-        let schedule = euler.set_sigmas(&sigmas, None)?;
         let dims = self.data.sample_dims()?;
         let latents = self.data.codec.latent_dims(&dims);
         let at_once = (AT_ONCE / latents.iter().product::<usize>().max(1)).max(1);
         let frame = frame_size(&dims);
-        let dtype = self.model.params().iter().next().map_or(DType::F32, Param::dtype);
+        let dtype = self.dtype();
         let mut pixels = Vec::new();
         for (index, prompts) in request.prompts.chunks(at_once).enumerate() {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
             let sizes = [&[prompts.len()], &latents[..]].concat();
-            let noise = Philox::new(request.seed).fork(index as u64).normal(&sizes, self.device)?.to_dtype(dtype)?;
+            let noise = Philox::new(request.seed).fork(index as u64).normal(&sizes, self.device)?;
             let first = request.first_frames.map(|f| &f[index * at_once * frame..][..prompts.len() * frame]);
             let captions: Vec<Option<&str>> = prompts.iter().map(|p| Some(*p)).collect();
             let batch = self.conditioning(&captions, first, &dims, dtype)?;
             let negative = self.conditioning(&vec![None; prompts.len()], first, &dims, dtype)?;
-            let scale = self.sampling.guidance();
-            let guidance = (scale != 1.0).then_some(Guidance { negative: &negative, scale });
             let task_type = if first.is_some() { TaskType::I2V } else { TaskType::T2V };
-            let (adapter, model) = (self.adapter, self.model);
-            let sampling = Sampling { adapter, model, batch: &batch, task_type, guidance };
-            let sampled = euler.sample(&sampling, &noise, &schedule)?;
+            let sampled = self.sample(&batch, Some(&negative), task_type, &noise)?;
             pixels.extend(self.data.codec.decode(&sampled)?.to_vec::<f32>()?);
         }
         Ok(Some(Samples { pixels, dims }))
+    }
+
+    /// Latents of a batch's conditions, by Euler's method from `noise`, away from `negative` where there is one and guidance is asked for.
+    pub fn sample(
+        &self,
+        batch: &Batch,
+        negative: Option<&Batch>,
+        task_type: TaskType,
+        noise: &Tensor,
+    ) -> Result<Tensor> {
+        let euler = FlowMatchEulerDiscrete::new(EulerConfig::default())?;
+        // From 1 down in equal steps, as the FLUX pipeline asks for them.
+        let steps = self.sampling.steps();
+        let sigmas: Vec<f64> = (0..steps).map(|i| 1.0 - i as f64 / steps as f64).collect();
+        let schedule = euler.set_sigmas(&sigmas, None)?;
+        let scale = self.sampling.guidance();
+        let guidance = negative.filter(|_| scale != 1.0).map(|negative| Guidance { negative, scale });
+        let sampling = Sampling { adapter: self.adapter, model: self.model, batch, task_type, guidance };
+        Ok(euler.sample(&sampling, &noise.to_dtype(self.dtype())?, &schedule)?)
+    }
+
+    /// What the model computes in.
+    fn dtype(&self) -> DType {
+        self.model.params().iter().next().map_or(DType::F32, Param::dtype)
     }
 
     /// What samples are conditioned on: one prompt each (none: a dropped caption) and the first frame of each where there is

@@ -12,6 +12,7 @@
 //! | [`page`] | what a run came to as a page for a browser |
 //! | [`builtin`] | the embedded digits, still and moving, their captions, and how good generated ones are |
 //! | [`validation`] | losses on held-out samples, with noise that stays |
+//! | `memory` | weights and whole checkpoints in memory: [`Trainer::to_bytes`] and its kin |
 //! | [`generate`], [`trained`] | images and videos from prompts, while training and after |
 //! | [`compose`] | pictures and films of a diffusers pipeline, with what made them |
 //! | [`generation`] | NeMo's YAML of generating with a pipeline |
@@ -25,7 +26,14 @@
 //! | [`check`], [`plan`] | what a recipe would take, before anything is made: memory by phase, FLOPs, disk space |
 //! | [`start`] | what a model starts from: a checkpoint wherever it lies, or a configuration |
 //! | [`inspect`] | what a preset, a configuration, weights or a run are made of |
-//! | [`picture`] | sample grids (PNG) and the loss curve (SVG) |
+//! | [`picture`] | sample grids (PNG) |
+//!
+//! A program takes what it needs of it by feature; without any it computes on the CPU:
+//!
+//! | feature | what it adds |
+//! |---|---|
+//! | `wgpu`, `cuda` | the backends of `flowtape-gpu`, where a recipe's `device` asks for one |
+//! | `charts` | the loss curve of a run folder as `loss.svg` |
 //!
 //! A program that trains on NVIDIA GPUs depends on `flowtape-gpu` with the feature `cuda` beside this crate, and puts
 //! `find_cuda_helper = { path = ".../gpu/find_cuda_helper" }` under its `[patch.crates-io]`; the driver is looked for when it runs.
@@ -42,6 +50,8 @@ pub mod generation;
 mod gradients;
 pub mod hooks;
 pub mod inspect;
+pub mod launch;
+mod memory;
 pub mod observe;
 pub mod page;
 pub mod peft;

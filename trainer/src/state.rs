@@ -103,8 +103,7 @@ impl TrainState {
     /// # Errors
     /// When a file can't be written.
     pub(crate) fn save(&self, recipe: &Recipe, folder: &Path) -> Result<()> {
-        let scale = self.loss_scale.as_ref().map(|scale| LossScaleState::read(scale.read_later()?)).transpose()?;
-        let stored = Stored { progress: self.progress, recipe: recipe.to_json(), loss_scale: scale };
+        let stored = self.stored(recipe)?;
         let path = folder.join(STATE);
         std::fs::write(&path, format!("{:#}\n", serde_json::json!(stored))).map_err(io(&path))
     }
@@ -114,17 +113,36 @@ impl TrainState {
     /// # Errors
     /// When a file can't be read or does not fit the parameters.
     pub fn load(&mut self, params: &Params, recipe: &Recipe, folder: &Path) -> Result<()> {
-        self.optimizer.load(params, &SafeTensors::open(folder.join(format!("{OPTIMIZER}.safetensors")))?)?;
-        let stored = Stored::read(folder)?;
+        let optimizer = SafeTensors::open(folder.join(format!("{OPTIMIZER}.safetensors")))?.into();
+        let averages = match (&self.ema, ema_folder(folder)?) {
+            (Some(_), Some(averages)) => Some(Shards::open(&averages, averaged(recipe, params).1)?),
+            _ => None,
+        };
+        self.restore(params, recipe, &optimizer, averages, Stored::read(folder)?)
+    }
+
+    /// What is stored beside tensors.
+    pub(crate) fn stored(&self, recipe: &Recipe) -> Result<Stored> {
+        let scale = self.loss_scale.as_ref().map(|scale| LossScaleState::read(scale.read_later()?)).transpose()?;
+        Ok(Stored { progress: self.progress, recipe: recipe.to_json(), loss_scale: scale })
+    }
+
+    /// Goes on from what was stored: the optimiser's tensors, the averages of the weights where they were kept, and the rest.
+    pub(crate) fn restore(
+        &mut self,
+        params: &Params,
+        recipe: &Recipe,
+        optimizer: &Shards,
+        averages: Option<Shards>,
+        stored: Stored,
+    ) -> Result<()> {
+        self.optimizer.load(params, optimizer)?;
         if let (Some(scale), Some(state)) = (&mut self.loss_scale, stored.loss_scale) {
             scale.load(state)?;
         }
         if let (Some(ema), Some(config)) = (&mut self.ema, &recipe.ema) {
-            match ema_folder(folder)? {
-                Some(averages) => {
-                    let (params, stem) = averaged(recipe, params);
-                    ema.load(&params, &Shards::open(&averages, stem)?)?;
-                }
+            match averages {
+                Some(averages) => ema.load(&averaged(recipe, params).0, &averages)?,
                 // It begins here.
                 None => *ema = Ema::new(config, params)?,
             }

@@ -1,9 +1,9 @@
 //! Where the time of a step goes.
 
 use std::cell::Cell;
-use std::time::Instant;
 
 use flowtape_engine::optim::StepSink;
+use flowtape_engine::platform::Instant;
 use flowtape_engine::{GradientSink, Result, Tensor, VarId};
 
 /// Seconds that the parts of a step took. On a device that runs behind the host they are what it took to hand the work over.

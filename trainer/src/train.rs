@@ -3,17 +3,19 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use flowtape_engine::Device;
 use flowtape_engine::cpu::awake;
+use flowtape_engine::platform::Instant;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::changes::listed;
 use crate::check::{Check, Depth};
 use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
-use crate::observe::{Environment, Learning, LossCurve, Metrics, Notices, Page, TensorBoard, Validations};
+#[cfg(feature = "charts")]
+use crate::observe::LossCurve;
+use crate::observe::{Environment, Learning, Metrics, Notices, Page, TensorBoard, Validations};
 use crate::record::{LeftOut, StepRecord};
 use crate::replay::told;
 use crate::run::{RunFolder, quoted};
@@ -155,7 +157,9 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
     let preview = builtin::preview(&recipe)?;
     let run = run.with(Box::new(Metrics::default())).with(Box::new(Environment::new(&preview)));
     let run = run.with(Box::new(Notices::default())).with(Box::new(TensorBoard::default()));
-    let run = hooks.into_iter().fold(run, Session::with).with(Box::new(LossCurve::default()));
+    let run = hooks.into_iter().fold(run, Session::with);
+    #[cfg(feature = "charts")]
+    let run = run.with(Box::new(LossCurve::default()));
     let run = run.with(Box::new(Learning::default()));
     let run = match &recipe.validation {
         // Before the checkpoint of the step, which holds what the validation came to.

@@ -5,16 +5,16 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
 use flowtape_data::{Collator, Cursor, Loaded, Loader, Rank, Sampler};
 use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Params, Placement};
 use flowtape_engine::optim::{
     Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, Rounding, StepConfig,
 };
-use flowtape_engine::safetensors::Snapshot;
+use flowtape_engine::platform::Instant;
+use flowtape_engine::safetensors::{Shards, Snapshot};
 use flowtape_engine::{DType, Device, Later, Philox, Tape, Tensor};
-use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput};
+use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput, TaskType};
 use flowtape_models::pipeline::KnownPrompts;
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 
@@ -23,11 +23,11 @@ use crate::data::Data;
 use crate::error::io;
 use crate::generate::{Generator, Request, Samples};
 use crate::gradients::{GradientSquares, Squared, Squares};
-use crate::recipe::{Init, NonFinite};
+use crate::recipe::{Init, NonFinite, SamplingConfig};
 use crate::record::{BySigma, LeftOut, StepRecord, losses_of_samples, norms_by_group};
 use crate::replay::{self, Finding};
 use crate::start::Start;
-use crate::state::{EMA, OPTIMIZER, TrainProgress, TrainState, averaged};
+use crate::state::{EMA, OPTIMIZER, Stored, TrainProgress, TrainState, averaged};
 use crate::timing::{StepTimes, Timed};
 use crate::validation::{HeldOut, Validated};
 use crate::{Error, Recipe, Result};
@@ -189,6 +189,14 @@ impl Trainer {
         })
     }
 
+    /// Without data: each step is given its batches ([`Trainer::step_on`]).
+    ///
+    /// # Errors
+    /// When a section does not fit.
+    pub fn without_data(device: &Device, recipe: &Recipe) -> Result<Self> {
+        Self::with_data(device, recipe, Data::none()?)
+    }
+
     /// With batches and random numbers of one's own instead of those that follow from the seed: to replay another program's run.
     #[must_use]
     pub fn replaying(self, sampler: Arc<dyn Sampler>, draws: impl Draws + Send + 'static) -> Self {
@@ -226,6 +234,20 @@ impl Trainer {
         self.load_weights(checkpoint)?;
         self.loader = None;
         self.state.load(self.model.params(), &self.recipe, checkpoint)
+    }
+
+    /// Goes on from what was stored beside the weights.
+    pub(crate) fn restore(&mut self, optimizer: &Shards, averages: Option<Shards>, stored: Stored) -> Result<()> {
+        self.loader = None;
+        self.state.restore(self.model.params(), &self.recipe, optimizer, averages, stored)
+    }
+
+    /// Lets the average of the weights begin with those that are there, where one is kept.
+    pub(crate) fn begin_average(&mut self) -> Result<()> {
+        if let (Some(ema), Some(config)) = (&mut self.state.ema, &self.recipe.ema) {
+            *ema = Ema::new(config, self.model.params())?;
+        }
+        Ok(())
     }
 
     /// Reads what is trained from the folder of a checkpoint.
@@ -333,7 +355,7 @@ impl Trainer {
     }
 
     /// Runs `work` with the weights that the optimiser means to be looked at.
-    fn as_evaluated<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+    pub(crate) fn as_evaluated<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         self.state.optimizer.evaluated(self.model.params(), work)
     }
 
@@ -349,8 +371,21 @@ impl Trainer {
     /// # Errors
     /// When a sample can't be read, the loss exploded, the gradients' norm is not finite, or a parameter has no gradient.
     pub fn step(&mut self) -> Result<StepRecord> {
+        self.step_of(None)
+    }
+
+    /// The same on batches that the caller has (latents and what the adapter reads, by name) in place of the data's: several are the
+    /// micro-batches of one step. Their place among the data does not move.
+    ///
+    /// # Errors
+    /// As above, and when a batch does not fit the model or there is none.
+    pub fn step_on(&mut self, batches: &[Batch]) -> Result<StepRecord> {
+        self.step_of(Some(batches))
+    }
+
+    fn step_of(&mut self, given: Option<&[Batch]>) -> Result<StepRecord> {
         let started = Instant::now();
-        let enqueued = self.enqueue()?;
+        let enqueued = self.enqueue_of(given)?;
         let record = self.read(enqueued, None)?;
         self.count_time(started);
         Ok(record)
@@ -419,11 +454,16 @@ impl Trainer {
 
     /// The same, but nothing is read back yet: what is wrong with its numbers is found when they are read.
     pub(crate) fn enqueue(&mut self) -> Result<Enqueued> {
+        self.enqueue_of(None)
+    }
+
+    /// The same on the caller's batches, or on the data's.
+    fn enqueue_of(&mut self, given: Option<&[Batch]>) -> Result<Enqueued> {
         self.recent.truncate(1);
         self.recent.push_front((self.state.progress.step + 1, Vec::new()));
         let started = Instant::now();
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
-        let parts = self.parts(cursor);
+        let parts = given.map_or_else(|| self.parts(cursor), <[Batch]>::len);
         let mut of_step = draws_of(&self.recipe, step);
         let draws: &mut dyn Draws = match &mut self.draws {
             Some(recorded) => &mut **recorded,
@@ -447,19 +487,27 @@ impl Trainer {
         let on_host = self.device.backend().is_host();
         let (recipe, model) = (&self.recipe, &*self.model);
         let mut forward = Forward::new(recipe, model, &self.pipeline, &self.masks, step);
-        for _ in 0..parts {
+        let mut samples = 0;
+        for part in 0..parts {
             let begun = Instant::now();
-            let loader = match &mut self.loader {
-                Some(loader) => loader,
-                none => {
-                    let sampler = self.sampler.clone();
-                    none.insert(self.data.loader(&recipe.data, sampler, recipe.seed, cursor)?)
+            let batch = match given {
+                Some(given) => given[part].clone(),
+                None => {
+                    let loader = match &mut self.loader {
+                        Some(loader) => loader,
+                        none => {
+                            let sampler = self.sampler.clone();
+                            none.insert(self.data.loader(&recipe.data, sampler, recipe.seed, cursor)?)
+                        }
+                    };
+                    let loaded = loader.next()?;
+                    cursor = loaded.plan.next;
+                    let batch = self.collator.batch(&loaded, &self.device)?;
+                    self.recent[0].1.push(loaded);
+                    batch
                 }
             };
-            let loaded = loader.next()?;
-            cursor = loaded.plan.next;
-            let batch = self.collator.batch(&loaded, &self.device)?;
-            self.recent[0].1.push(loaded);
+            samples += batch.size()?;
             let with_data = Instant::now();
             let (tape, output) = forward.step(&batch, &mut *draws)?;
             let share = if parts == 1 { output.loss.clone() } else { output.loss.mul_scalar(1.0 / parts as f64)? };
@@ -490,7 +538,6 @@ impl Trainer {
         let loss_scale = self.state.loss_scale.as_ref().map(LossScale::read_later).transpose()?;
         self.state.progress.step = step + 1;
         self.state.progress.cursor = cursor;
-        let samples = parts * self.recipe.step_scheduler.local_batch_size;
         let squares = squares.map(|squares| squares.read_later()).transpose()?;
         let (step, epoch) = (step + 1, cursor.epoch);
         Ok(Enqueued { step, epoch, losses, sigmas, norm, squares, loss_scale, lr: rates.lr, samples, started, times })
@@ -556,6 +603,28 @@ impl Trainer {
         self.as_sampled(|| generator.generate(request, stop))
     }
 
+    /// Latents of conditions that the caller has (what the adapter reads, by name; the latents give the sizes), from noise that follows
+    /// from `seed`, as `sampling` says: with guidance away from `negative`, where that is given. With the average of the weights, where
+    /// one is kept.
+    ///
+    /// # Errors
+    /// When a condition is missing or does not fit, or the model fails.
+    pub fn sample(&self, conditions: &Batch, negative: Option<&Batch>, seed: u64) -> Result<Tensor> {
+        let noise = Philox::new(seed).normal(conditions.latents.dims(), &self.device)?;
+        let generator = self.generator(&*self.model);
+        self.as_sampled(|| generator.sample(conditions, negative, TaskType::T2V, &noise))
+    }
+
+    /// Samples as `sampling` says from now on, and no longer as the recipe does.
+    ///
+    /// # Errors
+    /// When a number is outside its range.
+    pub fn set_sampling(&mut self, sampling: SamplingConfig) -> Result<()> {
+        sampling.check().map_err(|what| Error::Run { path: "sampling".into(), what })?;
+        self.recipe.sampling = sampling;
+        Ok(())
+    }
+
     /// The same as the data's pipeline makes pictures, so that they are those of later inference: each is that of its prompt alone, with
     /// the request's seed.
     ///
@@ -572,7 +641,7 @@ impl Trainer {
     }
 
     /// Runs `work` with the weights that are sampled with: their average, where one is kept.
-    fn as_sampled<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+    pub(crate) fn as_sampled<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         match &self.state.ema {
             Some(ema) => ema.instead(self.model.params(), work),
             None => self.as_evaluated(work),

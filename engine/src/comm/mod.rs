@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 pub use self::collective::{Collective, Kind};
 pub use self::solo::{Planned, Solo};
-pub use self::threads::Threads;
+pub use self::threads::{Threads, sum_in_order};
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// The ranks of a run, or some of them, as one of them sees them.

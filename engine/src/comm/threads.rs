@@ -207,12 +207,12 @@ impl Threads {
                 let (start, end) = (rank * n / world, (rank + 1) * n / world);
                 let range = |of: &Collective| slice(of.target(), start, end - start);
                 let ranges: Vec<Tensor> = all.iter().map(range).collect();
-                sum(&ranges, &ranges[rank])?;
+                sum_in_order(&ranges, &ranges[rank])?;
                 ranges.iter().try_for_each(|other| copy(&ranges[rank], other))
             }
             Kind::ReduceScatter => {
                 let parts: Vec<Tensor> = all.iter().map(|other| part(other.source(), rank, world)).collect();
-                sum(&parts, &flat_target)
+                sum_in_order(&parts, &flat_target)
             }
             Kind::AllGather => {
                 let source = flat(own.source());
@@ -233,7 +233,10 @@ fn failure((rank, what): &(usize, String)) -> Error {
 }
 
 /// `target = parts[0] + parts[1] + ...` in this order, in f32 (f64 for f64). The target may be exactly one of the parts.
-fn sum(parts: &[Tensor], target: &Tensor) -> Result<()> {
+///
+/// # Errors
+/// When the tensors are not alike floats of one device, or it fails.
+pub fn sum_in_order(parts: &[Tensor], target: &Tensor) -> Result<()> {
     let function = Function::of(parts.len(), 0, |parts, _| {
         let mut rest = parts.iter().copied();
         rest.next().map(|first| rest.fold(first, |sum, part| sum + part)).into_iter().collect()

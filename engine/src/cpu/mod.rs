@@ -24,7 +24,7 @@ use self::isa::{Isa, isa};
 pub use self::limits::peak_flops;
 pub(crate) use self::pool::ALIGN;
 use self::pool::{CpuBuffer, Host};
-pub use self::team::{awake, cores, usable_threads};
+pub use self::team::{alone, awake, cores, usable_threads};
 use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd, Upload};
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::ops::{
@@ -34,7 +34,7 @@ use crate::ops::{
 use crate::pool::{Pool, PoolUsage};
 use crate::{DType, Error, Result, Tensor};
 
-/// The CPU. Work runs on the current rayon pool; results do not depend on its size.
+/// The CPU. Work runs on the current rayon pool, or the calling thread and the global pool; results do not depend on its size.
 #[derive(Debug)]
 pub struct Cpu {
     pool: Pool<Host>,

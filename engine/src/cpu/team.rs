@@ -5,8 +5,11 @@
 //!
 //! A helper that finds nothing to do for [`STAY`] goes back to rayon, where it sleeps and costs nothing; the next operation
 //! calls it again.
+//!
+//! A thread outside of any pool has a team of its own from its first operation on, with helpers of rayon's global pool: so an
+//! embedding program that knows nothing of pools gets all cores. Inside a pool a team is made by [`awake`].
 
-use std::cell::{Cell, UnsafeCell};
+use std::cell::{Cell, OnceCell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -40,8 +43,10 @@ struct Job {
 struct Team {
     /// The team itself, for the helpers that it calls.
     own: Weak<Team>,
-    /// The place in the pool of the thread that starts operations.
-    caller: usize,
+    /// The place in the pool of the thread that starts operations, if it is one of the pool's.
+    caller: Option<usize>,
+    /// Threads that may work at once. More waiting threads than cores would be in the way of the working ones.
+    most: usize,
     /// How long a helper waits without work.
     stay: Duration,
     /// Whether a helper went to sleep, or none was called yet: the next operation calls all that are away.
@@ -66,9 +71,62 @@ unsafe impl Send for Team {}
 // SAFETY: as above.
 unsafe impl Sync for Team {}
 
+/// Who helps with the operations that a thread starts.
+#[derive(Clone, Copy)]
+enum Help {
+    /// Its first operation decides.
+    Undecided,
+    /// Nobody: its operations run on it alone.
+    None,
+    /// Whoever of rayon's pool is free.
+    Pool,
+    /// A team, which lives as long as this stands here.
+    Team(*const Team),
+}
+
 thread_local! {
-    /// The team that this thread starts operations of.
-    static TEAM: Cell<*const Team> = const { Cell::new(std::ptr::null()) };
+    static HELP: Cell<Help> = const { Cell::new(Help::Undecided) };
+    /// The team of a thread outside of any pool.
+    static OWN: OnceCell<Own> = const { OnceCell::new() };
+}
+
+/// Lets the helpers of a thread's own team go when the thread ends.
+struct Own(Arc<Team>);
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // Operations of other destructors find nobody.
+        HELP.set(Help::None);
+        self.0.done.store(true, Ordering::Release);
+    }
+}
+
+impl Help {
+    /// What a thread has that did not ask for anything.
+    fn decide() -> Self {
+        if rayon::current_thread_index().is_some() {
+            return Self::Pool;
+        }
+        if cores() == 1 || threads() == 1 {
+            return Self::None;
+        }
+        let team = OWN.try_with(|own| Arc::as_ptr(&own.get_or_init(|| Own(Team::new(None, STAY))).0));
+        team.map_or(Self::None, Self::Team)
+    }
+
+    /// Puts it in the place of what the thread has now, until the guard goes, also when work panics.
+    fn until_drop(self) -> Back {
+        Back(HELP.replace(self))
+    }
+}
+
+/// Gives a thread back what helped it before.
+struct Back(Help);
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        HELP.set(self.0);
+    }
 }
 
 /// Closes an operation and waits for its helpers, also when a task panics.
@@ -84,10 +142,11 @@ impl Drop for Close<'_> {
 }
 
 impl Team {
-    fn new(caller: usize, stay: Duration) -> Arc<Self> {
+    fn new(caller: Option<usize>, stay: Duration) -> Arc<Self> {
         Arc::new_cyclic(|own| Self {
             own: own.clone(),
             caller,
+            most: cores().min(threads()),
             stay,
             incomplete: AtomicBool::new(true),
             here: (0..threads()).map(|_| AtomicBool::new(false)).collect(),
@@ -101,14 +160,13 @@ impl Team {
         })
     }
 
-    /// Calls the helpers that are away. More waiting threads than cores would be in the way of the working ones.
+    /// Calls the helpers that are away.
     fn call(&self) {
         let Some(team) = self.own.upgrade() else { return };
-        let cores = cores();
         rayon::spawn_broadcast(move |context| {
             let helper = context.index();
-            let helpers_before = helper - usize::from(helper > team.caller);
-            if helper != team.caller && helpers_before + 1 < cores {
+            let helpers_before = helper - usize::from(team.caller.is_some_and(|caller| helper > caller));
+            if Some(helper) != team.caller && helpers_before + 1 < team.most {
                 team.serve(helper);
             }
         });
@@ -216,20 +274,19 @@ pub(super) fn spread(tasks: usize, work: impl Fn(usize) + Sync + Send) {
     if tasks <= 1 || threads() == 1 {
         return (0..tasks).for_each(work);
     }
-    let team = TEAM.replace(std::ptr::null());
-    if team.is_null() {
-        return (0..tasks).into_par_iter().with_max_len(1).for_each(work);
+    if let Help::Undecided = HELP.get() {
+        HELP.set(Help::decide());
     }
-    // Put back also when a task panics. Meanwhile it is away: an operation inside a task must not start another.
-    struct Back(*const Team);
-    impl Drop for Back {
-        fn drop(&mut self) {
-            TEAM.set(self.0);
+    match HELP.get() {
+        Help::Undecided | Help::None => (0..tasks).for_each(work),
+        Help::Pool => (0..tasks).into_par_iter().with_max_len(1).for_each(work),
+        Help::Team(team) => {
+            // Meanwhile it is away: an operation inside a task must not start another.
+            let _back = Help::Pool.until_drop();
+            // SAFETY: it lives as long as it stands in `HELP`: `awake` and the thread's end take it out before it goes.
+            unsafe { &*team }.run(tasks, &work);
         }
     }
-    let _back = Back(team);
-    // SAFETY: `awake` sets the pointer for as long as the team lives.
-    unsafe { &*team }.run(tasks, &work);
 }
 
 /// The results of `work` on `0..tasks`, in order.
@@ -256,28 +313,35 @@ pub fn usable_threads(asked: usize) -> usize {
 /// operations.
 ///
 /// An idle thread of rayon soon sleeps, and waking it costs more than most operations of a training step take: without
-/// this, a second thread is worth little. Call it inside the pool, around many operations: a whole step, or a run. Helpers
-/// sleep all the same when no operation comes for some milliseconds.
+/// this, a second thread of a pool is worth little. Call it inside a pool of your own, around many operations: a whole step, or a
+/// run. Outside of any pool it changes nothing: there a thread's operations are helped anyway. Helpers sleep all the same when no
+/// operation comes for some milliseconds.
 pub fn awake<R>(device: &Device, work: impl FnOnce() -> R) -> R {
     if device.backend().is_host() { wait_for(STAY, work) } else { work() }
 }
 
-/// The same on the CPU, with helpers that stay for a time.
+/// Runs `work` on this thread alone: nobody is called to help with its operations. For threads of which there are many, such as
+/// those that read ahead.
+pub fn alone<R>(work: impl FnOnce() -> R) -> R {
+    let _back = Help::None.until_drop();
+    work()
+}
+
+/// The same as [`awake`] on the CPU, with helpers that stay for a time.
 fn wait_for<R>(stay: Duration, work: impl FnOnce() -> R) -> R {
     let Some(caller) = rayon::current_thread_index() else { return work() };
     if threads() == 1 || cores() == 1 {
         return work();
     }
-    /// Lets the helpers go and the team before be the thread's again, also when the work panics.
-    struct Release(Arc<Team>, *const Team);
+    /// Lets the helpers go when the team before is the thread's again, also when the work panics.
+    struct Release(Arc<Team>, #[expect(dead_code)] Back);
     impl Drop for Release {
         fn drop(&mut self) {
             self.0.done.store(true, Ordering::Release);
-            TEAM.set(self.1);
         }
     }
-    let team = Team::new(caller, stay);
-    let _release = Release(team.clone(), TEAM.replace(Arc::as_ptr(&team)));
+    let team = Team::new(Some(caller), stay);
+    let _release = Release(team.clone(), Help::Team(Arc::as_ptr(&team)).until_drop());
     work()
 }
 
@@ -356,8 +420,43 @@ mod tests {
     }
 
     fn team<'a>() -> &'a Team {
-        // SAFETY: the tests ask for it inside `wait_for`, where it lives.
-        unsafe { &*TEAM.get() }
+        let Help::Team(team) = HELP.get() else { panic!("no team") };
+        // SAFETY: the tests ask for it inside `wait_for`, or on a thread whose own it is, where it lives.
+        unsafe { &*team }
+    }
+
+    /// One after the other, on this thread alone or not.
+    fn threads_of(tasks: usize) -> std::collections::HashSet<std::thread::ThreadId> {
+        let seen = std::sync::Mutex::new(std::collections::HashSet::new());
+        spread(tasks, |_| {
+            seen.lock().unwrap().insert(std::thread::current().id());
+        });
+        seen.into_inner().unwrap()
+    }
+
+    #[test]
+    fn a_thread_that_knows_nothing_of_pools_is_helped_until_it_ends() {
+        if cores() == 1 {
+            return;
+        }
+        let kept = std::thread::spawn(|| {
+            spread(8, |_| {});
+            until("a helper comes", || team().came.load(Ordering::Relaxed) > 0);
+            let me = std::thread::current().id();
+            until("a helper takes a task", || threads_of(64).iter().any(|thread| *thread != me));
+            // Of threads that are many, each is alone.
+            assert_eq!(alone(|| threads_of(64)), std::collections::HashSet::from([me]));
+            let inner = AtomicU64::new(0);
+            let add = |i| {
+                inner.fetch_add(i as u64, Ordering::Relaxed);
+            };
+            spread(3, |_| spread(3, add));
+            assert_eq!(inner.into_inner(), 9);
+            team().own.clone()
+        })
+        .join()
+        .unwrap();
+        until("the helpers go with their caller", || kept.strong_count() == 0);
     }
 
     #[test]
@@ -403,7 +502,7 @@ mod tests {
     #[test]
     fn only_work_of_the_cpu_has_helpers() {
         pool(2).install(|| {
-            let has_team = |device: &Device| awake(device, || !TEAM.get().is_null());
+            let has_team = |device: &Device| awake(device, || matches!(HELP.get(), Help::Team(_)));
             assert!(!has_team(&crate::meta::Meta::default().device()));
             assert_eq!(has_team(&Device::cpu()), cores() > 1);
         });

@@ -12,7 +12,7 @@ use super::updates::{COMPENSATION, Kind, Programs, Rounding, Update};
 use crate::expr::{Function, Program};
 use crate::nn::{Param, Params};
 use crate::ops::pointwise::{pointwise, run_pointwise, run_pointwise_each};
-use crate::safetensors::{SafeTensors, save};
+use crate::safetensors::{Shards, save};
 use crate::{DType, Device, Error, Gradients, Later, Result, Tensor, VarId};
 
 /// What a step is taken with: the values of a schedule.
@@ -437,7 +437,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// When a tensor is missing or of another shape, or there is one of no parameter or no slot.
-    pub fn load(&mut self, params: &Params, file: &SafeTensors) -> Result<()> {
+    pub fn load(&mut self, params: &Params, file: &Shards) -> Result<()> {
         let mut state = HashMap::new();
         let mut mismatched = Vec::new();
         let mut trained = Vec::new();
@@ -461,14 +461,14 @@ impl Optimizer {
             state.insert(var, State { steps, slots: values, whole });
         }
         let shared = self.rule.shared();
-        let known = |key: &String| {
+        let known = |key: &str| {
             let Some((kind, param)) = key.split_once('.').and_then(|(kind, n)| Some((kind, params.get(n)?))) else {
-                return shared.iter().any(|(name, _)| name == key);
+                return shared.iter().any(|(name, _)| *name == key);
             };
             let slots = param.kept().map(|kept| self.remembered(param, &kept)).unwrap_or_default();
             kind == STEP || slots.iter().any(|(slot, ..)| *slot == kind)
         };
-        let unexpected: Vec<String> = file.names().into_iter().filter(|n| !known(n)).collect();
+        let unexpected: Vec<String> = file.names().filter(|n| !known(n)).map(String::from).collect();
         let missing = shared.iter().map(|(name, _)| (*name).to_owned()).filter(|name| file.dims(name).is_none());
         let missing: Vec<String> = missing.collect();
         if mismatched.len() + unexpected.len() + missing.len() > 0 {

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +30,7 @@ struct Index {
 #[derive(Debug)]
 pub struct Shards {
     path: PathBuf,
-    files: Vec<SafeTensors>,
+    files: Vec<Arc<SafeTensors>>,
     /// File of each tensor.
     at: BTreeMap<String, usize>,
     /// What stands before the names in the files.
@@ -53,8 +54,7 @@ pub struct Rows {
 
 impl From<SafeTensors> for Shards {
     fn from(file: SafeTensors) -> Self {
-        let at = file.names().into_iter().map(|name| (name, 0)).collect();
-        Self { path: file.path().into(), files: vec![file], at, prefix: String::new(), rows: BTreeMap::new() }
+        Self::part(&Arc::new(file), "")
     }
 }
 
@@ -65,6 +65,13 @@ fn is_beside(name: &str) -> bool {
 }
 
 impl Shards {
+    /// Those tensors of a file whose names begin with a prefix, without it.
+    pub fn part(file: &Arc<SafeTensors>, prefix: &str) -> Self {
+        let own = |name: String| Some((name.strip_prefix(prefix)?.to_owned(), 0));
+        let at = file.names().into_iter().filter_map(own).collect();
+        Self { path: file.path().into(), files: vec![file.clone()], at, prefix: prefix.into(), rows: BTreeMap::new() }
+    }
+
     /// Opens the files that `<stem>.safetensors.index.json` of a folder lists or, where there is none, `<stem>.safetensors`:
     /// diffusers' order. Shards beside them that are of no use are said in a warning.
     ///
@@ -90,7 +97,8 @@ impl Shards {
             return Err(format_error(&index, format!("expected names of files beside it, got {outside:?}")));
         }
         check_strays(folder, stem, &index, &names)?;
-        let files = names.iter().map(|name| SafeTensors::open(folder.join(name))).collect::<Result<Vec<_>>>()?;
+        let files =
+            names.iter().map(|name| Ok(Arc::new(SafeTensors::open(folder.join(name))?))).collect::<Result<Vec<_>>>()?;
         let mut at = BTreeMap::new();
         for (tensor, file) in &parsed.weight_map {
             let number = names.binary_search(&file).unwrap_or_default();

@@ -95,6 +95,10 @@ impl Cuda {
         self.0.gpu.lost.load(Ordering::Relaxed)
     }
 
+    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+        &self.0.gpu
+    }
+
     fn at(&self) -> At<'_> {
         At { gpu: &self.0.gpu, pool: &self.0.pool }
     }

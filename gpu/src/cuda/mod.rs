@@ -8,6 +8,7 @@
 //! | `ptx.rs` | prints programs as PTX |
 //! | `pointwise.rs`, `pointwise_each.rs`, `reduce.rs` | kernels printed from programs |
 //! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX (`packed.rs`) |
+//! | `nccl.rs` | collectives between GPUs, by NVIDIA's library |
 //! | `backend.rs` | the engine's `Backend` |
 
 mod attention;
@@ -17,6 +18,7 @@ mod index;
 mod launch;
 mod matmul;
 mod memory;
+pub mod nccl;
 mod norm;
 mod packed;
 mod pointwise;

@@ -2,6 +2,7 @@
 
 mod environment;
 mod learning;
+#[cfg(feature = "charts")]
 mod loss_curve;
 mod metrics;
 mod notices;
@@ -11,6 +12,7 @@ mod validation;
 
 pub use environment::Environment;
 pub use learning::Learning;
+#[cfg(feature = "charts")]
 pub use loss_curve::LossCurve;
 pub use metrics::Metrics;
 pub use notices::Notices;

@@ -22,6 +22,7 @@ use std::sync::LazyLock;
 
 use flowtape_engine::optim::{DecayStyle, EmaConfig, LossScaleConfig, LrScheduler, LrSchedulerConfig, OptimizerConfig};
 use flowtape_flowmatch::FlowMatchingConfig;
+use flowtape_models::ModelKind;
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde::de::DeserializeOwned;
@@ -205,13 +206,46 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// From the object that a file would hold, for programs with data of their own.
+    /// From the object that a file would hold, for programs with data of their own: `data` may be left out.
     ///
     /// # Errors
     /// When a key is unknown or a value does not fit.
     pub fn from_json(object: serde_json::Value) -> Result<Self> {
+        Self::without_data(Node::from_json(object))
+    }
+
+    /// The same from the text that a file would hold.
+    ///
+    /// # Errors
+    /// When it is not YAML (or JSON), a key is unknown or a value does not fit.
+    pub fn for_own_data(text: &str) -> Result<Self> {
+        Self::without_data(yaml::parse(text).map_err(|problems| Error::Recipe { path: "recipe".into(), problems })?)
+    }
+
+    /// The shortest recipe that trains a model of a diffusers configuration (the object of its `config.json`, with `_class_name`) on data
+    /// of one's own: AdamW with a constant learning rate, the flow-matching defaults of the class's first adapter.
+    ///
+    /// # Errors
+    /// When the class is unknown or the configuration does not fit.
+    pub fn of_model(config: serde_json::Value, lr: f64) -> Result<Self> {
+        let class = config["_class_name"].as_str().unwrap_or_default();
+        let adapter = ModelKind::of_class(class)?.adapter;
+        Self::from_json(serde_json::json!({
+            "model": config,
+            "flow_matching": { "adapter_type": adapter },
+            "optimizer": { "lr": lr },
+            "step_scheduler": { "local_batch_size": 1, "max_steps": 1u64 << 53 },
+        }))
+    }
+
+    fn without_data(mut root: Node) -> Result<Self> {
         let refused = |problems| Error::Recipe { path: "recipe".into(), problems };
-        Self::of(Node::from_json(object), false, Vec::new()).map(|(recipe, _)| recipe).map_err(refused)
+        if !root.entries().is_empty() && root.entry("data").is_none() {
+            // Something must stand there; it is never read.
+            let nothing = Node::from_json(serde_json::json!({ "builtin": "digits", "text_dim": 1 }));
+            let _ = root.put("data", nothing);
+        }
+        Self::of(root, false, Vec::new()).map(|(recipe, _)| recipe).map_err(refused)
     }
 
     /// From a file's text, and the keys in it that have no effect; `name` is the file's.

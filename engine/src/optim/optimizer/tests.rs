@@ -3,6 +3,7 @@
 use super::*;
 use crate::nn::{Init, ParamBuilder, Placement};
 use crate::optim::{AdamW, RULES, RuleEntry, Sgd, functions};
+use crate::safetensors::SafeTensors;
 use crate::{Device, Philox};
 
 /// Steps of a rule in f64 beside a formula, which gets the step's number (from 1), an element's number, value and gradient,
@@ -42,11 +43,11 @@ pub(in crate::optim) fn follows_whole<R: Rule + Copy + 'static>(
         }
         optimizer.save(&params, &path)?;
         optimizer = Optimizer::new(*rule);
-        optimizer.load(&params, &SafeTensors::open(&path)?)?;
+        optimizer.load(&params, &SafeTensors::open(&path)?.into())?;
     }
     let other = ParamBuilder::new(4, DType::F64, &cpu);
     other.get("x", dims, Init::Zeros)?;
-    assert!(optimizer.load(&other.params(), &SafeTensors::open(&path)?).is_err());
+    assert!(optimizer.load(&other.params(), &SafeTensors::open(&path)?.into()).is_err());
     Ok(())
 }
 
@@ -201,7 +202,7 @@ fn a_file_of_another_rule_is_named_as_such() -> Result<()> {
     adamw.save(&params, &path)?;
     let file = SafeTensors::open(&path)?;
     assert_eq!(file.names(), ["exp_avg.w", "exp_avg_sq.w", "step.w"]);
-    let error = Optimizer::new(Sgd::default()).load(&params, &file).unwrap_err().to_string();
+    let error = Optimizer::new(Sgd::default()).load(&params, &file.into()).unwrap_err().to_string();
     assert!(error.contains("exp_avg.w"), "{error}");
     Ok(())
 }
@@ -270,7 +271,7 @@ fn every_rule_trains_bf16_with_both_roundings_and_goes_on_after_loading() -> Res
             (0..2).try_for_each(|_| before.step(&parts, &given, RATES, None))?;
             before.save(&parts, &path)?;
             let mut after = optimizer();
-            after.load(&parts, &SafeTensors::open(&path)?)?;
+            after.load(&parts, &SafeTensors::open(&path)?.into())?;
             after.step(&parts, &given, RATES, None)?;
             let got = parts.get("w").unwrap().kept()?.to_vec::<f64>()?;
             assert!(got == expected && got.iter().all(|w| w.is_finite()), "rule {make}, {rounding:?}");

@@ -252,7 +252,7 @@ mod tests {
                 }
                 optimizer.save(&all, &path)?;
                 optimizer = Optimizer::new(rule);
-                optimizer.load(&all, &SafeTensors::open(&path)?)?;
+                optimizer.load(&all, &SafeTensors::open(&path)?.into())?;
             }
             assert!(reference.d > rule.d0, "{rule:?} found no way");
         }
