@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
+use flowtape_trainer::builtin;
 use flowtape_trainer::check::{Check, Depth};
 
 use crate::recipes;
@@ -21,6 +22,9 @@ pub struct CheckArgs {
     /// Where it would be trained; the recipe's own device by default.
     #[arg(long)]
     device: Option<String>,
+    /// Ranks that train together, as a launcher would start them: what is told is for one of them.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    world_size: u16,
     /// Read all samples, not a handful.
     #[arg(long)]
     deep: bool,
@@ -35,7 +39,8 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
     recipe.device = args.device.clone().unwrap_or(recipe.device);
     let device = flowtape_gpu::device(&recipe.device)?;
     let depth = if args.deep { Depth::All } else { Depth::Handful };
-    let check = Check::of(&recipe, &device, depth)?;
+    let data = builtin::data(&recipe.data, &device)?;
+    let check = Check::on_ranks(&recipe, &device, data, depth, usize::from(args.world_size))?;
     if args.json {
         say!("{}", serde_json::to_string(&check)?);
     } else {

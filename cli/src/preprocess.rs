@@ -19,7 +19,8 @@ use crate::terminal::{bar, note, say};
 /// What to encode, and with what.
 #[derive(Args)]
 pub struct Preprocess {
-    /// A folder of pictures with captions: in metadata.jsonl, or in .txt files of their names.
+    /// A folder of pictures with captions: in metadata.jsonl, or in .txt files of their names. For models that edit, `references` in the
+    /// metadata names the pictures that a picture was made of.
     folder: PathBuf,
     /// A diffusers pipeline, of which the autoencoder and the text encoders are loaded.
     #[arg(long, value_name = "PIPELINE")]
@@ -37,6 +38,9 @@ pub struct Preprocess {
     /// first to the last; without it pictures are made, of the first.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16_384))]
     frames: Option<u16>,
+    /// Give the last frame of a film to the model beside the first: for pipelines of Wan that make films between two frames.
+    #[arg(long)]
+    last_frame: bool,
     /// Red,green,blue of what shows through where a picture is transparent, such as 255,255,255.
     #[arg(long, value_delimiter = ',', value_name = "R,G,B", default_value = "255,255,255")]
     background: Vec<u8>,
@@ -64,6 +68,7 @@ pub fn run(args: &Preprocess) -> Result<ExitCode> {
         max_pixels: args.max_pixels,
         quantization: args.quantization,
         frames: args.frames.map(usize::from),
+        last_frame: args.last_frame,
         ffmpeg: args.ffmpeg,
         background,
     };

@@ -49,6 +49,8 @@ const RECIPES: &[(&str, &str)] = &[
     ("lumina2_pretrain", include_str!("../../recipes/lumina2_pretrain.yaml")),
     ("moving_digits_hunyuan", include_str!("../../recipes/moving_digits_hunyuan.yaml")),
     ("moving_digits_wan", include_str!("../../recipes/moving_digits_wan.yaml")),
+    ("qwen_image_21_edit_finetune", include_str!("../../recipes/qwen_image_21_edit_finetune.yaml")),
+    ("qwen_image_21_edit_lora", include_str!("../../recipes/qwen_image_21_edit_lora.yaml")),
     ("qwen_image_21_finetune", include_str!("../../recipes/qwen_image_21_finetune.yaml")),
     ("qwen_image_21_lora", include_str!("../../recipes/qwen_image_21_lora.yaml")),
     ("qwen_image_21_pretrain", include_str!("../../recipes/qwen_image_21_pretrain.yaml")),
@@ -89,7 +91,7 @@ pub fn run(args: &Recipes) -> Result<ExitCode> {
         },
         None => {
             for (name, text) in RECIPES {
-                say!("{name:<24}{}", about(text));
+                say!("{name:<28}{}", about(text));
             }
             say!("\ntrain one with `flowtape train NAME`; `flowtape recipes NAME` prints it");
         }

@@ -71,7 +71,7 @@ struct OfPipeline {
     /// What the pictures are led away from.
     #[arg(long, value_name = "PROMPT")]
     negative: Option<String>,
-    /// A picture to edit; may be repeated.
+    /// A picture to edit, or a film's first frame (a second one is its last); may be repeated.
     #[arg(long = "image", value_name = "PICTURE")]
     images: Vec<PathBuf>,
     /// Scale of classifier-free guidance beside a told one: the model runs a second time, on --negative.

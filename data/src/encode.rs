@@ -96,6 +96,16 @@ impl VaeCodec {
         Ok(Self { vae, device: device.clone() })
     }
 
+    /// The autoencoder.
+    pub fn autoencoder(&self) -> &dyn Autoencoder {
+        &*self.vae
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Whether these are pictures for an autoencoder of films: to it they are films of one frame.
     fn is_still(&self, tensor: &Tensor) -> bool {
         tensor.rank() == 4 && self.vae.has_frames()

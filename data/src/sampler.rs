@@ -53,6 +53,13 @@ pub trait Sampler: Send + Sync {
     /// The batch of a rank at a cursor, or the first one after it where its epoch has no more. `None` if there is none at all.
     fn plan(&self, at: Cursor, rank: Rank) -> Option<BatchPlan>;
 
+    /// The cursor of `to` ranks that stands where that of `from` ranks does: exactly where their batches share out, else a little
+    /// before, so that nothing is left out.
+    fn recount(&self, at: Cursor, from: u64, to: u64) -> Cursor {
+        let batch = u128::from(at.batch) * u128::from(from) / u128::from(to.max(1));
+        Cursor { batch: u64::try_from(batch).unwrap_or(u64::MAX), ..at }
+    }
+
     /// Samples that each epoch leaves out because they fill no batch.
     fn dropped(&self, rank: Rank) -> usize {
         let _ = rank;
@@ -149,6 +156,22 @@ impl Sampler for EpochSampler {
         Some(BatchPlan { picks: picks.collect(), next: Cursor { batch: at.batch + 1, ..at } })
     }
 
+    fn recount(&self, at: Cursor, from: u64, to: u64) -> Cursor {
+        let [from, to] = [from, to].map(|count| Rank { index: 0, count: count.max(1) });
+        if from == to || self.len == 0 || self.batch_size == 0 {
+            return at;
+        }
+        if self.drop_last {
+            let batch = u128::from(at.batch) * self.stride(from) / self.stride(to);
+            return Cursor { batch: u64::try_from(batch).unwrap_or(u64::MAX), ..at };
+        }
+        // Where it stands in the sequence of all samples, and in which epoch that batch begins.
+        let batches = (self.batches(at.epoch, from).start + u128::from(at.batch)) * self.stride(from) / self.stride(to);
+        let epoch = u64::try_from(batches * self.stride(to) / u128::from(self.len)).unwrap_or(u64::MAX);
+        let batch = u64::try_from(batches - self.batches(epoch, to).start).unwrap_or(u64::MAX);
+        Cursor { epoch, batch }
+    }
+
     fn dropped(&self, rank: Rank) -> usize {
         if self.drop_last { (u128::from(self.len) % self.stride(rank).max(1)) as usize } else { 0 }
     }
@@ -236,6 +259,26 @@ mod tests {
                     let part = plans(&sampler, Cursor::default(), Rank { index, count }, 12 / count as usize);
                     let theirs = alone.iter().skip(index as usize).step_by(count as usize);
                     assert!(part.iter().map(|p| &p.picks).eq(theirs.map(|p| &p.picks)), "{index} of {count}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_ranks_go_on_where_these_stand() {
+        for drop_last in [false, true] {
+            let sampler = EpochSampler::new(24, 2, Some(9), drop_last);
+            let alone = plans(&sampler, Cursor::default(), Rank::ALONE, 36);
+            let places = |plan: &BatchPlan| plan.picks.clone();
+            for (from, to) in [(1, 2), (2, 4), (4, 1), (1, 4), (4, 2), (2, 1), (3, 3)] {
+                let own = plans(&sampler, Cursor::default(), Rank { index: 0, count: from }, 36 / from as usize);
+                for (i, plan) in
+                    own.iter().enumerate().filter(|(i, _)| ((i + 1) * from as usize).is_multiple_of(to as usize))
+                {
+                    let at = sampler.recount(plan.next, from, to);
+                    let next = sampler.plan(at, Rank { index: 0, count: to }).unwrap();
+                    let expected = alone.get((i + 1) * from as usize);
+                    assert!(expected.is_none_or(|plan| places(plan) == next.picks), "{i} from {from} to {to}");
                 }
             }
         }

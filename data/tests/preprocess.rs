@@ -7,7 +7,8 @@ use std::sync::atomic::AtomicBool;
 use flowtape_data::media::{FolderOptions, Picture, list_pictures, write_film};
 use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress};
 use flowtape_data::{CacheSource, LatentCodec, Media, Source, Text, VaeCodec};
-use flowtape_engine::{Device, Philox};
+use flowtape_engine::safetensors::SafeTensors;
+use flowtape_engine::{Device, Philox, Tensor};
 use flowtape_models::pipeline::PipelineFolder;
 
 fn emoji() -> PathBuf {
@@ -37,6 +38,7 @@ fn run(folder: &Path, cache: &Path, workers: usize, max_pixels: usize) -> flowta
         pipeline,
         pictures: PictureOptions { max_pixels, ..PictureOptions::default() },
         frames: None,
+        last_frame: false,
         ffmpeg: false,
         workers,
     };
@@ -119,6 +121,7 @@ fn films_and_pictures_go_through_autoencoders_of_films() {
             pipeline: PipelineFolder::open(&goldens.join(pipeline).join("pipeline")).unwrap(),
             pictures: PictureOptions { quantization: 16, max_pixels: 32 * 48, ..PictureOptions::default() },
             frames,
+            last_frame: false,
             ffmpeg: false,
             workers: 1,
         };
@@ -132,5 +135,87 @@ fn films_and_pictures_go_through_autoencoders_of_films() {
             let Media::Latents(got) = source.read(index, &mut Philox::new(0)).unwrap().media else { panic!("encoded") };
             assert_eq!(got.dims(), latents);
         }
+    }
+}
+
+/// What the real diffusers made of the same files.
+fn own_golden(name: &str) -> (PathBuf, SafeTensors) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/own_goldens").join(name);
+    let outputs = SafeTensors::open(folder.join("outputs.safetensors")).unwrap();
+    (folder, outputs)
+}
+
+fn assert_near(got: &Tensor, want: &Tensor, bound: f64) {
+    let (got, want) = (got.to_vec::<f64>().unwrap(), want.to_vec::<f64>().unwrap());
+    assert_eq!(got.len(), want.len());
+    let greatest = want.iter().fold(0f64, |most, value| most.max(value.abs()));
+    let worst = got.iter().zip(&want).fold(0f64, |worst, (a, b)| worst.max((a - b).abs()));
+    assert!(worst <= bound * greatest, "{worst} of {greatest}");
+}
+
+#[test]
+fn reference_images_are_encoded_beside_what_was_made_of_them() {
+    let (golden, outputs) = own_golden("pipe_flux2_klein_edit");
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["first.png", "last.png"] {
+        std::fs::copy(golden.join(name), folder.path().join(name)).unwrap();
+    }
+    std::fs::copy(golden.join("first.png"), folder.path().join("made.png")).unwrap();
+    let line = r#"{"file_name": "made.png", "text": "a fox", "references": ["first.png", "last.png"]}"#;
+    std::fs::write(folder.path().join("metadata.jsonl"), line).unwrap();
+    let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
+    let preprocess = Preprocess {
+        pipeline: PipelineFolder::open(&golden.join("pipeline")).unwrap(),
+        pictures: PictureOptions { quantization: 16, max_pixels: 112 * 96, ..PictureOptions::default() },
+        frames: None,
+        last_frame: false,
+        ffmpeg: false,
+        workers: 1,
+    };
+    let cache = tempfile::tempdir().unwrap();
+    let run =
+        || preprocess.run(&items, cache.path(), &Device::cpu(), &AtomicBool::new(false), &mut |_| {}).unwrap().encoded;
+    // Encoded once.
+    assert_eq!((run(), run()), (1, 0));
+    let sample = CacheSource::open(cache.path()).unwrap().read(0, &mut Philox::new(0)).unwrap();
+    assert_eq!(sample.tensors.len(), 2);
+    for (name, tensor) in &sample.tensors {
+        assert_near(tensor, &outputs.get(name, &Device::cpu(), None).unwrap(), 2e-5);
+    }
+    // Another reference is another sample.
+    std::fs::copy(golden.join("first.png"), folder.path().join("last.png")).unwrap();
+    assert_eq!(run(), 1);
+    let refused = Preprocess { last_frame: true, ..preprocess };
+    let error = refused.run(&items, cache.path(), &Device::cpu(), &AtomicBool::new(false), &mut |_| {}).unwrap_err();
+    assert!(error.to_string().contains("--last-frame"), "{error}");
+}
+
+#[test]
+fn the_first_and_the_last_frame_of_a_film_are_given_beside_it() {
+    let (golden, outputs) = own_golden("pipe_wan_flf2v");
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("film")).unwrap();
+    for frame in 0..5 {
+        let name = format!("film/{frame}.png");
+        std::fs::copy(golden.join(&name), folder.path().join(&name)).unwrap();
+    }
+    std::fs::write(folder.path().join("film.txt"), "a film").unwrap();
+    let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
+    let preprocess = Preprocess {
+        pipeline: PipelineFolder::open(&golden.join("pipeline")).unwrap(),
+        pictures: PictureOptions { quantization: 16, max_pixels: 32 * 48, ..PictureOptions::default() },
+        frames: Some(5),
+        last_frame: true,
+        ffmpeg: false,
+        workers: 1,
+    };
+    let cache = tempfile::tempdir().unwrap();
+    let done = preprocess.run(&items, cache.path(), &Device::cpu(), &AtomicBool::new(false), &mut |_| {}).unwrap();
+    assert_eq!((done.encoded, done.failed.len()), (1, 0));
+    let sample = CacheSource::open(cache.path()).unwrap().read(0, &mut Philox::new(0)).unwrap();
+    // The embeddings are kept in bf16.
+    for (name, bound) in [("condition_latents", 2e-5), ("image_embeds", 1.0 / 256.0)] {
+        let want = outputs.get(&format!("film/{name}"), &Device::cpu(), None).unwrap();
+        assert_near(&sample.tensors[name], &want, bound);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::backend::call::{Call, Upload};
+use crate::backend::call::{Call, CopyTo, Upload};
 use crate::backend::{Device, Pending, Storage};
 use crate::expr::Function;
 use crate::nn::Param;
@@ -72,6 +72,12 @@ impl Tensor {
     pub(crate) fn view(&self, layout: Layout) -> Self {
         let storage = self.storage.clone();
         Self { storage, layout, dtype: self.dtype, var: None, tape: None, unrecorded: false, param: None }
+    }
+
+    /// Elements of a tensor without gaps, from one of them on, in these dims.
+    pub(crate) fn run_of(&self, start: usize, dims: &[usize]) -> Self {
+        let layout = Layout::contiguous(dims);
+        self.view(Layout { offset: self.layout.offset + start, ..layout })
     }
 
     /// A view that repeats the one element of `self`: for what only needs dims and dtype.
@@ -367,6 +373,10 @@ impl Tensor {
     pub fn copy_from(&self, source: &Self) -> Result<()> {
         if source.dims() != self.dims() {
             return Err(Error::shape("copy_from", format!("{:?}", self.dims()), source.dims()));
+        }
+        // Functions compute in floats, which do not hold all integers.
+        if [self.dtype, source.dtype] == [DType::U32; 2] {
+            return CopyTo { source, target: self }.run();
         }
         run_pointwise(&Function::build(|[x]| [x]), &[source], &[], &[self])
     }

@@ -174,6 +174,16 @@ pub const PRESETS: &[Preset] = &[
         ..PRESET
     },
     Preset {
+        name: "chroma1-flash",
+        hub: &["lodestones/Chroma1-Flash"],
+        config: || json!({"_class_name": "ChromaTransformer2DModel"}),
+        caution: Some(
+            "Chroma1-Flash is distilled to a few steps without guidance, which plain flow matching undoes: samples in few steps turn \
+             soft. Train Chroma1-HD or Chroma1-Base, whose adapters Flash takes",
+        ),
+        ..PRESET
+    },
+    Preset {
         name: "lumina-image-2.0",
         hub: &["Alpha-VLLM/Lumina-Image-2.0"],
         config: || json!({"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304}),
@@ -314,6 +324,7 @@ mod tests {
         ("ltx-2.3", 18_988_838_144, 4186),
         ("ltx-2.5", 18_987_859_200, 4091),
         ("chroma1", 8_899_983_424, 1023),
+        ("chroma1-flash", 8_899_983_424, 1023),
         ("lumina-image-2.0", 2_609_769_152, 459),
         ("qwen-image-2.1", 7_115_124_736, 297),
         ("flux.3-klein-base", 5_538_458_368, 357),
@@ -347,6 +358,8 @@ mod tests {
         for name in turbo {
             assert_eq!(of_checkpoint(name).map(|preset| preset.name), Some("z-image-turbo"), "{name}");
         }
+        assert!(of_checkpoint("lodestones/Chroma1-Flash").is_some_and(|preset| preset.caution.is_some()));
+        assert!(of_checkpoint("lodestones/Chroma1-HD").is_some_and(|preset| preset.caution.is_none()));
         assert!(of_checkpoint("Tongyi-MAI/Z-Image").is_some_and(|preset| preset.caution.is_none()));
         assert!(of_checkpoint("runs/z_image_lora").is_none());
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use flowtape_data::media::{
-    EditAreas, Filter, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture, resize,
+    ConditionProcessor, EditAreas, Filter, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture, resize,
 };
 use flowtape_engine::{Device, Tensor};
 use flowtape_models::pipeline::{ConditionImage, PipelineFolder, PromptEncoder, QwenImageEditPrompts};
@@ -13,6 +13,19 @@ use serde_json::Value;
 use crate::Outcome;
 use crate::golden::{Any, Golden, exact, number, relative, text};
 use crate::pipelines::generate;
+
+/// The pictures that a run goes by, as its pipeline takes them.
+pub(crate) fn conditions(dir: &Path, asked: &Value) -> Any<Vec<ConditionImage>> {
+    let files = asked["images"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let pictures = files.map(|file| read_picture(&dir.join(file), &ReadOptions::like_nemo()));
+    let pictures = pictures.collect::<Result<Vec<_>, _>>()?;
+    if pictures.is_empty() {
+        return Ok(Vec::new());
+    }
+    let folder = PipelineFolder::open(&dir.join("pipeline"))?;
+    let size = [number(asked, "height")? as usize, number(asked, "width")? as usize];
+    Ok(ConditionProcessor::load(&folder)?.process_all(&pictures, Some(size), &Device::cpu())?)
+}
 
 /// A folder of editing: how its pictures are taken, its prompts among them, and its run.
 pub(crate) fn check(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
@@ -27,7 +40,7 @@ pub(crate) fn check(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     let read = |file: &str| read_picture(&dir.join(file), &ReadOptions::like_nemo());
     let taken = |file: &&str| Ok(condition_image(&read(file)?, &processor, areas, &device)?);
     let images = files.iter().map(taken).collect::<Any<Vec<ConditionImage>>>()?;
-    let patches: Vec<&Tensor> = images.iter().map(|image| &image.patches).collect();
+    let patches: Vec<&Tensor> = images.iter().filter_map(|image| Some(&image.seen.as_ref()?.values)).collect();
     let worst = relative(&Tensor::cat(&patches, 0)?, &inputs.tensor("pixel_values")?)?;
     out.push(Outcome::measured("pixel_values", worst, 1e-6, format!("{} pictures", images.len())));
     let run = &case["run"];

@@ -20,7 +20,15 @@ pub(crate) fn check(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     pipeline_prompts(dir, name, out)?;
     let case = Golden::open(dir, name)?.json;
     for (run, asked) in case["runs"].as_object().into_iter().flatten() {
-        generate(dir, &case, run, asked, &[], out)?;
+        #[cfg(feature = "whole")]
+        let images = crate::editing::conditions(dir, asked)?;
+        #[cfg(not(feature = "whole"))]
+        let images = Vec::new();
+        if images.is_empty() && asked["images"].as_array().is_some_and(|files| !files.is_empty()) {
+            out.push(Outcome::not_built(run));
+            continue;
+        }
+        generate(dir, &case, run, asked, &images, out)?;
     }
     Ok(())
 }

@@ -38,6 +38,11 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_wan", pipelines::check),
     ("pipe_z_image", pipelines::check),
     ("pipe_chroma", pipelines::check),
+    ("pipe_flux2_klein_edit", pipelines::check),
+    ("pipe_wan21_i2v", pipelines::check),
+    ("pipe_wan22_i2v", pipelines::check),
+    ("pipe_wan_flf2v", pipelines::check),
+    ("pipe_wan_ti2v", pipelines::check),
     #[cfg(feature = "whole")]
     ("recipe_*", crate::recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
@@ -54,6 +59,8 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("tokenizers", text::tokenizers),
     ("vae_*", vae::check),
     ("vocoder_ltx2", pipelines::vocoder),
+    #[cfg(feature = "whole")]
+    ("vision_clip", vision::clip),
     ("vision_siglip", vision::siglip),
 ];
 

@@ -2,7 +2,11 @@
 
 use std::path::Path;
 
+#[cfg(feature = "whole")]
+use flowtape_data::media::{CLIPImageProcessor, ReadOptions, read_picture};
 use flowtape_engine::{DType, Device, Tensor};
+#[cfg(feature = "whole")]
+use flowtape_models::vision::CLIPVisionModel;
 use flowtape_models::vision::{Positions, Qwen25VL, SiglipVisionModel, qwen25_vl::Grid};
 
 use crate::Outcome;
@@ -18,6 +22,23 @@ pub(crate) fn siglip(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
     for (name, got) in states.chain([("last_hidden_state".to_owned(), run.last_hidden_state)]) {
         let want = outputs.tensor(&name)?;
         out.push(Outcome::measured(name, relative(&got, &want)?, BOUND, format!("{:?}", want.dims())));
+    }
+    Ok(())
+}
+
+/// A picture as CLIP takes it, and what CLIP makes of it.
+#[cfg(feature = "whole")]
+pub(crate) fn clip(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
+    let picture = read_picture(&dir.join(text(&case, "picture")?), &ReadOptions::like_nemo())?;
+    let pixels = CLIPImageProcessor::load(dir)?.process(&picture, &Device::cpu())?.unsqueeze(0)?;
+    let want = inputs.tensor("pixel_values")?;
+    out.push(Outcome::measured("pixel_values", relative(&pixels, &want)?, 1e-6, format!("{:?}", want.dims())));
+    for (i, state) in CLIPVisionModel::load(dir, None, &Device::cpu())?.forward(&want)?.iter().enumerate() {
+        let name = format!("hidden_states.{i}");
+        let want = outputs.tensor(&name)?;
+        out.push(Outcome::measured(name, relative(state, &want)?, BOUND, format!("{:?}", want.dims())));
     }
     Ok(())
 }

@@ -24,6 +24,8 @@ pub struct Check {
     pub name: String,
     /// Where it would run.
     pub device: String,
+    /// Ranks that train together, each on such a device.
+    pub ranks: usize,
     /// Samples of an epoch.
     pub samples: usize,
     /// Samples that are held out for validation.
@@ -111,23 +113,33 @@ impl Check {
     /// # Errors
     /// As above.
     pub fn with_data(recipe: &Recipe, device: &Device, data: Data, depth: Depth) -> Result<Self> {
+        Self::on_ranks(recipe, device, data, depth, 1)
+    }
+
+    /// The same for each of so many ranks, on devices like this one.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn on_ranks(recipe: &Recipe, device: &Device, data: Data, depth: Depth, ranks: usize) -> Result<Self> {
+        let recipe = &Recipe { step_scheduler: recipe.step_scheduler.on_ranks(ranks)?, ..recipe.clone() };
         let read = read_samples(recipe, &data, depth)?;
         let (trained, held) = data.clone().split(recipe.validation.as_ref())?;
         let samples = trained.source.len();
-        let steps = recipe.step_scheduler.resolved(samples, recipe.data.drop_last).max_steps;
-        let step = StepPlan::of(recipe, data.clone())?;
+        let steps = recipe.step_scheduler.resolved(samples, recipe.data.drop_last, ranks).max_steps;
+        let step = StepPlan::on_ranks(recipe, data.clone(), ranks)?;
         // Those that are kept, the best one, and the next while it is written.
         let kept = recipe.checkpoint.max_recent_checkpoints + usize::from(recipe.validation.is_some()) + 1;
         let capacity = device.backend().capacity();
         let fits = capacity.is_none_or(|capacity| step.peak <= capacity);
-        let alternatives = if fits { Vec::new() } else { alternatives(recipe, &data, step.peak)? };
+        let alternatives = if fits { Vec::new() } else { alternatives(recipe, &data, step.peak, ranks)? };
         Ok(Self {
             name: recipe.name.clone(),
             device: recipe.device.clone(),
             samples,
             held_out: held.len(),
             read,
-            buckets: buckets(recipe, &trained)?,
+            buckets: buckets(recipe, &trained, ranks)?,
+            ranks,
             steps,
             step,
             capacity,
@@ -183,7 +195,8 @@ impl Check {
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let StepPlan { weights, optimizer, gradients, activations, workspace, peak, flops, .. } = self.step;
-        writeln!(f, "{:<14}{} samples, {} steps on {}", self.name, self.samples, self.steps, self.device)?;
+        let ranks = if self.ranks > 1 { format!("{} ranks, each on ", self.ranks) } else { String::new() };
+        writeln!(f, "{:<14}{} samples, {} steps on {ranks}{}", self.name, self.samples, self.steps, self.device)?;
         writeln!(f, "{:<14}{} samples held out, {} read and checked", "", self.held_out, self.read.samples)?;
         for (what, names) in
             [("left out: can't be read", &self.read.unreadable), ("without a caption", &self.read.without_caption)]
@@ -317,7 +330,8 @@ impl<'a> Sizes<'a> {
 }
 
 /// Sizes of the samples that are trained on, the smallest first.
-fn buckets(recipe: &Recipe, data: &Data) -> Result<Vec<Bucket>> {
+fn buckets(recipe: &Recipe, data: &Data, ranks: usize) -> Result<Vec<Bucket>> {
+    let rank = Rank { index: 0, count: ranks as u64 };
     let options = bucket_options(&recipe.data, recipe.step_scheduler.local_batch_size, recipe.seed);
     let sampler = BucketSampler::new(BucketSampler::buckets_of(&*data.source)?, options);
     let bucket = |bucket: &flowtape_data::Bucket| {
@@ -327,8 +341,8 @@ fn buckets(recipe: &Recipe, data: &Data) -> Result<Vec<Bucket>> {
                 .first()
                 .map_or(Ok(Vec::new()), |i| data.source.header(*i).map(|header| header.dims))?,
             samples: bucket.indices.len(),
-            batches: sampler.batches(bucket, Rank::ALONE),
-            dropped: sampler.dropped_of(bucket, Rank::ALONE),
+            batches: sampler.batches(bucket, rank),
+            dropped: sampler.dropped_of(bucket, rank),
         })
     };
     sampler.buckets().iter().map(bucket).collect()
@@ -336,7 +350,7 @@ fn buckets(recipe: &Recipe, data: &Data) -> Result<Vec<Bucket>> {
 
 /// What settings would take, those that change the result least first: each that takes less than `peak`, and all of these so far
 /// together.
-fn alternatives(recipe: &Recipe, data: &Data, peak: u64) -> Result<Vec<Alternative>> {
+fn alternatives(recipe: &Recipe, data: &Data, peak: u64, ranks: usize) -> Result<Vec<Alternative>> {
     type Change = (&'static str, fn(&mut Recipe) -> bool);
     let changes: [Change; 6] = [
         ("performance.activation_checkpointing=true", |r| {
@@ -353,7 +367,7 @@ fn alternatives(recipe: &Recipe, data: &Data, peak: u64) -> Result<Vec<Alternati
     ];
     // Each is a step of its own on a device without data, so they are planned beside each other.
     let plan = |(settings, changed): (Vec<&'static str>, Recipe)| -> Result<Alternative> {
-        Ok(Alternative { settings, peak: StepPlan::of(&changed, data.clone())?.peak })
+        Ok(Alternative { settings, peak: StepPlan::on_ranks(&changed, data.clone(), ranks)?.peak })
     };
     let plan_all = |recipes: Vec<(Vec<&'static str>, Recipe)>| -> Result<Vec<Alternative>> {
         recipes.into_par_iter().map(plan).collect()

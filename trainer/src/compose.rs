@@ -3,10 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use flowtape_data::media::{
-    EditAreas, Picture, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture, write_film, write_png,
-    write_wav,
-};
+use flowtape_data::media::{ConditionProcessor, Picture, ReadOptions, read_picture, write_film, write_png, write_wav};
 use flowtape_engine::cpu::awake;
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::Transformer;
@@ -40,7 +37,7 @@ pub struct Options<'a> {
     pub loras: &'a [(PathBuf, f64)],
     /// Whether keys of adapters that are of no use are passed over.
     pub allow_unused: bool,
-    /// Pictures to edit.
+    /// Pictures to edit, or the first frame of a film, or its first and last.
     pub images: &'a [PathBuf],
     /// Sides in pixels of tiles in which pictures are decoded, where memory is to be bounded.
     pub tile: Option<usize>,
@@ -77,7 +74,7 @@ pub fn compose(
     };
     let mut asked = request.clone();
     let mut make = |folder: &PipelineFolder, generator: Generator<'_>, request: &Request<'_>| -> Result<Generated> {
-        let images = images(folder, options.images)?;
+        let images = images(folder, options.images, request.size)?;
         let request = Request { images: &images, ..request.clone() };
         let made = awake(options.device, || {
             generator.on_load(&fold).with_tile(options.tile).generate(&request, &mut |step, _| {
@@ -168,17 +165,14 @@ fn write_sound(sound: &Waveform, films: &[PathBuf]) -> Result<Vec<PathBuf>> {
     films.iter().enumerate().map(one).collect()
 }
 
-/// Pictures to edit, as the pipeline takes them.
-fn images(folder: &PipelineFolder, paths: &[PathBuf]) -> Result<Vec<ConditionImage>> {
+/// Pictures that the pipeline goes by, as it takes them.
+fn images(folder: &PipelineFolder, paths: &[PathBuf], size: Option<[usize; 2]>) -> Result<Vec<ConditionImage>> {
     if paths.is_empty() {
         return Ok(Vec::new());
     }
-    let processor = Qwen2VLImageProcessor::load(&folder.part("processor")?)?;
-    let one = |path: &PathBuf| {
-        let picture = read_picture(path, &ReadOptions::default())?;
-        Ok(condition_image(&picture, &processor, EditAreas::default(), &Device::cpu())?)
-    };
-    paths.iter().map(one).collect()
+    let read = |path: &PathBuf| read_picture(path, &ReadOptions::default());
+    let pictures = paths.iter().map(read).collect::<flowtape_data::Result<Vec<_>>>()?;
+    Ok(ConditionProcessor::load(folder)?.process_all(&pictures, size, &Device::cpu())?)
 }
 
 /// The hashes of a folder's weights, as `sha256sum` prints them.

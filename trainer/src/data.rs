@@ -78,17 +78,18 @@ impl Data {
         Ok(Arc::new(EpochSampler::new(self.source.len(), size, options.seed, options.drop_last)))
     }
 
-    /// What reads a sampler's batches from a cursor on.
+    /// What reads a rank's batches of a sampler from a cursor on.
     pub(crate) fn loader(
         &self,
         config: &DataConfig,
         sampler: Arc<dyn Sampler>,
+        rank: Rank,
         seed: u64,
         at: Cursor,
     ) -> Result<Loader> {
         let options =
             LoaderOptions { num_workers: config.num_workers, skip_bad: config.skip_bad, ..LoaderOptions::default() };
-        Ok(Loader::new(self.source.clone(), sampler, Rank::ALONE, data_seed(seed), at, options)?)
+        Ok(Loader::new(self.source.clone(), sampler, rank, data_seed(seed), at, options)?)
     }
 
     /// What makes batches of a run with this seed.

@@ -1,5 +1,8 @@
 //! What a step takes, without taking it: steps on the device that has shapes and no data.
 
+use std::sync::Arc;
+
+use flowtape_engine::comm::Planned;
 use flowtape_engine::meta::Meta;
 use flowtape_engine::nn::{Param, Params};
 use flowtape_engine::profile::Profile;
@@ -36,15 +39,24 @@ impl StepPlan {
     /// # Errors
     /// What the step itself would come to: a section that does not fit, or a sample that can't be read.
     pub fn of(recipe: &Recipe, data: Data) -> Result<Self> {
+        Self::on_ranks(recipe, data, 1)
+    }
+
+    /// The same of the first of so many ranks: memory and operations of that one.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn on_ranks(recipe: &Recipe, data: Data, ranks: usize) -> Result<Self> {
         let (meta, profile) = (Meta::default(), Profile::default());
         let device = profile.device(&meta.device());
         // A third micro-batch takes no more than the second.
         let mut short = recipe.clone();
         let local = recipe.step_scheduler.local_batch_size;
-        let parts = recipe.step_scheduler.micro_batches();
-        short.step_scheduler.global_batch_size = Some(local.saturating_mul(parts.min(2)));
+        let parts = recipe.step_scheduler.on_ranks(ranks)?.micro_batches() / ranks;
+        short.step_scheduler.global_batch_size = Some(local.saturating_mul(parts.min(2)).saturating_mul(ranks));
         short.data.num_workers = 0;
-        let mut trainer = Trainer::with_data(&device, &short, data)?;
+        let comm = Arc::new(Planned::new(0, ranks, &device)?);
+        let mut trainer = Trainer::among(comm, &device, &short, data)?;
         let weights = meta.used();
         // The first step makes what the optimiser remembers.
         trainer.enqueue()?;
@@ -53,8 +65,10 @@ impl StepPlan {
         let forward = trainer.enqueue()?.times.forward_bytes;
         let flops: f64 = profile.take().iter().map(|(_, entry)| entry.flops).sum();
         let optimizer = before - weights;
+        // The sums of micro-batches and of ranks are wider.
+        let summed = parts > 1 || ranks > 1;
         let kept = recipe.clip_grad_norm.is_some() || parts > 1;
-        let gradients = if kept { gradients(trainer.model().params(), parts > 1) } else { 0 };
+        let gradients = if kept { gradients(trainer.model().params(), summed) } else { 0 };
         let activations = forward.saturating_sub(before);
         // With more than one micro-batch the gradients so far are there in forward.
         let activations = if parts > 1 { activations.saturating_sub(gradients) } else { activations };

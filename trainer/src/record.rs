@@ -52,6 +52,9 @@ pub struct StepRecord {
     /// line.
     #[serde(skip)]
     pub gradient_squares: Vec<(String, f64)>,
+    /// Whether a rank was asked to stop; not part of the line.
+    #[serde(skip)]
+    pub stop: bool,
     /// Where its time went; not part of the line.
     #[serde(skip)]
     pub times: StepTimes,

@@ -7,7 +7,7 @@
 //! | `samples/step_*.png` | sample grids; videos as animated PNGs, and their frames side by side in `step_*_frames.png` |
 //! | `validation.jsonl` | a line a validation |
 //! | `loss.svg` | the loss curve |
-//! | `replay/step_*/` | steps that were not finite: [`replay`](crate::replay) |
+//! | `replay/step_*/` | steps that were not finite, `_rank*` on another rank than the first: [`replay`](crate::replay) |
 //! | `checkpoints/` | the newest checkpoints: [`Checkpoints`] |
 //! | `environment.json` | with what it runs: the program, the machine, the data |
 //! | `notices.jsonl` | warnings, a line each |
@@ -21,11 +21,13 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use flowtape_engine::comm::Comm;
 use flowtape_engine::files::{exists, write_whole};
 use serde::de::DeserializeOwned;
 
 use crate::checkpoints::{Checkpoints, Unfinished, remove};
 use crate::error::io;
+use crate::ranks::{is_first, shared_text};
 use crate::record::StepRecord;
 use crate::train::Summary;
 use crate::trainer::Trainer;
@@ -72,6 +74,14 @@ impl RunFolder {
         run.write_recipe(recipe)?;
         run.make_samples_folder()?;
         Ok(run)
+    }
+
+    /// The same on several ranks: the first makes it, and the others know where it is.
+    pub(crate) fn create_on_ranks(comm: &dyn Comm, recipe: &Recipe) -> Result<Self> {
+        let own = if is_first(comm) { Some(Self::create(recipe)?) } else { None };
+        let text = own.as_ref().map(|run| run.path.to_string_lossy().into_owned()).unwrap_or_default();
+        let path = shared_text(comm, &text)?;
+        Ok(own.unwrap_or_else(|| Self::at(Path::new(&path))))
     }
 
     /// Whether a new run may have the folder: it is not there, empty, or of a run without a checkpoint. Writes nothing.
@@ -211,9 +221,10 @@ impl RunFolder {
         std::fs::create_dir_all(&path).map_err(io(path))
     }
 
-    /// The bundle of a step that was not finite.
-    pub fn replay_path(&self, step: u64) -> PathBuf {
-        self.path.join("replay").join(format!("step_{step:06}"))
+    /// The bundle of a step that was not finite, on a rank.
+    pub fn replay_path(&self, step: u64, rank: u64) -> PathBuf {
+        let rank = if rank == 0 { String::new() } else { format!("_rank{rank}") };
+        self.path.join("replay").join(format!("step_{step:06}{rank}"))
     }
 
     /// The loss curve.

@@ -51,6 +51,18 @@ pub struct TrainProgress {
     pub skipped_steps: u64,
     /// Of the samples.
     pub data: Fingerprint,
+    /// Ranks that train together: batches are counted by rank.
+    #[serde(skip_serializing_if = "is_one", default = "one")]
+    pub ranks: u64,
+}
+
+fn one() -> u64 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref)] // serde's form
+fn is_one(ranks: &u64) -> bool {
+    *ranks == 1
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref)] // serde's form

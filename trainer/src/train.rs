@@ -2,9 +2,11 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use flowtape_engine::Device;
+use flowtape_engine::comm::{Comm, Solo};
 use flowtape_engine::cpu::awake;
 use flowtape_engine::platform::Instant;
 use serde::{Deserialize, Serialize, Serializer};
@@ -16,6 +18,7 @@ use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
 #[cfg(feature = "charts")]
 use crate::observe::LossCurve;
 use crate::observe::{Environment, Learning, Metrics, Notices, Page, TensorBoard, Validations};
+use crate::ranks::{in_turn, is_first, shared_text, together};
 use crate::record::{LeftOut, StepRecord};
 use crate::replay::told;
 use crate::run::{RunFolder, quoted};
@@ -77,15 +80,35 @@ pub fn train_on(
     hooks: Vec<Box<dyn Hook + '_>>,
     stop: &AtomicBool,
 ) -> Result<Summary> {
-    if let Some(path) = &recipe.run_dir {
-        RunFolder::check_free(path)?;
-    }
-    let data = builtin::data(&recipe.data, device)?;
-    Check::with_data(recipe, device, data.clone(), Depth::Handful)?.require()?;
-    awake(device, || {
-        let trainer = Trainer::with_data(device, recipe, data)?;
-        let folder = RunFolder::create(trainer.recipe())?;
-        with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
+    train_among(&(Arc::new(Solo) as Arc<dyn Comm>), device, recipe, hooks, stop)
+}
+
+/// The same as one of several ranks, which call it together with one recipe. Their batches are those that one rank would take one after
+/// the other, so the weights are those of one rank whose steps have as many micro-batches. The first rank alone has a run folder,
+/// checkpoints, pictures and hooks; the others go along. One that fails or is asked to stop, stops all.
+///
+/// # Errors
+/// When the recipe, the folder, a step, a hook or another rank fails.
+pub fn train_among(
+    comm: &Arc<dyn Comm>,
+    device: &Device,
+    recipe: &Recipe,
+    hooks: Vec<Box<dyn Hook + '_>>,
+    stop: &AtomicBool,
+) -> Result<Summary> {
+    together(&**comm, || {
+        if let Some(path) = recipe.run_dir.as_ref().filter(|_| is_first(&**comm)) {
+            RunFolder::check_free(path)?;
+        }
+        let data = in_turn(&**comm, || builtin::data(&recipe.data, device))?;
+        if is_first(&**comm) {
+            Check::on_ranks(recipe, device, data.clone(), Depth::Handful, comm.world_size())?.require()?;
+        }
+        awake(device, || {
+            let trainer = Trainer::among(comm.clone(), device, recipe, data)?;
+            let folder = RunFolder::create_on_ranks(&**comm, trainer.recipe())?;
+            with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
+        })
     })
 }
 
@@ -107,6 +130,35 @@ pub struct Resume<'a> {
 /// When the device is not there, the folder has no checkpoint or is another process's, something was changed and that is not
 /// accepted, or a step or a hook fails.
 pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, stop: &AtomicBool) -> Result<Summary> {
+    let open = |device: &str| Ok(flowtape_gpu::device(device)?);
+    resume_among(&(Arc::new(Solo) as Arc<dyn Comm>), &open, path, with, hooks, stop)
+}
+
+/// The same as one of several ranks, as many as before or others. All of them read the folder; `open` opens the device of this one, by
+/// the recipe's name for it.
+///
+/// # Errors
+/// As above, and when another rank fails.
+pub fn resume_among(
+    comm: &Arc<dyn Comm>,
+    open: &dyn Fn(&str) -> Result<Device>,
+    path: &Path,
+    with: &Resume<'_>,
+    hooks: Vec<Box<dyn Hook + '_>>,
+    stop: &AtomicBool,
+) -> Result<Summary> {
+    together(&**comm, || resume_as(comm, open, path, with, hooks, stop))
+}
+
+fn resume_as(
+    comm: &Arc<dyn Comm>,
+    open: &dyn Fn(&str) -> Result<Device>,
+    path: &Path,
+    with: &Resume<'_>,
+    hooks: Vec<Box<dyn Hook + '_>>,
+    stop: &AtomicBool,
+) -> Result<Summary> {
+    let first = is_first(&**comm);
     let (mut folder, mut recipe) = RunFolder::open_with(path, with.set)?;
     let refuse = |what: String| Err(Error::Run { path: path.into(), what });
     if !folder.checkpoints().any()? {
@@ -115,15 +167,23 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
         return refuse(format!("there is no checkpoint to go on with yet: begin again with {again}"));
     }
     // A run that is done needs no device.
-    let data = builtin::data(&recipe.data, &Device::cpu())?;
+    let data = in_turn(&**comm, || builtin::data(&recipe.data, &Device::cpu()))?;
     let trained = data.clone().split(recipe.validation.as_ref())?.0.source.len();
-    let steps = recipe.step_scheduler.resolved(trained, recipe.data.drop_last).max_steps;
+    let steps = recipe.step_scheduler.resolved(trained, recipe.data.drop_last, comm.world_size()).max_steps;
     let step = Stored::read(&folder.checkpoints().newest()?).map_or(0, |stored| stored.progress.step);
-    if let Some(summary) = folder.report()?.filter(|s| s.steps == step && step == steps) {
+    let report = folder.report()?.filter(|s| s.steps == step && step == steps);
+    // Nothing is written until all ranks have looked.
+    comm.barrier()?;
+    if let Some(summary) = report {
         return Ok(summary);
     }
-    folder.lock()?;
-    let checkpoint = folder.checkpoints().newest_whole()?;
+    let checkpoint = if first {
+        folder.lock()?;
+        folder.checkpoints().newest_whole()?
+    } else {
+        PathBuf::new()
+    };
+    let checkpoint = PathBuf::from(shared_text(&**comm, &checkpoint.to_string_lossy())?);
     let stored = Stored::read(&checkpoint)?;
     if stored.progress.step > steps {
         let done = stored.progress.step;
@@ -139,13 +199,17 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
             "since the checkpoint of step {step}: {changes}; to go on with that add --accept-changes"
         ));
     }
-    let device = flowtape_gpu::device(&recipe.device)?;
+    let device = open(&recipe.device)?;
     let data = if device.backend().is_host() { data } else { builtin::data(&recipe.data, &device)? };
-    Check::with_data(&recipe, &device, data.clone(), Depth::Handful)?.require()?;
+    if first {
+        Check::on_ranks(&recipe, &device, data.clone(), Depth::Handful, comm.world_size())?.require()?;
+    }
     awake(&device, || {
-        let mut trainer = Trainer::with_data(&device, &recipe, data)?;
+        let mut trainer = Trainer::among(comm.clone(), &device, &recipe, data)?;
         trainer.load(&checkpoint)?;
-        folder.write_recipe(trainer.recipe())?;
+        if first {
+            folder.write_recipe(trainer.recipe())?;
+        }
         with_all_hooks(Session::new(trainer, folder, stop), hooks)?.run()
     })
 }
@@ -153,6 +217,9 @@ pub fn resume(path: &Path, with: &Resume<'_>, hooks: Vec<Box<dyn Hook + '_>>, st
 /// A run with what all have and its recipe asks for; `hooks` come in between, so that they hear of a step before what takes
 /// long.
 fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Result<Session<'h>> {
+    if !run.is_first() {
+        return Ok(run);
+    }
     let recipe = run.trainer().recipe().clone();
     let preview = builtin::preview(&recipe)?;
     let run = run.with(Box::new(Metrics::default())).with(Box::new(Environment::new(&preview)));
@@ -235,6 +302,11 @@ impl<'h> Session<'h> {
         self.stop.load(Ordering::Relaxed)
     }
 
+    /// Whether this is the rank that has a run folder.
+    fn is_first(&self) -> bool {
+        is_first(&**self.trainer.comm())
+    }
+
     /// Tells all hooks of an event, but for those that are being told of another: they know.
     ///
     /// # Errors
@@ -258,25 +330,31 @@ impl<'h> Session<'h> {
     /// When a step or a hook fails, or another process trains in the folder.
     pub fn run(mut self) -> Result<Summary> {
         let started = Instant::now();
-        self.folder.lock()?;
+        let (first, alone) = (self.is_first(), self.trainer.comm().is_alone());
+        if first {
+            self.folder.lock()?;
+        }
         let steps = self.trainer.recipe().step_scheduler.max_steps;
         let progress = &self.trainer.state().progress;
         let (from, seconds_before) = (progress.step, progress.train_seconds);
-        let history = self.folder.history(from);
+        let history = if first { self.folder.history(from) } else { Vec::new() };
         let mut recent: VecDeque<StepRecord> = history.iter().rev().take(WINDOW).rev().cloned().collect();
         let parameters = self.trainer.model().params().numel();
         self.emit(Event::Begin(&Begin { history, from, steps, parameters }))?;
         let mut step = from;
         let mut last_read = None;
         let mut ahead: Option<Enqueued> = None;
-        while step < steps && !self.stopping() {
+        // Several ranks stop together: behind the step after the one with which all heard that one was asked to.
+        let mut last_step = steps;
+        while step < last_step && !(alone && self.stopping()) {
             let before = Instant::now();
+            self.trainer.ask_to_stop(self.stopping());
             let enqueued = self.trainer.enqueue();
             let enqueued = enqueued.map_err(|error| self.diverged(error, step + 1))?;
             step = enqueued.step;
             let looked_at = self.hooks.iter().flatten().any(|hook| hook.needs_state(step));
             // The device is kept busy: the step before is read while this one runs.
-            let last = looked_at || step == steps || self.stopping() || self.trainer.reads_at_once();
+            let last = looked_at || step == last_step || (alone && self.stopping()) || self.trainer.reads_at_once();
             let mut to_read: Vec<Enqueued> = ahead.take().into_iter().chain([enqueued]).collect();
             if !last {
                 ahead = to_read.pop();
@@ -285,6 +363,9 @@ impl<'h> Session<'h> {
             for enqueued in to_read {
                 done.push(self.read(enqueued, last_read)?);
                 last_read = Some(Instant::now());
+            }
+            if let Some(asked) = done.iter().find(|record| record.stop) {
+                last_step = last_step.min(asked.step + 1);
             }
             self.trainer.count_time(before);
             self.tell(done, &mut recent)?;
@@ -302,16 +383,20 @@ impl<'h> Session<'h> {
             final_loss: mean_of_finite(recent.iter().map(|record| record.loss)),
             train_seconds: self.trainer.state().progress.train_seconds,
             total_seconds: seconds_before + started.elapsed().as_secs_f64(),
-            interrupted: self.stopping(),
+            interrupted: step < steps || (first && self.stopping()),
             skipped_steps: recent.back().and_then(|record| record.skipped_steps),
             left_out: self.trainer.left_out(),
             figures: std::mem::take(&mut self.figures),
         };
-        if !summary.interrupted {
+        if first && !summary.interrupted {
             self.folder.write_report(&summary)?;
         }
-        self.folder.leave();
+        if first {
+            self.folder.leave();
+        }
         self.emit(Event::Ended(&summary))?;
+        // The last checkpoint is there when a rank ends.
+        self.trainer.comm().barrier()?;
         Ok(summary)
     }
 
@@ -329,7 +414,7 @@ impl<'h> Session<'h> {
         }
         let mut error = error.at(step, self.saved);
         if let Error::Diverged { found, .. } = &mut error {
-            let path = self.folder.replay_path(step);
+            let path = self.folder.replay_path(step, self.trainer.rank().index);
             match self.trainer.bundle(step, &path) {
                 Ok(finding) => *found = Some(told(&finding, &path)),
                 Err(error) => tracing::warn!("no bundle of step {step}: {error}"),

@@ -7,22 +7,25 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use flowtape_data::{Collator, Cursor, Loaded, Loader, Rank, Sampler};
+use flowtape_engine::comm::{Comm, Solo};
 use flowtape_engine::nn::{AdapterSpec, DropoutMasks, ParamBuilder, Params, Placement};
 use flowtape_engine::optim::{
-    Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Rates, Rounding, StepConfig,
+    Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Ranks, Rates, Rounding, StepConfig,
 };
 use flowtape_engine::platform::Instant;
 use flowtape_engine::safetensors::{Shards, Snapshot};
-use flowtape_engine::{DType, Device, Later, Philox, Tape, Tensor};
-use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput, TaskType};
+use flowtape_engine::{DType, Device, Later, Philox, Tensor};
+use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, TaskType};
 use flowtape_models::pipeline::KnownPrompts;
 use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
 
 use crate::compose;
 use crate::data::Data;
 use crate::error::io;
+use crate::forward::Forward;
 use crate::generate::{Generator, Request, Samples};
 use crate::gradients::{GradientSquares, Squared, Squares};
+use crate::ranks::{Told, is_first, rank_of};
 use crate::recipe::{Init, NonFinite, SamplingConfig};
 use crate::record::{BySigma, LeftOut, StepRecord, losses_of_samples, norms_by_group};
 use crate::replay::{self, Finding};
@@ -33,11 +36,6 @@ use crate::validation::{HeldOut, Validated};
 use crate::{Error, Recipe, Result};
 use crate::{builtin, precision};
 
-/// The stream of the steps' random numbers, a fork of the seed.
-const STEPS: u64 = 2;
-/// The stream of the adapters' dropout, another fork of it.
-const DROPOUT: u64 = 3;
-
 /// Steps from one look at each parameter's gradient to the next.
 const LOOK: u64 = 10;
 
@@ -45,16 +43,13 @@ const LOOK: u64 = 10;
 pub(crate) struct Enqueued {
     /// Optimiser steps done with it.
     pub step: u64,
-    /// Of each batch: its share of the loss, and then its samples' own losses.
-    losses: Vec<Later>,
-    /// The noise levels of those samples.
-    sigmas: Vec<f32>,
+    /// Of each batch, on all ranks.
+    told: Vec<Told>,
     norm: Later,
     squares: Option<Squares>,
     epoch: u64,
     loss_scale: Option<Later>,
     lr: f64,
-    samples: usize,
     started: Instant,
     /// Where the time of handing it over went.
     pub times: StepTimes,
@@ -90,6 +85,9 @@ pub struct Trainer {
     /// The batches of the last two steps, the newest first: of which one may still be to be judged.
     recent: VecDeque<(u64, Vec<Loaded>)>,
     state: TrainState,
+    ranks: Ranks,
+    /// Whether this rank was asked to stop: the others hear of it with the next step.
+    asked_to_stop: bool,
 }
 
 impl Trainer {
@@ -114,12 +112,24 @@ impl Trainer {
     /// # Errors
     /// When a section does not fit.
     pub fn with_data(device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
+        Self::among(Arc::new(Solo), device, recipe, data)
+    }
+
+    /// The same as one of several ranks, which make it together: each takes batches of its own, and all come to the same weights.
+    /// Nothing but numbers of steps is exchanged beside gradients, so all ranks need the same recipe and the same data.
+    ///
+    /// # Errors
+    /// When a section does not fit, or a rank fails.
+    pub fn among(comm: Arc<dyn Comm>, device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
         let mut recipe = recipe.clone();
+        let rank = rank_of(&*comm);
+        recipe.step_scheduler = recipe.step_scheduler.on_ranks(comm.world_size())?;
         let start = Start::of(&recipe.model)?;
         let flow_matching = start.flow_matching(&recipe.flow_matching);
         let fingerprint = data.source.fingerprint();
         let (data, held) = data.split(recipe.validation.as_ref())?;
-        recipe.step_scheduler = recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last);
+        recipe.step_scheduler =
+            recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last, comm.world_size());
         let (local, seed) = (recipe.step_scheduler.local_batch_size, recipe.seed);
         let collator = data.collator(&recipe.data, seed);
         let held_out = recipe.validation.is_some();
@@ -138,8 +148,8 @@ impl Trainer {
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         let sampler = data.sampler(&recipe.data, local, seed)?;
-        let dropped = sampler.dropped(Rank::ALONE);
-        if dropped > 0 && device.backend().has_data() {
+        let dropped = sampler.dropped(rank);
+        if dropped > 0 && is_first(&*comm) && device.backend().has_data() {
             let of = data.source.len();
             tracing::warn!("data.drop_last: each epoch leaves out {dropped} of {of} samples, which fill no batch");
         }
@@ -148,7 +158,7 @@ impl Trainer {
         if let Some(max) = recipe.lr_scheduler.and_then(|s| s.max_lr).filter(|max| *max != optimizer.lr) {
             tracing::warn!("lr_scheduler.max_lr ({max}) is what counts, not optimizer.lr ({})", optimizer.lr);
         }
-        if device.backend().has_data() {
+        if device.backend().has_data() && is_first(&*comm) {
             if let Some(caution) = start.caution {
                 tracing::warn!("{caution}");
             }
@@ -156,6 +166,11 @@ impl Trainer {
             if recipe.dtype.rounding(recipe.seed) == Rounding::Nearest {
                 precision::warn(&optimizer.name, lr, model.params())?;
             }
+        }
+        let ranks = Ranks::replicated(comm);
+        if device.backend().has_data() {
+            // All begin with the same bits, whatever machines they are.
+            ranks.align(model.params())?;
         }
         Ok(Self {
             pipeline: create_pipeline(flow_matching)?,
@@ -175,8 +190,11 @@ impl Trainer {
                     train_seconds: 0.0,
                     skipped_steps: 0,
                     data: fingerprint,
+                    ranks: rank.count,
                 },
             },
+            ranks,
+            asked_to_stop: false,
             recipe,
             start,
             model,
@@ -212,7 +230,7 @@ impl Trainer {
     pub fn left_out(&self) -> LeftOut {
         LeftOut {
             unreadable: self.loader.as_ref().map_or(0, Loader::skipped),
-            dropped_each_epoch: self.sampler.dropped(Rank::ALONE),
+            dropped_each_epoch: self.sampler.dropped(self.rank()),
         }
     }
 
@@ -233,13 +251,39 @@ impl Trainer {
     pub fn load(&mut self, checkpoint: &Path) -> Result<()> {
         self.load_weights(checkpoint)?;
         self.loader = None;
-        self.state.load(self.model.params(), &self.recipe, checkpoint)
+        self.state.load(self.model.params(), &self.recipe, checkpoint)?;
+        self.recount();
+        Ok(())
+    }
+
+    /// Finds the place in the data where a run with other ranks stood: batches are counted by rank.
+    fn recount(&mut self) {
+        let (now, progress) = (self.rank(), &mut self.state.progress);
+        progress.cursor = self.sampler.recount(progress.cursor, progress.ranks, now.count);
+        progress.ranks = now.count;
+    }
+
+    /// The ranks that train together.
+    pub fn comm(&self) -> &Arc<dyn Comm> {
+        self.ranks.comm()
+    }
+
+    /// This one of them.
+    pub(crate) fn rank(&self) -> Rank {
+        rank_of(&**self.comm())
+    }
+
+    /// Tells the others with the next step that this rank was asked to stop.
+    pub(crate) fn ask_to_stop(&mut self, stop: bool) {
+        self.asked_to_stop = stop;
     }
 
     /// Goes on from what was stored beside the weights.
     pub(crate) fn restore(&mut self, optimizer: &Shards, averages: Option<Shards>, stored: Stored) -> Result<()> {
         self.loader = None;
-        self.state.restore(self.model.params(), &self.recipe, optimizer, averages, stored)
+        self.state.restore(self.model.params(), &self.recipe, optimizer, averages, stored)?;
+        self.recount();
+        Ok(())
     }
 
     /// Lets the average of the weights begin with those that are there, where one is kept.
@@ -278,9 +322,9 @@ impl Trainer {
         replay::write(self, step, parts, folder)
     }
 
-    /// What a step after so many others does forward.
-    pub(crate) fn forward_of(&self, step: u64) -> Forward<'_> {
-        Forward::new(&self.recipe, &*self.model, &self.pipeline, &self.masks, step)
+    /// What a step after so many others does forward, on a rank.
+    pub(crate) fn forward_of(&self, step: u64, rank: Rank) -> Forward<'_> {
+        Forward::new(&self.recipe, &*self.model, &self.pipeline, &self.masks, step, rank)
     }
 
     /// The batch of loaded samples.
@@ -393,8 +437,8 @@ impl Trainer {
 
     /// Waits for the numbers of a step; `last_read` is when those of the step before had come.
     pub(crate) fn read(&mut self, enqueued: Enqueued, last_read: Option<Instant>) -> Result<StepRecord> {
-        let Enqueued { step, epoch, losses, sigmas, norm, squares, loss_scale, lr, samples, started, times } = enqueued;
-        let losses = losses.into_iter().map(Later::wait::<f64>).collect::<Result<Vec<_>, _>>()?;
+        let Enqueued { step, epoch, told, norm, squares, loss_scale, lr, started, times } = enqueued;
+        let told = told.into_iter().map(Told::wait).collect::<Result<Vec<_>>>()?.concat();
         let loss_scale = loss_scale.map(LossScaleState::read).transpose()?;
         let grad_norm = norm.item()?;
         let skip = self.recipe.non_finite == NonFinite::Skip;
@@ -407,19 +451,20 @@ impl Trainer {
         let since = last_read.map_or(started, |t| t.max(started));
         let step_time = since.elapsed().as_secs_f64();
         let gradient_squares = squares.map_or(Ok(Vec::new()), Squares::wait)?;
+        let samples: usize = told.iter().map(|rank| rank.samples.len()).sum();
         let skipped_steps = loss_scale.map(|s| s.skipped_steps).or(skip.then_some(*skipped));
-        let of_samples = losses.iter().flat_map(|batch| batch.iter().skip(1).copied());
         Ok(StepRecord {
             step,
             epoch,
-            loss: losses.iter().filter_map(|batch| batch.first()).sum(),
+            loss: told.iter().map(|rank| rank.share).sum(),
             lr,
             grad_norm,
             grad_norm_by_group: norms_by_group(grad_norm, &gradient_squares),
             step_time,
             samples_per_second: samples as f64 / step_time,
             memory: self.device.backend().memory().into(),
-            by_sigma: BySigma::of(sigmas.into_iter().zip(of_samples)),
+            by_sigma: BySigma::of(told.iter().flat_map(|rank| rank.samples.iter().copied())),
+            stop: told.iter().any(|rank| rank.stop),
             loss_scale: loss_scale.map(|s| s.scale),
             skipped_steps,
             gradient_squares,
@@ -435,15 +480,15 @@ impl Trainer {
     /// Whether the next batch begins another epoch.
     pub(crate) fn ends_epoch(&self) -> bool {
         let at = self.state.progress.cursor;
-        self.sampler.plan(at, Rank::ALONE).is_none_or(|plan| plan.next.epoch != at.epoch)
+        self.sampler.plan(at, self.rank()).is_none_or(|plan| plan.next.epoch != at.epoch)
     }
 
     /// Batches of the step at a cursor. An epoch's last step takes those that are left, and is divided by their number, as in NeMo.
     fn parts(&self, mut at: Cursor) -> usize {
-        let most = self.recipe.step_scheduler.micro_batches();
+        let most = self.recipe.step_scheduler.micro_batches() / self.comm().world_size();
         let (mut parts, mut epoch) = (0, None);
         while most > 1 && parts < most {
-            let Some(plan) = self.sampler.plan(at, Rank::ALONE) else { break };
+            let Some(plan) = self.sampler.plan(at, self.rank()) else { break };
             if *epoch.get_or_insert(plan.next.epoch) != plan.next.epoch {
                 break;
             }
@@ -464,11 +509,8 @@ impl Trainer {
         let started = Instant::now();
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let parts = given.map_or_else(|| self.parts(cursor), <[Batch]>::len);
-        let mut of_step = draws_of(&self.recipe, step);
-        let draws: &mut dyn Draws = match &mut self.draws {
-            Some(recorded) => &mut **recorded,
-            None => &mut of_step,
-        };
+        let rank = self.rank();
+        let all_parts = parts * self.comm().world_size();
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let skip_non_finite = self.recipe.non_finite == NonFinite::Skip;
@@ -478,47 +520,52 @@ impl Trainer {
         let scaled = self.state.loss_scale.is_some();
         let TrainState { optimizer, loss_scale, .. } = &mut self.state;
         let updates = Cell::new(0.0);
-        let mut sinks = OptimizerStep::new(config, rates, optimizer, self.model.params(), loss_scale.as_mut())?
+        let (params, ranks) = (self.model.params(), Some(&self.ranks));
+        let mut sinks = OptimizerStep::on_ranks(config, rates, optimizer, params, loss_scale.as_mut(), ranks)?
             .behind(|sink| Timed { sink, seconds: &updates })
             .behind(|sink| Squared { sink, squares: squares.as_ref() });
         let mut times = StepTimes::default();
-        let (mut losses, mut sigmas) = (Vec::with_capacity(parts), Vec::new());
+        let mut told = Vec::with_capacity(parts);
         let mut norm = None;
         let on_host = self.device.backend().is_host();
         let (recipe, model) = (&self.recipe, &*self.model);
-        let mut forward = Forward::new(recipe, model, &self.pipeline, &self.masks, step);
-        let mut samples = 0;
+        let mut forward = Forward::new(recipe, model, &self.pipeline, &self.masks, step, rank);
         for part in 0..parts {
             let begun = Instant::now();
-            let batch = match given {
-                Some(given) => given[part].clone(),
+            let (batch, most) = match given {
+                // Those of all ranks are of one size.
+                Some(given) => (given[part].clone(), given[part].size()?),
                 None => {
                     let loader = match &mut self.loader {
                         Some(loader) => loader,
                         none => {
                             let sampler = self.sampler.clone();
-                            none.insert(self.data.loader(&recipe.data, sampler, recipe.seed, cursor)?)
+                            none.insert(self.data.loader(&recipe.data, sampler, rank, recipe.seed, cursor)?)
                         }
                     };
+                    let planned = self.sampler.plan(cursor, rank);
                     let loaded = loader.next()?;
+                    // Where batches are passed over, ranks would lose count of each other.
+                    if rank.count > 1 && planned.as_ref().is_some_and(|plan| plan.next != loaded.plan.next) {
+                        let what = "no sample of a batch can be read, and several ranks can't pass one over".into();
+                        return Err(Error::Run { path: "data".into(), what });
+                    }
                     cursor = loaded.plan.next;
                     let batch = self.collator.batch(&loaded, &self.device)?;
                     self.recent[0].1.push(loaded);
-                    batch
+                    (batch, planned.map_or(0, |plan| plan.picks.len()))
                 }
             };
-            samples += batch.size()?;
             let with_data = Instant::now();
-            let (tape, output) = forward.step(&batch, &mut *draws)?;
-            let share = if parts == 1 { output.loss.clone() } else { output.loss.mul_scalar(1.0 / parts as f64)? };
+            let (tape, output) = forward.step(&batch, self.draws.as_deref_mut())?;
+            let share =
+                if all_parts == 1 { output.loss.clone() } else { output.loss.mul_scalar(1.0 / all_parts as f64)? };
             // Before anything is updated by it, where the host need not wait.
             if on_host && !skip_non_finite && !scaled {
                 finite_loss(share.item()?)?;
             }
-            // In one tensor, so that they are read together.
-            let of_samples = losses_of_samples(&output)?;
-            losses.push(Tensor::cat(&[&share.detach().reshape(&[1])?, &of_samples], 0)?.read_later()?);
-            sigmas.extend_from_slice(&output.noised.sample.sigma);
+            let (losses, sigmas) = (losses_of_samples(&output)?, &output.noised.sample.sigma);
+            told.push(Told::gather(&**self.ranks.comm(), &share, &losses, sigmas, most, self.asked_to_stop)?);
             let without = model.parameters_without_gradient(&output.inputs);
             let with_loss = Instant::now();
             times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
@@ -540,7 +587,7 @@ impl Trainer {
         self.state.progress.cursor = cursor;
         let squares = squares.map(|squares| squares.read_later()).transpose()?;
         let (step, epoch) = (step + 1, cursor.epoch);
-        Ok(Enqueued { step, epoch, losses, sigmas, norm, squares, loss_scale, lr: rates.lr, samples, started, times })
+        Ok(Enqueued { step, epoch, told, norm, squares, loss_scale, lr: rates.lr, started, times })
     }
 
     /// Whether the numbers of a step are there as soon as it is enqueued.
@@ -669,53 +716,4 @@ pub(crate) fn trained_model(recipe: &Recipe, folder: &Path, device: &Device) -> 
     let model = start.model(params)?;
     peft::load(folder)?.load_into(model.params(), &folder.join(peft::ADAPTER_WEIGHTS))?;
     Ok(model)
-}
-
-/// What a step does forward, micro-batch by micro-batch. Dropout is on as long as this is there, whatever ends it.
-pub(crate) struct Forward<'a> {
-    recipe: &'a Recipe,
-    model: &'a dyn Transformer,
-    pipeline: &'a FlowMatchingPipeline,
-    masks: &'a DropoutMasks,
-    step: u64,
-    part: u64,
-}
-
-/// The random numbers of a step after so many others.
-pub(crate) fn draws_of(recipe: &Recipe, step: u64) -> PhiloxDraws {
-    PhiloxDraws { philox: Philox::new(recipe.seed).fork(STEPS).fork(step) }
-}
-
-impl<'a> Forward<'a> {
-    fn new(
-        recipe: &'a Recipe,
-        model: &'a dyn Transformer,
-        pipeline: &'a FlowMatchingPipeline,
-        masks: &'a DropoutMasks,
-        step: u64,
-    ) -> Self {
-        Self { recipe, model, pipeline, masks, step, part: 0 }
-    }
-
-    /// The next micro-batch, with the tape that it was recorded on.
-    pub fn step(&mut self, batch: &Batch, draws: &mut dyn Draws) -> Result<(Tape, StepOutput)> {
-        let dropout = Philox::new(self.recipe.seed).fork(DROPOUT).fork(self.step);
-        self.masks.set(Some(dropout.fork(self.part)));
-        self.part += 1;
-        let tape = Tape::new();
-        let options = StepOptions {
-            dtype: self.recipe.dtype.into(),
-            collect_metrics: false,
-            check_loss: self.recipe.performance.check_loss,
-            ..StepOptions::recorded(&tape)
-        };
-        let output = self.pipeline.step(self.model, batch, self.step, draws, &options)?;
-        Ok((tape, output))
-    }
-}
-
-impl Drop for Forward<'_> {
-    fn drop(&mut self) {
-        self.masks.set(None);
-    }
 }

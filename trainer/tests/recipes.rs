@@ -303,7 +303,7 @@ fn a_recipe_of_nemo_runs_with_only_its_paths_changed() {
     assert_eq!(recipe.clip_grad_norm.as_ref().map(|clip| clip.max_norm), Some(1.0));
     assert!(recipe.performance.activation_checkpointing);
     // Pictures of the digits, 2 a batch and 4 a step: passes begin 899 and 898 batches in turn, and their last group may be one.
-    let steps = recipe.step_scheduler.resolved(1797, false).max_steps;
+    let steps = recipe.step_scheduler.resolved(1797, false, 1).max_steps;
     assert_eq!(steps, 2500 * 450 + 2500 * 449);
     let recipe = load(&["step_scheduler.max_steps=2"]).unwrap();
     assert_eq!(train(&recipe, Vec::new(), &AtomicBool::new(false)).unwrap().steps, 2);

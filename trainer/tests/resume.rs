@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use flowtape_engine::Device;
@@ -12,32 +12,13 @@ use flowtape_trainer::Recipe;
 use flowtape_trainer::hooks::on_step;
 use flowtape_trainer::train::{Resume, resume, train};
 
-use crate::common::small;
+use crate::common::{files, small};
 
 static NEVER: AtomicBool = AtomicBool::new(false);
 
 fn with_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     pool.install(|| awake(&Device::cpu(), work))
-}
-
-/// All files of the last checkpoint but those that hold the time.
-fn files(run: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let latest = run.join("checkpoints/LATEST");
-    let mut found = Vec::new();
-    let mut folders = vec![latest.clone()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if !["state.json", "manifest.json"].iter().any(|name| path.ends_with(name)) {
-                found.push((path.strip_prefix(&latest).unwrap().into(), std::fs::read(&path).unwrap()));
-            }
-        }
-    }
-    found.sort();
-    found
 }
 
 /// Trains a recipe at once with two threads, and in parts that are stopped at some steps with others; and compares the last

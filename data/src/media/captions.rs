@@ -1,4 +1,4 @@
-//! Captions beside pictures: `name.txt`, `name.caption` and `name.json`, a folder's `metadata.jsonl` and `metadata.csv` (Hugging
+//! Captions and reference images beside pictures: `name.txt`, `name.caption` and `name.json`, a folder's `metadata.jsonl` and `metadata.csv` (Hugging
 //! Face's imagefolder), `meta.json` and `*_internvl.json` (NeMo's).
 
 use std::collections::HashMap;
@@ -33,7 +33,11 @@ impl MissingCaptions {
 
 /// What is written of a folder's pictures.
 #[derive(Debug, Default)]
-pub(super) struct Captions(HashMap<PathBuf, String>);
+pub(super) struct Captions {
+    captions: HashMap<PathBuf, String>,
+    /// Pictures that a picture was made of.
+    references: HashMap<PathBuf, Vec<PathBuf>>,
+}
 
 fn wrong(path: &Path, what: impl Into<String>) -> Error {
     Error::Open { name: path.display().to_string(), what: what.into() }
@@ -63,6 +67,41 @@ fn file_of(object: &Map<String, Value>) -> Option<&str> {
     ["file_name", "filename"].iter().find_map(|name| object.get(*name)?.as_str())
 }
 
+/// The files of reference images of an object of metadata: `references`, a name or a list of names, or as musubi-tuner has them
+/// `control_path`, or `control_path_0`, `control_path_1`, and so on.
+fn references_of(object: &Map<String, Value>) -> Vec<&str> {
+    let numbered = (0..).map_while(|i| object.get(&format!("control_path_{i}")));
+    let named = ["references", "control_path"].into_iter().filter_map(|key| object.get(key));
+    named
+        .chain(numbered)
+        .flat_map(|value| value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice))
+        .filter_map(Value::as_str)
+        .filter(|name| !name.is_empty())
+        .collect()
+}
+
+/// Their paths, which count from a folder.
+fn reference_paths(
+    folder: &Path,
+    object: &Map<String, Value>,
+    wrong: impl Fn(String) -> Error,
+) -> Result<Vec<PathBuf>> {
+    let path = |name: &str| match folder.join(name) {
+        path if path.is_file() => Ok(path),
+        _ => Err(wrong(format!("there is no reference image {name}"))),
+    };
+    references_of(object).into_iter().map(path).collect()
+}
+
+/// The object of a file `name.json` beside a picture, where there is one.
+fn beside(picture: &Path) -> Result<Option<Map<String, Value>>> {
+    let path = picture.with_extension("json");
+    if !path.is_file() {
+        return Ok(None);
+    }
+    serde_json::from_str(&read_text(&path)?).map_err(|error| wrong(&path, error.to_string()))
+}
+
 impl Captions {
     /// Reads the metadata of a folder: what it says of files there and below.
     pub fn add_metadata(&mut self, folder: &Path, field: Option<&str>) -> Result<()> {
@@ -72,8 +111,10 @@ impl Captions {
             if !named.exists() {
                 return Err(wrong(path, format!("{place}: there is no file {file}")));
             }
+            let references = reference_paths(folder, object, |what| wrong(path, format!("{place}: {what}")))?;
+            all.references.insert(named.clone(), references);
             if let Some(caption) = caption_of(object, field) {
-                all.0.insert(named, caption);
+                all.captions.insert(named, caption);
             }
             Ok(())
         };
@@ -123,15 +164,18 @@ impl Captions {
                 return Ok(Some(read_text(&beside)?.trim().to_owned()));
             }
         }
-        let beside = picture.with_extension("json");
-        if beside.is_file() {
-            let object: Map<String, Value> =
-                serde_json::from_str(&read_text(&beside)?).map_err(|error| wrong(&beside, error.to_string()))?;
-            if let Some(caption) = caption_of(&object, field) {
-                return Ok(Some(caption));
-            }
+        if let Some(caption) = beside(picture)?.and_then(|object| caption_of(&object, field)) {
+            return Ok(Some(caption));
         }
-        Ok(self.0.get(picture).cloned())
+        Ok(self.captions.get(picture).cloned())
+    }
+
+    /// The pictures that a picture was made of: those of a file beside it, or of a folder's metadata.
+    pub fn references(&self, picture: &Path) -> Result<Vec<PathBuf>> {
+        let folder = picture.parent().unwrap_or(picture);
+        let object = beside(picture)?.unwrap_or_default();
+        let own = reference_paths(folder, &object, |what| wrong(&picture.with_extension("json"), what))?;
+        Ok(if own.is_empty() { self.references.get(picture).cloned().unwrap_or_default() } else { own })
     }
 }
 

@@ -28,12 +28,20 @@ pub fn resize_and_crop_frame(frame: &Picture, width: usize, height: usize, by: I
 fn cropped(picture: &Picture, width: usize, height: usize, resized: impl Fn(usize, usize) -> Picture) -> Cropped {
     let scale = (width as f64 / picture.width as f64).max(height as f64 / picture.height as f64);
     let scaled = |size: usize| ((size as f64 * scale) as usize).max(1);
-    let resized = resized(scaled(picture.width), scaled(picture.height));
+    cut_out(&resized(scaled(picture.width), scaled(picture.height)), width, height)
+}
+
+/// The middle of a picture; black where it has not as many pixels.
+pub fn center_crop(picture: &Picture, width: usize, height: usize) -> Picture {
+    cut_out(picture, width, height).picture
+}
+
+fn cut_out(picture: &Picture, width: usize, height: usize) -> Cropped {
     // Floors, also of what is negative.
     let start = |size: usize, target: usize| (size as i64 - target as i64).div_euclid(2);
-    let (left, top) = (start(resized.width, width), start(resized.height, height));
+    let (left, top) = (start(picture.width, width), start(picture.height, height));
     let mut out = Picture::new(width, height);
-    paste(&mut out, &resized, [-left, -top]);
+    paste(&mut out, picture, [-left, -top]);
     Cropped { picture: out, offset: [left, top] }
 }
 

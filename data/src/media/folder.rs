@@ -1,5 +1,6 @@
 //! A folder of pictures with captions, as a list.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::captions::{Captions, MissingCaptions, entries};
@@ -18,6 +19,8 @@ pub struct PictureItem {
     pub name: String,
     /// Its caption.
     pub caption: String,
+    /// The pictures that it was made of, for models that edit.
+    pub references: Vec<PathBuf>,
 }
 
 /// How a folder is read.
@@ -30,7 +33,7 @@ pub struct FolderOptions {
 }
 
 /// The pictures and films of a folder and those below it, sorted by path, with their captions. Files that are neither by their
-/// names, and hidden ones, are passed over. A folder with a caption beside it is one film, whose frames are the pictures in it.
+/// names, hidden ones, and reference images of others without a caption of their own are passed over. A folder with a caption beside it is one film, whose frames are the pictures in it.
 ///
 /// # Errors
 /// When the folder can't be read, has no pictures, metadata is broken, or captions are missing; those are named together.
@@ -44,12 +47,15 @@ pub fn list_pictures(folder: &Path, options: &FolderOptions) -> Result<Vec<Pictu
             "no pictures or films there (.png, .jpg, .webp, .gif, .bmp, .tiff, .mp4, .mov, ..)".into(),
         ));
     }
+    let references = pictures.iter().map(|path| captions.references(path)).collect::<Result<Vec<_>>>()?;
+    let referred: HashSet<PathBuf> = references.iter().flatten().cloned().collect();
     let (mut items, mut missing) = (Vec::with_capacity(pictures.len()), Vec::new());
-    for path in pictures {
+    for (path, references) in pictures.into_iter().zip(references) {
         let below = path.strip_prefix(folder).unwrap_or(&path);
         let name = below.iter().map(|part| part.to_string_lossy()).collect::<Vec<_>>().join("/");
         let caption = match (captions.of(&path, field)?, options.missing_captions) {
             (Some(caption), _) => caption,
+            (None, _) if referred.contains(&path) => continue,
             (None, MissingCaptions::Empty) => String::new(),
             (None, MissingCaptions::FileName) => {
                 path.file_stem().unwrap_or_default().to_string_lossy().replace('_', " ")
@@ -59,7 +65,7 @@ pub fn list_pictures(folder: &Path, options: &FolderOptions) -> Result<Vec<Pictu
                 continue;
             }
         };
-        items.push(PictureItem { path, name, caption });
+        items.push(PictureItem { path, name, caption, references });
     }
     if !missing.is_empty() {
         let more = if missing.len() > LISTED { ", .." } else { "" };
@@ -102,6 +108,44 @@ mod tests {
             std::fs::write(path, bytes).unwrap();
         }
         folder
+    }
+
+    #[test]
+    fn reference_images_are_found_and_are_no_samples_of_their_own() {
+        let of = |files: &[(&str, &[u8])]| {
+            let folder = folder(files);
+            let items = list_pictures(folder.path(), &FolderOptions::default())?;
+            let below = |path: &PathBuf| path.strip_prefix(folder.path()).unwrap().display().to_string();
+            let all = items.iter().map(|item| (item.name.clone(), item.references.iter().map(below).collect()));
+            Ok::<_, Error>(all.collect::<Vec<(String, Vec<String>)>>())
+        };
+        let found = of(&[
+            ("a.png", b""),
+            ("b.png", b""),
+            ("c.png", b""),
+            ("c.json", br#"{"caption": "c", "references": "sketch/a.png"}"#),
+            ("d.png", b""),
+            ("d.txt", b"d"),
+            ("sketch/a.png", b""),
+            ("sketch/b.png", b""),
+            (
+                "metadata.jsonl",
+                br#"{"file_name": "a.png", "text": "a", "references": ["sketch/a.png", "d.png"]}
+                    {"file_name": "b.png", "text": "b", "control_path_0": "sketch/b.png", "control_path_1": "sketch/a.png"}"#,
+            ),
+        ]);
+        let list = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        let expected = [
+            ("a.png".to_owned(), list(&["sketch/a.png", "d.png"])),
+            ("b.png".to_owned(), list(&["sketch/b.png", "sketch/a.png"])),
+            ("c.png".to_owned(), list(&["sketch/a.png"])),
+            ("d.png".to_owned(), vec![]),
+        ];
+        assert_eq!(found.unwrap(), expected);
+        let lost: &[(&str, &[u8])] =
+            &[("a.png", b""), ("metadata.jsonl", br#"{"file_name": "a.png", "text": "a", "references": "b.png"}"#)];
+        let error = of(lost).unwrap_err().to_string();
+        assert!(error.contains("line 1") && error.contains("reference image b.png"), "{error}");
     }
 
     #[test]

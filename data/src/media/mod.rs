@@ -7,11 +7,13 @@
 //! | `resample` | resizing, bit for bit as Pillow's |
 //! | `interpolate` | resizing as OpenCV's, for frames |
 //! | `crop` | a picture at a bucket's size, as NeMo makes it |
+//! | `processor`, `condition` | pictures as vision encoders take them, and as pipelines go by them |
 //! | `captions` | captions beside pictures, and in a folder's metadata |
 //! | `folder` | a folder of pictures as a list |
 //! | `write` | pictures to files, with what made them |
 
 mod captions;
+mod condition;
 mod crop;
 mod ffmpeg;
 mod film;
@@ -25,14 +27,13 @@ mod sound;
 mod write;
 
 pub use captions::MissingCaptions;
-pub use crop::{Cropped, ResizeMode, resize_and_crop, resize_and_crop_frame, resize_to};
+pub use condition::{ConditionProcessor, EditAreas, condition_image, sides_of_area};
+pub use crop::{Cropped, ResizeMode, center_crop, resize_and_crop, resize_and_crop_frame, resize_to};
 pub use film::{evenly, is_film, read_film};
 pub use folder::{FolderOptions, PictureItem, list_pictures};
 pub use interpolate::{Interpolation, interpolate};
 pub use picture::{Picture, ReadOptions, is_picture, read_picture};
-pub use processor::{
-    EditAreas, PREPROCESSOR_CONFIG, Qwen2VLImageProcessor, condition_image, normalised, sides_of_area,
-};
+pub use processor::{CLIPImageProcessor, PREPROCESSOR_CONFIG, Qwen2VLImageProcessor, normalised};
 pub use resample::{Filter, resize};
 pub use sound::write_wav;
 pub use write::{grid, read_png_texts, write_film, write_png};

@@ -1,20 +1,16 @@
-//! Pictures as vision encoders and editing pipelines take them.
+//! Pictures as vision encoders take them.
 
 use std::path::Path;
 
 use flowtape_engine::{Device, Error as EngineError, Tensor};
-use flowtape_models::pipeline::ConditionImage;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Filter, Picture, resize};
+use super::{Filter, Picture, center_crop, resize};
 use crate::{Error, Result};
 
 /// The file of an image processor's settings.
 pub const PREPROCESSOR_CONFIG: &str = "preprocessor_config.json";
-
-/// Sides of pictures to edit are multiples of this.
-const SIDES: f64 = 32.0;
 
 /// transformers' `Qwen2VLImageProcessor`: `preprocessor_config.json`.
 #[derive(Clone, PartialEq, Debug, Deserialize)]
@@ -77,10 +73,7 @@ impl Qwen2VLImageProcessor {
     /// # Errors
     /// When it can't be read, or a value does not fit.
     pub fn load(folder: &Path) -> Result<Self> {
-        let path = folder.join(PREPROCESSOR_CONFIG);
-        let text = std::fs::read(&path).map_err(|source| EngineError::Io { path: path.clone(), source })?;
-        let wrong = |error: serde_json::Error| EngineError::Format { path: path.clone(), what: error.to_string() };
-        Self::from_json(&serde_json::from_slice(&text).map_err(wrong)?)
+        Self::from_json(&read_json(&folder.join(PREPROCESSOR_CONFIG))?)
     }
 
     /// Height and width of whole tokens, with the number of pixels in its bounds and the shape kept as it can be.
@@ -125,6 +118,13 @@ impl Qwen2VLImageProcessor {
     }
 }
 
+/// A file's value.
+pub(super) fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read(path).map_err(|source| EngineError::Io { path: path.into(), source })?;
+    Ok(serde_json::from_slice(&text)
+        .map_err(|error| EngineError::Format { path: path.into(), what: error.to_string() })?)
+}
+
 /// Pixels `[3, H, W]`, f32: of 0 to 1, minus the mean, by the standard deviation, channel by channel.
 ///
 /// # Errors
@@ -136,43 +136,67 @@ pub fn normalised(picture: &Picture, mean: [f32; 3], std: [f32; 3], device: &Dev
     Ok(Tensor::from_vec(values, &[3, picture.height, picture.width], device)?)
 }
 
-/// Width and height of about so many pixels in a picture's shape, in multiples of 32: diffusers' `calculate_dimensions`.
-pub fn sides_of_area(area: usize, width: usize, height: usize) -> [usize; 2] {
-    let ratio = width as f64 / height.max(1) as f64;
-    let wide = (area as f64 * ratio).sqrt();
-    [wide, wide / ratio].map(|side| ((side / SIDES).round_ties_even() * SIDES) as usize)
+/// transformers' `CLIPImageProcessor`: the shorter side becomes a length, and the middle is cut out.
+#[derive(Clone, PartialEq, Debug)]
+pub struct CLIPImageProcessor {
+    /// The shorter side in pixels.
+    pub shortest_edge: usize,
+    /// Sides of what is cut out.
+    pub crop_size: usize,
+    /// Means of red, green and blue.
+    pub image_mean: [f32; 3],
+    /// Their standard deviations.
+    pub image_std: [f32; 3],
 }
 
-/// Pixels that an editing pipeline gives to a picture: for its text encoder, and for its autoencoder.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct EditAreas {
-    /// For the text encoder.
-    pub condition: usize,
-    /// For the autoencoder.
-    pub vae: usize,
-}
-
-impl Default for EditAreas {
-    /// Those of `QwenImageEditPlusPipeline`.
-    fn default() -> Self {
-        Self { condition: 384 * 384, vae: 1024 * 1024 }
+impl CLIPImageProcessor {
+    /// From the object of `preprocessor_config.json`, where sizes are numbers or objects; other keys are passed over.
+    ///
+    /// # Errors
+    /// When a value does not fit.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        let wrong = |what: &str| Error::Open { name: PREPROCESSOR_CONFIG.into(), what: what.into() };
+        let size = |key: &str, edge: &str| {
+            let sides = [&value[key], &value[key][edge]].into_iter().find_map(Value::as_u64);
+            sides.map_or(224, |side| side as usize)
+        };
+        let usual = Qwen2VLImageProcessor::default();
+        let numbers = |key: &str, usual: [f32; 3]| match &value[key] {
+            Value::Null => Ok(usual),
+            given => <[f32; 3]>::deserialize(given).map_err(|error| wrong(&format!("{key}: {error}"))),
+        };
+        let processor = Self {
+            shortest_edge: size("size", "shortest_edge"),
+            crop_size: size("crop_size", "height"),
+            image_mean: numbers("image_mean", usual.image_mean)?,
+            image_std: numbers("image_std", usual.image_std)?,
+        };
+        if processor.crop_size == 0 || processor.crop_size > processor.shortest_edge {
+            return Err(wrong("expected a crop_size above 0 and not above the shortest edge"));
+        }
+        Ok(processor)
     }
-}
 
-/// A picture to edit, as `QwenImageEditPlusPipeline` takes it.
-///
-/// # Errors
-/// When memory runs out.
-pub fn condition_image(
-    picture: &Picture,
-    processor: &Qwen2VLImageProcessor,
-    areas: EditAreas,
-    device: &Device,
-) -> Result<ConditionImage> {
-    let at = |area| {
-        let [width, height] = sides_of_area(area, picture.width, picture.height).map(|side| side.max(SIDES as usize));
-        resize(picture, width, height, Filter::Lanczos)
-    };
-    let (patches, grid) = processor.process(&at(areas.condition), device)?;
-    Ok(ConditionImage { pixels: at(areas.vae).pixels(device)?, patches, grid })
+    /// Reads the file of a folder.
+    ///
+    /// # Errors
+    /// When it can't be read, or a value does not fit.
+    pub fn load(folder: &Path) -> Result<Self> {
+        Self::from_json(&read_json(&folder.join(PREPROCESSOR_CONFIG))?)
+    }
+
+    /// Pixels `[3, S, S]`, normalised, with S the `crop_size`.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn process(&self, picture: &Picture, device: &Device) -> Result<Tensor> {
+        let (short, long) = (picture.width.min(picture.height).max(1), picture.width.max(picture.height));
+        let longest = self.shortest_edge * long / short;
+        let (width, height) = match picture.width <= picture.height {
+            true => (self.shortest_edge, longest),
+            false => (longest, self.shortest_edge),
+        };
+        let resized = resize(picture, width, height, Filter::Bicubic);
+        normalised(&center_crop(&resized, self.crop_size, self.crop_size), self.image_mean, self.image_std, device)
+    }
 }

@@ -2,7 +2,6 @@
 
 use super::Comm;
 use crate::backend::call::{Call, CopyTo, has_dtype, is_dense, is_float, is_same_view, overlap};
-use crate::shape::Layout;
 use crate::{Error, Result, Tensor};
 
 /// What ranks do together.
@@ -181,18 +180,13 @@ pub(super) fn copy(source: &Tensor, target: &Tensor) -> Result<()> {
 
 /// The same elements in one axis.
 pub(super) fn flat(tensor: &Tensor) -> Tensor {
-    slice(tensor, 0, tensor.numel())
-}
-
-/// Elements of a tensor without gaps.
-pub(super) fn slice(tensor: &Tensor, start: usize, len: usize) -> Tensor {
-    tensor.view(Layout { dims: vec![len], strides: vec![1], offset: tensor.layout().offset + start })
+    tensor.run_of(0, &[tensor.numel()])
 }
 
 /// Part `rank` of so many equal ones.
 pub(super) fn part(tensor: &Tensor, rank: usize, world: usize) -> Tensor {
     let len = tensor.numel() / world;
-    slice(tensor, rank * len, len)
+    tensor.run_of(rank * len, &[len])
 }
 
 /// This rank's part, where the tensor has no gaps.

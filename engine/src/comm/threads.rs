@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::collective::{copy, flat, part, slice};
+use super::collective::{copy, flat, part};
 use super::{Collective, Comm, Done, Kind, Work};
 use crate::expr::Function;
 use crate::ops::pointwise::run_pointwise;
@@ -205,7 +205,7 @@ impl Threads {
                 // Each rank sums a range of elements that no other one touches, and hands the sums to all.
                 let n = flat_target.numel();
                 let (start, end) = (rank * n / world, (rank + 1) * n / world);
-                let range = |of: &Collective| slice(of.target(), start, end - start);
+                let range = |of: &Collective| of.target().run_of(start, &[end - start]);
                 let ranges: Vec<Tensor> = all.iter().map(range).collect();
                 sum_in_order(&ranges, &ranges[rank])?;
                 ranges.iter().try_for_each(|other| copy(&ranges[rank], other))

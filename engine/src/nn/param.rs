@@ -187,6 +187,11 @@ impl Param {
         self.lock().master.clone()
     }
 
+    /// Lets the wider copy go: where another rank updates the parameter, it has that.
+    pub(crate) fn forget_master(&self) {
+        self.lock().master = None;
+    }
+
     /// What is trained and saved: the wider copy, or else the value. No variable.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::backend::call::{Call, Reduction};
 use crate::backend::common_device;
+use crate::comm::Comm;
 use crate::expr::{Function, Program, Reduce};
 use crate::ops::pointwise::map;
 use crate::ops::reduce::run_reduce;
@@ -95,6 +96,14 @@ impl SquareSums {
         self.0.add(place, &[gradient], &[])
     }
 
+    /// Adds the places of all ranks: where each rank has set its own, all have all then.
+    ///
+    /// # Errors
+    /// When a rank fails.
+    pub(super) fn all_reduce(&self, comm: &dyn Comm) -> Result<()> {
+        comm.all_reduce(&self.0.sums)
+    }
+
     /// The sum of each place, for later: nothing waits for them yet.
     ///
     /// # Errors
@@ -133,6 +142,16 @@ pub(super) fn clip_scaled(gradients: &Gradients, max_norm: Option<f64>, scale: O
     let dtype = if all.iter().any(|g| g.dtype() == DType::F64) { DType::F64 } else { DType::F32 };
     let sums = SquareSums::new(all.len(), device)?;
     all.iter().enumerate().try_for_each(|(place, gradient)| sums.add(place, gradient))?;
+    clip_sums(&sums, dtype, max_norm, scale)
+}
+
+/// The same from the sums of all gradients, whose dtype is f64 or another.
+pub(super) fn clip_sums(
+    sums: &SquareSums,
+    dtype: DType,
+    max_norm: Option<f64>,
+    scale: Option<&Tensor>,
+) -> Result<Clipping> {
     let unscaled = |x: Tensor| match scale {
         Some(scale) => map(x.dtype(), [&x, scale], |[x, scale]| x / scale),
         None => Ok(x),

@@ -4,17 +4,20 @@
 //! |---|---|
 //! | [`Step`] | nothing needs all gradients together: each is used and gone at once |
 //! | [`Clip`] | their norm limits them, or an overflow of one skips the step |
-//! | [`Accumulate`] before either | a step has several micro-batches |
+//! | [`Reduce`] before either | several ranks train together |
+//! | [`Accumulate`] before these | a step has several micro-batches: their sum is what ranks exchange, as NeMo defers it |
 //!
-//! [`OptimizerStep`] builds the chain. What exchanges gradients with other processes would be one more sink in front.
+//! [`OptimizerStep`] builds the chain.
 
 use std::collections::{HashMap, HashSet};
 
 use super::optimizer::{Optimizer, Rates};
+use super::ranks::Ranks;
+use super::reduce::Reduce;
 use super::{LossScale, SquareSums, clip};
 use crate::nn::{Param, Params};
 use crate::tape::wide_sum;
-use crate::{Error, GradientSink, Gradients, Result, Tape, Tensor, VarId};
+use crate::{DType, Device, Error, GradientSink, Gradients, Result, Tape, Tensor, VarId};
 
 /// A sink of the gradients of a step.
 pub trait StepSink: GradientSink {
@@ -36,6 +39,8 @@ pub struct Step<'a> {
     /// The places of the parameters in their order.
     places: HashMap<VarId, usize>,
     squares: Option<SquareSums>,
+    /// Those that share out the parameters.
+    ranks: Option<&'a Ranks>,
 }
 
 impl<'a> Step<'a> {
@@ -43,7 +48,7 @@ impl<'a> Step<'a> {
     pub fn new(optimizer: &'a mut Optimizer, params: &'a Params, rates: Rates) -> Self {
         let targets: Vec<_> = params.iter().collect();
         let places = targets.iter().enumerate().filter_map(|(i, t)| Some((t.var()?, i))).collect();
-        Self { optimizer, targets, rates, places, squares: None }
+        Self { optimizer, targets, rates, places, squares: None, ranks: None }
     }
 }
 
@@ -51,20 +56,30 @@ impl GradientSink for Step<'_> {
     /// Gradients of what is no parameter are let go.
     fn gradient(&mut self, var: VarId, gradient: Tensor) -> Result<()> {
         let Some(&place) = self.places.get(&var) else { return Ok(()) };
-        let squares = match &mut self.squares {
+        self.squares(gradient.device())?.add(place, &gradient)?;
+        self.optimizer.step_one(self.targets[place], &gradient, self.rates)
+    }
+}
+
+impl Step<'_> {
+    /// The sums of the step; it begins with them.
+    fn squares(&mut self, device: &Device) -> Result<&SquareSums> {
+        Ok(match &mut self.squares {
             Some(squares) => squares,
             none => {
                 self.optimizer.begin(self.rates)?;
-                none.insert(SquareSums::new(self.targets.len(), gradient.device())?)
+                none.insert(SquareSums::new(self.targets.len(), device)?)
             }
-        };
-        squares.add(place, &gradient)?;
-        self.optimizer.step_one(self.targets[place], &gradient, self.rates)
+        })
     }
 }
 
 impl StepSink for Step<'_> {
     fn end(&mut self) -> Result<Option<Tensor>> {
+        if let (Some(ranks), Some(first)) = (self.ranks, self.targets.first()) {
+            // A rank may have nothing to update.
+            self.squares(first.device())?.all_reduce(&**ranks.comm())?;
+        }
         let squares = self.squares.take();
         squares.ok_or_else(|| Error::argument("optimizer step", "at least one gradient", 0))?.norm().map(Some)
     }
@@ -81,6 +96,8 @@ pub struct Clip<'a> {
     scale: Option<&'a mut LossScale>,
     skip_non_finite: bool,
     gradients: Gradients,
+    /// Those that share out the parameters.
+    ranks: Option<&'a Ranks>,
 }
 
 impl<'a> Clip<'a> {
@@ -92,7 +109,8 @@ impl<'a> Clip<'a> {
         max_norm: Option<f64>,
         scale: Option<&'a mut LossScale>,
     ) -> Self {
-        Self { optimizer, params, rates, max_norm, scale, skip_non_finite: false, gradients: Gradients::default() }
+        let (skip_non_finite, gradients) = (false, Gradients::default());
+        Self { optimizer, params, rates, max_norm, scale, skip_non_finite, gradients, ranks: None }
     }
 }
 
@@ -107,7 +125,14 @@ impl StepSink for Clip<'_> {
     fn end(&mut self) -> Result<Option<Tensor>> {
         let gradients = std::mem::take(&mut self.gradients);
         let scale = self.scale.as_ref().map(|scale| scale.scale()).transpose()?;
-        let clipping = clip::clip_scaled(&gradients, self.max_norm, scale.as_ref())?;
+        let clipping = match (self.ranks, self.params.iter().next()) {
+            (Some(ranks), Some(first)) => {
+                let sums = ranks.norm_sums(self.params, &gradients, first.device())?;
+                let dtype = first.dtype().promote(DType::F32);
+                clip::clip_sums(&sums, dtype, self.max_norm, scale.as_ref())?
+            }
+            _ => clip::clip_scaled(&gradients, self.max_norm, scale.as_ref())?,
+        };
         let coefficient = &clipping.coefficient;
         match &mut self.scale {
             Some(scale) => {
@@ -221,7 +246,7 @@ pub struct OptimizerStep<'a> {
 }
 
 impl<'a> OptimizerStep<'a> {
-    /// The one place that builds the chain of sinks.
+    /// A step of a rank that is alone.
     ///
     /// # Errors
     /// When the device fails.
@@ -232,14 +257,41 @@ impl<'a> OptimizerStep<'a> {
         params: &'a Params,
         scale: Option<&'a mut LossScale>,
     ) -> Result<Self> {
+        Self::on_ranks(config, rates, optimizer, params, scale, None)
+    }
+
+    /// The one place that builds the chain of sinks.
+    ///
+    /// # Errors
+    /// When the device fails, or ranks share out the parameters of a rule that sums over all of them.
+    pub fn on_ranks(
+        config: StepConfig,
+        rates: Rates,
+        optimizer: &'a mut Optimizer,
+        params: &'a Params,
+        scale: Option<&'a mut LossScale>,
+        ranks: Option<&'a Ranks>,
+    ) -> Result<Self> {
         let cotangent = scale.as_ref().map(|scale| scale.scale()).transpose()?;
+        let sharing = ranks.filter(|ranks| ranks.is_sharded());
+        if sharing.is_some() && optimizer.needs_all() {
+            let got = "parameters that are shared out among ranks";
+            return Err(Error::argument(
+                "optimizer",
+                "all parameters on each rank for a rule that sums over them",
+                got,
+            ));
+        }
         let together = config.max_norm.is_some() || scale.is_some() || config.skip_non_finite || optimizer.needs_all();
         let mut sink: Box<dyn StepSink + 'a> = if together {
             let clip = Clip::new(optimizer, params, rates, config.max_norm, scale);
-            Box::new(Clip { skip_non_finite: config.skip_non_finite, ..clip })
+            Box::new(Clip { skip_non_finite: config.skip_non_finite, ranks: sharing, ..clip })
         } else {
-            Box::new(Step::new(optimizer, params, rates))
+            Box::new(Step { ranks: sharing, ..Step::new(optimizer, params, rates) })
         };
+        if let Some(ranks) = ranks.filter(|ranks| !ranks.comm().is_alone()) {
+            sink = Box::new(Reduce::new(ranks, params, sink));
+        }
         if config.micro_batches > 1 {
             sink = Box::new(Accumulate::new(config.micro_batches, sink));
         }

@@ -12,6 +12,7 @@ use flowtape_flowmatch::{
 use serde_json::Value;
 
 use super::guidance::{rescaled, with_norm_of};
+use super::pictures::{given_frames, reference_latents};
 use super::{ConditionImage, PipelineFolder, PromptEncoder, SoundGuidance};
 use crate::checkpoint::{CONFIG, load_config};
 use crate::ltx2::{ISOLATE_MODALITIES, PERTURBED_BLOCKS};
@@ -26,7 +27,7 @@ pub struct Request<'a> {
     pub prompt: &'a str,
     /// What it is led away from.
     pub negative_prompt: Option<&'a str>,
-    /// Pictures to edit; the last one's size is the new picture's, where none is asked for.
+    /// Pictures to edit, or the first frame of a film, or its first and last; where no size is asked for, one of them has it.
     pub images: &'a [ConditionImage],
     /// Height and width in pixels.
     pub size: Option<[usize; 2]>,
@@ -87,9 +88,9 @@ impl<'a> Request<'a> {
 #[derive(Debug)]
 pub struct Generation {
     /// The adapter's name in [`crate::MODELS`].
-    pub adapter: &'static str,
-    /// Its arguments, from the transformer's configuration and the scale of guidance.
-    pub kwargs: fn(&Value, f64) -> Value,
+    pub adapter: fn(&Asked<'_>) -> &'static str,
+    /// Its arguments.
+    pub kwargs: fn(&Asked<'_>) -> Value,
     /// Height and width in pixels.
     pub size: [usize; 2],
     /// Frames of a film; 1 for pictures.
@@ -112,6 +113,21 @@ pub struct Generation {
     pub mu: fn(usize, usize, &EulerConfig) -> f64,
     /// Whether noise levels are spaced as the scheduler does it by itself, not from 1 to 1 / n.
     pub own_levels: bool,
+    /// Whether a first frame that is given stands in the film as it is, where the model has it among its latents.
+    pub keeps_first_frame: bool,
+}
+
+/// What an adapter and its arguments depend on.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// The pipeline.
+    pub folder: &'a PipelineFolder,
+    /// The transformer's configuration.
+    pub config: &'a Value,
+    /// The scale of guidance.
+    pub guidance_scale: f64,
+    /// Pictures that it goes by.
+    pub images: usize,
 }
 
 /// What was made.
@@ -261,9 +277,15 @@ impl<'a> Generator<'a> {
             Some(model) => model.config(),
             None => load_config(&self.transformer_folder(TRANSFORMER)?.join(CONFIG))?,
         };
-        let kind = ModelKind::of_adapter(self.how.adapter)?;
-        let kwargs = (self.how.kwargs)(&config, request.guidance_scale.unwrap_or(self.how.guidance_scale));
-        let kwargs = kwargs.as_object().cloned().unwrap_or_default();
+        let asked = Asked {
+            folder: self.folder,
+            config: &config,
+            guidance_scale: request.guidance_scale.unwrap_or(self.how.guidance_scale),
+            images: request.images.len(),
+        };
+        let kind = ModelKind::of_adapter((self.how.adapter)(&asked))?;
+        check_images(kind, self.folder.kind()?.pictures.is_some(), request.images.len())?;
+        let kwargs = (self.how.kwargs)(&asked).as_object().cloned().unwrap_or_default();
         let adapter = (kind.new_adapter)(&kwargs)?;
         let patch = (kind.requirements)(&config, &kwargs)?.patch;
         let mut autoencoder = vae::load(&self.folder.part("vae")?, Some(DType::F32), &self.device)?;
@@ -277,10 +299,7 @@ impl<'a> Generator<'a> {
         let mut batches =
             self.conditioning(request, &noise, &kind.capabilities.data, settings.negative_prompt.as_deref())?;
         if !request.images.is_empty() {
-            let context = self.context(&*autoencoder, request)?;
-            for batch in [Some(&mut batches.positive), batches.negative.as_mut()].into_iter().flatten() {
-                batch.lists.insert("context_latents".into(), context.clone());
-            }
+            self.show(kind, &*autoencoder, request, &mut batches)?;
         }
         let mut streams = vec![noise];
         if let Some((_, audio)) = &sound {
@@ -291,7 +310,12 @@ impl<'a> Generator<'a> {
             streams.push(audio.clone());
         }
         let latents = self.denoise(&*adapter, &batches, (request, &settings), &streams, on_step)?;
-        let pixels = self.decode(&*autoencoder, &latents[0])?;
+        let mut film = latents[0].clone();
+        if self.how.keeps_first_frame && batches.task_type == TaskType::I2V {
+            let rest = film.narrow(2, 1, film.dim(2)? - 1)?;
+            film = Tensor::cat(&[&batches.positive.latents.narrow(2, 0, 1)?.to_dtype(rest.dtype())?, &rest], 2)?;
+        }
+        let pixels = self.decode(&*autoencoder, &film)?;
         let audio = match (&sound, latents.get(1)) {
             (Some((autoencoder, _)), Some(latents)) => Some(self.sound_waves(&**autoencoder, latents)?),
             _ => None,
@@ -337,7 +361,7 @@ impl<'a> Generator<'a> {
         patch: &[usize],
         data: &DataType,
     ) -> Result<Tensor> {
-        let edited = request.images.last().and_then(|image| image.pixels.dims().last_chunk::<2>().copied());
+        let edited = self.folder.kind()?.pictures.and_then(|pictures| pictures.size(request.images));
         let [height, width] = request.size.or(edited).unwrap_or(self.how.size);
         let film = *data == DataType::Video;
         let frames = if film { request.frames.unwrap_or(self.how.frames) } else { 1 };
@@ -413,29 +437,56 @@ impl<'a> Generator<'a> {
                 &*own
             }
         };
+        let seen: Vec<ConditionImage> = request.images.iter().filter(|image| image.seen.is_some()).cloned().collect();
         let batch = |prompt: &str| -> Result<Batch> {
             let mut batch = Batch::new(noise.clone(), data.clone());
-            let encoded = encoder.encode_with_images(&[prompt], request.images, request.max_sequence_length)?;
+            let encoded = encoder.encode_with_images(&[prompt], &seen, request.max_sequence_length)?;
             for (name, tensor) in encoded.into_iter().flatten() {
                 let all = [&[request.n], tensor.dims()].concat();
                 batch = batch.with(name, tensor.detach().unsqueeze(0)?.expand(&all)?);
             }
             Ok(batch)
         };
-        Ok(Conditioning { positive: batch(request.prompt)?, negative: negative.map(batch).transpose()? })
+        let negative = negative.map(batch).transpose()?;
+        Ok(Conditioning { positive: batch(request.prompt)?, negative, task_type: TaskType::T2V })
     }
 
-    /// Latents of the pictures to edit, each as often as pictures are made of them.
-    fn context(&self, autoencoder: &dyn Autoencoder, request: &Request<'_>) -> Result<Vec<Tensor>> {
-        let one = |image: &ConditionImage| -> Result<Tensor> {
-            let pixels = image.pixels.to_device(&self.device)?.unsqueeze(0)?;
-            let pixels = if autoencoder.has_frames() { pixels.unsqueeze(2)? } else { pixels };
-            let latents = autoencoder.normalise(&autoencoder.encode(&pixels)?.mean)?;
-            let latents = if autoencoder.has_frames() { latents.squeeze(2)? } else { latents };
+    /// Gives what the model is told its latents of the pictures, as often as films or pictures are made of them.
+    fn show(
+        &self,
+        kind: &ModelKind,
+        autoencoder: &dyn Autoencoder,
+        request: &Request<'_>,
+        batches: &mut Conditioning,
+    ) -> Result<()> {
+        let (images, device) = (request.images, &self.device);
+        let latent_frames = batches.positive.latents.dims()[2];
+        let for_each = |latents: Tensor| -> Result<Tensor> {
             let all = [&[request.n], &latents.dims()[1..]].concat();
             Ok(latents.expand(&all)?.to_dtype(self.dtype)?)
         };
-        request.images.iter().map(one).collect()
+        let mut add = |add: &dyn Fn(&mut Batch)| {
+            [Some(&mut batches.positive), batches.negative.as_mut()].into_iter().flatten().for_each(add);
+        };
+        if kind.takes(Condition::GivenFrames) {
+            let frames = whole_frames(autoencoder, request.frames.unwrap_or(self.how.frames));
+            let latents = for_each(given_frames(autoencoder, images, frames, device)?)?;
+            add(&|batch| drop(batch.tensors.insert("condition_latents".into(), latents.clone())));
+        } else if kind.takes(Condition::FirstFrame) {
+            if images.len() > 1 {
+                return Err(Error::config("image", "the first frame of the film alone", images.len()));
+            }
+            // The frames after it are noise, and not looked at here.
+            let first = for_each(given_frames(autoencoder, images, 1, device)?)?;
+            let latents = first.pad(2, 0, latent_frames - 1)?;
+            add(&|batch| batch.latents = latents.clone());
+            batches.task_type = TaskType::I2V;
+        } else {
+            let context = reference_latents(autoencoder, images, device)?;
+            let context = context.into_iter().map(for_each).collect::<Result<Vec<_>>>()?;
+            add(&|batch| drop(batch.lists.insert("context_latents".into(), context.clone())));
+        }
+        Ok(())
     }
 
     fn denoise(
@@ -461,7 +512,7 @@ impl<'a> Generator<'a> {
             }
             let Some((_, model)) = &loaded else { return Err(Error::config("transformer", "one", name)) };
             let sampling =
-                |batch| Sampling { adapter, model: model.get(), batch, task_type: TaskType::T2V, guidance: None };
+                |batch| Sampling { adapter, model: model.get(), batch, task_type: batches.task_type, guidance: None };
             let predict = |batch, more: &[(&str, Input)]| sampling(batch).predict(batch, x, step, more);
             let conditional = predict(&batches.positive, &[])?;
             let film = settings.true_cfg_scale.unwrap_or(1.0);
@@ -533,6 +584,27 @@ impl Loaded<'_> {
 struct Conditioning {
     positive: Batch,
     negative: Option<Batch>,
+    /// Whether a first frame is given among the latents.
+    task_type: TaskType,
+}
+
+/// Whether a pipeline and its model have a use for so many pictures.
+fn check_images(kind: &ModelKind, pictures: bool, images: usize) -> Result<()> {
+    let any = [Condition::GivenFrames, Condition::FirstFrame, Condition::ReferenceImages];
+    if images > 0 && !(pictures && any.into_iter().any(|condition| kind.takes(condition))) {
+        let expected = format!("none: the transformer of the adapter {} goes by words alone", kind.adapter);
+        return Err(Error::config("image", expected, images));
+    }
+    if images == 0 && kind.takes(Condition::GivenFrames) {
+        return Err(Error::config("image", "the first frame of the film, or the first and the last", "none"));
+    }
+    Ok(())
+}
+
+/// The fewest frames of a film with as many latent frames: those beyond are not seen.
+fn whole_frames(autoencoder: &dyn Autoencoder, frames: usize) -> usize {
+    let latent = |frames| latent_dims(autoencoder, 1, frames, [PROBE; 2])[2];
+    (1..=frames).rev().take_while(|fewer| latent(*fewer) == latent(frames)).last().unwrap_or(frames)
 }
 
 /// Parts of a pipeline.

@@ -6,6 +6,7 @@
 //! | `guidance` | how predictions are led away from others |
 //! | `chroma`, `flux`, `hunyuan_video`, `language`, `ltx2`, `qwen_image_edit`, `wan` | what prompts become in each family |
 //! | `part` | a text encoder with its tokenizer |
+//! | `pictures` | pictures that a pipeline goes by |
 
 mod chroma;
 mod flux;
@@ -16,6 +17,7 @@ mod known_prompts;
 mod language;
 mod ltx2;
 mod part;
+mod pictures;
 mod qwen_image_edit;
 mod wan;
 
@@ -28,17 +30,17 @@ use flowtape_flowmatch::sampler::{calculate_shift, compute_empirical_mu};
 use serde_json::{Value, json};
 
 use crate::text::{TextModel, Tokenizer, load};
-use crate::vision::qwen25_vl::Grid;
 use crate::{Error, Result};
 
 pub use chroma::ChromaPrompts;
 pub use flux::FluxPrompts;
-pub use generate::{Generated, Generation, Generator, Request, Settings, Waveform};
+pub use generate::{Asked, Generated, Generation, Generator, Request, Settings, Waveform};
 pub use guidance::SoundGuidance;
 pub use hunyuan_video::{HunyuanPrompts, glyph_text};
 pub use known_prompts::KnownPrompts;
 pub use language::{FLUX2, FLUX2_KLEIN, LanguagePrompts, QWEN_IMAGE, States, Template, Z_IMAGE};
 pub use ltx2::LTX2Prompts;
+pub use pictures::{ConditionImage, Pictures, SeenImage, given_frames, reference_latents};
 pub use qwen_image_edit::QwenImageEditPrompts;
 pub use wan::{WanPrompts, clean_prompt};
 
@@ -82,17 +84,6 @@ pub trait PromptEncoder: Send + Sync {
     }
 }
 
-/// A picture that a pipeline edits.
-#[derive(Clone, Debug)]
-pub struct ConditionImage {
-    /// `[3, H, W]` from -1 to 1, for the autoencoder.
-    pub pixels: Tensor,
-    /// Flattened patches for the text encoder.
-    pub patches: Tensor,
-    /// How many of them along frames, rows and columns.
-    pub grid: Grid,
-}
-
 /// The tensors of one prompt by name.
 pub type Encoded = BTreeMap<&'static str, Tensor>;
 
@@ -108,6 +99,8 @@ pub struct PipelineKind {
     pub prompt_parts: &'static [&'static str],
     /// Loads them.
     pub prompts: NewPromptEncoder,
+    /// What it makes of pictures, where it takes any.
+    pub pictures: Option<Pictures>,
     /// How pictures are made of them.
     pub generation: Generation,
 }
@@ -118,8 +111,9 @@ pub const PIPELINES: &[PipelineKind] = &[
         class: "FluxPipeline",
         prompt_parts: TWO_MODELS,
         prompts: |folder, device| Ok(Box::new(FluxPrompts::load(folder, device)?)),
+        pictures: None,
         generation: Generation {
-            adapter: "flux",
+            adapter: |_| "flux",
             kwargs: tell_guidance,
             steps: 28,
             guidance_scale: 3.5,
@@ -132,15 +126,23 @@ pub const PIPELINES: &[PipelineKind] = &[
         class: "Flux2Pipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, FLUX2, device)?)),
-        generation: Generation { adapter: "flux2", kwargs: tell_guidance, guidance_scale: 4.0, told: true, ..PICTURE },
+        pictures: Some(Pictures::References),
+        generation: Generation {
+            adapter: flux2_adapter,
+            kwargs: tell_guidance,
+            guidance_scale: 4.0,
+            told: true,
+            ..PICTURE
+        },
     },
     PipelineKind {
         class: "Flux2KleinPipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, FLUX2_KLEIN, device)?)),
+        pictures: Some(Pictures::References),
         generation: Generation {
-            adapter: "flux2",
-            kwargs: |_, _| json!({"use_guidance_embeds": false}),
+            adapter: flux2_adapter,
+            kwargs: |_| json!({"use_guidance_embeds": false}),
             guidance_scale: 4.0,
             negative_prompt: Some(""),
             ..PICTURE
@@ -150,8 +152,9 @@ pub const PIPELINES: &[PipelineKind] = &[
         class: "ChromaPipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(ChromaPrompts::load(folder, device)?)),
+        pictures: None,
         generation: Generation {
-            adapter: "chroma",
+            adapter: |_| "chroma",
             steps: 35,
             guidance_scale: 5.0,
             negative_prompt: Some(""),
@@ -163,8 +166,9 @@ pub const PIPELINES: &[PipelineKind] = &[
         class: "QwenImagePipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, QWEN_IMAGE, device)?)),
+        pictures: None,
         generation: Generation {
-            adapter: "qwen_image",
+            adapter: |_| "qwen_image",
             guidance_scale: 4.0,
             keeps_norm: true,
             mu: |tokens, _, config| calculate_shift(tokens, config),
@@ -175,8 +179,9 @@ pub const PIPELINES: &[PipelineKind] = &[
         class: "QwenImageEditPlusPipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(QwenImageEditPrompts::load(folder, device)?)),
+        pictures: Some(Pictures::Seen),
         generation: Generation {
-            adapter: "qwen_image_edit",
+            adapter: |_| "qwen_image_edit",
             steps: 40,
             guidance_scale: 4.0,
             keeps_norm: true,
@@ -188,24 +193,31 @@ pub const PIPELINES: &[PipelineKind] = &[
         class: "WanPipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(WanPrompts::load(folder, device)?)),
+        pictures: Some(Pictures::Frames),
+        generation: Generation { adapter: |asked| wan_adapter(asked, "simple"), ..WAN },
+    },
+    PipelineKind {
+        class: "WanImageToVideoPipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(WanPrompts::load(folder, device)?)),
+        pictures: Some(Pictures::Frames),
         generation: Generation {
-            adapter: "simple",
-            size: [480, 832],
-            frames: 81,
-            fps: 16.0,
-            guidance_scale: 5.0,
-            negative_prompt: Some(""),
-            own_levels: true,
-            ..PICTURE
+            adapter: |asked| wan_adapter(asked, "wan_i2v"),
+            kwargs: |asked| match wan_adapter(asked, "wan_i2v") {
+                "wan_i2v" => json!({"last_image": asked.images > 1}),
+                _ => json!({}),
+            },
+            ..WAN
         },
     },
     PipelineKind {
         class: "HunyuanVideo15Pipeline",
         prompt_parts: TWO_MODELS,
         prompts: |folder, device| Ok(Box::new(HunyuanPrompts::load(folder, device)?)),
+        pictures: None,
         generation: Generation {
-            adapter: "hunyuan",
-            kwargs: |config, _| json!({"default_image_embed_shape": [SEMANTIC_TOKENS, config["image_embed_dim"]]}),
+            adapter: |_| "hunyuan",
+            kwargs: |asked| json!({"default_image_embed_shape": [SEMANTIC_TOKENS, asked.config["image_embed_dim"]]}),
             size: [480, 832],
             frames: 121,
             guidance_scale: 6.0,
@@ -217,8 +229,9 @@ pub const PIPELINES: &[PipelineKind] = &[
         class: "LTX2Pipeline",
         prompt_parts: &["tokenizer", "text_encoder", "connectors"],
         prompts: |folder, device| Ok(Box::new(LTX2Prompts::load(folder, device)?)),
+        pictures: None,
         generation: Generation {
-            adapter: "ltx2",
+            adapter: |_| "ltx2",
             size: [512, 768],
             frames: 121,
             steps: 30,
@@ -232,8 +245,9 @@ pub const PIPELINES: &[PipelineKind] = &[
         class: "ZImagePipeline",
         prompt_parts: ONE_MODEL,
         prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, Z_IMAGE, device)?)),
+        pictures: None,
         generation: Generation {
-            adapter: "z_image",
+            adapter: |_| "z_image",
             guidance_scale: 5.0,
             cfg: |scale| scale + 1.0,
             negative_prompt: Some(""),
@@ -250,14 +264,37 @@ const TWO_MODELS: &[&str] = &["tokenizer", "text_encoder", "tokenizer_2", "text_
 const SEMANTIC_TOKENS: usize = 729;
 
 /// The arguments of an adapter that tells its model a scale of guidance, where the model embeds one.
-fn tell_guidance(config: &Value, scale: f64) -> Value {
-    json!({"guidance_scale": scale, "use_guidance_embeds": config["guidance_embeds"].as_bool().unwrap_or(false)})
+fn tell_guidance(asked: &Asked<'_>) -> Value {
+    let embeds = asked.config["guidance_embeds"].as_bool().unwrap_or(false);
+    json!({"guidance_scale": asked.guidance_scale, "use_guidance_embeds": embeds})
 }
+
+/// FLUX.2's, with reference images or without.
+fn flux2_adapter(asked: &Asked<'_>) -> &'static str {
+    if asked.images > 0 { "flux2_edit" } else { "flux2" }
+}
+
+/// Of a folder of TI2V the one in which each token has a time, whatever the pipeline's class.
+fn wan_adapter(asked: &Asked<'_>, other: &'static str) -> &'static str {
+    if asked.folder.flag("expand_timesteps") { "wan_ti2v" } else { other }
+}
+
+/// What Wan's pipelines have in common.
+const WAN: Generation = Generation {
+    size: [480, 832],
+    frames: 81,
+    fps: 16.0,
+    guidance_scale: 5.0,
+    negative_prompt: Some(""),
+    own_levels: true,
+    keeps_first_frame: true,
+    ..PICTURE
+};
 
 /// What most pipelines of pictures have in common.
 const PICTURE: Generation = Generation {
-    adapter: "",
-    kwargs: |_, _| json!({}),
+    adapter: |_| "",
+    kwargs: |_| json!({}),
     size: [1024; 2],
     frames: 1,
     fps: 24.0,
@@ -269,6 +306,7 @@ const PICTURE: Generation = Generation {
     keeps_norm: false,
     mu: |tokens, steps, _| compute_empirical_mu(tokens, steps),
     own_levels: false,
+    keeps_first_frame: false,
 };
 
 impl PipelineFolder {
@@ -313,6 +351,11 @@ impl PipelineFolder {
             let what = format!("_class_name: expected one of {}, got {}", names.join(", "), self.class);
             EngineError::Format { path: self.path.join(MODEL_INDEX), what }.into()
         })
+    }
+
+    /// Whether a part is there, such as an `image_encoder` that only some pipelines of a class have.
+    pub fn has(&self, part: &str) -> bool {
+        self.parts.contains_key(part)
     }
 
     /// The folder of a part, such as `vae`.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use flowtape_engine::{DType, Device, Tensor};
 
-use super::{ConditionImage, Encoded, PipelineFolder, PromptEncoder};
+use super::{ConditionImage, Encoded, PipelineFolder, PromptEncoder, SeenImage};
 use crate::text::Tokenizer;
 use crate::vision::{Positions, Qwen25VL};
 use crate::{Error, Result};
@@ -48,11 +48,11 @@ impl QwenImageEditPrompts {
     /// When the tokenizer fails.
     pub fn tokens(&self, prompt: &str, images: &[ConditionImage]) -> Result<Vec<u32>> {
         let merge = self.model.visual().merge_size().pow(2);
-        let picture = |(i, image): (usize, &ConditionImage)| {
+        let picture = |(i, image): (usize, &SeenImage)| {
             let pads = IMAGE_PAD.repeat(image.grid.iter().product::<usize>() / merge);
             format!("Picture {}: <|vision_start|>{pads}<|vision_end|>", i + 1)
         };
-        let pictures: String = images.iter().enumerate().map(picture).collect();
+        let pictures: String = images.iter().filter_map(|image| image.seen.as_ref()).enumerate().map(picture).collect();
         self.tokenizer.encode(&format!("{BEFORE}{pictures}{prompt}{AFTER}"), false)
     }
 }
@@ -69,16 +69,17 @@ impl PromptEncoder for QwenImageEditPrompts {
         images: &[ConditionImage],
         _: Option<usize>,
     ) -> Result<Vec<Encoded>> {
-        if images.is_empty() {
+        let seen: Vec<&SeenImage> = images.iter().filter_map(|image| image.seen.as_ref()).collect();
+        if seen.is_empty() {
             return self.encode(prompts, None).map(|_| Vec::new());
         }
         let patches: Vec<Tensor> =
-            images.iter().map(|image| image.patches.to_device(&self.device)).collect::<flowtape_engine::Result<_>>()?;
-        let grids: Vec<_> = images.iter().map(|image| image.grid).collect();
-        let seen = self.model.visual().forward(&Tensor::cat(&patches.iter().collect::<Vec<_>>(), 0)?, &grids)?;
+            seen.iter().map(|image| image.values.to_device(&self.device)).collect::<flowtape_engine::Result<_>>()?;
+        let grids: Vec<_> = seen.iter().map(|image| image.grid).collect();
+        let tokens = self.model.visual().forward(&Tensor::cat(&patches.iter().collect::<Vec<_>>(), 0)?, &grids)?;
         let one = |prompt: &&str| -> Result<Encoded> {
             let ids = self.tokens(prompt, images)?;
-            let states = self.model.forward(&ids, &seen.merged, &grids, Positions::Plain)?.last_hidden_state;
+            let states = self.model.forward(&ids, &tokens.merged, &grids, Positions::Plain)?.last_hidden_state;
             let start = TEMPLATE_TOKENS.min(ids.len());
             let text = states.squeeze(0)?.narrow(0, start, ids.len() - start)?;
             let mask = Tensor::ones(&[text.dim(0)?], DType::F32, &self.device)?;

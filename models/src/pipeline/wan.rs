@@ -1,28 +1,53 @@
-//! The texts of diffusers' `WanPipeline`.
+//! The texts of diffusers' `WanPipeline` and `WanImageToVideoPipeline`.
 
 use std::collections::BTreeMap;
 
-use flowtape_engine::Device;
+use flowtape_engine::{Device, Tensor};
 
 use super::part::Part;
-use super::{Encoded, PipelineFolder, PromptEncoder};
-use crate::Result;
+use super::{ConditionImage, Encoded, PipelineFolder, PromptEncoder, SeenImage};
+use crate::vision::CLIPVisionModel;
+use crate::{Error, Result};
+
+/// The part that sees given frames.
+pub(super) const IMAGE_ENCODER: &str = "image_encoder";
 
 /// The length of texts where none is asked for.
 const MAX_SEQUENCE_LENGTH: usize = 512;
 
 /// UMT5, which is told where a text ends; what stands after it is zero, and the transformer attends to it.
 ///
-/// Gives `text_embeddings` `[T, D]`.
-pub struct WanPrompts(Part);
+/// Gives `text_embeddings` `[T, D]`, and of the given frames that CLIP sees (Wan 2.1) `image_embeds` `[N, E]`: its states before the last
+/// layer, one frame behind the other.
+pub struct WanPrompts {
+    text: Part,
+    image_encoder: Option<CLIPVisionModel>,
+}
 
 impl WanPrompts {
-    /// Loads the text encoder of a pipeline.
+    /// Loads the text encoder of a pipeline, and its image encoder where it has one.
     ///
     /// # Errors
     /// When a part is missing or broken.
     pub fn load(folder: &PipelineFolder, device: &Device) -> Result<Self> {
-        Ok(Self(Part::load(folder, "", MAX_SEQUENCE_LENGTH, device)?))
+        let encoder = folder.has(IMAGE_ENCODER).then(|| folder.part(IMAGE_ENCODER)).transpose()?;
+        Ok(Self {
+            text: Part::load(folder, "", MAX_SEQUENCE_LENGTH, device)?,
+            image_encoder: encoder.map(|path| CLIPVisionModel::load(&path, None, device)).transpose()?,
+        })
+    }
+
+    fn image_embeds(&self, images: &[ConditionImage]) -> Result<Tensor> {
+        let seen: Vec<&SeenImage> = images.iter().filter_map(|image| image.seen.as_ref()).collect();
+        let model = self.image_encoder.as_ref();
+        let model = model.ok_or_else(|| Error::config(IMAGE_ENCODER, "a part of the pipeline", "none"))?;
+        let values: Vec<Tensor> = seen
+            .iter()
+            .map(|image| image.values.to_device(&self.text.device))
+            .collect::<flowtape_engine::Result<_>>()?;
+        let states = model.forward(&Tensor::stack(&values.iter().collect::<Vec<_>>(), 0)?)?;
+        let state = states.iter().nth_back(1).ok_or_else(|| Error::config(IMAGE_ENCODER, "at least one layer", 0))?;
+        Ok(state.flatten(0, 1)?)
     }
 }
 
@@ -40,10 +65,24 @@ impl PromptEncoder for WanPrompts {
     fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>> {
         let length = max_sequence_length.unwrap_or(MAX_SEQUENCE_LENGTH);
         let one = |prompt: &&str| -> Result<Encoded> {
-            let (output, valid) = self.0.run_masked(&clean_prompt(prompt), length)?;
+            let (output, valid) = self.text.run_masked(&clean_prompt(prompt), length)?;
             let text = output.last_hidden_state.squeeze(0)?.narrow(0, 0, valid)?;
             Ok(BTreeMap::from([("text_embeddings", text.pad(0, 0, length - valid)?)]))
         };
         prompts.iter().map(one).collect()
+    }
+
+    fn encode_with_images(
+        &self,
+        prompts: &[&str],
+        images: &[ConditionImage],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Vec<Encoded>> {
+        let mut all = self.encode(prompts, max_sequence_length)?;
+        if !images.is_empty() {
+            let embeds = self.image_embeds(images)?;
+            all.iter_mut().for_each(|one| drop(one.insert("image_embeds", embeds.clone())));
+        }
+        Ok(all)
     }
 }

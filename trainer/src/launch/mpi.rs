@@ -48,7 +48,7 @@ struct Job {
 }
 
 enum What {
-    Collective(Collective),
+    Collective(Box<Collective>),
     Barrier,
     /// Makes a group of the ranks with this color.
     Split(usize),
@@ -143,7 +143,7 @@ impl Comm for Mpi {
     }
 
     fn start(&self, collective: Collective) -> EngineResult<Box<dyn Work>> {
-        Ok(Box::new(self.ask(What::Collective(collective))?))
+        Ok(Box::new(self.ask(What::Collective(Box::new(collective)))?))
     }
 
     fn barrier(&self) -> EngineResult<()> {

@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, Result};
+
 /// Gradient clipping.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -67,17 +69,39 @@ impl StepScheduler {
         (self.global_batch_size() / self.local_batch_size.max(1)).max(1)
     }
 
+    /// The same where so many ranks take turns in the batches: a step has at least one of each.
+    ///
+    /// # Errors
+    /// When its batches do not share out.
+    pub fn on_ranks(&self, ranks: usize) -> Result<Self> {
+        let all = self.local_batch_size.saturating_mul(ranks);
+        let global = self.global_batch_size.unwrap_or(all);
+        if ranks == 1 {
+            return Ok(self.clone());
+        }
+        if global.is_multiple_of(all.max(1)) && global > 0 {
+            return Ok(Self { global_batch_size: Some(global), ..self.clone() });
+        }
+        let local = self.local_batch_size;
+        let what = format!(
+            "step_scheduler.global_batch_size: expected a multiple of {all}, the local_batch_size ({local}) on {ranks} ranks, got {global}"
+        );
+        Err(Error::Run { path: "recipe".into(), what })
+    }
+
     /// The same with `max_steps` as a number of samples decides it, where `num_epochs` is given. An epoch ends with what is left of
     /// its samples, or goes on into the next one's.
     #[must_use]
-    pub fn resolved(&self, samples: usize, drop_last: bool) -> Self {
+    pub fn resolved(&self, samples: usize, drop_last: bool, ranks: usize) -> Self {
         let Some(epochs) = self.num_epochs else { return self.clone() };
-        let (samples, local) = (samples as u64, self.local_batch_size.max(1) as u64);
+        // At a cursor all ranks take a batch.
+        let local = self.local_batch_size.saturating_mul(ranks).max(1) as u64;
+        let samples = samples as u64;
         // Each epoch begins so many batches, or one more; its last group may be smaller.
         let fewer = samples / local;
         let all = if drop_last { epochs.saturating_mul(fewer) } else { epochs.saturating_mul(samples).div_ceil(local) };
         let longer = all - epochs.saturating_mul(fewer).min(all);
-        let groups = |batches: u64| batches.div_ceil(self.micro_batches() as u64);
+        let groups = |batches: u64| batches.div_ceil((self.micro_batches() / ranks).max(1) as u64);
         let shorter = (epochs - longer.min(epochs)).saturating_mul(groups(fewer));
         let steps = shorter.saturating_add(longer.saturating_mul(groups(fewer + 1))).max(1);
         let max_steps = if self.max_steps == 0 { steps } else { self.max_steps.min(steps) };

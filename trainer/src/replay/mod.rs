@@ -15,7 +15,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use flowtape_data::{Loaded, MemorySource, Sample, Text};
+use flowtape_data::{Loaded, MemorySource, Rank, Sample, Text};
 use flowtape_engine::non_finite::{FirstNonFinite, is_bad};
 use flowtape_engine::{Device, GradientSink, Tensor, VarId};
 use serde::{Deserialize, Serialize};
@@ -25,7 +25,7 @@ use crate::checkpoints::{partial, remove, sync};
 use crate::data::Data;
 use crate::error::io;
 use crate::run::quoted;
-use crate::trainer::{Trainer, draws_of};
+use crate::trainer::Trainer;
 use crate::{Error, Recipe, Result, builtin};
 
 const RECIPE: &str = "recipe.yaml";
@@ -143,6 +143,7 @@ fn find(
     step: u64,
     parts: &[Loaded],
     names: &[Vec<String>],
+    rank: Rank,
 ) -> Result<Finding> {
     let mut finding = Finding { step, samples: Vec::new(), weight: None, gradient: None, op: None };
     for param in trainer.model().params().iter() {
@@ -151,9 +152,9 @@ fn find(
             break;
         }
     }
-    let (mut forward, mut draws) = (trainer.forward_of(step - 1), draws_of(trainer.recipe(), step - 1));
+    let mut forward = trainer.forward_of(step - 1, rank);
     for (part, names) in parts.iter().zip(names) {
-        let (tape, output) = forward.step(&trainer.collate(part)?, &mut draws)?;
+        let (tape, output) = forward.step(&trainer.collate(part)?, None)?;
         let losses = output.weighted_loss();
         let losses = losses.mean(&(1..losses.rank()).collect::<Vec<_>>(), false)?.to_vec::<f64>()?;
         let all =
@@ -196,9 +197,10 @@ pub(crate) fn write(trainer: &Trainer, step: u64, parts: &[Loaded], path: &Path)
         let names =
             parts.iter().map(|part| part.plan.picks.iter().map(|pick| trainer.sample_name(pick.index)).collect());
         let names: Vec<Vec<String>> = names.collect();
-        let finding = again(&partial, trainer.device(), Some(trainer.data()), step, &names)?;
+        let rank = trainer.rank();
+        let finding = again(&partial, trainer.device(), Some(trainer.data()), step, &names, rank)?;
         let path = partial.join(FINDING);
-        let text = serde_json::json!({ "finding": finding, "names": names });
+        let text = serde_json::json!({ "finding": finding, "names": names, "rank": [rank.index, rank.count] });
         std::fs::write(&path, format!("{text:#}\n")).map_err(io(&path))?;
         Ok(finding)
     };
@@ -213,10 +215,19 @@ pub(crate) fn write(trainer: &Trainer, step: u64, parts: &[Loaded], path: &Path)
 }
 
 /// Runs the step of a bundle's folder on a device that is listened to.
-fn again(bundle: &Path, device: &Device, data: Option<&Data>, step: u64, names: &[Vec<String>]) -> Result<Finding> {
+fn again(
+    bundle: &Path,
+    device: &Device,
+    data: Option<&Data>,
+    step: u64,
+    names: &[Vec<String>],
+    rank: Rank,
+) -> Result<Finding> {
     let mut recipe = Recipe::load(&bundle.join(RECIPE), &[])?;
     (recipe.validation, recipe.ema) = (None, None);
     recipe.performance.check_loss = false;
+    // The batches of one rank are run again by one alone.
+    recipe.step_scheduler.global_batch_size = None;
     let parts = samples::read(bundle)?;
     let first = FirstNonFinite::default();
     let device = first.device(device);
@@ -235,7 +246,7 @@ fn again(bundle: &Path, device: &Device, data: Option<&Data>, step: u64, names: 
     trainer.load_weights(&bundle.join(WEIGHTS))?;
     // What was made so far is not the step's.
     first.reset();
-    find(&trainer, &first, step, &parts, names)
+    find(&trainer, &first, step, &parts, names, rank)
 }
 
 /// What a bundle came to when it is run again.
@@ -251,6 +262,13 @@ pub struct Replayed {
 struct Written {
     finding: Finding,
     names: Vec<Vec<String>>,
+    /// Index and count.
+    #[serde(default = "alone")]
+    rank: (u64, u64),
+}
+
+fn alone() -> (u64, u64) {
+    (Rank::ALONE.index, Rank::ALONE.count)
 }
 
 /// Runs the step of a bundle again, on its recipe's device or another.
@@ -264,11 +282,11 @@ pub fn replay(bundle: &Path, device: Option<&str>) -> Result<Replayed> {
         return Err(Error::Run { path: bundle.into(), what });
     }
     let text = std::fs::read(&path).map_err(io(&path))?;
-    let Written { finding: before, names } =
+    let Written { finding: before, names, rank: (index, count) } =
         serde_json::from_slice(&text).map_err(|e| Error::Run { path, what: format!("not a finding: {e}") })?;
     let recipe = Recipe::load(&bundle.join(RECIPE), &[])?;
     let device = flowtape_gpu::device(device.unwrap_or(&recipe.device))?;
-    let finding = again(bundle, &device, None, before.step, &names)?;
+    let finding = again(bundle, &device, None, before.step, &names, Rank { index, count })?;
     Ok(Replayed { finding, before })
 }
 

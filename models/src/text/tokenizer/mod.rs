@@ -163,7 +163,10 @@ impl Tokenizer {
             return Err(format_error(folder, what).into());
         };
         let tokenizer = tokenizers::Tokenizer::from_bytes(&described);
-        let tokenizer = tokenizer.map_err(|e| format_error(folder, format!("its tokenizer does not load: {e}")))?;
+        let mut tokenizer = tokenizer.map_err(|e| format_error(folder, format!("its tokenizer does not load: {e}")))?;
+        // A file keeps how it was last asked to cut and pad, which says nothing of the next text.
+        let uncut = tokenizer.with_truncation(None);
+        uncut.map_err(|e| format_error(folder, e))?.with_padding(None);
         let pad = config.pad_token.as_ref().and_then(|token| tokenizer.token_to_id(&token.content));
         Ok(Self { kind: Kind::Pieces(Box::new(tokenizer)), config, pad, folder: folder.into() })
     }

@@ -57,6 +57,9 @@ pub struct FolderConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 16_384))]
     pub frames: Option<usize>,
+    /// Whether the last frame of a film is given to the model beside the first: for Wan's image-to-video.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub last_frame: bool,
     /// Whether films of other kinds go through an `ffmpeg` of this machine.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ffmpeg: bool,
@@ -100,7 +103,8 @@ impl FolderConfig {
         let read = ReadOptions { background: Some(self.background), ..ReadOptions::default() };
         let pictures = PictureOptions { quantization: self.quantization, max_pixels: self.max_pixels, read };
         let pipeline = PipelineFolder::open(&self.pipeline)?;
-        Ok(Preprocess { pipeline, pictures, frames: self.frames, ffmpeg: self.ffmpeg, workers })
+        let (frames, last_frame, ffmpeg) = (self.frames, self.last_frame, self.ffmpeg);
+        Ok(Preprocess { pipeline, pictures, frames, last_frame, ffmpeg, workers })
     }
 
     /// Encodes what the cache does not have yet.

@@ -1,0 +1,195 @@
+//! Several ranks train as one with as many micro-batches: the same bits, whatever is trained, also where their number changes.
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use flowtape_engine::Device;
+use flowtape_engine::comm::{Comm, Threads};
+use flowtape_engine::safetensors::SafeTensors;
+use flowtape_trainer::hooks::{Event, Hook, on_step};
+use flowtape_trainer::run::RunFolder;
+use flowtape_trainer::train::{Resume, Session, Summary, resume_among, train, train_among};
+use flowtape_trainer::{Error, Recipe, Result};
+
+use crate::common::{files, small};
+
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+const MORE: [&str; 4] = [
+    "step_scheduler={local_batch_size: 4, global_batch_size: 16, max_steps: 5, ckpt_every_steps: 2}",
+    "data.caption_dropout_prob=0.3",
+    "ema={decay: 0.9}",
+    "validation={num_samples: 5, every_steps: 2}",
+];
+
+/// What `work` comes to on each of so many ranks.
+fn on_ranks<T: Send>(world: usize, work: impl Fn(&Arc<dyn Comm>) -> Result<T> + Sync) -> Vec<Result<T>> {
+    Threads::run(world, &Device::cpu(), |comm| work(&comm))
+}
+
+fn trained(world: usize, recipe: &Recipe) -> Vec<Summary> {
+    let all = on_ranks(world, |comm| train_among(comm, &Device::cpu(), recipe, Vec::new(), &NEVER));
+    all.into_iter().map(|done| done.unwrap()).collect()
+}
+
+/// Whether the last checkpoints of two runs have the same bytes.
+fn assert_same(a: &Path, b: &Path, what: &str) {
+    let (a, b) = (files(a), files(b));
+    assert!(a.len() >= 2 && a.iter().map(|(path, _)| path).eq(b.iter().map(|(path, _)| path)), "{what}");
+    for ((path, a), (_, b)) in a.iter().zip(&b) {
+        assert!(a == b, "{what}: {} differs", path.display());
+    }
+}
+
+/// Trains with four micro-batches on one rank, and with one on each of four; and with two each.
+fn same_on_all(name: &str, folder: &Path, recipe: impl Fn(&Path, usize) -> Recipe) {
+    for world in [2, 4] {
+        let [one, several] = ["one", "several"].map(|part| folder.join(format!("{name}_{world}_{part}")));
+        let alone = train(&recipe(&one, world), Vec::new(), &NEVER).unwrap();
+        let all = trained(world, &recipe(&several, world));
+        assert_same(&one, &several, &format!("{name} on {world} ranks"));
+        // All know the mean loss of all.
+        assert!(all.iter().all(|rank| (rank.steps, rank.final_loss) == (alone.steps, alone.final_loss)), "{all:?}");
+        let records = |run: &Path| RunFolder::open(run).unwrap().0.history(5);
+        for (a, b) in records(&one).iter().zip(records(&several)) {
+            let told =
+                |r: &flowtape_trainer::StepRecord| (r.step, r.epoch, r.loss, r.grad_norm, r.lr, r.by_sigma.clone());
+            assert_eq!(told(a), told(&b), "{name} on {world} ranks");
+        }
+    }
+}
+
+#[test]
+fn ranks_have_the_bits_of_as_many_micro_batches_on_one() {
+    let folder = tempfile::tempdir().unwrap();
+    for dtype in ["f32", "bf16", "mixed", "mixed_f16"] {
+        for clip in ["clip_grad_norm=null", "clip_grad_norm={max_norm: 0.1}"] {
+            let dtype_is = format!("dtype={dtype}");
+            let recipe = |run: &Path, world: usize| {
+                let batch = format!("step_scheduler.global_batch_size={}", 4 * world);
+                small(run, &[&MORE[..], &[&dtype_is, clip, &batch]].concat())
+            };
+            same_on_all(&format!("{dtype}_{}", clip.len()), folder.path(), recipe);
+        }
+    }
+}
+
+#[test]
+fn adapters_have_the_bits_of_one_rank_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    train(&small(&base, &[]), Vec::new(), &NEVER).unwrap();
+    let model = format!("model={{pretrained_model_name_or_path: {}}}", base.display());
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/digits.yaml");
+    let lora = |run: &Path, world: usize| {
+        let run = format!("run_dir={}", run.display());
+        let batch = format!("step_scheduler.global_batch_size={}", 4 * world);
+        let own = [
+            &model,
+            &run,
+            "peft={dim: 4, alpha: 8, dropout: 0.2, target_modules: ['*attn.*']}",
+            "sampling.every_steps=0",
+            "sampling.num_inference_steps=1",
+            "sampling.guidance_scale=1",
+            "report=null",
+        ];
+        let batch = &*batch;
+        let all = own.iter().chain(&MORE).chain([&batch]);
+        Recipe::load(&path, &all.map(|s| (*s).to_owned()).collect::<Vec<_>>()).unwrap()
+    };
+    same_on_all("lora", folder.path(), lora);
+}
+
+/// All numbers of the weights of the last checkpoint.
+fn weights(run: &Path) -> Vec<f64> {
+    let file = SafeTensors::open(run.join("checkpoints/LATEST/diffusion_pytorch_model.safetensors")).unwrap();
+    let values = |name: String| file.get(&name, &Device::cpu(), None).unwrap().to_vec::<f64>().unwrap();
+    file.names().into_iter().flat_map(values).collect()
+}
+
+/// Each part of a run is stopped by the rank that comes last, after some steps, and the next one has other ranks. A step of
+/// four ranks has the bits of four micro-batches on one; two ranks add up their own two first, so theirs are near (the same where
+/// sums of halves in f32 round nothing).
+#[test]
+fn a_run_goes_on_with_another_number_of_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let steps = "step_scheduler={local_batch_size: 4, global_batch_size: 16, max_steps: 18, ckpt_every_steps: 0}";
+    let recipe = |run: &Path| small(run, &[&MORE[1..], &["dtype=mixed", steps]].concat());
+    let whole = folder.path().join("whole");
+    trained(4, &recipe(&whole));
+    let open = |_: &str| Ok(Device::cpu());
+    for worlds in [[1, 4, 1, 4], [1, 2, 4, 1]] {
+        let run = folder.path().join(format!("{worlds:?}"));
+        for (i, world) in worlds.into_iter().enumerate() {
+            let (stop, until) = (AtomicBool::new(false), if i < 3 { 3 * (i as u64 + 1) } else { u64::MAX });
+            let done = on_ranks(world, |comm| {
+                let told = on_step(|record| stop.store(record.step + 1 >= until, Ordering::Relaxed));
+                let hooks = if comm.rank() == 0 { vec![told] } else { Vec::new() };
+                let asked = if comm.rank() + 1 == world { &stop } else { &NEVER };
+                match i {
+                    0 => train_among(comm, &Device::cpu(), &recipe(&run), hooks, asked),
+                    _ => resume_among(comm, &open, &run, &Resume::default(), hooks, asked),
+                }
+            });
+            let done: Vec<Summary> = done.into_iter().map(|done| done.unwrap()).collect();
+            let steps = done[0].steps;
+            assert!(done.iter().all(|d| d.steps == steps && d.interrupted == (i < 3)), "{worlds:?}: {done:?}");
+            assert!(if i < 3 { (until - 1..=until + 4).contains(&steps) } else { steps == 18 }, "{steps} of {until}");
+        }
+        if worlds.contains(&2) {
+            let apart = weights(&whole).iter().zip(weights(&run)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(apart < 1e-3, "{apart}");
+        } else {
+            assert_same(&whole, &run, "1, 4, 1 and 4 ranks");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_fails_stops_all_and_the_last_checkpoint_is_good() {
+    struct Fails;
+    impl Hook for Fails {
+        fn on(&mut self, event: &Event<'_>, run: &mut Session<'_>) -> Result<()> {
+            match event {
+                Event::Step(record) if record.step == 4 => {
+                    Err(Error::Run { path: run.folder().path().into(), what: "the disk went up in smoke".into() })
+                }
+                _ => Ok(()),
+            }
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let recipe = small(&run, &MORE);
+    let done = on_ranks(4, |comm| {
+        let hooks: Vec<Box<dyn Hook>> = if comm.rank() == 0 { vec![Box::new(Fails)] } else { Vec::new() };
+        train_among(comm, &Device::cpu(), &recipe, hooks, &NEVER)
+    });
+    for (rank, done) in done.into_iter().enumerate() {
+        let error = done.unwrap_err().to_string();
+        assert!(error.contains("up in smoke") && (rank == 0 || error.contains("rank 0")), "{error}");
+    }
+    let checkpoint = RunFolder::open(&run).unwrap().0.checkpoints().newest_whole().unwrap();
+    assert!(checkpoint.ends_with("step_000002"), "{checkpoint:?}");
+}
+
+#[test]
+fn what_ranks_can_not_share_out_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let recipe = small(&run, &["step_scheduler.global_batch_size=8"]);
+    let done = on_ranks(4, |comm| train_among(comm, &Device::cpu(), &recipe, Vec::new(), &NEVER));
+    for done in done {
+        let error = done.unwrap_err().to_string();
+        assert!(error.contains("expected a multiple of 16, the local_batch_size (4) on 4 ranks, got 8"), "{error}");
+    }
+    assert!(!run.exists());
+    // What is left out means one batch of each.
+    let recipe = small(&run, &["step_scheduler.global_batch_size=null", "step_scheduler.max_steps=1"]);
+    trained(2, &recipe);
+    assert_eq!(RunFolder::open(&run).unwrap().1.global_batch_size(), 8);
+}
