@@ -104,37 +104,40 @@ fn ranks_of_mpi_come_to_the_bits_of_one() {
     }
 }
 
-/// A rank that is killed ends all within a minute, and what was saved is good.
+/// A rank that is killed or hangs ends all within a minute, and what was saved is good.
 #[cfg(feature = "mpi")]
 #[test]
-fn a_rank_that_is_killed_ends_all_and_the_last_checkpoint_is_good() {
+fn a_rank_that_is_gone_ends_all_and_the_last_checkpoint_is_good() {
+    use std::process::Stdio;
     use std::time::{Duration, Instant};
     let folder = tempfile::tempdir().unwrap();
-    let run = folder.path().join("run");
-    let long = ["--set", "step_scheduler.max_steps=100000", "--set", "sampling.every_steps=100000"];
-    let mut job = mpirun("4", &run, &shared(SIZES[1].1, &long));
-    let job = job.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    let end = Instant::now() + Duration::from_secs(120);
-    while !run.join("checkpoints/LATEST").exists() {
-        assert!(Instant::now() < end, "no checkpoint came");
-        std::thread::sleep(Duration::from_millis(50));
+    for (signal, said) in [("-KILL", "signal 9"), ("-STOP", "rank 2: does not answer since 30 s")] {
+        let run = folder.path().join(signal);
+        let long = ["--set", "step_scheduler.max_steps=100000", "--set", "sampling.every_steps=100000"];
+        let mut job = mpirun("4", &run, &shared(SIZES[1].1, &long));
+        let job = job.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let end = Instant::now() + Duration::from_secs(120);
+        while !run.join("checkpoints/LATEST").exists() {
+            assert!(Instant::now() < end, "no checkpoint came");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // Rank 2, by its environment.
+        let is_rank = |process: &str| {
+            let of = |what: &str| std::fs::read(format!("/proc/{process}/{what}")).unwrap_or_default();
+            let has = |text: &[u8], part: &str| text.windows(part.len()).any(|w| w == part.as_bytes());
+            has(&of("environ"), "OMPI_COMM_WORLD_RANK=2\0") && has(&of("cmdline"), run.to_str().unwrap())
+        };
+        let processes = std::fs::read_dir("/proc").unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        let victim = processes.into_iter().find(|name| is_rank(name)).unwrap();
+        let gone = Instant::now();
+        assert!(Command::new("kill").args([signal, &victim]).status().unwrap().success());
+        let ended = job.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert!(!ended.status.success() && gone.elapsed() < Duration::from_secs(60), "{:?}", gone.elapsed());
+        assert!(text.contains("rank 2") && text.contains(said), "{text}");
+        let newest = std::fs::canonicalize(run.join("checkpoints/LATEST")).unwrap();
+        let saved: u64 = newest.file_name().unwrap().to_str().unwrap().strip_prefix("step_").unwrap().parse().unwrap();
+        let steps = format!("step_scheduler.max_steps={}", saved + 2);
+        stdout(&flowtape(&["train", "--resume", run.to_str().unwrap(), "--set", &steps]));
     }
-    // Rank 2, by its environment.
-    let is_rank = |process: &str| {
-        let of = |what: &str| std::fs::read(format!("/proc/{process}/{what}")).unwrap_or_default();
-        let has = |text: &[u8], part: &str| text.windows(part.len()).any(|w| w == part.as_bytes());
-        has(&of("environ"), "OMPI_COMM_WORLD_RANK=2\0") && has(&of("cmdline"), run.to_str().unwrap())
-    };
-    let processes = std::fs::read_dir("/proc").unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
-    let victim = processes.into_iter().find(|name| is_rank(name)).unwrap();
-    let killed = Instant::now();
-    assert!(Command::new("kill").args(["-KILL", &victim]).status().unwrap().success());
-    let ended = job.wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert!(!ended.status.success() && killed.elapsed() < Duration::from_secs(60));
-    assert!(text.contains("rank 2") && text.contains("signal 9"), "{text}");
-    let steps = |step: u64| format!("step_scheduler.max_steps={step}");
-    let newest = std::fs::canonicalize(run.join("checkpoints/LATEST")).unwrap();
-    let saved: u64 = newest.file_name().unwrap().to_str().unwrap().strip_prefix("step_").unwrap().parse().unwrap();
-    stdout(&flowtape(&["train", "--resume", run.to_str().unwrap(), "--set", &steps(saved + 2)]));
 }
