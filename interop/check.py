@@ -189,7 +189,13 @@ def adapters(recipe, binary, folder, report):
     compare("FluxPipeline.load_lora_weights", transformer.state_dict())
 
 
-# diffusers' reader of FLUX.1's own layout knows its published width alone, that of Wan its published names of heads.
+def golden_class(name):
+    """The class of a golden step's model, and its arguments."""
+    config = json.loads((ROOT / f"tests/goldens/{name}_step/config.json").read_text())
+    return config["_class_name"], {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+# diffusers' readers of the layouts of FLUX.1, Chroma and Lumina 2 know the published widths alone.
 SINGLE_FILES = {
     "FluxTransformer2DModel": dict(
         in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=24, attention_head_dim=128,
@@ -199,6 +205,15 @@ SINGLE_FILES = {
         num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=32, freq_dim=32,
         ffn_dim=64, num_layers=2,
     ),
+    "ChromaTransformer2DModel": dict(
+        in_channels=64, num_layers=1, num_single_layers=1, num_attention_heads=24, attention_head_dim=128,
+        joint_attention_dim=64, approximator_num_channels=64, approximator_hidden_dim=32, approximator_layers=2,
+    ),
+    "Lumina2Transformer2DModel": dict(
+        hidden_size=2304, num_layers=1, num_refiner_layers=2, num_attention_heads=24, num_kv_heads=8, in_channels=4,
+        cap_feat_dim=32, multiple_of=64, axes_dim_rope=(32, 32, 32), axes_lens=(30, 20, 20),
+    ),
+    **dict(map(golden_class, ("flux3", "qwen_image_21", "krea2"))),
 }
 
 

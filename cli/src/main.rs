@@ -7,6 +7,7 @@ mod help;
 mod import;
 mod preprocess;
 mod progress;
+mod ranks;
 mod recipes;
 mod replay;
 mod report;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 use flowtape_trainer::Trained;
-use flowtape_trainer::compose::{Options, Request, SOLVERS, Solver, SoundGuidance, compose, is_pipeline};
+use flowtape_trainer::compose::{Options, Request, SOLVERS, Solver, SoundGuidance, compose, has_pipeline, is_pipeline};
 use flowtape_trainer::generate::{MAX_GUIDANCE_SCALE, MAX_INFERENCE_STEPS, MAX_SAMPLES};
 use flowtape_trainer::generation::GenerationFile;
 use flowtape_trainer::picture::{beside, check_path, load_grey, save_grey, save_samples};
@@ -77,7 +77,7 @@ struct OfPipeline {
     /// Scale of classifier-free guidance beside a told one: the model runs a second time, on --negative.
     #[arg(long, value_name = "SCALE", value_parser = scale)]
     true_cfg: Option<f64>,
-    /// Width and height in pixels.
+    /// Width and height in pixels; of a run those that it was trained on.
     #[arg(long, value_name = "WxH", value_parser = size)]
     size: Option<[usize; 2]>,
     /// Frames of a film.
@@ -191,7 +191,9 @@ pub fn run(args: &Sample) -> Result<ExitCode> {
     let Some(from) = &args.from else { bail!("expected a run folder or that of a pipeline") };
     check_path(&args.out)?;
     let loras = args.loras.iter().map(|text| with_factor(text)).collect::<Result<Vec<_>>>()?;
-    if is_pipeline(from) || args.pipeline.asked() {
+    // Its last weights and grey frames are asked of the run alone.
+    let of_run = args.raw || args.first_frame.is_some();
+    if is_pipeline(from) || args.pipeline.asked() || (!of_run && has_pipeline(from)?) {
         return of_pipeline(from, args, &loras);
     }
     let load = if args.raw { Trained::load_raw } else { Trained::load };

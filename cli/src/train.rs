@@ -6,16 +6,20 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use flowtape_trainer::Recipe;
 use flowtape_trainer::builtin::digits::{ImageToVideo, Quality};
 use flowtape_trainer::builtin::pictures::Nearest;
+use flowtape_trainer::hooks::Hook;
 use flowtape_trainer::recipe::ReportConfig;
+use flowtape_trainer::run::RunFolder;
 use flowtape_trainer::run::quoted;
-use flowtape_trainer::train::{Resume, Summary, WINDOW, resume, train};
+use flowtape_trainer::train::{Resume, Summary, WINDOW, resume_among, train_among};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::preprocess::prepare;
 use crate::progress::Terminal;
+use crate::ranks::{Place, spread};
 use crate::recipes;
 use crate::signals::Stop;
 use crate::terminal::say;
@@ -38,6 +42,10 @@ pub struct Train {
     /// Where to train: cpu, cuda, cuda:NUMBER, wgpu or wgpu:NUMBER; see `flowtape devices`. The recipe's own device by default.
     #[arg(long)]
     device: Option<String>,
+    /// Train as this many ranks on this machine, each with its share of the steps' micro-batches: on cuda a process for each GPU, on
+    /// cpu threads of this one. Not needed where torchrun, srun or mpirun starts the ranks.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096))]
+    nproc: Option<u64>,
     /// Print one JSON object as the last line instead of a table.
     #[arg(long)]
     json: bool,
@@ -47,33 +55,48 @@ pub struct Train {
 /// 143 after SIGTERM.
 pub fn run(args: &Train) -> Result<ExitCode> {
     let stop = Stop::listen().context("listening for Ctrl-C")?;
-    let mut progress = Terminal::new(&stop);
-    let (summary, report) = match (&args.recipe, &args.resume) {
-        (Some(path), _) => {
-            let mut recipe = recipes::load(path, &args.set)?;
-            recipe.device = args.device.clone().unwrap_or(recipe.device);
-            if let Some(folder) = &recipe.data.folder {
-                prepare(folder, recipe.data.num_workers, &recipe.device, &stop)?;
-                if stop.asked().load(Ordering::Relaxed) {
-                    say!("stopped while encoding; what is done is kept, and the same command goes on");
-                    return Ok(stop.exit_code());
-                }
-            }
-            (train(&recipe, vec![Box::new(&mut progress)], stop.asked())?, recipe.report)
-        }
-        (None, Some(run)) => {
-            let with = Resume { device: args.device.as_deref(), set: &args.set, accept_changes: args.accept_changes };
-            (resume(run, &with, vec![Box::new(&mut progress)], stop.asked())?, None)
-        }
+    let recipe = match (&args.recipe, &args.resume) {
+        (Some(path), _) => recipes::load(path, &args.set)?,
+        (None, Some(run)) => RunFolder::open_with(run, &args.set)?.1,
         (None, None) => anyhow::bail!("name a recipe, or a run folder with --resume"),
     };
-    progress.finish();
-    if args.json {
-        say!("{}", serde_json::to_string(&summary)?);
+    let recipe = Recipe { device: args.device.clone().unwrap_or_else(|| recipe.device.clone()), ..recipe };
+    let code =
+        spread(args.nproc.map(|n| n as usize), &recipe.device, &stop, &|place| train(args, &recipe, &place, &stop))?;
+    Ok(code.unwrap_or_else(|| stop.exit_code()))
+}
+
+/// Trains as one rank. The first one tells how it goes and what it came to; none of a code is the one of a signal.
+fn train(args: &Train, recipe: &Recipe, place: &Place<'_>, stop: &Stop) -> Result<Option<ExitCode>> {
+    let mut progress = Terminal::new(stop);
+    let hooks: Vec<Box<dyn Hook + '_>> = if place.is_first() { vec![Box::new(&mut progress)] } else { Vec::new() };
+    let summary = if let Some(run) = &args.resume {
+        let with = Resume { device: args.device.as_deref(), set: &args.set, accept_changes: args.accept_changes };
+        resume_among(&place.comm, place.open, run, &with, hooks, stop.asked())?
     } else {
-        print_summary(&summary, report.as_ref());
+        let was_stopped = place.first_does(|| {
+            let Some(folder) = &recipe.data.folder else { return Ok(false) };
+            prepare(folder, recipe.data.num_workers, &recipe.device, stop)?;
+            Ok(stop.asked().load(Ordering::Relaxed))
+        })?;
+        if was_stopped {
+            if place.is_first() {
+                say!("stopped while encoding; what is done is kept, and the same command goes on");
+            }
+            return Ok(None);
+        }
+        let device = (place.open)(&recipe.device)?;
+        train_among(&place.comm, &device, recipe, hooks, stop.asked())?
+    };
+    progress.finish();
+    if place.is_first() {
+        if args.json {
+            say!("{}", serde_json::to_string(&summary)?);
+        } else {
+            print_summary(&summary, recipe.report.as_ref().filter(|_| args.resume.is_none()));
+        }
     }
-    Ok(if summary.interrupted { stop.exit_code() } else { ExitCode::SUCCESS })
+    Ok((!summary.interrupted).then_some(ExitCode::SUCCESS))
 }
 
 fn print_summary(s: &Summary, report: Option<&ReportConfig>) {

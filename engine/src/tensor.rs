@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::backend::call::{Call, Upload};
+use crate::backend::call::{Call, CopyTo, Upload};
 use crate::backend::{Device, Pending, Storage};
 use crate::expr::Function;
 use crate::nn::Param;
@@ -373,6 +373,10 @@ impl Tensor {
     pub fn copy_from(&self, source: &Self) -> Result<()> {
         if source.dims() != self.dims() {
             return Err(Error::shape("copy_from", format!("{:?}", self.dims()), source.dims()));
+        }
+        // Functions compute in floats, which do not hold all integers.
+        if [self.dtype, source.dtype] == [DType::U32; 2] {
+            return CopyTo { source, target: self }.run();
         }
         run_pointwise(&Function::build(|[x]| [x]), &[source], &[], &[self])
     }

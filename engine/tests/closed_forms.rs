@@ -161,3 +161,15 @@ fn threads_do_not_change_the_bits() -> Result<()> {
     assert!(run(2)? == one && run(7)? == one);
     Ok(())
 }
+
+/// Floats do not hold them all.
+#[test]
+fn integers_are_copied_to_their_last_bit() -> Result<()> {
+    let cpu = Device::cpu();
+    let values = [(1 << 24) + 1, u32::MAX, 0, 0x0001_0203];
+    let source = Tensor::from_slice(&values, &[2, 2], &cpu)?;
+    let target = Tensor::zeros(&[2, 2], DType::U32, &cpu)?;
+    target.t()?.copy_from(&source)?;
+    assert_eq!(target.to_vec::<u32>()?, [values[0], values[2], values[1], values[3]]);
+    Ok(())
+}

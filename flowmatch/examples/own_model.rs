@@ -1,7 +1,6 @@
 //! A model of one's own in a program of one's own, on the engine and the pipeline alone: a small network learns where points lie (on a
 //! ring), and Euler's method draws new ones from noise.
-//!
-//!     cargo run --release -p flowtape-flowmatch --example own_model
+//! Run it by `cargo run --release -p flowtape-flowmatch --example own_model`.
 
 use flowtape_engine::nn::{Linear, ParamBuilder};
 use flowtape_engine::optim::{OptimizerConfig, Rates};
@@ -44,8 +43,8 @@ pub fn ring(steps: u64, n: usize) -> Result<Vec<f32>> {
     let model = Mlp([3, 128, 128, 2].windows(2).enumerate().map(layer).collect::<Result<_, _>>()?);
     let config = FlowMatchingConfig { flow_shift: 1.0, use_loss_weighting: false, ..Default::default() };
     let pipeline = FlowMatchingPipeline::new(config, Points)?;
-    let (mut random, mut draws) = (Philox::new(2), PhiloxDraws::new(3));
-    let mut optimizer = OptimizerConfig::default().build()?;
+    let (mut random, mut draws, mut optimizer) =
+        (Philox::new(2), PhiloxDraws::new(3), OptimizerConfig::default().build()?);
     for step in 0..steps {
         let angles = (0..256).map(|_| random.next_f64() as f32 * std::f32::consts::TAU);
         let points = angles.flat_map(|angle| [angle.cos(), angle.sin()]);

@@ -10,8 +10,8 @@ import PIL.Image
 import torch
 import transformers
 from diffusers import (
-    AutoencoderKL, AutoencoderKLWan, ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel, ZImagePipeline,
+    AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan, ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline, Krea2Pipeline, Krea2Transformer2DModel, Lumina2Pipeline, Lumina2Transformer2DModel, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel, ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from safetensors.torch import save_file
@@ -132,6 +132,64 @@ chroma = ChromaPipeline(
 )
 if wanted("pipe_chroma"):
     make("pipe_chroma", chroma, (1, 4 * 6, 4 * channels), 1.0, 64)
+
+# Text models of which no golden is elsewhere.
+gemma_tokenizer = transformers.AutoTokenizer.from_pretrained(GOLDENS / "pipe_ltx2/pipeline/tokenizer")
+torch.manual_seed(11)
+gemma2 = lively(transformers.Gemma2Model(transformers.Gemma2Config(
+    vocab_size=704, hidden_size=12, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    # Scores go up to the cap, and texts beyond the window.
+    query_pre_attn_scalar=1, attn_logit_softcapping=2.0, sliding_window=16,
+)), 11)
+qwen_image = GOLDENS / "pipe_qwen_image/pipeline"
+qwen_tokenizer = transformers.AutoTokenizer.from_pretrained(qwen_image / "tokenizer")
+torch.manual_seed(12)
+vocabulary = max(len(qwen_tokenizer), 360)
+text_config = dict(
+    vocab_size=vocabulary, hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[2, 1, 1], mrope_interleaved=True),
+)
+vision_config = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=1, patch_size=8, out_hidden_size=24, deepstack_visual_indexes=[0])
+qwen3_vl = lively(transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text_config, vision_config=vision_config)), 12)
+
+
+def states(name, model, vocabulary):
+    """All hidden states of two texts, one of which is padded on the right."""
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 17:] = 0
+    with torch.no_grad():
+        hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    save_file({"right/input_ids": ids, "right/attention_mask": mask}, folder / "inputs.safetensors")
+    save_file({f"right/hidden_states.{i}": state.contiguous() for i, state in enumerate(hidden)}, folder / "outputs.safetensors")
+    (folder / "case.json").write_text(json.dumps(dict(what=name, **{"class": type(model).__name__}), indent=1) + "\n")
+
+
+if wanted("text_gemma2"):
+    states("text_gemma2", gemma2, 704)
+if wanted("text_qwen3vl"):
+    states("text_qwen3vl", qwen3_vl, vocabulary)
+if wanted("pipe_lumina2"):
+    torch.manual_seed(13)
+    widths = dict(cap_feat_dim=12, in_channels=channels, axes_lens=[160, 64, 64])
+    lumina2 = Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=vae, text_encoder=gemma2, tokenizer=gemma_tokenizer,
+        transformer=lively(Lumina2Transformer2DModel(**config("lumina2_step", **widths)), 13),
+    )
+    make("pipe_lumina2", lumina2, (1, channels, 8, 12), 1.0, 128)
+if wanted("pipe_krea2"):
+    torch.manual_seed(14)
+    qwen_vae = AutoencoderKLQwenImage.from_pretrained(qwen_image / "vae")
+    packed = 4 * qwen_vae.config.z_dim
+    krea2 = Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400), vae=qwen_vae,
+        text_encoder=qwen3_vl, tokenizer=qwen_tokenizer, text_encoder_select_layers=(1, 2, 3),
+        transformer=lively(Krea2Transformer2DModel(**config("krea2_step", in_channels=packed, text_hidden_dim=24)), 14),
+    )
+    make("pipe_krea2", krea2, (1, 4 * 6, packed), 0.0, 64)
 
 # Reference images.
 PICTURES = {"first.png": picture(1, 72, 90), "last.png": picture(2, 100, 66)}

@@ -2,16 +2,23 @@
 
 mod adapters;
 pub mod comm;
+#[cfg(feature = "whole")]
 mod data;
+#[cfg(feature = "whole")]
 pub mod devices;
+#[cfg(feature = "whole")]
+mod editing;
+#[cfg(feature = "whole")]
 pub mod fuzz;
 mod golden;
 pub mod lora;
+#[cfg(feature = "whole")]
 mod media;
 mod ops;
 mod optim;
 mod pipeline_math;
 mod pipelines;
+#[cfg(feature = "whole")]
 mod recipe;
 pub mod sampling;
 pub mod step;

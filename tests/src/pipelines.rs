@@ -2,20 +2,14 @@
 
 use std::path::Path;
 
-use flowtape_data::media::{
-    ConditionProcessor, EditAreas, Filter, Picture, Qwen2VLImageProcessor, ReadOptions, condition_image, read_picture,
-    resize,
-};
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::Solver;
 use flowtape_models::blocks::{ChannelOrder, patchify, unpatchify};
-use flowtape_models::pipeline::{
-    ConditionImage, Generator, PipelineFolder, PromptEncoder, QwenImageEditPrompts, Request, SoundGuidance,
-};
-use flowtape_models::vae::{self, Vocoder};
+use flowtape_models::pipeline::{ConditionImage, Generator, PipelineFolder, Request, SoundGuidance};
+use flowtape_models::vae::Vocoder;
 use serde_json::Value;
 
-use crate::golden::{Any, Golden, exact, max, number, relative, text};
+use crate::golden::{Any, Golden, max, number, relative, text};
 use crate::{Outcome, text::pipeline_prompts};
 
 /// The goldens' bound on noise levels and timesteps.
@@ -25,16 +19,15 @@ const SIGMAS: f64 = 2e-6;
 pub(crate) fn check(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     pipeline_prompts(dir, name, out)?;
     let case = Golden::open(dir, name)?.json;
-    let folder = PipelineFolder::open(&dir.join("pipeline"))?;
     for (run, asked) in case["runs"].as_object().into_iter().flatten() {
-        let files = asked["images"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let pictures = files.map(|file| read_picture(&dir.join(file), &ReadOptions::like_nemo()));
-        let pictures = pictures.collect::<Result<Vec<_>, _>>()?;
-        let size = [number(asked, "height")? as usize, number(asked, "width")? as usize];
-        let images = match pictures.is_empty() {
-            true => Vec::new(),
-            false => ConditionProcessor::load(&folder)?.process_all(&pictures, Some(size), &Device::cpu())?,
-        };
+        #[cfg(feature = "whole")]
+        let images = crate::editing::conditions(dir, asked)?;
+        #[cfg(not(feature = "whole"))]
+        let images = Vec::new();
+        if images.is_empty() && asked["images"].as_array().is_some_and(|files| !files.is_empty()) {
+            out.push(Outcome::not_built(run));
+            continue;
+        }
         generate(dir, &case, run, asked, &images, out)?;
     }
     Ok(())
@@ -54,64 +47,8 @@ pub(crate) fn vocoder(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>
     Ok(())
 }
 
-/// A folder of editing: how its pictures are taken, its prompts among them, and its run.
-pub(crate) fn edit(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
-    let case = Golden::open(dir, name)?.json;
-    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
-    let folder = PipelineFolder::open(&dir.join("pipeline"))?;
-    let device = Device::cpu();
-    let area = |key: &str| number(&case["narrowed_constants"], key).map(|area| area as usize);
-    let areas = EditAreas { condition: area("CONDITION_IMAGE_SIZE")?, vae: area("VAE_IMAGE_SIZE")? };
-    let processor = Qwen2VLImageProcessor::load(&folder.part("processor")?)?;
-    let files: Vec<&str> = case["images"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let read = |file: &str| read_picture(&dir.join(file), &ReadOptions::like_nemo());
-    let taken = |file: &&str| Ok(condition_image(&read(file)?, &processor, areas, &device)?);
-    let images = files.iter().map(taken).collect::<Any<Vec<ConditionImage>>>()?;
-    let patches: Vec<&Tensor> = images.iter().filter_map(|image| Some(&image.seen.as_ref()?.values)).collect();
-    let worst = relative(&Tensor::cat(&patches, 0)?, &inputs.tensor("pixel_values")?)?;
-    out.push(Outcome::measured("pixel_values", worst, 1e-6, format!("{} pictures", images.len())));
-    let run = &case["run"];
-    let encoder = QwenImageEditPrompts::load(&folder, &device)?;
-    let tokens = encoder.tokens(text(run, "prompt")?, &images)?;
-    let ids: Vec<u32> = inputs.values("input_ids")?.into_iter().map(|id| id as u32).collect();
-    out.push(exact("input_ids", tokens == ids, format!("{} tokens", ids.len())));
-    let encoded = encoder.encode_with_images(&[text(run, "prompt")?], &images, None)?;
-    let states = encoded.first().and_then(|one| one.get("text_embeddings")).ok_or("no text_embeddings")?;
-    for name in ["prompt_embeds", "nemo/prompt_embeddings"] {
-        let want = outputs.tensor(name)?;
-        let worst = relative(&states.reshape(want.dims())?, &want)?;
-        out.push(Outcome::measured(
-            name,
-            worst,
-            number(&case["tolerance"], "prompt tensors")?,
-            format!("{:?}", want.dims()),
-        ));
-    }
-    generate(dir, &case, "edit", run, &images, out)?;
-    // NeMo takes other sizes.
-    let vae = vae::load(&folder.part("vae")?, None, &device)?;
-    let sizes = &case["nemo"]["metadata"]["preprocessed_pixel_shapes"];
-    let contexts =
-        files.iter().enumerate().map(|(i, file)| (format!("context_latent.{i}"), *file, &sizes["contexts"][i]));
-    for (name, file, size) in contexts.chain([("target_latent".to_owned(), "target.png", &sizes["target"])]) {
-        let [height, width]: [usize; 2] = serde_json::from_value(size.clone())?;
-        let pixels = resize(&read(file)?, width, height, Filter::Lanczos).pixels(&device)?;
-        let latents = vae.normalise(&vae.encode(&pixels.unsqueeze(1)?.unsqueeze(0)?)?.mean)?;
-        let name = format!("nemo/{name}");
-        let want = outputs.tensor(&name)?;
-        let worst = relative(&latents.reshape(want.dims())?, &want)?;
-        out.push(Outcome::measured(
-            name,
-            worst,
-            number(&case["tolerance"], "nemo latents")?,
-            format!("{:?}", want.dims()),
-        ));
-    }
-    Ok(())
-}
-
 /// One run, from its noise on.
-fn generate(
+pub(crate) fn generate(
     dir: &Path,
     case: &Value,
     run: &str,
@@ -200,11 +137,22 @@ fn pixels(pixels: &Tensor, run: &str, case: &Value, outputs: &Golden, out: &mut 
     let worst = shown.zip(&image).map(|(a, b)| (a - b).abs()).fold(0.0, max);
     let worst = if frames.dims() == stored.dims() { worst } else { f64::INFINITY };
     out.push(Outcome::measured(format!("{run}/image"), worst, bound, format!("{:?}", want.dims())));
+    #[cfg(feature = "whole")]
+    bytes(&frames, run, outputs, out)?;
+    Ok(())
+}
+
+/// The same as bytes, where they are recorded.
+#[cfg(feature = "whole")]
+fn bytes(frames: &Tensor, run: &str, outputs: &Golden, out: &mut Vec<Outcome>) -> Any<()> {
     let bytes = format!("{run}/uint8");
     if outputs.has(&bytes) {
         let mut rgb = Vec::new();
         for frame in 0..frames.dim(1)? {
-            rgb.extend(Picture::from_pixels(&frames.narrow(1, frame, 1)?.reshape(&frames.dims()[2..])?)?.rgb);
+            rgb.extend(
+                flowtape_data::media::Picture::from_pixels(&frames.narrow(1, frame, 1)?.reshape(&frames.dims()[2..])?)?
+                    .rgb,
+            );
         }
         let want = outputs.values(&bytes)?;
         let worst = rgb.iter().zip(&want).map(|(a, b)| f64::from((f32::from(*a) - b).abs())).fold(0.0, max);

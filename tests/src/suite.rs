@@ -4,10 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::golden::{Any, broken, collect};
-use crate::{
-    Outcome, adapters, data, lora, media, ops, optim, pipeline_math, pipelines, recipe, sampling, step, text, vae,
-    vision,
-};
+use crate::{Outcome, adapters, lora, ops, optim, pipeline_math, pipelines, sampling, step, text, vae, vision};
 
 /// Compares the cases of a file `<name>.json` in a folder.
 type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
@@ -15,10 +12,13 @@ type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
 /// Which parts of the goldens (a folder's name, or folder and file) are compared with what. A `*` stands for any text.
 const SUBJECTS: &[(&str, Check)] = &[
     ("*_step", step::check),
-    ("data/*_batches", data::cache),
-    ("data/bucketing", data::bucketing),
+    #[cfg(feature = "whole")]
+    ("data/*_batches", crate::data::cache),
+    #[cfg(feature = "whole")]
+    ("data/bucketing", crate::data::bucketing),
     ("lora_flux", lora::check),
-    ("image_preprocess", media::check),
+    #[cfg(feature = "whole")]
+    ("image_preprocess", crate::media::check),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
     ("pipeline_math/adapter_inputs", adapters::prepared),
@@ -33,30 +33,37 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_hunyuan15", pipelines::check),
     ("pipe_ltx2", pipelines::check),
     ("pipe_qwen_image", pipelines::check),
-    ("pipe_qwen_image_edit", pipelines::edit),
+    #[cfg(feature = "whole")]
+    ("pipe_qwen_image_edit", crate::editing::check),
     ("pipe_wan", pipelines::check),
     ("pipe_z_image", pipelines::check),
     ("pipe_chroma", pipelines::check),
     ("pipe_flux2_klein_edit", pipelines::check),
+    ("pipe_krea2", pipelines::check),
+    ("pipe_lumina2", pipelines::check),
     ("pipe_wan21_i2v", pipelines::check),
     ("pipe_wan22_i2v", pipelines::check),
     ("pipe_wan_flf2v", pipelines::check),
     ("pipe_wan_ti2v", pipelines::check),
-    ("recipe_*", recipe::check),
+    #[cfg(feature = "whole")]
+    ("recipe_*", crate::recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
     ("text_byt5", text::states),
     ("text_clip", text::states),
+    ("text_gemma2", text::decoder_states),
     ("text_gemma3", text::decoder_states),
     ("text_mistral3", text::decoder_states),
     ("text_qwen25vl", text::decoder_states),
     ("text_qwen25vl_image", vision::qwen25_vl),
     ("text_qwen3", text::decoder_states),
+    ("text_qwen3vl", text::decoder_states),
     ("text_t5", text::states),
     ("text_umt5", text::states),
     ("tokenizers", text::tokenizers),
     ("vae_*", vae::check),
     ("vocoder_ltx2", pipelines::vocoder),
+    #[cfg(feature = "whole")]
     ("vision_clip", vision::clip),
     ("vision_siglip", vision::siglip),
 ];
@@ -81,6 +88,29 @@ pub fn outcomes(root: &Path) -> io::Result<Vec<Outcome>> {
         }
     }
     Ok(out)
+}
+
+/// The outcomes of folders of goldens, a line each and their counts below. `say` gets each line.
+///
+/// # Errors
+/// A folder can't be listed, or a case failed, or none passed.
+pub fn report(roots: &[&Path], mut say: impl FnMut(&str)) -> io::Result<()> {
+    let mut all = Vec::new();
+    for root in roots {
+        say(&format!("goldens in {}", root.display()));
+        let outcomes = outcomes(root)?;
+        outcomes.iter().for_each(|outcome| say(&outcome.to_string()));
+        all.extend(outcomes);
+    }
+    let count = |kind: fn(&Outcome) -> bool| all.iter().filter(|o| kind(o)).count();
+    let (passed, failed) = (count(Outcome::passed), count(Outcome::failed));
+    let (skipped, not_built) = (count(Outcome::is_skipped), count(Outcome::is_not_built));
+    say(&format!("{passed} passed, {failed} failed, {skipped} skipped, {not_built} not built"));
+    match (failed, passed) {
+        (0, 1..) => Ok(()),
+        (0, 0) => Err(io::Error::other("nothing was compared")),
+        _ => Err(io::Error::other(format!("{failed} golden cases failed"))),
+    }
 }
 
 /// The subjects of which folders of goldens have nothing.

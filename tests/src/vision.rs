@@ -2,9 +2,12 @@
 
 use std::path::Path;
 
+#[cfg(feature = "whole")]
 use flowtape_data::media::{CLIPImageProcessor, ReadOptions, read_picture};
 use flowtape_engine::{DType, Device, Tensor};
-use flowtape_models::vision::{CLIPVisionModel, Positions, Qwen25VL, SiglipVisionModel, qwen25_vl::Grid};
+#[cfg(feature = "whole")]
+use flowtape_models::vision::CLIPVisionModel;
+use flowtape_models::vision::{Positions, Qwen25VL, SiglipVisionModel, qwen25_vl::Grid};
 
 use crate::Outcome;
 use crate::golden::{Any, Golden, exact, number, relative, text};
@@ -24,6 +27,7 @@ pub(crate) fn siglip(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
 }
 
 /// A picture as CLIP takes it, and what CLIP makes of it.
+#[cfg(feature = "whole")]
 pub(crate) fn clip(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     let case = Golden::open(dir, name)?.json;
     let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);

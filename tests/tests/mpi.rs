@@ -4,6 +4,7 @@
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use flowtape_engine::comm::Comm;
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_trainer::launch::{Mpi, World};
 
@@ -45,6 +46,7 @@ fn who_does_something_else_or_ends_stops_all() {
         }
         let size = 4 + usize::from(comm.rank() == 1 && role == "other");
         let tensor = Tensor::zeros(&[size], DType::F32, &Device::cpu()).unwrap();
+        let comm: &dyn Comm = &*comm;
         return comm.all_reduce(&tensor).unwrap();
     }
     let started = Instant::now();

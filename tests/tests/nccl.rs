@@ -1,7 +1,9 @@
 //! Collectives of NCCL, on emulated GPUs and a stand-in for its library: every call, its errors, and what ends those that wait.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the helpers of tests may panic
 
+use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,6 +11,8 @@ use flowtape_engine::comm::Comm;
 use flowtape_engine::{DType, Error, Tensor};
 use flowtape_gpu::cuda::Cuda;
 use flowtape_gpu::cuda::nccl::{self, Nccl};
+use flowtape_trainer::Recipe;
+use flowtape_trainer::train::{train, train_among};
 use libloading::Library;
 
 /// The stand-in, compiled once, and as many GPUs as any test has ranks.
@@ -144,5 +148,41 @@ fn what_fails_behind_a_call_is_seen() {
             comm.check()
         });
         assert!(failed[0].is_err());
+    });
+}
+
+/// A run of two ranks on GPUs, from the recipe to the checkpoint, beside one on the CPU with as many micro-batches.
+#[test]
+fn ranks_on_gpus_train_as_one_on_the_cpu() {
+    alone(|_| {
+        let folder = tempfile::tempdir().unwrap();
+        let recipe = |run: &str| {
+            let settings = [
+                "model.num_layers=1",
+                "model.num_single_layers=1",
+                "model.attention_head_dim=8",
+                "model.axes_dims_rope=[4, 2, 2]",
+                "step_scheduler={local_batch_size: 2, global_batch_size: 4, max_steps: 2, ckpt_every_steps: 0}",
+                "sampling.every_steps=0",
+                "sampling.num_inference_steps=1",
+                "report=null",
+            ];
+            let run_dir = format!("run_dir={}", folder.path().join(run).display());
+            let settings = settings.iter().map(|s| (*s).to_owned()).chain([run_dir]);
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/digits.yaml");
+            Recipe::load(&path, &settings.collect::<Vec<_>>()).unwrap()
+        };
+        let never = AtomicBool::new(false);
+        let one = train(&recipe("one"), Vec::new(), &never).unwrap();
+        let recipe = recipe("two");
+        let two = as_ranks(2, |comm| {
+            let comm: Arc<dyn Comm> = comm;
+            Ok(train_among(&comm, &comm.device(), &recipe, Vec::new(), &never).unwrap())
+        });
+        for rank in two {
+            let rank = rank.unwrap();
+            assert_eq!(rank.steps, one.steps);
+            assert!((rank.final_loss - one.final_loss).abs() < 1e-4, "{} and {}", rank.final_loss, one.final_loss);
+        }
     });
 }

@@ -15,6 +15,7 @@ use flowtape_models::pipeline::{
 pub use flowtape_flowmatch::solver::{SOLVERS, Solver};
 pub use flowtape_models::pipeline::{MODEL_INDEX, Request, SoundGuidance};
 
+use crate::builtin::pictures::cached;
 use crate::checkpoints::Content;
 use crate::generate::Samples;
 use crate::picture::beside;
@@ -50,6 +51,30 @@ pub struct Options<'a> {
 /// Whether a folder is a pipeline's.
 pub fn is_pipeline(folder: &Path) -> bool {
     folder.join(MODEL_INDEX).is_file()
+}
+
+/// The pipeline that a run's data names.
+fn pipeline_of(recipe: &Recipe) -> Option<&PathBuf> {
+    recipe.data.folder.as_ref().map(|folder| &folder.pipeline).or(recipe.data.pipeline.as_ref())
+}
+
+/// Whether a run's samples are made as a pipeline makes pictures, unless something else is asked for.
+///
+/// # Errors
+/// When it is no run folder.
+pub fn has_pipeline(run: &Path) -> Result<bool> {
+    let (_, recipe) = RunFolder::open(run)?;
+    Ok(recipe.sampling.pipeline && pipeline_of(&recipe).is_some())
+}
+
+/// Pixels of what a run was trained on, as its cache knows them: the first sample's `[3, H, W]` or `[3, F, H, W]`.
+fn trained_dims(recipe: &Recipe) -> Result<Option<Vec<usize>>> {
+    let data = &recipe.data;
+    let cache = data.folder.as_ref().map(|folder| &folder.cache_dir).or(data.cache_dir.as_ref());
+    let Some(cache) = cache.or_else(|| data.caches.first().map(|cache| &cache.path)) else { return Ok(None) };
+    let dims = cached(&[(cache, 1)], None, &Device::cpu())?.sample_dims()?;
+    // A cache of another program may know its latents alone.
+    Ok(Some(dims).filter(|dims| dims.first() == Some(&3)))
 }
 
 /// Generates with a pipeline's folder or, with a run's checkpoint in it, a run that names a pipeline in `data`. Writes a PNG for each
@@ -96,8 +121,7 @@ pub fn compose(
         generated = make(&folder, generator, &asked)?;
     } else {
         let (run, recipe) = RunFolder::open(named)?;
-        let Some(path) = recipe.data.folder.as_ref().map(|folder| &folder.pipeline).or(recipe.data.pipeline.as_ref())
-        else {
+        let Some(path) = pipeline_of(&recipe) else {
             let what = "expected a pipeline's folder or a run whose `data` names one: its samples have one size and no other options";
             return Err(crate::Error::Run { path: named.into(), what: what.into() });
         };
@@ -110,6 +134,14 @@ pub fn compose(
         let generator = Generator::new(&folder, recipe.dtype.into(), options.device)?.with_transformer(&*model);
         asked.steps = asked.steps.or(recipe.sampling.num_inference_steps);
         asked.guidance_scale = asked.guidance_scale.or(recipe.sampling.guidance_scale);
+        // A picture that is edited has a size of its own.
+        if asked.size.is_none()
+            && options.images.is_empty()
+            && let Some(dims) = trained_dims(&recipe)?
+        {
+            asked.size = dims.last_chunk().copied();
+            asked.frames = asked.frames.or_else(|| (dims.len() > 3).then(|| dims[1]));
+        }
         generated = make(&folder, generator, &asked)?;
     }
     let mut texts = texts(request, &generated, &pipeline);

@@ -50,6 +50,10 @@ fn fastest(dtype: DType) -> Loop {
             }
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    if pairs && isa() == super::isa::Isa::NeonBf16 {
+        return (neon_pairs, 16);
+    }
     let _ = (isa(), pairs);
     if wide { (portable::<f64>, 2 * LANES) } else { (portable::<f32>, 2 * LANES) }
 }
@@ -66,6 +70,22 @@ fn portable<T: Real>() {
         }
     }
     black_box(chains);
+}
+
+#[cfg(target_arch = "aarch64")]
+fn neon_pairs() {
+    use std::arch::aarch64::vdupq_n_f32;
+    // SAFETY: `fastest` asked for the instruction.
+    unsafe {
+        let mut chains = [vdupq_n_f32(0.0); CHAINS];
+        let factor = black_box(vdupq_n_f32(0.0));
+        for _ in 0..ROUNDS {
+            for chain in &mut chains {
+                *chain = super::gemm::dot_pairs(factor, factor, *chain);
+            }
+        }
+        black_box(chains);
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -126,6 +146,11 @@ mod tests {
 
     #[test]
     fn a_product_is_below_the_peak_and_not_far_below() -> crate::Result<()> {
+        use crate::cpu::isa::Isa;
+        if isa() == Isa::Portable {
+            // What the compiler makes of plain loops is no machine's peak.
+            return Ok(());
+        }
         let random = |seed| crate::Philox::new(seed).normal(&[256, 256], &crate::Device::cpu());
         let (a, b) = (random(1)?, random(2)?);
         let time = || {

@@ -46,16 +46,19 @@ impl Default for Cpu {
     }
 }
 
-/// The instruction set in use: `portable`, `avx2`, `avx512` or `avx512bf16`. It is the machine's best, or less if the
+/// The instruction set in use: `portable`, `avx2`, `avx512`, `avx512bf16`, `neon` or `neonbf16`. It is the machine's best, or less if the
 /// environment variable `FLOWTAPE_ISA` names less.
 pub fn instruction_set() -> &'static str {
-    Isa::NAMES.into_iter().find(|(_, known)| *known == isa()).map_or("", |(name, _)| name)
+    name(isa())
 }
 
 /// The instruction sets that the machine has, poorest first, by the names that `FLOWTAPE_ISA` takes.
 pub fn instruction_sets() -> Vec<&'static str> {
-    let name = |isa| Isa::NAMES.into_iter().find(|(_, known)| *known == isa).map(|(name, _)| name);
-    Isa::available().filter_map(name).collect()
+    Isa::available().map(name).collect()
+}
+
+fn name(isa: Isa) -> &'static str {
+    Isa::NAMES.iter().find(|(_, known)| *known == isa).map_or("", |(name, _)| name)
 }
 
 /// A strided window on memory of one dtype. Strides count elements; 0 repeats.

@@ -1,7 +1,7 @@
 //! The loops of a program's steps: one kernel for each opcode and mix of blocks and single values.
 #![expect(clippy::eq_op)] // `a != a` asks for NaN in loops that become SIMD
 
-use super::isa::Isa;
+use super::isa::{FUSED, Isa};
 use super::math::Real;
 use crate::expr::{Binary, Opcode, Unary};
 
@@ -97,7 +97,7 @@ fn of<A: Real, F: Apply<A>, const SINGLE: u8>(isa: Isa) -> Kernel<A> {
         }
     }
     let _ = isa;
-    each::<A, F, false, SINGLE>
+    each::<A, F, FUSED, SINGLE>
 }
 
 #[inline(always)]

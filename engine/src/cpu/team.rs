@@ -31,6 +31,8 @@ const PATIENCE: u32 = 256;
 /// How long a helper waits for the next operation before it goes to sleep. Between the operations of a step, and between
 /// steps, it is far less; a machine that waits for data or for another device has its cores back soon.
 const STAY: Duration = Duration::from_millis(20);
+/// The same for helpers that nobody asked for: enough from one operation to the next, and no burden for a program that does other things.
+const STAY_UNASKED: Duration = Duration::from_millis(2);
 
 /// Tasks of one operation.
 #[derive(Clone, Copy)]
@@ -110,7 +112,7 @@ impl Help {
         if cores() == 1 || threads() == 1 {
             return Self::None;
         }
-        let team = OWN.try_with(|own| Arc::as_ptr(&own.get_or_init(|| Own(Team::new(None, STAY))).0));
+        let team = OWN.try_with(|own| Arc::as_ptr(&own.get_or_init(|| Own(Team::new(None, STAY_UNASKED))).0));
         team.map_or(Self::None, Self::Team)
     }
 

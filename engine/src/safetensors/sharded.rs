@@ -46,7 +46,7 @@ pub struct Rows {
     pub of: String,
     /// The first row.
     pub start: usize,
-    /// Sizes; the first is the number of rows.
+    /// Sizes; the first is the number of rows. A whole tensor may have its elements in other sizes.
     pub dims: Vec<usize>,
     /// Whether the second half of them comes first.
     pub swapped: bool,
@@ -162,7 +162,10 @@ impl Shards {
             let number = *self.at.get(&rows.of).ok_or_else(|| self.lacks(&rows.of))?;
             let fits = self.dims(&rows.of).is_some_and(|dims| {
                 let end = rows.dims.first().and_then(|count| rows.start.checked_add(*count));
-                dims.len() == rows.dims.len() && end.is_some_and(|end| end <= dims[0]) && dims[1..] == rows.dims[1..]
+                let rows_of = dims.len() == rows.dims.len()
+                    && end.is_some_and(|end| end <= dims[0])
+                    && dims[1..] == rows.dims[1..];
+                rows_of || (rows.start == 0 && elements(dims) == elements(&rows.dims))
             });
             if !fits {
                 let what = format!("{} has sizes {:?}, no rows {rows:?}", printable(&rows.of), self.dims(&rows.of));
@@ -219,12 +222,11 @@ impl Shards {
     /// When there is none of that name.
     pub fn bytes(&self, name: &str) -> Result<usize> {
         let share = |bytes: usize, all: usize| match self.rows.get(name) {
-            Some(rows) => bytes / all.max(1) * rows.dims[0],
+            Some(rows) => bytes / all.max(1) * elements(&rows.dims),
             None => bytes,
         };
-        let bytes = self.file(name).and_then(|(file, stored)| {
-            Some(share(file.bytes(&stored)?, file.dims(&stored)?.first().copied().unwrap_or(1)))
-        });
+        let bytes =
+            self.file(name).and_then(|(file, stored)| Some(share(file.bytes(&stored)?, elements(file.dims(&stored)?))));
         bytes.ok_or_else(|| self.lacks(name))
     }
 
@@ -250,6 +252,9 @@ impl Shards {
 impl Rows {
     /// A copy of them, so that the whole is not kept.
     fn take(&self, whole: &Tensor) -> Result<Tensor> {
+        if whole.dims().len() != self.dims.len() {
+            return whole.reshape(&self.dims);
+        }
         let copy = Tensor::empty(&self.dims, whole.dtype(), whole.device())?;
         let count = self.dims[0];
         let half = if self.swapped { count / 2 } else { 0 };
@@ -260,6 +265,10 @@ impl Rows {
         }
         Ok(copy)
     }
+}
+
+fn elements(dims: &[usize]) -> usize {
+    dims.iter().product()
 }
 
 fn single_name(stem: &str) -> String {

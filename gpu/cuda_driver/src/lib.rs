@@ -41,13 +41,24 @@ thread_local! {
 const NAMES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
 
 fn open() -> Result<Source, String> {
-    let own = std::env::var("FLOWTAPE_LIBCUDA").ok();
-    let names: Vec<&str> = own.as_deref().map_or_else(|| NAMES.to_vec(), |name| vec![name]);
+    // SAFETY: it is the NVIDIA driver, or what the user named in its place.
+    unsafe { open_library(std::env::var("FLOWTAPE_LIBCUDA").ok(), NAMES) }.map(Source::Library)
+}
+
+/// Opens a library by the first of its names that is there, or by the user's own.
+///
+/// # Safety
+/// Loading runs the library's initialisers.
+///
+/// # Errors
+/// With the loader's reason for the first name.
+pub unsafe fn open_library(own: Option<String>, names: &[&str]) -> Result<Library, String> {
+    let names = own.as_deref().map_or_else(|| names.to_vec(), |name| vec![name]);
     let mut why = String::new();
     for name in names {
-        // SAFETY: loading runs the library's initialisers; it is the NVIDIA driver, or what the user named in its place.
+        // SAFETY: the caller's promise.
         match unsafe { Library::new(name) } {
-            Ok(library) => return Ok(Source::Library(library)),
+            Ok(library) => return Ok(library),
             Err(error) if why.is_empty() => {
                 let reason = error.source().map_or_else(|| error.to_string(), ToString::to_string);
                 why = format!("{name} can't be loaded: {reason}");

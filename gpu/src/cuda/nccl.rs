@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use cust::event::{Event, EventFlags};
 use cust::stream::{Stream, StreamFlags, StreamWaitEventFlags};
+use flowtape_cuda_driver::open_library;
 use flowtape_engine::comm::{Collective, Comm, Kind, Work};
 use flowtape_engine::{DType, Device, Error, Result, Tensor};
 use libloading::Library;
@@ -41,7 +42,7 @@ macro_rules! functions {
                 unsafe {
                     Ok(Self {
                         $($field: *library.get(concat!($name, "\0").as_bytes()).map_err(|_| {
-                            format!("has no function {}: NCCL 2.11 or newer is needed", $name)
+                            format!("NCCL has no function {}: 2.11 or newer is needed", $name)
                         })?,)*
                         _library: library,
                     })
@@ -101,18 +102,8 @@ fn api() -> Result<&'static Api> {
     static API: OnceLock<Result<Api, String>> = OnceLock::new();
     let open = || {
         let own = OWN.get().map(|path| path.display().to_string()).or_else(|| std::env::var("FLOWTAPE_LIBNCCL").ok());
-        let names = own.as_deref().map_or_else(|| NAMES.to_vec(), |name| vec![name]);
-        let mut why = None;
-        for name in names {
-            // SAFETY: loading runs the library's initialisers; it is NCCL, or what the user named in its place.
-            match unsafe { Library::new(name) } {
-                Ok(library) => return Api::of(library).map_err(|what| format!("{name} {what}")),
-                Err(error) => {
-                    why.get_or_insert(format!("{name} can't be loaded: {error}"));
-                }
-            }
-        }
-        Err(why.unwrap_or_default())
+        // SAFETY: it is NCCL, or what the user named in its place.
+        unsafe { open_library(own, &NAMES) }.and_then(Api::of)
     };
     API.get_or_init(open).as_ref().map_err(|reason| Error::Unavailable {
         device: "NCCL".into(),

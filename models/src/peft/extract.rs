@@ -132,8 +132,10 @@ fn eigen(matrix: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
                 continue;
             }
             let theta = (a[q * n + q] - a[p * n + p]) / (2.0 * a[p * n + q]);
-            let t = theta.signum() / (theta.abs() + theta.hypot(1.0));
-            let cos = 1.0 / t.hypot(1.0);
+            // A root in place of hypot, which programs for glibc before 2.35 do not find.
+            let length = |x: f64| (x * x + 1.0).sqrt();
+            let t = theta.signum() / (theta.abs() + length(theta));
+            let cos = 1.0 / length(t);
             let sin = t * cos;
             let rotate = |m: &mut [f64], i: usize, j: usize| {
                 let (x, y) = (m[i], m[j]);

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::guidance::{rescaled, with_norm_of};
 use super::pictures::{given_frames, reference_latents};
-use super::{ConditionImage, PipelineFolder, PromptEncoder, SoundGuidance};
+use super::{ConditionImage, KeepsNorm, PipelineFolder, PromptEncoder, SoundGuidance};
 use crate::checkpoint::{CONFIG, load_config};
 use crate::ltx2::{ISOLATE_MODALITIES, PERTURBED_BLOCKS};
 use crate::presets::of_checkpoint;
@@ -107,10 +107,12 @@ pub struct Generation {
     pub cfg: fn(f64) -> f64,
     /// What it is led away from where nothing else is asked for; without one there is no second run then.
     pub negative_prompt: Option<&'static str>,
-    /// Whether a guided prediction gets back the length that the conditional one has at each token.
-    pub keeps_norm: bool,
+    /// Which lengths a guided prediction gets back from the conditional one.
+    pub keeps_norm: KeepsNorm,
     /// μ of a dynamic shift, from the tokens, the steps and the scheduler.
     pub mu: fn(usize, usize, &EulerConfig) -> f64,
+    /// μ of a model whose pipeline says that it is distilled, if another.
+    pub distilled_mu: Option<f64>,
     /// Whether noise levels are spaced as the scheduler does it by itself, not from 1 to 1 / n.
     pub own_levels: bool,
     /// Whether a first frame that is given stands in the film as it is, where the model has it among its latents.
@@ -396,7 +398,8 @@ impl<'a> Generator<'a> {
         scheduler.solver = request.sampler.unwrap_or(scheduler.solver);
         let tokens = noise.dims()[2..].iter().product::<usize>() / patch.iter().product::<usize>().max(1);
         let config = scheduler.config();
-        let mu = config.use_dynamic_shifting.then(|| (how.mu)(tokens, steps, config));
+        let distilled = how.distilled_mu.filter(|_| self.folder.flag("is_distilled"));
+        let mu = config.use_dynamic_shifting.then(|| distilled.unwrap_or_else(|| (how.mu)(tokens, steps, config)));
         let schedule = if how.own_levels { scheduler.own(steps, mu)? } else { scheduler.even(steps, mu)? };
         let scale = request.guidance_scale.map_or_else(|| self.default_guidance(), |scale| Ok((how.cfg)(scale)))?;
         let cfg = request.true_cfg_scale.unwrap_or(if how.told { 1.0 } else { scale });
@@ -438,17 +441,21 @@ impl<'a> Generator<'a> {
             }
         };
         let seen: Vec<ConditionImage> = request.images.iter().filter(|image| image.seen.is_some()).cloned().collect();
-        let batch = |prompt: &str| -> Result<Batch> {
+        let length = request.max_sequence_length;
+        let batch = |prompt: &str, negative: bool| -> Result<Batch> {
             let mut batch = Batch::new(noise.clone(), data.clone());
-            let encoded = encoder.encode_with_images(&[prompt], &seen, request.max_sequence_length)?;
+            let encoded = match negative && seen.is_empty() {
+                true => vec![encoder.encode_negative(prompt, length)?],
+                false => encoder.encode_with_images(&[prompt], &seen, length)?,
+            };
             for (name, tensor) in encoded.into_iter().flatten() {
                 let all = [&[request.n], tensor.dims()].concat();
                 batch = batch.with(name, tensor.detach().unsqueeze(0)?.expand(&all)?);
             }
             Ok(batch)
         };
-        let negative = negative.map(batch).transpose()?;
-        Ok(Conditioning { positive: batch(request.prompt)?, negative, task_type: TaskType::T2V })
+        let negative = negative.map(|negative| batch(negative, true)).transpose()?;
+        Ok(Conditioning { positive: batch(request.prompt, false)?, negative, task_type: TaskType::T2V })
     }
 
     /// Gives what the model is told its latents of the pictures, as often as films or pictures are made of them.
@@ -538,8 +545,8 @@ impl<'a> Generator<'a> {
                     *guided = guided.add(&conditional[i].sub(&other[i])?.mul_scalar(*scale)?)?;
                 }
             }
-            if self.how.keeps_norm && !others.is_empty() {
-                guided[0] = with_norm_of(&guided[0], &conditional[0])?;
+            if !others.is_empty() {
+                guided[0] = with_norm_of(&guided[0], &conditional[0], self.how.keeps_norm)?;
             }
             if with_sound && !others.is_empty() {
                 for (i, (guided, rescale)) in guided.iter_mut().zip(sound.guidance_rescale).enumerate() {

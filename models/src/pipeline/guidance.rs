@@ -61,14 +61,31 @@ fn standard_deviation(values: &[f64]) -> f64 {
     (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0)).sqrt()
 }
 
-/// `x |y| / |x|`, with lengths over the channels of each token: Qwen-Image's tokens are 2 x 2 latents.
-pub(super) fn with_norm_of(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+/// Which lengths a guided prediction gets back from the conditional one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum KeepsNorm {
+    /// None.
+    No,
+    /// Of the channels of each token, which is 2 x 2 latents (Qwen-Image).
+    OfToken,
+    /// Of each row of each channel (Lumina-Image 2.0).
+    OfRow,
+}
+
+/// `x |y| / |x|`, of latents `[B, C, H, W]`; x where no lengths stay.
+pub(super) fn with_norm_of(x: &Tensor, y: &Tensor, which: KeepsNorm) -> Result<Tensor> {
+    if which == KeepsNorm::No {
+        return Ok(x.clone());
+    }
     let &[batch, channels, height, width] = x.dims() else {
         return Err(EngineError::shape("guidance", "latents [B, C, H, W]", x.dims()).into());
     };
-    let cells = [batch, channels, height / 2, 2, width / 2, 2];
-    let (x, y) = (x.to_dtype(DType::F32)?.reshape(&cells)?, y.to_dtype(DType::F32)?.reshape(&cells)?);
-    let squares = |x: &Tensor| x.square()?.sum(&[1, 3, 5], true);
+    let (cells, axes): (&[usize], &[usize]) = match which {
+        KeepsNorm::OfToken => (&[batch, channels, height / 2, 2, width / 2, 2], &[1, 3, 5]),
+        KeepsNorm::No | KeepsNorm::OfRow => (&[batch, channels, height, width], &[3]),
+    };
+    let (x, y) = (x.to_dtype(DType::F32)?.reshape(cells)?, y.to_dtype(DType::F32)?.reshape(cells)?);
+    let squares = |x: &Tensor| x.square()?.sum(axes, true);
     let scaled = pointwise([&x, &squares(&y)?, &squares(&x)?], |[x, of_y, of_x]| x * (of_y / of_x).sqrt())?;
     Ok(scaled.reshape(&[batch, channels, height, width])?)
 }

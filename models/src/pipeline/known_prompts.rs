@@ -8,13 +8,16 @@ use flowtape_engine::Device;
 use super::{Encoded, PipelineFolder, PromptEncoder};
 use crate::{Error, Result};
 
+/// A prompt, its length, and whether it is what pictures are led away from.
+type Key = (String, Option<usize>, bool);
+
 /// A pipeline's encoder of prompts that remembers what it encoded, on the host: its text encoders are loaded for new prompts alone,
 /// and gone afterwards.
 #[derive(Debug)]
 pub struct KnownPrompts {
     folder: PipelineFolder,
     device: Device,
-    known: Mutex<BTreeMap<(String, Option<usize>), Encoded>>,
+    known: Mutex<BTreeMap<Key, Encoded>>,
 }
 
 impl KnownPrompts {
@@ -32,36 +35,44 @@ impl KnownPrompts {
     pub fn folder(&self) -> &PipelineFolder {
         &self.folder
     }
-}
 
-impl PromptEncoder for KnownPrompts {
-    fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>> {
+    fn encode_once(&self, prompts: &[&str], length: Option<usize>, negative: bool) -> Result<Vec<Encoded>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = |prompt: &str| (prompt.to_owned(), max_sequence_length);
+        let key = |prompt: &str| (prompt.to_owned(), length, negative);
         let mut missing: Vec<&str> =
             prompts.iter().copied().filter(|prompt| !known.contains_key(&key(prompt))).collect();
         missing.sort_unstable();
         missing.dedup();
+        let moved = |encoded: &Encoded, device: &Device| -> Result<Encoded> {
+            encoded.iter().map(|(name, tensor)| Ok((*name, tensor.to_device(device)?))).collect()
+        };
         if !missing.is_empty() {
             let encoder = self.folder.prompts(&self.device)?;
             // One by one, as they are asked for: others beside it would pad it.
             for prompt in missing {
-                for encoded in encoder.encode(&[prompt], max_sequence_length)? {
-                    let on_host =
-                        |(name, tensor): (_, flowtape_engine::Tensor)| Ok((name, tensor.to_device(&Device::cpu())?));
-                    let encoded = encoded.into_iter().map(on_host).collect::<Result<Encoded>>()?;
-                    known.insert(key(prompt), encoded);
+                let encoded = match negative {
+                    true => vec![encoder.encode_negative(prompt, length)?],
+                    false => encoder.encode(&[prompt], length)?,
+                };
+                for encoded in encoded {
+                    known.insert(key(prompt), moved(&encoded, &Device::cpu())?);
                 }
             }
         }
         let there = |prompt: &&str| {
-            let encoded =
-                known.get(&key(prompt)).ok_or_else(|| Error::config("prompt", "one that was encoded", prompt))?;
-            let back = |(name, tensor): (&&'static str, &flowtape_engine::Tensor)| {
-                Ok((*name, tensor.to_device(&self.device)?))
-            };
-            encoded.iter().map(back).collect()
+            let encoded = known.get(&key(prompt));
+            moved(encoded.ok_or_else(|| Error::config("prompt", "one that was encoded", prompt))?, &self.device)
         };
         prompts.iter().map(there).collect()
+    }
+}
+
+impl PromptEncoder for KnownPrompts {
+    fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>> {
+        self.encode_once(prompts, max_sequence_length, false)
+    }
+
+    fn encode_negative(&self, prompt: &str, max_sequence_length: Option<usize>) -> Result<Encoded> {
+        Ok(self.encode_once(&[prompt], max_sequence_length, true)?.into_iter().next().unwrap_or_default())
     }
 }

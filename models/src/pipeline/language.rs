@@ -17,7 +17,24 @@ pub struct Template {
     pub removed: &'static str,
     /// What is taken of the states.
     pub states: States,
+    /// Whether the tokenizer puts the tokens around a text that its model begins with.
+    pub special: bool,
+    /// The longest text, where none is asked for.
+    pub length: usize,
+    /// Whether what is led away from stands alone, without the template.
+    pub bare_negative: bool,
 }
+
+/// What most have in common.
+const TEMPLATE: Template = Template {
+    before: "",
+    after: "",
+    removed: "",
+    states: States::BeforeLast,
+    special: false,
+    length: 512,
+    bare_negative: false,
+};
 
 /// What is taken of a text model's states.
 #[derive(Clone, Copy, Debug)]
@@ -36,8 +53,8 @@ pub const QWEN_IMAGE: Template = Template {
     before: "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial \
              relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     after: "<|im_end|>\n<|im_start|>assistant\n",
-    removed: "",
     states: States::LastFrom(34),
+    ..TEMPLATE
 };
 
 /// FLUX.2-dev's, for Mistral; the line break is the reference's.
@@ -47,26 +64,30 @@ pub const FLUX2: Template = Template {
     after: "[/INST]",
     removed: "[IMG]",
     states: States::Layers([10, 20, 30]),
+    ..TEMPLATE
 };
 
 /// FLUX.2-klein's, for Qwen3 that is told not to think.
 pub const FLUX2_KLEIN: Template = Template {
     before: "<|im_start|>user\n",
     after: "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-    removed: "",
     states: States::Layers([9, 18, 27]),
+    ..TEMPLATE
 };
 
 /// Z-Image's, for Qwen3 that may think.
-pub const Z_IMAGE: Template = Template {
-    before: "<|im_start|>user\n",
-    after: "<|im_end|>\n<|im_start|>assistant\n",
-    removed: "",
-    states: States::BeforeLast,
-};
+pub const Z_IMAGE: Template =
+    Template { before: "<|im_start|>user\n", after: "<|im_end|>\n<|im_start|>assistant\n", ..TEMPLATE };
 
-/// The longest text, where none is asked for.
-const MAX_SEQUENCE_LENGTH: usize = 512;
+/// Lumina-Image 2.0's, for Gemma 2.
+pub const LUMINA2: Template = Template {
+    before: "You are an assistant designed to generate superior images with the superior degree of image-text alignment based on \
+             textual prompts or user prompts. <Prompt Start> ",
+    special: true,
+    length: 256,
+    bare_negative: true,
+    ..TEMPLATE
+};
 
 /// Gives `text_embeddings` `[T, D]`, or of three layers `[T, 3 D]`, and `text_attention_mask` `[T]` where texts stay apart in
 /// length.
@@ -91,8 +112,8 @@ impl LanguagePrompts {
         })
     }
 
-    fn embed(&self, prompt: &str, length: usize) -> Result<Tensor> {
-        let Template { before, after, removed, states } = self.template;
+    fn embed(&self, template: Template, prompt: &str, length: usize) -> Result<Tensor> {
+        let Template { before, after, removed, states, special, .. } = template;
         let prompt = if removed.is_empty() { prompt.to_owned() } else { prompt.replace(removed, "") };
         let text = format!("{before}{prompt}{after}");
         let row = |values: Vec<u32>| {
@@ -101,20 +122,23 @@ impl LanguagePrompts {
         };
         match states {
             States::LastFrom(start) => {
-                let mut ids = self.tokenizer.encode(&text, false)?;
+                let mut ids = self.tokenizer.encode(&text, special)?;
                 ids.truncate(start + length);
                 let count = ids.len();
                 let last = self.model.forward(&row(ids)?, None)?.last_hidden_state;
                 Ok(last.narrow(1, start.min(count), count.saturating_sub(start))?.squeeze(0)?)
             }
             States::Layers(layers) => {
-                let tokens =
-                    self.tokenizer.pad(self.tokenizer.encode(&text, false)?, length, self.tokenizer.padding_side())?;
+                let tokens = self.tokenizer.pad(
+                    self.tokenizer.encode(&text, special)?,
+                    length,
+                    self.tokenizer.padding_side(),
+                )?;
                 let output = self.model.forward(&row(tokens.ids)?, Some(&row(tokens.mask)?))?;
                 Ok(stack_layers(&output, &layers)?.squeeze(0)?)
             }
             States::BeforeLast => {
-                let mut ids = self.tokenizer.encode(&text, false)?;
+                let mut ids = self.tokenizer.encode(&text, special)?;
                 ids.truncate(length);
                 let states = self.model.forward(&row(ids)?, None)?.hidden_states;
                 let lacking = || Error::config("text_encoder", "at least one layer", states.len());
@@ -122,18 +146,28 @@ impl LanguagePrompts {
             }
         }
     }
-}
 
-impl PromptEncoder for LanguagePrompts {
-    fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>> {
-        let length = max_sequence_length.unwrap_or(MAX_SEQUENCE_LENGTH);
+    fn encode_as(&self, template: Template, prompts: &[&str], length: Option<usize>) -> Result<Vec<Encoded>> {
+        let length = length.unwrap_or(template.length);
         let one = |prompt: &&str| -> Result<Encoded> {
-            let text = self.embed(prompt, length)?;
-            let valid = matches!(self.template.states, States::BeforeLast);
+            let text = self.embed(template, prompt, length)?;
+            let valid = matches!(template.states, States::BeforeLast);
             let mask = valid.then(|| Tensor::ones(&[text.dim(0)?], DType::F32, &self.device)).transpose()?;
             let mask = mask.map(|mask| ("text_attention_mask", mask));
             Ok([("text_embeddings", text)].into_iter().chain(mask).collect())
         };
         prompts.iter().map(one).collect()
+    }
+}
+
+impl PromptEncoder for LanguagePrompts {
+    fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>> {
+        self.encode_as(self.template, prompts, max_sequence_length)
+    }
+
+    fn encode_negative(&self, prompt: &str, max_sequence_length: Option<usize>) -> Result<Encoded> {
+        let bare = Template { before: "", after: "", ..self.template };
+        let template = if self.template.bare_negative { bare } else { self.template };
+        Ok(self.encode_as(template, &[prompt], max_sequence_length)?.into_iter().next().unwrap_or_default())
     }
 }

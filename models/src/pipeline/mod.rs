@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `generate` | [`Generator`]: from a prompt to pictures and films |
 //! | `guidance` | how predictions are led away from others |
-//! | `chroma`, `flux`, `hunyuan_video`, `language`, `ltx2`, `qwen_image_edit`, `wan` | what prompts become in each family |
+//! | `chroma`, `flux`, `hunyuan_video`, `krea2`, `language`, `ltx2`, `qwen_image_edit`, `wan` | what prompts become in each family |
 //! | `part` | a text encoder with its tokenizer |
 //! | `pictures` | pictures that a pipeline goes by |
 
@@ -14,6 +14,7 @@ pub mod generate;
 mod guidance;
 mod hunyuan_video;
 mod known_prompts;
+mod krea2;
 mod language;
 mod ltx2;
 mod part;
@@ -35,10 +36,11 @@ use crate::{Error, Result};
 pub use chroma::ChromaPrompts;
 pub use flux::FluxPrompts;
 pub use generate::{Asked, Generated, Generation, Generator, Request, Settings, Waveform};
-pub use guidance::SoundGuidance;
+pub use guidance::{KeepsNorm, SoundGuidance};
 pub use hunyuan_video::{HunyuanPrompts, glyph_text};
 pub use known_prompts::KnownPrompts;
-pub use language::{FLUX2, FLUX2_KLEIN, LanguagePrompts, QWEN_IMAGE, States, Template, Z_IMAGE};
+pub use krea2::Krea2Prompts;
+pub use language::{FLUX2, FLUX2_KLEIN, LUMINA2, LanguagePrompts, QWEN_IMAGE, States, Template, Z_IMAGE};
 pub use ltx2::LTX2Prompts;
 pub use pictures::{ConditionImage, Pictures, SeenImage, given_frames, reference_latents};
 pub use qwen_image_edit::QwenImageEditPrompts;
@@ -66,6 +68,14 @@ pub trait PromptEncoder: Send + Sync {
     /// # Errors
     /// When a model fails.
     fn encode(&self, prompts: &[&str], max_sequence_length: Option<usize>) -> Result<Vec<Encoded>>;
+
+    /// The same of what a picture is led away from, which some pipelines write down otherwise.
+    ///
+    /// # Errors
+    /// When a model fails.
+    fn encode_negative(&self, prompt: &str, max_sequence_length: Option<usize>) -> Result<Encoded> {
+        Ok(self.encode(&[prompt], max_sequence_length)?.into_iter().next().unwrap_or_default())
+    }
 
     /// The same of prompts that speak of pictures, which come first.
     ///
@@ -170,7 +180,7 @@ pub const PIPELINES: &[PipelineKind] = &[
         generation: Generation {
             adapter: |_| "qwen_image",
             guidance_scale: 4.0,
-            keeps_norm: true,
+            keeps_norm: KeepsNorm::OfToken,
             mu: |tokens, _, config| calculate_shift(tokens, config),
             ..PICTURE
         },
@@ -184,7 +194,7 @@ pub const PIPELINES: &[PipelineKind] = &[
             adapter: |_| "qwen_image_edit",
             steps: 40,
             guidance_scale: 4.0,
-            keeps_norm: true,
+            keeps_norm: KeepsNorm::OfToken,
             mu: |tokens, _, config| calculate_shift(tokens, config),
             ..PICTURE
         },
@@ -255,6 +265,37 @@ pub const PIPELINES: &[PipelineKind] = &[
             ..PICTURE
         },
     },
+    PipelineKind {
+        class: "Krea2Pipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(Krea2Prompts::load(folder, device)?)),
+        pictures: None,
+        generation: Generation {
+            adapter: |_| "krea2",
+            steps: 28,
+            guidance_scale: 4.5,
+            cfg: |scale| scale + 1.0,
+            negative_prompt: Some(""),
+            mu: |tokens, _, config| calculate_shift(tokens, config),
+            distilled_mu: Some(1.15),
+            ..PICTURE
+        },
+    },
+    PipelineKind {
+        class: "Lumina2Pipeline",
+        prompt_parts: ONE_MODEL,
+        prompts: |folder, device| Ok(Box::new(LanguagePrompts::load(folder, LUMINA2, device)?)),
+        pictures: None,
+        generation: Generation {
+            adapter: |_| "lumina2",
+            steps: 30,
+            guidance_scale: 4.0,
+            negative_prompt: Some(""),
+            keeps_norm: KeepsNorm::OfRow,
+            mu: |tokens, _, config| calculate_shift(tokens, config),
+            ..PICTURE
+        },
+    },
 ];
 
 const ONE_MODEL: &[&str] = &["tokenizer", "text_encoder"];
@@ -303,7 +344,8 @@ const PICTURE: Generation = Generation {
     told: false,
     cfg: |scale| scale,
     negative_prompt: None,
-    keeps_norm: false,
+    keeps_norm: KeepsNorm::No,
+    distilled_mu: None,
     mu: |tokens, steps, _| compute_empirical_mu(tokens, steps),
     own_levels: false,
     keeps_first_frame: false,
@@ -384,6 +426,12 @@ impl PipelineFolder {
     /// A number of `model_index.json`, such as `boundary_ratio`, where there is one.
     pub fn number(&self, name: &str) -> Option<f64> {
         self.index[name].as_f64()
+    }
+
+    /// A list of whole numbers of `model_index.json`, such as `text_encoder_select_layers`, where there is one.
+    pub fn whole_numbers(&self, name: &str) -> Option<Vec<usize>> {
+        let numbers = self.index[name].as_array()?.iter();
+        numbers.map(|number| number.as_u64().and_then(|n| usize::try_from(n).ok())).collect()
     }
 
     /// The configuration of the part `guider`; null where the pipeline has none.

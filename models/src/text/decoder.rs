@@ -1,9 +1,9 @@
-//! The text models of transformers that pipelines take hidden states of: Qwen2.5-VL's, Qwen3, Mistral 3's and Gemma 3's. They are
-//! one architecture with options.
+//! The text models of transformers that pipelines take hidden states of: Qwen2.5-VL's, Qwen3, Qwen3-VL's, Mistral 3's, Gemma 2 and
+//! Gemma 3's. They are one architecture with options.
 
 use flowtape_engine::nn::{Activation, Linear, ParamBuilder, Params, RmsNorm};
-use flowtape_engine::ops::{RopeLayout, attention, embedding};
-use flowtape_engine::{Device, Result as EngineResult, Tensor, nn};
+use flowtape_engine::ops::{RopeLayout, attention, embedding, pointwise_to};
+use flowtape_engine::{DType, Device, Result as EngineResult, Tensor, nn};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -13,7 +13,7 @@ use crate::config::{check_layers, check_sizes, object, parse, product};
 use crate::{Error, Result};
 
 /// What tells the models apart.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Family {
     /// transformers' class.
     pub class: &'static str,
@@ -24,7 +24,15 @@ pub struct Family {
     /// Gemma's ways: norms whose weights count from 1, around each half of a layer, and embeddings times the root of their
     /// width.
     pub gemma: bool,
+    /// Of so many layers one attends to the whole text, where a configuration does not say which.
+    pub full_every: Option<usize>,
+    /// Scores stay below it where a configuration does not say so: `attn_logit_softcapping`.
+    pub softcap: Option<f64>,
 }
+
+/// What most have in common.
+pub(crate) const PLAIN: Family =
+    Family { class: "", qkv_bias: false, qk_norm: false, gemma: false, full_every: None, softcap: None };
 
 /// Rotations of a kind of layer.
 #[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
@@ -56,6 +64,7 @@ pub struct DecoderConfig {
     #[serde(alias = "hidden_activation")]
     hidden_act: String,
     query_pre_attn_scalar: Option<f64>,
+    attn_logit_softcapping: Option<f64>,
     sliding_window: Option<usize>,
     sliding_window_pattern: Option<usize>,
     layer_types: Option<Vec<String>>,
@@ -78,6 +87,7 @@ impl Default for DecoderConfig {
             rms_norm_eps: 1e-6,
             hidden_act: "silu".into(),
             query_pre_attn_scalar: None,
+            attn_logit_softcapping: None,
             sliding_window: None,
             sliding_window_pattern: None,
             layer_types: None,
@@ -94,9 +104,12 @@ impl DecoderConfig {
     ///
     /// # Errors
     /// When a value does not fit.
-    pub fn from_json(value: &Value, class: &str) -> Result<Self> {
+    pub fn from_json(value: &Value, family: Family) -> Result<Self> {
         let text = value.get("text_config").filter(|text| text.is_object()).unwrap_or(value);
-        let config: Self = parse("text encoder", class, object(text)?)?;
+        let mut config: Self = parse("text encoder", family.class, object(text)?)?;
+        if text.get("attn_logit_softcapping").is_none() {
+            config.attn_logit_softcapping = family.softcap;
+        }
         check_sizes([
             ("vocab_size", config.vocab_size),
             ("hidden_size", config.hidden_size),
@@ -135,8 +148,7 @@ impl DecoderConfig {
         match (&self.layer_types, self.sliding_window_pattern) {
             (Some(types), _) => types.get(layer).is_some_and(|kind| kind == "sliding_attention"),
             (None, Some(pattern)) => !(layer + 1).is_multiple_of(pattern.max(1)),
-            // Five sliding layers, then a full one.
-            (None, None) => family.gemma && !(layer + 1).is_multiple_of(6),
+            (None, None) => family.full_every.is_some_and(|every| !(layer + 1).is_multiple_of(every)),
         }
     }
 
@@ -183,6 +195,7 @@ struct Layer {
     heads: usize,
     kv_heads: usize,
     scale: f64,
+    softcap: Option<f64>,
     slides: bool,
 }
 
@@ -217,6 +230,7 @@ impl Layer {
             heads,
             kv_heads,
             scale: config.query_pre_attn_scalar.unwrap_or(head as f64).powf(-0.5),
+            softcap: config.attn_logit_softcapping,
             slides: config.slides(family, number),
         })
     }
@@ -231,7 +245,10 @@ impl Layer {
         let k = rope.apply(&heads(&self.key, self.kv_heads, norms.map(|n| &n[1]))?)?;
         let v = heads(&self.value, self.kv_heads, None)?;
         let (k, v) = (shared_heads(&k, self.heads)?, shared_heads(&v, self.heads)?);
-        let attended = attention(&q, &k, &v, Some(mask), Some(self.scale))?;
+        let attended = match self.softcap {
+            None => attention(&q, &k, &v, Some(mask), Some(self.scale))?,
+            Some(cap) => capped_attention([&q, &k, &v], mask, self.scale, cap)?,
+        };
         self.out.forward(&attended.transpose(1, 2)?.flatten(2, 3)?)
     }
 
@@ -245,6 +262,13 @@ impl Layer {
         let gated = self.act.forward(&self.gate.forward(&h)?)?.mul(&self.up.forward(&h)?)?;
         add(&x, self.down.forward(&gated)?, 1)
     }
+}
+
+/// Attention whose scores stay between -cap and cap before the mask is added. They are whole in memory: texts are short.
+fn capped_attention([q, k, v]: [&Tensor; 3], mask: &Tensor, scale: f64, cap: f64) -> EngineResult<Tensor> {
+    let scores = q.matmul(&k.transpose(2, 3)?)?;
+    let capped = pointwise_to(DType::F32, [&scores, mask], |[s, m]| (s * (scale / cap)).tanh() * cap + m)?;
+    capped.softmax(3)?.to_dtype(v.dtype())?.matmul(v)
 }
 
 /// The text model. Positions are 0 to T - 1, whatever the mask; the last of the hidden states has gone through the final norm.
@@ -268,7 +292,7 @@ impl DecoderModel {
     /// When a parameter can't be made.
     pub fn new(config: DecoderConfig, family: Family, root: &ParamBuilder) -> Result<Self> {
         // Published files, files that transformers 5 writes, and text models alone.
-        let places = ["model", "language_model.model", "model.language_model"];
+        let places = ["model", "language_model.model", "model.language_model", "language_model"];
         let found = places.into_iter().find(|p| root.sub(p).sub("embed_tokens").stored_dims("weight").is_some());
         let bare = root.sub("embed_tokens").stored_dims("weight").is_some();
         let place = if bare { None } else { Some(found.unwrap_or(places[0])) };

@@ -24,6 +24,7 @@ use crate::checkpoint::CONFIG;
 use crate::{Error, Result};
 
 pub use clip::{CLIPTextConfig, CLIPTextModel};
+use decoder::PLAIN;
 pub use decoder::{DecoderConfig, DecoderModel, Family, stack_layers};
 pub use t5::{T5Config, T5EncoderModel};
 pub use tokenizer::{Padding, Tokenizer, Tokens};
@@ -73,15 +74,16 @@ pub struct TextModelKind {
 }
 
 /// The models of [`decoder`].
-pub(crate) const QWEN25_VL: Family =
-    Family { class: "Qwen2_5_VLForConditionalGeneration", qkv_bias: true, qk_norm: false, gemma: false };
-const QWEN3: Family = Family { class: "Qwen3ForCausalLM", qkv_bias: false, qk_norm: true, gemma: false };
-const MISTRAL3: Family =
-    Family { class: "Mistral3ForConditionalGeneration", qkv_bias: false, qk_norm: false, gemma: false };
-const GEMMA3: Family = Family { class: "Gemma3ForConditionalGeneration", qkv_bias: false, qk_norm: true, gemma: true };
+pub(crate) const QWEN25_VL: Family = Family { class: "Qwen2_5_VLForConditionalGeneration", qkv_bias: true, ..PLAIN };
+const QWEN3: Family = Family { class: "Qwen3ForCausalLM", qk_norm: true, ..PLAIN };
+const QWEN3_VL: Family = Family { class: "Qwen3VLForConditionalGeneration", ..QWEN3 };
+const MISTRAL3: Family = Family { class: "Mistral3ForConditionalGeneration", ..PLAIN };
+const GEMMA2: Family = Family { class: "Gemma2Model", gemma: true, full_every: Some(2), softcap: Some(50.0), ..PLAIN };
+const GEMMA3: Family =
+    Family { class: "Gemma3ForConditionalGeneration", qk_norm: true, gemma: true, full_every: Some(6), ..PLAIN };
 
 fn decoder(config: &Value, family: Family, params: &ParamBuilder) -> Result<Box<dyn TextModel>> {
-    Ok(Box::new(DecoderModel::new(DecoderConfig::from_json(config, family.class)?, family, params)?))
+    Ok(Box::new(DecoderModel::new(DecoderConfig::from_json(config, family)?, family, params)?))
 }
 
 /// All text encoders.
@@ -108,7 +110,11 @@ pub const TEXT_MODELS: &[TextModelKind] = &[
         new: |config, params| decoder(config, QWEN25_VL, params),
     },
     TextModelKind { class: QWEN3.class, prefix: "", new: |config, params| decoder(config, QWEN3, params) },
+    TextModelKind { class: QWEN3_VL.class, prefix: "", new: |config, params| decoder(config, QWEN3_VL, params) },
+    TextModelKind { class: "Qwen3VLModel", prefix: "", new: |config, params| decoder(config, QWEN3_VL, params) },
     TextModelKind { class: MISTRAL3.class, prefix: "", new: |config, params| decoder(config, MISTRAL3, params) },
+    TextModelKind { class: GEMMA2.class, prefix: "", new: |config, params| decoder(config, GEMMA2, params) },
+    TextModelKind { class: "Gemma2ForCausalLM", prefix: "", new: |config, params| decoder(config, GEMMA2, params) },
     TextModelKind { class: GEMMA3.class, prefix: "", new: |config, params| decoder(config, GEMMA3, params) },
 ];
 

@@ -321,7 +321,7 @@ impl Qwen25VL {
     pub fn load(folder: &Path, dtype: Option<DType>, device: &Device) -> Result<Self> {
         let (config, weights, params) = open(folder, "", dtype, device)?;
         let image_token = config["image_token_id"].as_u64().and_then(|id| u32::try_from(id).ok());
-        let language = DecoderModel::new(DecoderConfig::from_json(&config, QWEN25_VL.class)?, QWEN25_VL, &params)?;
+        let language = DecoderModel::new(DecoderConfig::from_json(&config, QWEN25_VL)?, QWEN25_VL, &params)?;
         // transformers 5 has the tower inside of the model.
         let outer = params.sub("visual").sub("patch_embed").sub("proj").stored_dims("weight").is_some();
         let tower = if outer { params.sub("visual") } else { params.sub("model").sub("visual") };

@@ -45,8 +45,8 @@ pub struct World {
     pub local_rank: usize,
     /// How many are on its machine.
     pub local_size: usize,
-    /// Where rank 0 is found.
-    pub master: Address,
+    /// Where rank 0 is found, where that was said or follows from the launcher's numbers.
+    pub master: Option<Address>,
 }
 
 /// What a launcher calls the numbers.
@@ -172,16 +172,30 @@ impl World {
         Ok(Self { launcher: names.launcher, rank, size, local_rank, local_size, master })
     }
 
+    /// Where rank 0 is found.
+    ///
+    /// # Errors
+    /// When that is not known.
+    pub(super) fn master(&self) -> Result<&Address> {
+        self.master.as_ref().ok_or_else(|| {
+            wrong(format!(
+                "where rank 0 is found is not known: set {MASTER_ADDR} to its machine and {MASTER_PORT} to a free port there, \
+                 for all ranks (mpirun -x {MASTER_ADDR}=... -x {MASTER_PORT}=...)"
+            ))
+        })
+    }
+
     /// Variables that make a process of this machine such a rank.
-    pub(super) fn variables(&self) -> [(&'static str, String); 6] {
-        [
-            (TORCHRUN.rank, self.rank.to_string()),
-            (TORCHRUN.size, self.size.to_string()),
-            (TORCHRUN.local_rank, self.local_rank.to_string()),
-            (TORCHRUN.local_size, self.local_size.to_string()),
-            (MASTER_ADDR, self.master.host.clone()),
-            (MASTER_PORT, self.master.port.to_string()),
-        ]
+    pub(super) fn variables(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let numbers = [
+            (TORCHRUN.rank, self.rank),
+            (TORCHRUN.size, self.size),
+            (TORCHRUN.local_rank, self.local_rank),
+            (TORCHRUN.local_size, self.local_size),
+        ];
+        let master = self.master.iter();
+        let master = master.flat_map(|at| [(MASTER_ADDR, at.host.clone()), (MASTER_PORT, at.port.to_string())]);
+        numbers.map(|(name, number)| (name, number.to_string())).into_iter().chain(master)
     }
 }
 
@@ -211,7 +225,12 @@ fn number(get: &dyn Fn(&str) -> Option<String>, name: &str) -> Result<Option<usi
 }
 
 /// Where rank 0 is found: as it was said, else as the launcher's numbers allow all ranks to know it.
-fn master(launcher: Launcher, get: &dyn Fn(&str) -> Option<String>, here: bool, parent: u32) -> Result<Address> {
+fn master(
+    launcher: Launcher,
+    get: &dyn Fn(&str) -> Option<String>,
+    here: bool,
+    parent: u32,
+) -> Result<Option<Address>> {
     let port = match get(MASTER_PORT) {
         Some(text) => {
             let port = text.trim().parse().ok().filter(|port: &u16| *port > 0);
@@ -231,17 +250,12 @@ fn master(launcher: Launcher, get: &dyn Fn(&str) -> Option<String>, here: bool, 
         // All processes of a machine have one parent.
         Launcher::OpenMpi | Launcher::Mpich => (here.then(|| "127.0.0.1".into()), here.then(|| from(parent))),
     };
-    let (Some(host), Some(port)) = (get(MASTER_ADDR).or(host), port.or(own)) else {
-        return Err(wrong(format!(
-            "where rank 0 is found is not known: set {MASTER_ADDR} to its machine and {MASTER_PORT} to a free port there, for \
-             all ranks (mpirun -x {MASTER_ADDR}=... -x {MASTER_PORT}=...)"
-        )));
-    };
+    let (Some(host), Some(port)) = (get(MASTER_ADDR).or(host), port.or(own)) else { return Ok(None) };
     let agent = launcher == Launcher::Torchrun && get(AGENT_LISTENS).is_some_and(|set| set == "True");
     let port = if agent { port.checked_add(1) } else { Some(port) };
     let port =
         port.ok_or_else(|| wrong(format!("{MASTER_PORT}: torchrun listens there, and there is no port behind it")))?;
-    Ok(Address { host, port })
+    Ok(Some(Address { host, port }))
 }
 
 /// The first of a list of hosts as Slurm writes it: `node[07-09,12],other`.
@@ -301,13 +315,23 @@ mod tests {
         assert_eq!(of(&[]).unwrap(), None);
         let found = world(&RUN);
         let master = Address { host: "head".into(), port: 29_500 };
-        let wanted = World { launcher: Launcher::Torchrun, rank: 5, size: 8, local_rank: 1, local_size: 4, master };
+        let wanted = World {
+            launcher: Launcher::Torchrun,
+            rank: 5,
+            size: 8,
+            local_rank: 1,
+            local_size: 4,
+            master: Some(master),
+        };
         assert_eq!(found, wanted);
         // What is written for a process is what it reads.
-        let written = wanted.variables();
-        assert_eq!(world(&written.each_ref().map(|(name, value)| (*name, value.as_str()))), wanted);
+        let written: Vec<_> = wanted.variables().collect();
+        assert_eq!(world(&written.iter().map(|(name, value)| (*name, value.as_str())).collect::<Vec<_>>()), wanted);
         // torchrun's own store has the port.
-        assert_eq!(world(&[&RUN[..], &[("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat()).master.port, 29_501);
+        assert_eq!(
+            world(&[&RUN[..], &[("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat()).master().unwrap().port,
+            29_501
+        );
 
         let slurm = [
             ("SLURM_PROCID", "6"),
@@ -320,10 +344,10 @@ mod tests {
         ];
         let found = world(&slurm);
         assert_eq!((found.launcher, found.rank, found.size, found.local_size), (Launcher::Slurm, 6, 7, 1));
-        assert_eq!(found.master, Address { host: "gpu07".into(), port: 12_000 + (1_234_567 % 20_000) as u16 });
+        assert_eq!(found.master, Some(Address { host: "gpu07".into(), port: 12_000 + (1_234_567 % 20_000) as u16 }));
         // Scripts say where the first machine is, and how many there are.
         let said = [&slurm[..], &[("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "7777"), ("WORLD_SIZE", "7")]].concat();
-        assert_eq!(world(&said).master.to_string(), "10.0.0.1:7777");
+        assert_eq!(world(&said).master().unwrap().to_string(), "10.0.0.1:7777");
         // The script of sbatch is none of the tasks.
         assert_eq!(of(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4"), ("SLURM_LOCALID", "0")]).unwrap(), None);
 
@@ -334,10 +358,13 @@ mod tests {
             ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
         ];
         let found = world(&mpi);
-        assert_eq!((found.launcher, found.master.to_string()), (Launcher::OpenMpi, "127.0.0.1:12123".into()));
+        assert_eq!(
+            (found.launcher, found.master().unwrap().to_string()),
+            (Launcher::OpenMpi, "127.0.0.1:12123".into())
+        );
         let apart = [&mpi[..3], &[("OMPI_COMM_WORLD_LOCAL_SIZE", "1"), ("OMPI_COMM_WORLD_LOCAL_RANK", "0")]].concat();
         let apart: Vec<_> = apart.into_iter().filter(|pair| *pair != mpi[2]).collect();
-        assert!(of(&apart).unwrap_err().to_string().contains("mpirun -x MASTER_ADDR"));
+        assert!(world(&apart).master().unwrap_err().to_string().contains("mpirun -x MASTER_ADDR"));
     }
 
     #[test]

@@ -1,11 +1,15 @@
 //! A process becomes one of the ranks of a run.
 
+#[cfg(feature = "mpi")]
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
 use flowtape_engine::comm::{Collective, Comm, Work};
 use flowtape_engine::{Device, Result as EngineResult};
 
+#[cfg(feature = "mpi")]
+use super::Address;
 use super::{Launcher, Lifeline, World, rendezvous};
 use crate::{Error, Result};
 
@@ -46,7 +50,12 @@ fn on_gpus(world: &World, device: &str) -> Result<Joined> {
     let id = if world.rank == 0 { flowtape_gpu::ranks_id()? } else { Vec::new() };
     let (id, line) = rendezvous(world, &id, START)?;
     let (comm, fail) = flowtape_gpu::join_ranks(ordinal, &id, world.rank, world.size)?;
-    line.watch(move |rank, cause| fail(rank, cause)).map_err(|e| Error::Launch(format!("threads: {e}")))?;
+    watched(comm, line, fail)
+}
+
+/// Ranks that hear over their lines what their library does not tell them.
+fn watched(comm: Arc<dyn Comm>, line: Lifeline, fail: impl Fn(usize, &str) + Send + Sync + 'static) -> Result<Joined> {
+    line.watch(fail).map_err(|e| Error::Launch(format!("threads: {e}")))?;
     let device = comm.device();
     Ok(Joined { comm: Arc::new(Watched { comm, line }), device })
 }
@@ -66,7 +75,29 @@ fn on_cpus(world: &World) -> Result<Joined> {
             world.size
         )));
     }
-    Ok(Joined { comm, device: Device::cpu() })
+    // Rank 0 says where it is by MPI itself.
+    let all: &dyn Comm = &*comm;
+    let own = if world.rank == 0 { own_address(world)?.to_string() } else { String::new() };
+    let said = String::from_utf8(all.share(own.as_bytes(), 0)?).unwrap_or_default();
+    let Some((host, port)) = said.rsplit_once(':') else { return Err(Error::Launch(format!("no address: {said:?}"))) };
+    let master = Some(Address { host: host.into(), port: port.parse().unwrap_or_default() });
+    let (_, line) = rendezvous(&World { master, ..world.clone() }, &[], START)?;
+    let failing = Arc::downgrade(&comm);
+    watched(comm, line, move |rank, cause| {
+        if let Some(comm) = failing.upgrade() {
+            comm.fail(rank, cause);
+        }
+    })
+}
+
+/// Where the others reach this process: a port that is free now.
+#[cfg(feature = "mpi")]
+fn own_address(world: &World) -> Result<Address> {
+    let no_port = |e| Error::Launch(format!("no free port for the ranks to meet at: {e}"));
+    let port = TcpListener::bind(("0.0.0.0", 0)).and_then(|listener| listener.local_addr()).map_err(no_port)?.port();
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let host = if world.local_size == world.size { "127.0.0.1".into() } else { name };
+    Ok(Address { host, port })
 }
 
 #[cfg(not(feature = "mpi"))]
@@ -136,7 +167,7 @@ mod tests {
     #[test]
     fn what_can_not_train_together_says_what_can() {
         let message = |launcher, device: &str| {
-            let master = Address { host: "127.0.0.1".into(), port: 1 };
+            let master = Some(Address { host: "127.0.0.1".into(), port: 1 });
             let world = World { launcher, rank: 1, size: 2, local_rank: 1, local_size: 2, master };
             join(&world, device).unwrap_err().to_string()
         };

@@ -5,7 +5,7 @@
 
 use std::fmt::{Debug, Formatter, Result as FmtResult};
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -20,6 +20,8 @@ use crate::{Error, Result};
 
 /// Bytes that a rank sends at a time: counts of MPI are of 32 bits, and buffers stay small.
 const PIECE: usize = 1 << 24;
+/// How often those that wait look whether a rank failed.
+const LOOK: Duration = Duration::from_millis(100);
 /// How long a process may take to end by itself when it has failed, before MPI ends all.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -48,7 +50,7 @@ struct Job {
 }
 
 enum What {
-    Collective(Collective),
+    Collective(Box<Collective>),
     Barrier,
     /// Makes a group of the ranks with this color.
     Split(usize),
@@ -59,7 +61,7 @@ impl Mpi {
     ///
     /// # Errors
     /// When the library was used before, or can't be used by threads.
-    pub fn join() -> Result<Arc<dyn Comm>> {
+    pub fn join() -> Result<Arc<Self>> {
         let (jobs, queue) = channel();
         let (tell, told) = channel();
         let serve = move || serve(&queue, &tell);
@@ -72,13 +74,26 @@ impl Mpi {
         Ok(Arc::new(Self { port, group: 0, rank, members: (0..size).collect() }))
     }
 
+    /// Gives up because another rank failed, as somebody else than MPI found: whoever waits gets an error that names it.
+    pub fn fail(&self, rank: usize, cause: &str) {
+        if self.port.failed.set((rank, cause.into())).is_err() {
+            return;
+        }
+        let end = || {
+            std::thread::sleep(GRACE);
+            SimpleCommunicator::world().abort(1)
+        };
+        // Without a thread the starter does it.
+        let _ = std::thread::Builder::new().name("mpi abort".into()).spawn(end);
+    }
+
     fn ask(&self, what: What) -> EngineResult<Asked> {
         self.check()?;
         let (done, wait) = channel();
         let jobs = self.port.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let job = Job { group: self.group, what, done };
         jobs.as_ref().and_then(|jobs| jobs.send(job).ok()).ok_or_else(|| self.ended())?;
-        Ok(Asked { wait, rank: self.own() })
+        Ok(Asked { wait, port: self.port.clone(), rank: self.own() })
     }
 
     /// This rank among all.
@@ -88,6 +103,22 @@ impl Mpi {
 
     fn ended(&self) -> EngineError {
         EngineError::Rank { rank: self.own(), what: "the thread that calls MPI ended".into() }
+    }
+}
+
+impl Port {
+    /// What failed, of all ranks.
+    fn check(&self) -> EngineResult<()> {
+        match self.failed.get() {
+            Some((rank, what)) => Err(EngineError::Rank { rank: *rank, what: what.clone() }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Debug for Port {
+    fn fmt(&self, f: &mut Formatter<'_>) -> FmtResult {
+        write!(f, "MPI, failed: {:?}", self.failed.get())
     }
 }
 
@@ -113,13 +144,21 @@ impl Debug for Mpi {
 #[derive(Debug)]
 struct Asked {
     wait: Receiver<EngineResult<usize>>,
+    port: Arc<Port>,
     rank: usize,
 }
 
 impl Asked {
     fn finish(&self) -> EngineResult<usize> {
         let ended = || EngineError::Rank { rank: self.rank, what: "the thread that calls MPI ended".into() };
-        self.wait.recv().map_err(|_| ended())?
+        loop {
+            // A call of MPI that waits for a rank which is gone never ends.
+            match self.wait.recv_timeout(LOOK) {
+                Ok(done) => return done,
+                Err(RecvTimeoutError::Timeout) => self.port.check()?,
+                Err(RecvTimeoutError::Disconnected) => return Err(ended()),
+            }
+        }
     }
 }
 
@@ -143,7 +182,7 @@ impl Comm for Mpi {
     }
 
     fn start(&self, collective: Collective) -> EngineResult<Box<dyn Work>> {
-        Ok(Box::new(self.ask(What::Collective(collective))?))
+        Ok(Box::new(self.ask(What::Collective(Box::new(collective)))?))
     }
 
     fn barrier(&self) -> EngineResult<()> {
@@ -152,23 +191,11 @@ impl Comm for Mpi {
 
     /// This process is expected to end soon, which its starter answers by ending the others. Where it does not, MPI ends all.
     fn abort(&self, cause: &str) {
-        if self.port.failed.set((self.own(), cause.into())).is_err() {
-            return;
-        }
-        tracing::error!("rank {}: {cause}", self.own());
-        let end = || {
-            std::thread::sleep(GRACE);
-            SimpleCommunicator::world().abort(1)
-        };
-        // Without a thread the starter does it.
-        let _ = std::thread::Builder::new().name("mpi abort".into()).spawn(end);
+        self.fail(self.own(), cause);
     }
 
     fn check(&self) -> EngineResult<()> {
-        match self.port.failed.get() {
-            Some((rank, what)) => Err(EngineError::Rank { rank: *rank, what: what.clone() }),
-            None => Ok(()),
-        }
+        self.port.check()
     }
 
     fn split(&self, color_of: &dyn Fn(usize) -> usize) -> EngineResult<Arc<dyn Comm>> {

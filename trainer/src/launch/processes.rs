@@ -52,7 +52,7 @@ impl Processes {
                 size,
                 local_rank: rank,
                 local_size: size,
-                master: master.clone(),
+                master: Some(master.clone()),
             };
             let child = command().envs(world.variables()).spawn();
             all.0.push(child.map_err(|e| failed(&format!("rank {rank} can't be started"), e))?);

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-use super::{Lifeline, World};
+use super::{Address, Lifeline, World};
 use crate::{Error, Result};
 
 /// What a rank says first, so that nobody else is taken for one; the last byte counts versions of what follows.
@@ -37,7 +37,7 @@ fn failed(what: String) -> Error {
 
 /// Rank 0: waits for all, then answers all.
 fn receive_all(world: &World, bytes: &[u8], end: Instant, limit: Duration) -> Result<(Vec<u8>, Lifeline)> {
-    let master = &world.master;
+    let master = world.master()?;
     let is_local = matches!(master.host.as_str(), "localhost" | "127.0.0.1");
     let host = if is_local { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
     let listener =
@@ -93,10 +93,10 @@ fn receive_all(world: &World, bytes: &[u8], end: Instant, limit: Duration) -> Re
 
 /// Another rank: comes to rank 0 as soon as that is there.
 fn visit(world: &World, end: Instant, limit: Duration) -> Result<(Vec<u8>, Lifeline)> {
-    let (master, rank) = (&world.master, world.rank);
+    let (master, rank) = (world.master()?, world.rank);
     let mut why = String::new();
     while Instant::now() < end {
-        match meet(world, end) {
+        match meet(world, master, end) {
             Ok((0, bytes, line)) => return Ok((bytes, Lifeline::of(rank, vec![(0, line)]))),
             Ok((_, text, _)) => return Err(failed(String::from_utf8_lossy(&text).into_owned())),
             Err(e) => why = e.to_string(),
@@ -112,8 +112,7 @@ fn visit(world: &World, end: Instant, limit: Duration) -> Result<(Vec<u8>, Lifel
 }
 
 /// What rank 0 answers: whether it is an error, the bytes, and the line to it.
-fn meet(world: &World, end: Instant) -> std::io::Result<(u8, Vec<u8>, TcpStream)> {
-    let master = &world.master;
+fn meet(world: &World, master: &Address, end: Instant) -> std::io::Result<(u8, Vec<u8>, TcpStream)> {
     let mut addresses = (master.host.as_str(), master.port).to_socket_addrs()?;
     let address = addresses.next().ok_or(ErrorKind::NotFound)?;
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
@@ -163,7 +162,7 @@ fn ranks(of: &[usize]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::{Address, Launcher};
+    use crate::launch::Launcher;
 
     const SOON: Duration = Duration::from_secs(20);
 
@@ -174,7 +173,7 @@ mod tests {
     }
 
     fn world(rank: usize, size: usize, master: &Address) -> World {
-        let master = master.clone();
+        let master = Some(master.clone());
         World { launcher: Launcher::Torchrun, rank, size, local_rank: rank, local_size: size, master }
     }
 

@@ -4,6 +4,9 @@
 //! which the machine adds both products at once. Every element is one chain of multiply-adds in the order of k, whatever
 //! the tile's height or the layout of A, so how the work is cut never changes a bit of the result.
 
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+
 use crate::cpu::isa::{FUSED, Isa};
 
 /// One call: `c[mr, live] (+)= a[mr, k] b[k, live] (+ bias[live])`. C and bias are f32.
@@ -336,7 +339,18 @@ pub(crate) fn kernels(isa: Isa, pairs: bool) -> &'static Kernels {
             Isa::Avx512 | Isa::Avx512Bf16 => AVX512,
         }
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    {
+        use neon::{bfdot, neon};
+        static NEON: &Kernels = kernels!(neon, 8 x 8, pairs false: 1 2 3 4 5 6 7 8);
+        static PAIRS: &Kernels = kernels!(bfdot, 8 x 8, pairs true: 1 2 3 4 5 6 7 8);
+        match isa {
+            Isa::Portable => PORTABLE,
+            Isa::NeonBf16 if pairs => PAIRS,
+            Isa::Neon | Isa::NeonBf16 => NEON,
+        }
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     {
         let _ = (isa, pairs);
         PORTABLE

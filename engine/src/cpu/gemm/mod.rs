@@ -10,6 +10,8 @@ pub(super) mod scratch;
 mod streamed;
 
 pub(super) use self::conv::convolution;
+#[cfg(target_arch = "aarch64")]
+pub(super) use self::kernel::neon::dot_pairs;
 use self::kernel::{Kernels, Tile, kernels};
 pub(super) use self::pack::{Narrow, with_narrow};
 use self::pack::{Source, panels, rows};
@@ -240,7 +242,6 @@ impl Packer {
         let to = strip_stride(words);
         // SAFETY: the caller's promise.
         unsafe {
-            #[cfg(target_arch = "x86_64")]
             if self.set.pairs {
                 if a.cols == 1 {
                     let whole = k.is_multiple_of(2) && (a.rows.is_multiple_of(2) || m == 1);
@@ -281,7 +282,6 @@ impl Packer {
     unsafe fn pack_b(&self, b: Matrix, k: usize, n: usize, out: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe {
-            #[cfg(target_arch = "x86_64")]
             if self.set.pairs {
                 return pack::pair_panels(self.set.nr, &b.source(k, n), out);
             }

@@ -118,12 +118,10 @@ pub(crate) unsafe fn panels<T: Narrow>(isa: Isa, width: usize, s: &Source<T>, ou
     // SAFETY: the caller's promise.
     unsafe {
         match (isa, width) {
-            (Isa::Portable, 8) => panels_of::<T, 8, false>(s, out),
-            (Isa::Portable, _) => panels_of::<T, 4, false>(s, out),
             #[cfg(target_arch = "x86_64")]
-            _ => panels_avx2(width, s, out),
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => {}
+            (Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16, _) => panels_avx2(width, s, out),
+            (_, 8) => panels_of::<T, 8, false>(s, out),
+            _ => panels_of::<T, 4, false>(s, out),
         }
     }
 }
@@ -135,11 +133,9 @@ pub(crate) unsafe fn rows<T: Narrow>(isa: Isa, s: &Source<T>, out: *mut f32, ld:
     // SAFETY: the caller's promise.
     unsafe {
         match isa {
-            Isa::Portable => rows_of(s, out, ld),
             #[cfg(target_arch = "x86_64")]
-            _ => rows_avx2(s, out, ld),
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => {}
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => rows_avx2(s, out, ld),
+            _ => rows_of(s, out, ld),
         }
     }
 }
@@ -248,12 +244,18 @@ unsafe fn transposed_panel<T: Narrow, const W: usize, const AVX2: bool>(s: &Sour
     // SAFETY: the caller's promise.
     unsafe {
         let src = s.ptr.add(j * s.ns);
-        // Squares of eight by eight, the rest by single copies.
-        let (from_k, from_column) = if AVX2 && s.ks == 1 { (s.k / 8 * 8, live / 8 * 8) } else { (0, 0) };
-        #[cfg(target_arch = "x86_64")]
-        for k in (0..from_k).step_by(8) {
-            for i in (0..from_column).step_by(8) {
-                transpose8(src.add(i * s.ns + k), s.ns, out.add(k * W + i), W);
+        // In squares, the rest by single copies.
+        let side = if AVX2 { 8 } else { 4 };
+        let (from_k, from_column) = if s.ks == 1 { (s.k / side * side, live / side * side) } else { (0, 0) };
+        for k in (0..from_k).step_by(side) {
+            for i in (0..from_column).step_by(side) {
+                let (src, out) = (src.add(i * s.ns + k), out.add(k * W + i));
+                #[cfg(target_arch = "x86_64")]
+                if AVX2 {
+                    transpose8(src, s.ns, out, W);
+                    continue;
+                }
+                transpose4(src, s.ns, out, W);
             }
         }
         for k in 0..s.k {
@@ -266,20 +268,26 @@ unsafe fn transposed_panel<T: Narrow, const W: usize, const AVX2: bool>(s: &Sour
 
 /// Panels `[n / width][words][width]` of pairs along k, an odd last one and the last panel filled up with zeros.
 ///
-/// Safety: the source is valid, `out` for `k / 2 * n.next_multiple_of(width)` words, rounded up, and the machine has
-/// AVX-512.
-#[cfg(target_arch = "x86_64")]
+/// Safety: the source is valid, `out` for `k / 2 * n.next_multiple_of(width)` words, rounded up, and the machine has an
+/// instruction set of pairs.
 pub(crate) unsafe fn pair_panels(width: usize, s: &Source<bf16>, out: *mut f32) {
     // SAFETY: the caller's promise.
     unsafe {
+        #[cfg(target_arch = "x86_64")]
         if s.ns == 1 {
-            pair_panels_avx512(width, s, out.cast());
-        } else if s.ks == 1 && s.k.is_multiple_of(2) && s.ns.is_multiple_of(2) && width == 32 {
+            return pair_panels_avx512(width, s, out.cast());
+        }
+        if s.ks == 1 && s.k.is_multiple_of(2) && s.ns.is_multiple_of(2) && matches!(width, 8 | 32) {
             // Pairs lie side by side: they move as f32 would.
             let words = Source::<f32> { ptr: s.ptr.cast(), ks: 1, ns: s.ns / 2, k: s.k / 2, n: s.n };
             for j in (0..s.n).step_by(width) {
+                #[cfg(target_arch = "x86_64")]
                 word_panel(&words, j, out.add(j * words.k));
+                #[cfg(not(target_arch = "x86_64"))]
+                transposed_panel::<f32, 8, false>(&words, j, out.add(j * words.k));
             }
+        } else if s.ns == 1 {
+            pair_rows_as_panels(width, s, out.cast());
         } else {
             let (words, out) = (s.k.div_ceil(2), out.cast::<u32>());
             let bits = |k: usize, j: usize| {
@@ -295,10 +303,33 @@ pub(crate) unsafe fn pair_panels(width: usize, s: &Source<bf16>, out: *mut f32) 
     }
 }
 
+/// The same where each k is a run of memory: two of them side by side, in loops that become SIMD.
+unsafe fn pair_rows_as_panels(width: usize, s: &Source<bf16>, out: *mut u32) {
+    let words = s.k.div_ceil(2);
+    for j in (0..s.n).step_by(width) {
+        let live = width.min(s.n - j);
+        for k in 0..words {
+            // SAFETY: the caller's promise: these rows hold `live` elements from j on, and a panel's rows are `width` words.
+            unsafe {
+                let row = |k: usize| std::slice::from_raw_parts(s.ptr.add(k * s.ks + j), live);
+                let to = std::slice::from_raw_parts_mut(out.add(j * words + k * width), width);
+                let (to, rest) = to.split_at_mut(live);
+                rest.fill(0);
+                let low = |x: bf16| u32::from(x.to_bits());
+                if 2 * k + 1 < s.k {
+                    let pairs = row(2 * k).iter().zip(row(2 * k + 1));
+                    to.iter_mut().zip(pairs).for_each(|(to, (a, b))| *to = low(*a) | low(*b) << 16);
+                } else {
+                    to.iter_mut().zip(row(2 * k)).for_each(|(to, a)| *to = low(*a));
+                }
+            }
+        }
+    }
+}
+
 /// Rows of a `[rows, k]` window as rows of pairs, `ld` words apart, an odd last one filled up with zero.
 ///
 /// Safety: the source's rows are dense and valid, `out` is for the rows.
-#[cfg(target_arch = "x86_64")]
 pub(crate) unsafe fn pair_rows(s: &Source<bf16>, out: *mut f32, ld: usize) {
     for j in 0..s.n {
         // SAFETY: the caller's promise.
@@ -376,6 +407,20 @@ unsafe fn pair_panels_avx512(width: usize, s: &Source<bf16>, out: *mut u32) {
                     }
                 }
             }
+        }
+    }
+}
+
+/// `out[i][j] = src[j][i]` for 4 x 4 elements; rows are `ld` and `ldo` apart.
+#[inline(always)]
+unsafe fn transpose4<T: Narrow>(src: *const T, ld: usize, out: *mut f32, ldo: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // Whole rows, so that the compiler makes vectors of them.
+        let rows: [[T; 4]; 4] = std::array::from_fn(|j| src.add(j * ld).cast::<[T; 4]>().read_unaligned());
+        let rows = rows.map(|row| row.map(T::widen));
+        for i in 0..4 {
+            out.add(i * ldo).cast::<[f32; 4]>().write_unaligned(rows.map(|row| row[i]));
         }
     }
 }

@@ -71,7 +71,8 @@ fn every_layout_size_and_dtype_agrees_with_f64_on_every_instruction_set() -> Res
                 _ => (2f64.powi(-53), 2f64.powi(-52)),
             };
             for isa in Isa::available() {
-                let out = matrix(&mut random, m, n, case + case / 3, dtype)?;
+                // Its values do not count: all machines draw the same, however many instruction sets they have.
+                let out = matrix(&mut Philox::new(0), m, n, case + case / 3, dtype)?;
                 out.copy_from(&start)?;
                 multiply_on(isa, &a, &b, bias.as_ref(), accumulate, &out)?;
                 for (x, &(y, rounded)) in out.to_vec::<f64>()?.into_iter().zip(&expected) {

@@ -161,7 +161,7 @@ pub(super) fn preview_of(recipe: &Recipe, prompts: Vec<String>) -> Preview {
 
 /// Samples that were encoded before, by `flowtape preprocess` or by NeMo, and how often an epoch has those of each folder. Grids
 /// need the pipeline that they were made with.
-pub(super) fn cached(caches: &[(&Path, usize)], pipeline: Option<&Path>, device: &Device) -> Result<Data> {
+pub(crate) fn cached(caches: &[(&Path, usize)], pipeline: Option<&Path>, device: &Device) -> Result<Data> {
     let pipeline = pipeline.map(PipelineFolder::open).transpose()?;
     let mut parts: Vec<(Arc<dyn Source>, usize)> = Vec::new();
     let mut first: Option<CacheHeader> = None;

@@ -1,0 +1,144 @@
+//! Configurations of weights in their authors' layouts, as far as sizes tell them.
+
+use flowtape_engine::safetensors::Shards;
+use serde_json::{Value, json};
+
+/// How many blocks have a tensor of that name.
+fn blocks(weights: &Shards, name: &str) -> usize {
+    (0..).take_while(|n| weights.dims(&name.replace("{}", &n.to_string())).is_some()).count()
+}
+
+pub(super) fn flux_config(weights: &Shards) -> Option<Value> {
+    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+    let head = dims("double_blocks.0.img_attn.norm.query_norm.scale")?[0];
+    let [width, channels] = *dims("img_in.weight")? else { return None };
+    // The axes of the rotary tables are in no tensor: only the published ones are known.
+    (head == 128).then_some(())?;
+    let outputs = dims("final_layer.linear.weight")?[0];
+    Some(json!({
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": channels,
+        "out_channels": (outputs != channels).then_some(outputs),
+        "num_layers": blocks(weights, "double_blocks.{}.img_attn.qkv.weight"),
+        "num_single_layers": blocks(weights, "single_blocks.{}.linear1.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": width / head,
+        "joint_attention_dim": *dims("txt_in.weight")?.get(1)?,
+        "pooled_projection_dim": *dims("vector_in.in_layer.weight")?.get(1)?,
+        "guidance_embeds": dims("guidance_in.in_layer.weight").is_some(),
+    }))
+}
+
+pub(super) fn chroma_config(weights: &Shards) -> Option<Value> {
+    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+    let head = dims("double_blocks.0.img_attn.norm.query_norm.scale")?[0];
+    let [width, channels] = *dims("img_in.weight")? else { return None };
+    // The axes of the rotary tables are in no tensor: only the published ones are known.
+    (head == 128).then_some(())?;
+    let [hidden, inputs] = *dims("distilled_guidance_layer.in_proj.weight")? else { return None };
+    let outputs = dims("final_layer.linear.weight")?[0];
+    Some(json!({
+        "_class_name": "ChromaTransformer2DModel",
+        "in_channels": channels,
+        "out_channels": (outputs != channels).then_some(outputs),
+        "num_layers": blocks(weights, "double_blocks.{}.img_attn.qkv.weight"),
+        "num_single_layers": blocks(weights, "single_blocks.{}.linear1.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": width / head,
+        "joint_attention_dim": *dims("txt_in.weight")?.get(1)?,
+        "approximator_num_channels": inputs,
+        "approximator_hidden_dim": hidden,
+        "approximator_layers": blocks(weights, "distilled_guidance_layer.layers.{}.in_layer.weight"),
+    }))
+}
+
+pub(super) fn flux2_config(weights: &Shards) -> Option<Value> {
+    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+    let head = dims("double_blocks.0.img_attn.norm.query_norm.scale")?[0];
+    let [width, channels] = *dims("img_in.weight")? else { return None };
+    // The axes of the rotary tables are in no tensor: only the published ones are known.
+    (head == 128).then_some(())?;
+    let outputs = dims("final_layer.linear.weight")?[0];
+    Some(json!({
+        "_class_name": "Flux2Transformer2DModel",
+        "in_channels": channels,
+        "out_channels": (outputs != channels).then_some(outputs),
+        "num_layers": blocks(weights, "double_blocks.{}.img_attn.qkv.weight"),
+        "num_single_layers": blocks(weights, "single_blocks.{}.linear1.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": width / head,
+        "joint_attention_dim": *dims("txt_in.weight")?.get(1)?,
+        "mlp_ratio": *dims("double_blocks.0.img_mlp.2.weight")?.get(1)? as f64 / width as f64,
+        "guidance_embeds": dims("guidance_in.in_layer.weight").is_some(),
+    }))
+}
+
+pub(super) fn z_image_config(weights: &Shards) -> Option<Value> {
+    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+    let head = dims("layers.0.attention.q_norm.weight")?[0];
+    let [width, inputs] = *dims("x_embedder.weight")? else { return None };
+    // The published models' axes and their lengths are in no tensor.
+    (head == 128).then_some(())?;
+    Some(json!({
+        "_class_name": "ZImageTransformer2DModel",
+        "in_channels": inputs / 4,
+        "dim": width,
+        "n_layers": blocks(weights, "layers.{}.attention.qkv.weight"),
+        "n_refiner_layers": blocks(weights, "noise_refiner.{}.attention.qkv.weight"),
+        "n_heads": width / head,
+        "n_kv_heads": width / head,
+        "cap_feat_dim": *dims("cap_embedder.1.weight")?.get(1)?,
+        "axes_lens": [1536, 512, 512],
+    }))
+}
+
+pub(super) fn wan_config(weights: &Shards) -> Option<Value> {
+    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+    let [width, channels, frames, height, side] = *dims("patch_embedding.weight")? else { return None };
+    // Heads are 128 wide in all published models.
+    (width % 128 == 0).then_some(())?;
+    let mut config = json!({
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [frames, height, side],
+        "num_attention_heads": width / 128,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": dims("head.head.weight")?[0] / (frames * height * side).max(1),
+        "text_dim": *dims("text_embedding.0.weight")?.get(1)?,
+        "freq_dim": *dims("time_embedding.0.weight")?.get(1)?,
+        "ffn_dim": dims("blocks.0.ffn.0.weight")?[0],
+        "num_layers": blocks(weights, "blocks.{}.self_attn.q.weight"),
+        "cross_attn_norm": dims("blocks.0.norm3.weight").is_some(),
+    });
+    if let Some(image) = dims("img_emb.proj.1.weight") {
+        config["image_dim"] = (*image.get(1)?).into();
+        config["added_kv_proj_dim"] = width.into();
+    }
+    if let Some(positions) = dims("img_emb.emb_pos") {
+        config["pos_embed_seq_len"] = (*positions.get(1)?).into();
+    }
+    Some(config)
+}
+
+/// Qwen-Image's names are the same everywhere.
+pub(super) fn qwen_config(weights: &Shards) -> Option<Value> {
+    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+    dims("txt_norm.weight")?;
+    let head = dims("transformer_blocks.0.attn.norm_q.weight")?[0];
+    let [width, channels] = *dims("img_in.weight")? else { return None };
+    (head == 128).then_some(())?;
+    Some(json!({
+        "_class_name": "QwenImageTransformer2DModel",
+        "in_channels": channels,
+        "out_channels": dims("proj_out.weight")?[0] / 4,
+        "num_layers": blocks(weights, "transformer_blocks.{}.attn.to_q.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": width / head,
+        "joint_attention_dim": *dims("txt_in.weight")?.get(1)?,
+    }))
+}
+
+/// Where sizes do not tell it: the configuration is to be given.
+pub(super) fn not_told(_: &Shards) -> Option<Value> {
+    None
+}
