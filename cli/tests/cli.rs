@@ -985,7 +985,7 @@ fn a_pipeline_is_sampled_and_its_files_say_how() {
     let message = failure(&sample(&format!("{edit}/pipeline"), &["--size", "64x48"], "wrong.png"));
     assert!(message.contains("at least one picture to edit"), "{message}");
     for (more, part) in [
-        (&["--image", &picture, "--size", "64x48"][..], "processor"),
+        (&["--image", &picture, "--size", "64x48"][..], "leave the pictures out"),
         (&["--size", "60x48"], "multiples of 16 pixels"),
         (&["--size", "60"], "such as 1024x768"),
         (&["--sampler", "ddim"], "euler, heun, dpm++2m, unipc"),

@@ -1,6 +1,7 @@
 //! Several ranks of one run.
 
 use std::error::Error as _;
+use std::path::{Path, PathBuf};
 
 use flowtape_data::Rank;
 use flowtape_engine::comm::Comm;
@@ -44,6 +45,19 @@ pub(crate) fn shared_text(comm: &dyn Comm, text: &str) -> Result<String> {
     let bytes = comm.share(text.as_bytes(), 0)?;
     String::from_utf8(bytes)
         .map_err(|e| Error::Run { path: "ranks".into(), what: format!("the first rank's text: {e}") })
+}
+
+/// A path that the first rank has, on all ranks.
+pub(crate) fn shared_path(comm: &dyn Comm, path: &Path) -> Result<PathBuf> {
+    // Names of files need not be texts.
+    #[cfg(unix)]
+    {
+        use std::os::unix::ffi::{OsStrExt, OsStringExt};
+        let bytes = comm.share(path.as_os_str().as_bytes(), 0)?;
+        Ok(std::ffi::OsString::from_vec(bytes).into())
+    }
+    #[cfg(not(unix))]
+    shared_text(comm, &path.to_string_lossy()).map(PathBuf::from)
 }
 
 /// What a micro-batch came to on all ranks, on its way to the host.

@@ -27,7 +27,7 @@ use serde::de::DeserializeOwned;
 
 use crate::checkpoints::{Checkpoints, Unfinished, remove};
 use crate::error::io;
-use crate::ranks::{is_first, shared_text};
+use crate::ranks::{is_first, shared_path};
 use crate::record::StepRecord;
 use crate::train::Summary;
 use crate::trainer::Trainer;
@@ -79,9 +79,8 @@ impl RunFolder {
     /// The same on several ranks: the first makes it, and the others know where it is.
     pub(crate) fn create_on_ranks(comm: &dyn Comm, recipe: &Recipe) -> Result<Self> {
         let own = if is_first(comm) { Some(Self::create(recipe)?) } else { None };
-        let text = own.as_ref().map(|run| run.path.to_string_lossy().into_owned()).unwrap_or_default();
-        let path = shared_text(comm, &text)?;
-        Ok(own.unwrap_or_else(|| Self::at(Path::new(&path))))
+        let path = shared_path(comm, own.as_ref().map_or(Path::new(""), |run| &run.path))?;
+        Ok(own.unwrap_or_else(|| Self::at(&path)))
     }
 
     /// Whether a new run may have the folder: it is not there, empty, or of a run without a checkpoint. Writes nothing.

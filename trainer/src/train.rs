@@ -18,7 +18,7 @@ use crate::hooks::{Begin, Cause, Checkpoint, Event, Hook, Validate};
 #[cfg(feature = "charts")]
 use crate::observe::LossCurve;
 use crate::observe::{Environment, Learning, Metrics, Notices, Page, TensorBoard, Validations};
-use crate::ranks::{in_turn, is_first, shared_text, together};
+use crate::ranks::{in_turn, is_first, shared_path, together};
 use crate::record::{LeftOut, StepRecord};
 use crate::replay::told;
 use crate::run::{RunFolder, quoted};
@@ -183,7 +183,7 @@ fn resume_as(
     } else {
         PathBuf::new()
     };
-    let checkpoint = PathBuf::from(shared_text(&**comm, &checkpoint.to_string_lossy())?);
+    let checkpoint = shared_path(&**comm, &checkpoint)?;
     let stored = Stored::read(&checkpoint)?;
     if stored.progress.step > steps {
         let done = stored.progress.step;
