@@ -111,6 +111,9 @@ fn recipes_of_the_project_are_taken() {
     }
 }
 
+/// Tokens of a text.
+const TEXT: usize = 40;
+
 /// A small sample of what a recipe's model takes.
 fn sample_of(recipe: &Recipe) -> Sample {
     let kind = ModelKind::of_adapter(&recipe.flow_matching.adapter_type).unwrap();
@@ -125,21 +128,21 @@ fn sample_of(recipe: &Recipe) -> Sample {
         let one = [width.size];
         // The states of several layers where a model takes them.
         let layers = config["num_text_layers"].as_u64().map_or(vec![], |layers| vec![layers as usize]);
-        let tokens = [&[10], &layers[..], &one].concat();
+        let tokens = [&[TEXT], &layers[..], &one].concat();
         text = text.with(name, zeros(if *name == "pooled_prompt_embeds" { &one } else { &tokens }));
     }
     let mut sample = Sample::new(Media::Latents(zeros(&dims)), Text::Embeddings(text));
     for mask in ["text_mask", "text_mask_2", "text_attention_mask"] {
-        sample.tensors.insert(mask.into(), ones(&[10]));
+        sample.tensors.insert(mask.into(), ones(&[TEXT]));
     }
     if kind.takes(Condition::ReferenceImages) {
         for i in 0..2 {
             sample.tensors.insert(format!("context_latents.{i}"), zeros(&dims));
         }
-        // Where the text has them, in models that read them there: a place for four of an image's 16 tokens.
-        let places = [0f32, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0];
-        let places = Tensor::from_slice(&places, &[10], &Device::cpu()).unwrap();
-        sample.tensors.insert("image_pad_mask".into(), places);
+        // Where the text has them, in models that read them there: a place for four of an image's tokens.
+        let places = 2 * dims[1..].iter().product::<usize>() / 4;
+        let places = (0..TEXT).map(|i| f32::from(u8::from((1..=places).contains(&i)))).collect::<Vec<_>>();
+        sample.tensors.insert("image_pad_mask".into(), Tensor::from_vec(places, &[TEXT], &Device::cpu()).unwrap());
     }
     if kind.takes(Condition::GivenFrames) {
         sample.tensors.insert("condition_latents".into(), zeros(&dims));
