@@ -3,8 +3,8 @@
 # --offline.
 #
 #  own      flowmatch/examples/own_model.rs: a model of its own on the engine and the pipeline alone, run
-#  trainer  all library crates with default features, whose tree holds nothing that only a command line or a GPU needs
-#  cuda     the same with CUDA, by the steps that the README documents
+#  trainer  all library crates but that of GPUs, with default features: the tree holds nothing that only a command line or a GPU needs
+#  cuda     the same with GPUs, CUDA's too, by the steps that the README documents
 #
 # Then the header of the library for C, which must be that of the source.
 set -euo pipefail
@@ -34,7 +34,7 @@ cp "$root/flowmatch/examples/own_model.rs" "$work/own/src/main.rs"
 echo "outside program: a model of its own"
 cargo run --quiet --release --manifest-path "$work/own/Cargo.toml" "$@"
 
-program trainer engine flowmatch models data trainer gpu
+program trainer engine flowmatch models data trainer
 cat >"$work/trainer/src/main.rs" <<'RUST'
 use flowtape_engine::{DType, Device, Tensor};
 
@@ -43,7 +43,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:?}", ones.mul_scalar(2.0)?.to_vec::<f32>()?);
     let names: Vec<_> = flowtape_models::MODELS.iter().map(|kind| kind.class).collect();
     println!("{names:?}");
-    flowtape_gpu::reports().iter().for_each(|report| println!("{report}"));
     let recipe: fn(&std::path::Path, &[String]) -> flowtape_trainer::Result<flowtape_trainer::Recipe> =
         flowtape_trainer::Recipe::load;
     let _ = (recipe, flowtape_flowmatch::FlowMatchingConfig::default(), flowtape_data::Cursor::default());
@@ -62,7 +61,8 @@ for unwanted in wgpu naga plotters indicatif clap signal-hook tiny_http cust; do
 done
 
 program cuda engine flowmatch models data trainer gpu:cuda
-cp "$work/trainer/src/main.rs" "$work/cuda/src/"
+sed 's/^    Ok(())/    flowtape_gpu::reports().iter().for_each(|report| println!("{report}"));\n&/' \
+    "$work/trainer/src/main.rs" >"$work/cuda/src/main.rs"
 printf '\n[patch.crates-io]\nfind_cuda_helper = { path = "%s/gpu/find_cuda_helper" }\n' "$root" >>"$work/cuda/Cargo.toml"
 echo "outside program: with CUDA"
 cargo check --quiet --manifest-path "$work/cuda/Cargo.toml" "$@"
