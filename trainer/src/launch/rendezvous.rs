@@ -21,7 +21,7 @@ const LONGEST: usize = 1 << 16;
 ///
 /// # Errors
 /// When some do not come within `limit`: all that came are told which ones. When one comes twice or counts other ranks, or rank 0
-/// can't listen at [`World::master`].
+/// can't listen there.
 pub fn rendezvous(world: &World, bytes: &[u8], limit: Duration) -> Result<(Vec<u8>, Lifeline)> {
     let end = Instant::now() + limit;
     match world.rank {
