@@ -25,8 +25,8 @@ use flowtape_models::{Transformer, create_pipeline, peft};
 use crate::data::Data;
 use crate::forward::Forward;
 use crate::gradients::{GradientSquares, Squared, Squares};
-use crate::ranks::{Told, is_first, rank_of};
-use crate::recipe::{Init, NonFinite};
+use crate::ranks::{Told, is_first};
+use crate::recipe::{Init, NonFinite, Sharing};
 use crate::record::{BySigma, LeftOut, StepRecord, losses_of_samples, norms_by_group};
 use crate::replay::{self, Finding};
 use crate::start::Start;
@@ -86,6 +86,7 @@ pub struct Trainer {
     recent: VecDeque<(u64, Vec<Loaded>)>,
     state: TrainState,
     ranks: Ranks,
+    sharing: Sharing,
     /// Whether this rank was asked to stop: the others hear of it with the next step.
     asked_to_stop: bool,
 }
@@ -122,14 +123,15 @@ impl Trainer {
     /// When a section does not fit, or a rank fails.
     pub fn among(comm: Arc<dyn Comm>, device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
         let mut recipe = recipe.clone();
-        let rank = rank_of(&*comm);
-        recipe.step_scheduler = recipe.step_scheduler.on_ranks(comm.world_size())?;
+        let sharing = recipe.sharing_among(&comm)?;
+        let rank = sharing.batches;
+        recipe.step_scheduler = recipe.step_scheduler.on_ranks(rank.count as usize)?;
         let start = Start::of(&recipe.model)?;
         let flow_matching = start.flow_matching(&recipe.flow_matching);
         let fingerprint = data.source.fingerprint();
         let (data, held) = data.split(recipe.validation.as_ref())?;
         recipe.step_scheduler =
-            recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last, comm.world_size());
+            recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last, rank.count as usize);
         let (local, seed) = (recipe.step_scheduler.local_batch_size, recipe.seed);
         let collator = data.collator(&recipe.data, seed);
         let held_out = recipe.validation.is_some();
@@ -147,6 +149,11 @@ impl Trainer {
         let mut model = start.model(params.with_adaln_zero(recipe.init == Init::AdalnZero))?;
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
+        if sharing.tokens.is_some() && !model.shares_tokens() {
+            let class = &start.config["_class_name"];
+            let what = format!("fsdp.cp_size: {class} can't be shared out by tokens: leave it out");
+            return Err(Error::Run { path: "recipe".into(), what });
+        }
         let sampler = data.sampler(&recipe.data, local, seed)?;
         let dropped = sampler.dropped(rank);
         if dropped > 0 && is_first(&*comm) && device.backend().has_data() {
@@ -200,6 +207,7 @@ impl Trainer {
                 },
             },
             ranks,
+            sharing,
             asked_to_stop: false,
             recipe,
             start,
@@ -255,9 +263,9 @@ impl Trainer {
         self.ranks.comm()
     }
 
-    /// This one of them.
+    /// This one of those that have batches of their own.
     pub(crate) fn rank(&self) -> Rank {
-        rank_of(&**self.comm())
+        self.sharing.batches
     }
 
     /// Tells the others with the next step that this rank was asked to stop.
@@ -285,7 +293,8 @@ impl Trainer {
 
     /// What a step after so many others does forward, on a rank.
     pub(crate) fn forward_of(&self, step: u64, rank: Rank) -> Forward<'_> {
-        Forward::new(&self.recipe, &*self.model, &self.pipeline, &self.masks, step, rank)
+        let sharing = Sharing { batches: rank, tokens: None };
+        Forward::new(&self.recipe, &*self.model, &self.pipeline, &self.masks, step, sharing)
     }
 
     /// The batch of loaded samples.
@@ -401,7 +410,7 @@ impl Trainer {
 
     /// Batches of the step at a cursor. An epoch's last step takes those that are left, and is divided by their number, as in NeMo.
     fn parts(&self, mut at: Cursor) -> usize {
-        let most = self.recipe.step_scheduler.micro_batches() / self.comm().world_size();
+        let most = self.recipe.step_scheduler.micro_batches() / self.rank().count as usize;
         let (mut parts, mut epoch) = (0, None);
         while most > 1 && parts < most {
             let Some(plan) = self.sampler.plan(at, self.rank()) else { break };
@@ -426,7 +435,7 @@ impl Trainer {
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let parts = given.map_or_else(|| self.parts(cursor), <[Batch]>::len);
         let rank = self.rank();
-        let all_parts = parts * self.comm().world_size();
+        let all_parts = parts * rank.count as usize;
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let skip_non_finite = self.recipe.non_finite == NonFinite::Skip;
@@ -445,7 +454,7 @@ impl Trainer {
         let mut norm = None;
         let on_host = self.device.backend().is_host();
         let (recipe, model) = (&self.recipe, &*self.model);
-        let mut forward = Forward::new(recipe, model, &self.pipeline, &self.masks, step, rank);
+        let mut forward = Forward::new(recipe, model, &self.pipeline, &self.masks, step, self.sharing.clone());
         for part in 0..parts {
             let begun = Instant::now();
             let (batch, most) = match given {
@@ -481,7 +490,15 @@ impl Trainer {
                 finite_loss(share.item()?)?;
             }
             let (losses, sigmas) = (losses_of_samples(&output)?, &output.noised.sample.sigma);
-            told.push(Told::gather(&**self.ranks.comm(), &share, &losses, sigmas, most, self.asked_to_stop)?);
+            told.push(Told::gather(
+                &**self.ranks.comm(),
+                &self.sharing,
+                &share,
+                &losses,
+                sigmas,
+                most,
+                self.asked_to_stop,
+            )?);
             let without = model.parameters_without_gradient(&output.inputs);
             let with_loss = Instant::now();
             times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
