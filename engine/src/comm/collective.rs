@@ -161,6 +161,18 @@ impl Collective {
         format!("{} of {} x {}", self.kind.name(), self.source.numel(), self.source.dtype())
     }
 
+    /// Bytes that each of so many ranks sends at least, as in a ring: the root alone, where one's are handed to all.
+    pub fn sent(&self, ranks: usize) -> u64 {
+        let all = self.source.numel().max(self.target.numel()) as u64 * self.source.dtype().size() as u64;
+        let (ranks, others) = (ranks as u64, ranks.saturating_sub(1) as u64);
+        match self.kind {
+            _ if others == 0 => 0,
+            Kind::Broadcast { .. } => all,
+            Kind::AllReduce => 2 * all * others / ranks,
+            Kind::ReduceScatter | Kind::AllGather | Kind::AllToAll => all * others / ranks,
+        }
+    }
+
     /// What it comes to where one rank is alone.
     ///
     /// # Errors
