@@ -213,6 +213,11 @@ SINGLE_FILES = {
         hidden_size=2304, num_layers=1, num_refiner_layers=2, num_attention_heads=24, num_kv_heads=8, in_channels=4,
         cap_feat_dim=32, multiple_of=64, axes_dim_rope=(32, 32, 32), axes_lens=(30, 20, 20),
     ),
+    "LTX2VideoTransformer3DModel": dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=2, caption_channels=16,
+    ),
     **dict(map(golden_class, ("flux3", "qwen_image_21", "krea2"))),
 }
 

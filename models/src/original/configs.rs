@@ -8,15 +8,20 @@ fn blocks(weights: &Shards, name: &str) -> usize {
     (0..).take_while(|n| weights.dims(&name.replace("{}", &n.to_string())).is_some()).count()
 }
 
-pub(super) fn flux_config(weights: &Shards) -> Option<Value> {
-    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
+/// What models of Black Forest Labs' kin have in common, of a class; its own keys follow from its sizes.
+fn of_flux_kin(
+    weights: &Shards,
+    class: &str,
+    own: impl FnOnce(&dyn Fn(&str) -> Option<Vec<usize>>) -> Option<Value>,
+) -> Option<Value> {
+    let dims = |name: &str| weights.dims(name).filter(|dims| !dims.is_empty()).map(<[usize]>::to_vec);
     let head = dims("double_blocks.0.img_attn.norm.query_norm.scale")?[0];
-    let [width, channels] = *dims("img_in.weight")? else { return None };
+    let [width, channels] = dims("img_in.weight")?[..] else { return None };
     // The axes of the rotary tables are in no tensor: only the published ones are known.
     (head == 128).then_some(())?;
     let outputs = dims("final_layer.linear.weight")?[0];
-    Some(json!({
-        "_class_name": "FluxTransformer2DModel",
+    let mut config = json!({
+        "_class_name": class,
         "in_channels": channels,
         "out_channels": (outputs != channels).then_some(outputs),
         "num_layers": blocks(weights, "double_blocks.{}.img_attn.qkv.weight"),
@@ -24,53 +29,39 @@ pub(super) fn flux_config(weights: &Shards) -> Option<Value> {
         "attention_head_dim": head,
         "num_attention_heads": width / head,
         "joint_attention_dim": *dims("txt_in.weight")?.get(1)?,
-        "pooled_projection_dim": *dims("vector_in.in_layer.weight")?.get(1)?,
-        "guidance_embeds": dims("guidance_in.in_layer.weight").is_some(),
-    }))
+    });
+    config.as_object_mut()?.extend(own(&dims)?.as_object().cloned()?);
+    Some(config)
+}
+
+pub(super) fn flux_config(weights: &Shards) -> Option<Value> {
+    of_flux_kin(weights, "FluxTransformer2DModel", |dims| {
+        Some(json!({
+            "pooled_projection_dim": *dims("vector_in.in_layer.weight")?.get(1)?,
+            "guidance_embeds": dims("guidance_in.in_layer.weight").is_some(),
+        }))
+    })
 }
 
 pub(super) fn chroma_config(weights: &Shards) -> Option<Value> {
-    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
-    let head = dims("double_blocks.0.img_attn.norm.query_norm.scale")?[0];
-    let [width, channels] = *dims("img_in.weight")? else { return None };
-    // The axes of the rotary tables are in no tensor: only the published ones are known.
-    (head == 128).then_some(())?;
-    let [hidden, inputs] = *dims("distilled_guidance_layer.in_proj.weight")? else { return None };
-    let outputs = dims("final_layer.linear.weight")?[0];
-    Some(json!({
-        "_class_name": "ChromaTransformer2DModel",
-        "in_channels": channels,
-        "out_channels": (outputs != channels).then_some(outputs),
-        "num_layers": blocks(weights, "double_blocks.{}.img_attn.qkv.weight"),
-        "num_single_layers": blocks(weights, "single_blocks.{}.linear1.weight"),
-        "attention_head_dim": head,
-        "num_attention_heads": width / head,
-        "joint_attention_dim": *dims("txt_in.weight")?.get(1)?,
-        "approximator_num_channels": inputs,
-        "approximator_hidden_dim": hidden,
-        "approximator_layers": blocks(weights, "distilled_guidance_layer.layers.{}.in_layer.weight"),
-    }))
+    of_flux_kin(weights, "ChromaTransformer2DModel", |dims| {
+        let [hidden, inputs] = dims("distilled_guidance_layer.in_proj.weight")?[..] else { return None };
+        Some(json!({
+            "approximator_num_channels": inputs,
+            "approximator_hidden_dim": hidden,
+            "approximator_layers": blocks(weights, "distilled_guidance_layer.layers.{}.in_layer.weight"),
+        }))
+    })
 }
 
 pub(super) fn flux2_config(weights: &Shards) -> Option<Value> {
-    let dims = |name| weights.dims(name).filter(|dims| !dims.is_empty());
-    let head = dims("double_blocks.0.img_attn.norm.query_norm.scale")?[0];
-    let [width, channels] = *dims("img_in.weight")? else { return None };
-    // The axes of the rotary tables are in no tensor: only the published ones are known.
-    (head == 128).then_some(())?;
-    let outputs = dims("final_layer.linear.weight")?[0];
-    Some(json!({
-        "_class_name": "Flux2Transformer2DModel",
-        "in_channels": channels,
-        "out_channels": (outputs != channels).then_some(outputs),
-        "num_layers": blocks(weights, "double_blocks.{}.img_attn.qkv.weight"),
-        "num_single_layers": blocks(weights, "single_blocks.{}.linear1.weight"),
-        "attention_head_dim": head,
-        "num_attention_heads": width / head,
-        "joint_attention_dim": *dims("txt_in.weight")?.get(1)?,
-        "mlp_ratio": *dims("double_blocks.0.img_mlp.2.weight")?.get(1)? as f64 / width as f64,
-        "guidance_embeds": dims("guidance_in.in_layer.weight").is_some(),
-    }))
+    of_flux_kin(weights, "Flux2Transformer2DModel", |dims| {
+        let width = dims("img_in.weight")?[0];
+        Some(json!({
+            "mlp_ratio": *dims("double_blocks.0.img_mlp.2.weight")?.get(1)? as f64 / width as f64,
+            "guidance_embeds": dims("guidance_in.in_layer.weight").is_some(),
+        }))
+    })
 }
 
 pub(super) fn z_image_config(weights: &Shards) -> Option<Value> {

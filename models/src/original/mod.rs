@@ -164,7 +164,7 @@ mod tests {
             config.as_object_mut().unwrap().retain(|key, _| key == "_class_name" || !key.starts_with('_'));
             config
         };
-        ["flux3", "qwen_image_21", "lumina2", "krea2"].map(step).into()
+        ["flux3", "qwen_image_21", "lumina2", "krea2", "hunyuan_t2v", "ltx2", "ltx25"].map(step).into()
     }
 
     fn told() -> Vec<Value> {

@@ -323,6 +323,155 @@ const KREA2: &[Line] = &[
     ("txtfusion.refiner_blocks.{}.postnorm.scale", &["text_fusion.refiner_blocks.{}.norm2.weight"]),
 ];
 
+/// HunyuanVideo-1.5 (`hyvideo`'s transformer).
+const HUNYUAN_VIDEO_15: &[Line] = &[
+    ("img_in.proj", &["x_embedder.proj"]),
+    ("time_in.mlp.0", &["time_embed.timestep_embedder.linear_1"]),
+    ("time_in.mlp.2", &["time_embed.timestep_embedder.linear_2"]),
+    ("time_r_in.mlp.0", &["time_embed.timestep_embedder_r.linear_1"]),
+    ("time_r_in.mlp.2", &["time_embed.timestep_embedder_r.linear_2"]),
+    ("txt_in.t_embedder.mlp.0", &["context_embedder.time_text_embed.timestep_embedder.linear_1"]),
+    ("txt_in.t_embedder.mlp.2", &["context_embedder.time_text_embed.timestep_embedder.linear_2"]),
+    ("txt_in.c_embedder.linear_1", &["context_embedder.time_text_embed.text_embedder.linear_1"]),
+    ("txt_in.c_embedder.linear_2", &["context_embedder.time_text_embed.text_embedder.linear_2"]),
+    ("txt_in.input_embedder", &["context_embedder.proj_in"]),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.self_attn_qkv",
+        &[
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_q",
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_k",
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_v",
+        ],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.self_attn_proj",
+        &["context_embedder.token_refiner.refiner_blocks.{}.attn.to_out.0"],
+    ),
+    ("txt_in.individual_token_refiner.blocks.{}.norm1", &["context_embedder.token_refiner.refiner_blocks.{}.norm1"]),
+    ("txt_in.individual_token_refiner.blocks.{}.norm2", &["context_embedder.token_refiner.refiner_blocks.{}.norm2"]),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.mlp.fc1",
+        &["context_embedder.token_refiner.refiner_blocks.{}.ff.net.0.proj"],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.mlp.fc2",
+        &["context_embedder.token_refiner.refiner_blocks.{}.ff.net.2"],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.adaLN_modulation.1",
+        &["context_embedder.token_refiner.refiner_blocks.{}.norm_out.linear"],
+    ),
+    ("byt5_in.layernorm", &["context_embedder_2.norm"]),
+    ("byt5_in.fc1", &["context_embedder_2.linear_1"]),
+    ("byt5_in.fc2", &["context_embedder_2.linear_2"]),
+    ("byt5_in.fc3", &["context_embedder_2.linear_3"]),
+    ("vision_in.proj.0", &["image_embedder.norm_in"]),
+    ("vision_in.proj.1", &["image_embedder.linear_1"]),
+    ("vision_in.proj.3", &["image_embedder.linear_2"]),
+    ("vision_in.proj.4", &["image_embedder.norm_out"]),
+    ("cond_type_embedding", &["cond_type_embed"]),
+    ("double_blocks.{}.img_mod.linear", &["transformer_blocks.{}.norm1.linear"]),
+    ("double_blocks.{}.txt_mod.linear", &["transformer_blocks.{}.norm1_context.linear"]),
+    ("double_blocks.{}.img_attn_q", &["transformer_blocks.{}.attn.to_q"]),
+    ("double_blocks.{}.img_attn_k", &["transformer_blocks.{}.attn.to_k"]),
+    ("double_blocks.{}.img_attn_v", &["transformer_blocks.{}.attn.to_v"]),
+    ("double_blocks.{}.img_attn_q_norm", &["transformer_blocks.{}.attn.norm_q"]),
+    ("double_blocks.{}.img_attn_k_norm", &["transformer_blocks.{}.attn.norm_k"]),
+    ("double_blocks.{}.img_attn_proj", &["transformer_blocks.{}.attn.to_out.0"]),
+    ("double_blocks.{}.txt_attn_q", &["transformer_blocks.{}.attn.add_q_proj"]),
+    ("double_blocks.{}.txt_attn_k", &["transformer_blocks.{}.attn.add_k_proj"]),
+    ("double_blocks.{}.txt_attn_v", &["transformer_blocks.{}.attn.add_v_proj"]),
+    ("double_blocks.{}.txt_attn_q_norm", &["transformer_blocks.{}.attn.norm_added_q"]),
+    ("double_blocks.{}.txt_attn_k_norm", &["transformer_blocks.{}.attn.norm_added_k"]),
+    ("double_blocks.{}.txt_attn_proj", &["transformer_blocks.{}.attn.to_add_out"]),
+    ("double_blocks.{}.img_mlp.fc1", &["transformer_blocks.{}.ff.net.0.proj"]),
+    ("double_blocks.{}.img_mlp.fc2", &["transformer_blocks.{}.ff.net.2"]),
+    ("double_blocks.{}.txt_mlp.fc1", &["transformer_blocks.{}.ff_context.net.0.proj"]),
+    ("double_blocks.{}.txt_mlp.fc2", &["transformer_blocks.{}.ff_context.net.2"]),
+    ("final_layer.adaLN_modulation.1", SWAPPED),
+    ("final_layer.linear", &["proj_out"]),
+];
+
+/// LTX-2, and 2.3 and 2.5 with it (`ltx-core`); what is not here has diffusers' names.
+const LTX2: &[Line] = &[
+    ("patchify_proj", &["proj_in"]),
+    ("audio_patchify_proj", &["audio_proj_in"]),
+    ("adaln_single.emb.timestep_embedder.linear_1", &["time_embed.emb.timestep_embedder.linear_1"]),
+    ("adaln_single.emb.timestep_embedder.linear_2", &["time_embed.emb.timestep_embedder.linear_2"]),
+    ("adaln_single.linear", &["time_embed.linear"]),
+    ("audio_adaln_single.emb.timestep_embedder.linear_1", &["audio_time_embed.emb.timestep_embedder.linear_1"]),
+    ("audio_adaln_single.emb.timestep_embedder.linear_2", &["audio_time_embed.emb.timestep_embedder.linear_2"]),
+    ("audio_adaln_single.linear", &["audio_time_embed.linear"]),
+    ("prompt_adaln_single.emb.timestep_embedder.linear_1", &["prompt_adaln.emb.timestep_embedder.linear_1"]),
+    ("prompt_adaln_single.emb.timestep_embedder.linear_2", &["prompt_adaln.emb.timestep_embedder.linear_2"]),
+    ("prompt_adaln_single.linear", &["prompt_adaln.linear"]),
+    (
+        "audio_prompt_adaln_single.emb.timestep_embedder.linear_1",
+        &["audio_prompt_adaln.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "audio_prompt_adaln_single.emb.timestep_embedder.linear_2",
+        &["audio_prompt_adaln.emb.timestep_embedder.linear_2"],
+    ),
+    ("audio_prompt_adaln_single.linear", &["audio_prompt_adaln.linear"]),
+    (
+        "av_ca_video_scale_shift_adaln_single.emb.timestep_embedder.linear_1",
+        &["av_cross_attn_video_scale_shift.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "av_ca_video_scale_shift_adaln_single.emb.timestep_embedder.linear_2",
+        &["av_cross_attn_video_scale_shift.emb.timestep_embedder.linear_2"],
+    ),
+    ("av_ca_video_scale_shift_adaln_single.linear", &["av_cross_attn_video_scale_shift.linear"]),
+    (
+        "av_ca_a2v_gate_adaln_single.emb.timestep_embedder.linear_1",
+        &["av_cross_attn_video_a2v_gate.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "av_ca_a2v_gate_adaln_single.emb.timestep_embedder.linear_2",
+        &["av_cross_attn_video_a2v_gate.emb.timestep_embedder.linear_2"],
+    ),
+    ("av_ca_a2v_gate_adaln_single.linear", &["av_cross_attn_video_a2v_gate.linear"]),
+    (
+        "av_ca_audio_scale_shift_adaln_single.emb.timestep_embedder.linear_1",
+        &["av_cross_attn_audio_scale_shift.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "av_ca_audio_scale_shift_adaln_single.emb.timestep_embedder.linear_2",
+        &["av_cross_attn_audio_scale_shift.emb.timestep_embedder.linear_2"],
+    ),
+    ("av_ca_audio_scale_shift_adaln_single.linear", &["av_cross_attn_audio_scale_shift.linear"]),
+    (
+        "av_ca_v2a_gate_adaln_single.emb.timestep_embedder.linear_1",
+        &["av_cross_attn_audio_v2a_gate.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "av_ca_v2a_gate_adaln_single.emb.timestep_embedder.linear_2",
+        &["av_cross_attn_audio_v2a_gate.emb.timestep_embedder.linear_2"],
+    ),
+    ("av_ca_v2a_gate_adaln_single.linear", &["av_cross_attn_audio_v2a_gate.linear"]),
+    (
+        "transformer_blocks.{}.scale_shift_table_a2v_ca_video",
+        &["transformer_blocks.{}.video_a2v_cross_attn_scale_shift_table"],
+    ),
+    (
+        "transformer_blocks.{}.scale_shift_table_a2v_ca_audio",
+        &["transformer_blocks.{}.audio_a2v_cross_attn_scale_shift_table"],
+    ),
+    ("transformer_blocks.{}.attn1.q_norm", &["transformer_blocks.{}.attn1.norm_q"]),
+    ("transformer_blocks.{}.attn1.k_norm", &["transformer_blocks.{}.attn1.norm_k"]),
+    ("transformer_blocks.{}.attn2.q_norm", &["transformer_blocks.{}.attn2.norm_q"]),
+    ("transformer_blocks.{}.attn2.k_norm", &["transformer_blocks.{}.attn2.norm_k"]),
+    ("transformer_blocks.{}.audio_attn1.q_norm", &["transformer_blocks.{}.audio_attn1.norm_q"]),
+    ("transformer_blocks.{}.audio_attn1.k_norm", &["transformer_blocks.{}.audio_attn1.norm_k"]),
+    ("transformer_blocks.{}.audio_attn2.q_norm", &["transformer_blocks.{}.audio_attn2.norm_q"]),
+    ("transformer_blocks.{}.audio_attn2.k_norm", &["transformer_blocks.{}.audio_attn2.norm_k"]),
+    ("transformer_blocks.{}.audio_to_video_attn.q_norm", &["transformer_blocks.{}.audio_to_video_attn.norm_q"]),
+    ("transformer_blocks.{}.audio_to_video_attn.k_norm", &["transformer_blocks.{}.audio_to_video_attn.norm_k"]),
+    ("transformer_blocks.{}.video_to_audio_attn.q_norm", &["transformer_blocks.{}.video_to_audio_attn.norm_q"]),
+    ("transformer_blocks.{}.video_to_audio_attn.k_norm", &["transformer_blocks.{}.video_to_audio_attn.norm_k"]),
+];
+
 /// A layout that is not diffusers'.
 pub(super) struct Layout {
     pub class: &'static str,
@@ -386,6 +535,18 @@ pub(super) const LAYOUTS: &[Layout] = &[
         class: "Krea2Transformer2DModel",
         lines: &[KREA2],
         signs: &["blocks.0.attn.wq.weight", "txtfusion.projector.weight"],
+        config: not_told,
+    },
+    Layout {
+        class: "HunyuanVideo15Transformer3DModel",
+        lines: &[HUNYUAN_VIDEO_15],
+        signs: &["double_blocks.0.img_attn_q.weight", "byt5_in.fc1.weight"],
+        config: not_told,
+    },
+    Layout {
+        class: "LTX2VideoTransformer3DModel",
+        lines: &[LTX2],
+        signs: &["patchify_proj.weight", "audio_patchify_proj.weight"],
         config: not_told,
     },
 ];
