@@ -510,6 +510,13 @@ impl Trainer {
             if on_host && !skip_non_finite && !scaled {
                 finite_loss(share.item()?)?;
             }
+            let without = model.parameters_without_gradient(&output.inputs);
+            let with_loss = Instant::now();
+            times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
+            norm = sinks.backward(&tape, &share, &without)?;
+            times.data += (with_data - begun).as_secs_f64();
+            times.forward += (with_loss - with_data).as_secs_f64();
+            // Ranks meet here for their gradients; before it, they would wait for each other twice.
             let (losses, sigmas) = (losses_of_samples(&output)?, &output.noised.sample.sigma);
             told.push(Told::gather(
                 &**self.ranks.comm(),
@@ -520,12 +527,6 @@ impl Trainer {
                 most,
                 self.asked_to_stop,
             )?);
-            let without = model.parameters_without_gradient(&output.inputs);
-            let with_loss = Instant::now();
-            times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
-            norm = sinks.backward(&tape, &share, &without)?;
-            times.data += (with_data - begun).as_secs_f64();
-            times.forward += (with_loss - with_data).as_secs_f64();
             times.backward += with_loss.elapsed().as_secs_f64();
         }
         drop((sinks, forward));

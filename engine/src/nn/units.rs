@@ -56,14 +56,41 @@ struct State {
     behind: HashMap<(Option<usize>, usize), usize>,
 }
 
-/// What one rank gives of a block, side by side in one tensor.
+/// What one rank gives of a block in one dtype, side by side in one tensor.
 #[derive(Debug)]
-struct Part {
+struct Row {
     owner: usize,
+    dtype: DType,
     /// With their first elements.
     members: Vec<(Param, usize)>,
+    len: usize,
+}
+
+/// The same on its way.
+#[derive(Debug)]
+struct Part {
+    row: Row,
     values: Tensor,
     work: Box<dyn Work>,
+}
+
+impl Row {
+    /// What a rank gives of a block; none of them is empty.
+    fn of(owner: usize, block: &[Param]) -> Vec<Self> {
+        let mut rows: Vec<Self> = Vec::new();
+        for param in block.iter().filter(|param| param.home().is_some_and(|home| home.owner == owner)) {
+            let (dtype, len) = (dtype(param), elements(param));
+            match rows.iter_mut().find(|row| row.dtype == dtype) {
+                Some(row) => {
+                    let start = row.len.next_multiple_of(ALIGN / dtype.size());
+                    row.members.push((param.clone(), start));
+                    row.len = start + len;
+                }
+                None => rows.push(Self { owner, dtype, members: vec![(param.clone(), 0)], len }),
+            }
+        }
+        rows
+    }
 }
 
 impl Units {
@@ -139,36 +166,21 @@ impl Units {
         let gone = || Error::argument("a block's parameters", "a model that is there", "one that is gone");
         let members = state.units.get(unit).into_iter().flatten();
         let members = members.map(|param| param.upgrade().ok_or_else(gone)).collect::<Result<Vec<_>>>()?;
-        let mut parts = Vec::new();
-        for owner in 0..self.group.world_size() {
-            let mut by_dtype: Vec<(DType, Vec<(Param, usize)>, usize)> = Vec::new();
-            for param in members.iter().filter(|param| param.home().is_some_and(|home| home.owner == owner)) {
-                let (dtype, len) = (dtype(param), elements(param));
-                let at = by_dtype.iter().position(|(of, ..)| *of == dtype).unwrap_or(by_dtype.len());
-                if at == by_dtype.len() {
-                    by_dtype.push((dtype, Vec::new(), 0));
-                }
-                let (_, alike, end) = &mut by_dtype[at];
-                alike.push((param.clone(), *end));
-                *end = (*end + len).next_multiple_of(ALIGN / dtype.size());
+        let begin = |row: Row| {
+            let values = Tensor::empty(&[row.len], row.dtype, row.members[0].0.device())?;
+            for (param, start) in row.members.iter().filter(|_| row.owner == self.group.rank()) {
+                let own = param.to_give()?;
+                values.run_of(*start, own.dims()).copy_from(&own)?;
             }
-            for (dtype, members, len) in by_dtype {
-                let Some((first, _)) = members.first() else { continue };
-                let values = Tensor::empty(&[len], dtype, first.device())?;
-                for (param, start) in members.iter().filter(|_| owner == self.group.rank()) {
-                    let own = param.to_give()?;
-                    values.run_of(*start, own.dims()).copy_from(&own)?;
-                }
-                let work = self.group.start(Collective::broadcast(&*self.group, &values, owner)?)?;
-                parts.push(Part { owner, members, values, work });
-            }
-        }
-        Ok(parts)
+            let work = self.group.start(Collective::broadcast(&*self.group, &values, row.owner)?)?;
+            Ok(Part { row, values, work })
+        };
+        (0..self.group.world_size()).flat_map(|owner| Row::of(owner, &members)).map(begin).collect()
     }
 
     /// Waits for a part, and gives its values to the parameters.
     fn take(&self, part: Part) -> Result<()> {
-        let Part { owner, members, values, work } = part;
+        let Part { row: Row { owner, members, .. }, values, work } = part;
         work.wait()?;
         if owner == self.group.rank() {
             return Ok(());
