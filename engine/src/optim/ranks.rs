@@ -218,14 +218,14 @@ impl Ranks {
             return Ok((buffer, work));
         };
         let (sums, work) = match bucket.owner {
-            Some(_) => (buffer.clone(), shards.group.start(Collective::all_reduce(&*shards.group, &buffer)?)?),
+            Some(owner) => (buffer.clone(), shards.group.start(Collective::reduce(&*shards.group, &buffer, owner)?)?),
             None => {
                 let sums = Tensor::empty(&[bucket.part_len()], bucket.dtype, buffer.device())?;
                 let work = shards.group.start(Collective::reduce_scatter(&*shards.group, &buffer, &sums)?)?;
                 (sums, work)
             }
         };
-        if shards.copies.is_alone() {
+        if shards.copies.is_alone() || bucket.owner.is_some_and(|owner| owner != shards.group.rank()) {
             return Ok((sums, work));
         }
         work.wait()?;
