@@ -1,7 +1,9 @@
 //! How a model meets the pipeline: an adapter turns a context into the model's inputs, and its output into a velocity.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use flowtape_engine::comm::Comm;
 use flowtape_engine::{DType, Device, Tape, Tensor};
 
 use crate::{Batch, DataType, Draws, Error, LinearInterpolationSchedule, Result, TaskType};
@@ -87,6 +89,8 @@ pub enum Input {
     Number(f64),
     /// Lists of shapes per sample, such as `img_shapes`.
     Shapes(Vec<Vec<Vec<usize>>>),
+    /// Ranks that work on the same batch.
+    Ranks(Arc<dyn Comm>),
 }
 
 impl Input {
@@ -96,6 +100,7 @@ impl Input {
             Self::Tensors(_) => "a list of tensors",
             Self::Number(_) => "a number",
             Self::Shapes(_) => "lists of shapes",
+            Self::Ranks(_) => "ranks",
         }
     }
 }
@@ -112,6 +117,7 @@ from_input! {
     Vec<Tensor> => Tensors;
     f64 => Number;
     Vec<Vec<Vec<usize>>> => Shapes;
+    Arc<dyn Comm> => Ranks;
 }
 
 /// What a model is called with: named entries, with the reference's names. What is `None` there is absent here.
@@ -119,6 +125,9 @@ from_input! {
 pub struct ModelInputs(BTreeMap<String, Input>);
 
 impl ModelInputs {
+    /// The name of the ranks that share the tokens of each sample: context parallelism.
+    pub const TOKEN_RANKS: &str = "token_ranks";
+
     /// No entries.
     pub fn new() -> Self {
         Self::default()
@@ -166,7 +175,7 @@ impl ModelInputs {
             match input {
                 Input::Tensor(tensor) => *tensor = tape.attach(tensor),
                 Input::Tensors(tensors) => tensors.iter_mut().for_each(|t| *t = tape.attach(t)),
-                Input::Number(_) | Input::Shapes(_) => {}
+                Input::Number(_) | Input::Shapes(_) | Input::Ranks(_) => {}
             }
         }
     }
@@ -200,6 +209,14 @@ impl ModelInputs {
         match self.get(name) {
             Some(Input::Tensors(tensors)) => Ok(tensors),
             _ => Err(self.wrong(name, "a list of tensors")),
+        }
+    }
+
+    /// The ranks that share the tokens of each sample, where there are such.
+    pub fn token_ranks(&self) -> Option<&Arc<dyn Comm>> {
+        match self.get(Self::TOKEN_RANKS) {
+            Some(Input::Ranks(ranks)) => Some(ranks),
+            _ => None,
         }
     }
 

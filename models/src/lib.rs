@@ -85,6 +85,10 @@ pub trait Transformer: FlowModel {
         let _ = key;
         false
     }
+    /// Whether ranks may share the tokens of each sample ([`ModelInputs::TOKEN_RANKS`]): context parallelism.
+    fn shares_tokens(&self) -> bool {
+        false
+    }
     /// Whether each block keeps its inputs alone and runs again in backward: less memory for a second forward. The
     /// gradients are the same, bit for bit.
     fn set_gradient_checkpointing(&mut self, on: bool);

@@ -9,6 +9,7 @@ use std::io::{Cursor, Read, Write};
 use std::path::{Path, PathBuf};
 
 use flowtape_data::cache::CacheHeader;
+use flowtape_data::media::{FolderOptions, list_pictures};
 use flowtape_data::torch::TorchFile;
 use flowtape_data::{CacheSource, CacheWriter, Fingerprint, Media, NemoCache, Sample, Source, Text, TextEmbeddings};
 use flowtape_engine::safetensors::{SafeTensors, Shards, save};
@@ -54,6 +55,11 @@ pub const TARGETS: &[Target] = &[
     },
     Target { name: "model_config", seeds: configs, read: config },
     Target { name: "pipeline_index", seeds: pipelines, read: pipeline },
+    Target {
+        name: "parquet",
+        seeds: || Ok(vec![std::fs::read(own("data/tests/captions/metadata.parquet"))?]),
+        read: parquet,
+    },
 ];
 
 /// Reads a file of a kind: what libFuzzer calls.
@@ -291,6 +297,18 @@ fn config(bytes: &[u8]) -> bool {
 
 fn pipelines() -> Any<Vec<Vec<u8>>> {
     Ok(vec![std::fs::read(golden("pipe_flux/pipeline/model_index.json"))?])
+}
+
+/// A folder of pictures with captions in Parquet.
+fn parquet(bytes: &[u8]) -> bool {
+    within(
+        "parquet",
+        |folder| Ok(["a.png", "b.png"].iter().try_for_each(|name| std::fs::write(folder.join(name), b""))?),
+        |folder| {
+            std::fs::write(folder.join("metadata.parquet"), bytes).is_ok()
+                && list_pictures(folder, &FolderOptions::default()).is_ok()
+        },
+    )
 }
 
 fn pipeline(bytes: &[u8]) -> bool {

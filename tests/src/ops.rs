@@ -11,7 +11,7 @@ use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::{DType, Device, Tape, Tensor};
 use flowtape_models::blocks::{
     ChannelOrder, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QkvConfig, RopePrecision,
-    RopeTables, unpatchify,
+    RopeTables, Tokens, unpatchify,
 };
 use flowtape_models::flux::FluxSingleTransformerBlock;
 use flowtape_models::flux2;
@@ -355,7 +355,7 @@ impl Case<'_> {
         let rope = RopeTables { cos: table("cos")?, sin: table("sin")?, layout: RopeLayout::Interleaved };
         self.module(
             |p| WanAttention::new(p, heads * head_dim, heads, 1e-6, None),
-            |m| Ok(vec![m.self_attention(x, &rope)?]),
+            |m| Ok(vec![m.self_attention(x, &Tokens::whole(), &rope)?]),
         )
     }
 
@@ -417,13 +417,13 @@ impl Case<'_> {
         if self.name == "flux_double_block" {
             return self.module(
                 |p| JointTransformerBlock::new(p, QkvConfig::joint(width, width / head), 4 * width),
-                |m| Ok(m.forward([text, image], temb, &rope, None)?.into()),
+                |m| Ok(m.forward([text, image], temb, &Tokens::whole(), &rope, None)?.into()),
             );
         }
         self.module(
             |p| FluxSingleTransformerBlock::new(p, width, width / head),
             |m| {
-                let x = m.forward(&Tensor::cat(&[text, image], 1)?, temb, &rope)?;
+                let x = m.forward(&Tensor::cat(&[text, image], 1)?, temb, &Tokens::whole(), &rope)?;
                 x.split(&[text.dim(1)?, image.dim(1)?], 1)
             },
         )

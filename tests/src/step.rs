@@ -3,7 +3,9 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
+use flowtape_engine::comm::{Comm, Threads};
 use flowtape_engine::{DType, Device, Gradients, Tape, Tensor};
 use flowtape_flowmatch::{
     Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, FlowModel, ModelAdapter, ModelInputs, ModelOutput,
@@ -44,12 +46,14 @@ struct Overridden<'a> {
     model: &'a dyn FlowModel,
     removed: Vec<String>,
     given: BTreeMap<String, Tensor>,
+    token_ranks: Option<Arc<dyn Comm>>,
 }
 
 impl FlowModel for Overridden<'_> {
     fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
         let mut inputs = inputs.clone();
         self.removed.iter().for_each(|name| drop(inputs.remove(name)));
+        inputs = inputs.with_optional(ModelInputs::TOKEN_RANKS, self.token_ranks.clone());
         let (given, calls) = (self.given.clone(), RefCell::new(BTreeMap::<String, usize>::new()));
         let probe = move |module: &str| {
             let mut calls = calls.borrow_mut();
@@ -141,6 +145,9 @@ fn step(folder: &Path, device: &Device, out: &mut Vec<Outcome>) -> Any<()> {
     model.set_gradient_checkpointing(true);
     let replayed = Run::new(&case, &*model, &files, BTreeMap::new())?;
     out.push(replayed.same_bits(&plain, &*model)?);
+    if model.shares_tokens() {
+        compare_shared_tokens(&case, &*model, &files, accept, out)?;
+    }
     let half = checkpoint::load(folder, DType::BF16, device)?;
     Run::new(&case, &*half, &files, BTreeMap::new())?.compare_half(&case, &*half, &files, out)
 }
@@ -175,6 +182,47 @@ fn compare_keyframes(
     let without = model.parameters_without_gradient(&inputs);
     out.push(exact("all parameters are reached with keyframes", without.is_empty(), without.join(", ")));
     Ok(())
+}
+
+/// The step of ranks that share the tokens, each of which runs its blocks again in backward: what they predict, and the sums of their
+/// gradients.
+fn compare_shared_tokens(
+    case: &Value,
+    model: &dyn Transformer,
+    files: &Files,
+    accept: Bounds,
+    out: &mut Vec<Outcome>,
+) -> Any<()> {
+    let device = &files.device;
+    if !device.backend().is_host() {
+        return Ok(());
+    }
+    let world = ranks_for(&model.config())?;
+    let suffix = &format!(" (tokens on {world} ranks)");
+    let ranks = Threads::run(world, device, |comm| {
+        Run::among(Some(comm), case, model, files, BTreeMap::new()).map_err(|error| error.to_string())
+    });
+    let mut ranks = ranks.into_iter().collect::<Result<Vec<Run>, String>>()?.into_iter();
+    let mut sum = ranks.next().ok_or("no rank")?;
+    for mut rank in ranks {
+        let same = rank.step.model_pred().to_bytes()? == sum.step.model_pred().to_bytes()?;
+        out.push(exact(format!("all ranks predict the same{suffix}"), same, String::new()));
+        // Each rank has latents of its own.
+        let [of_rank, of_sum] = [&rank, &sum].map(|run| run.step.noisy_latents.var());
+        let noisy = of_rank.and_then(|var| rank.gradients.remove(var)).ok_or("no gradient of the noisy latents")?;
+        rank.gradients.insert(of_sum.ok_or("no variable")?, noisy);
+        sum.gradients.add(rank.gradients)?;
+    }
+    sum.compare(case, model, files, suffix, accept, out)
+}
+
+/// As few ranks as can share out all kinds of heads of a model.
+fn ranks_for(config: &Value) -> Any<usize> {
+    let heads = |(key, value): (&String, &Value)| value.as_u64().filter(|_| key.ends_with("num_attention_heads"));
+    let kinds: Vec<u64> = config.as_object().into_iter().flatten().filter_map(heads).collect();
+    let divides_all = |world: &u64| !kinds.is_empty() && kinds.iter().all(|heads| heads.is_multiple_of(*world));
+    let world = (2..=kinds.iter().copied().max().unwrap_or(1)).find(divides_all);
+    Ok(world.ok_or_else(|| format!("heads of {kinds:?} that ranks can share out"))? as usize)
 }
 
 /// The loss of image-to-video without the clean frame, which some goldens hold beside that of the step.
@@ -248,6 +296,7 @@ impl Bounds {
 }
 
 struct Files {
+    device: Device,
     inputs: Golden,
     prepared: Golden,
     outputs: Golden,
@@ -260,6 +309,7 @@ impl Files {
     fn open(folder: &Path, device: &Device) -> Any<Self> {
         let open = |name| Ok::<_, Box<dyn std::error::Error>>(Golden::tensors(folder, name)?.on(device));
         Ok(Self {
+            device: device.clone(),
             inputs: open("inputs")?,
             prepared: open("prepared")?,
             outputs: open("outputs")?,
@@ -279,6 +329,17 @@ struct Run {
 
 impl Run {
     fn new(case: &Value, model: &dyn Transformer, files: &Files, given: BTreeMap<String, Tensor>) -> Any<Self> {
+        Self::among(None, case, model, files, given)
+    }
+
+    /// The same on one of several ranks that share the tokens.
+    fn among(
+        token_ranks: Option<Arc<dyn Comm>>,
+        case: &Value,
+        model: &dyn Transformer,
+        files: &Files,
+        given: BTreeMap<String, Tensor>,
+    ) -> Any<Self> {
         let pipeline = pipeline(case, create_adapter(text(case, "adapter")?, &kwargs(case, "adapter_kwargs"))?)?;
         let non_tensors = kwargs(case, "prepared_non_tensors");
         let removed = non_tensors.iter().filter(|(_, v)| v.is_null()).map(|(k, _)| k.clone()).collect();
@@ -288,8 +349,8 @@ impl Run {
         let sigma = recorded.sample.sigma.clone();
         let tape = Tape::new();
         let dtype = model.params().iter().next().map_or(DType::F32, |parameter| parameter.dtype());
-        let step =
-            recorded.run(&pipeline, &Overridden { model, removed, given }, task.ok_or("a task")?, dtype, &tape)?;
+        let overridden = Overridden { model, removed, given, token_ranks };
+        let step = recorded.run(&pipeline, &overridden, task.ok_or("a task")?, dtype, &tape)?;
         let tail = Tape::new();
         let pred = tail.leaf(step.model_pred());
         let loss = pipeline.compute_loss(&pred, &step.target, &sigma, None)?.average_weighted_loss;

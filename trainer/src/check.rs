@@ -122,11 +122,12 @@ impl Check {
     /// # Errors
     /// As above.
     pub fn on_ranks(recipe: &Recipe, device: &Device, data: Data, depth: Depth, ranks: usize) -> Result<Self> {
-        let recipe = &Recipe { step_scheduler: recipe.step_scheduler.on_ranks(ranks)?, ..recipe.clone() };
+        let batch_ranks = recipe.batch_ranks(ranks)?;
+        let recipe = &Recipe { step_scheduler: recipe.step_scheduler.on_ranks(batch_ranks)?, ..recipe.clone() };
         let read = read_samples(recipe, &data, depth)?;
         let (trained, held) = data.clone().split(recipe.validation.as_ref())?;
         let samples = trained.source.len();
-        let steps = recipe.step_scheduler.resolved(samples, recipe.data.drop_last, ranks).max_steps;
+        let steps = recipe.step_scheduler.resolved(samples, recipe.data.drop_last, batch_ranks).max_steps;
         let step = StepPlan::on_ranks(recipe, data.clone(), ranks)?;
         // Those that are kept, the best one, and the next while it is written.
         let kept = recipe.checkpoint.max_recent_checkpoints + usize::from(recipe.validation.is_some()) + 1;
@@ -139,7 +140,7 @@ impl Check {
             samples,
             held_out: held.len(),
             read,
-            buckets: buckets(recipe, &trained, ranks)?,
+            buckets: buckets(recipe, &trained, batch_ranks)?,
             ranks,
             steps,
             step,

@@ -1,11 +1,16 @@
 //! What a step does forward.
 
-use flowtape_data::Rank;
+use std::sync::Arc;
+
+use flowtape_engine::comm::Comm;
 use flowtape_engine::nn::DropoutMasks;
 use flowtape_engine::{Philox, Tape};
-use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, PhiloxDraws, StepOptions, StepOutput};
+use flowtape_flowmatch::{
+    Batch, Draws, FlowMatchingPipeline, FlowModel, ModelInputs, ModelOutput, PhiloxDraws, StepOptions, StepOutput,
+};
 use flowtape_models::Transformer;
 
+use crate::recipe::Sharing;
 use crate::{Recipe, Result};
 
 /// The stream of the steps' random numbers, a fork of the seed.
@@ -29,7 +34,19 @@ pub(crate) struct Forward<'a> {
     step: u64,
     /// The number of the next micro-batch among those of all ranks, which take turns.
     part: u64,
-    ranks: u64,
+    sharing: Sharing,
+}
+
+/// A model whose ranks share the tokens of what it is called with.
+struct SharingTokens<'a> {
+    model: &'a dyn Transformer,
+    ranks: &'a Arc<dyn Comm>,
+}
+
+impl FlowModel for SharingTokens<'_> {
+    fn forward(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<ModelOutput> {
+        self.model.forward(&inputs.clone().with(ModelInputs::TOKEN_RANKS, self.ranks.clone()))
+    }
 }
 
 impl<'a> Forward<'a> {
@@ -40,17 +57,21 @@ impl<'a> Forward<'a> {
         pipeline: &'a FlowMatchingPipeline,
         masks: &'a DropoutMasks,
         step: u64,
-        rank: Rank,
+        sharing: Sharing,
     ) -> Self {
-        Self { recipe, model, pipeline, masks, step, part: rank.index, ranks: rank.count }
+        Self { recipe, model, pipeline, masks, step, part: sharing.batches.index, sharing }
     }
 
     /// The next micro-batch, with the tape that it was recorded on. Random numbers follow from the seed, or come from `draws`.
     pub fn step(&mut self, batch: &Batch, draws: Option<&mut (dyn Draws + Send + '_)>) -> Result<(Tape, StepOutput)> {
         let dropout = Philox::new(self.recipe.seed).fork(DROPOUT).fork(self.step);
-        self.masks.set(Some(dropout.fork(self.part)));
+        let dropout = dropout.fork(self.part);
+        // Each has other tokens.
+        let tokens = self.sharing.tokens.as_ref();
+        let own = tokens.map(|ranks| dropout.fork(ranks.rank() as u64));
+        self.masks.set(Some(own.unwrap_or(dropout)));
         let mut own = draws_of(self.recipe, self.step, self.part);
-        self.part += self.ranks;
+        self.part += self.sharing.batches.count;
         let draws: &mut dyn Draws = match draws {
             Some(draws) => draws,
             None => &mut own,
@@ -62,7 +83,13 @@ impl<'a> Forward<'a> {
             check_loss: self.recipe.performance.check_loss,
             ..StepOptions::recorded(&tape)
         };
-        let output = self.pipeline.step(self.model, batch, self.step, draws, &options)?;
+        let output = match tokens {
+            Some(ranks) => {
+                let model = SharingTokens { model: self.model, ranks };
+                self.pipeline.step(&model, batch, self.step, draws, &options)?
+            }
+            None => self.pipeline.step(self.model, batch, self.step, draws, &options)?,
+        };
         Ok((tape, output))
     }
 }

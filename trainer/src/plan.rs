@@ -52,8 +52,9 @@ impl StepPlan {
         // The sum of two micro-batches may be wider than the gradients of one; a fourth takes no more than the third.
         let mut short = recipe.clone();
         let local = recipe.step_scheduler.local_batch_size;
-        let parts = recipe.step_scheduler.on_ranks(ranks)?.micro_batches() / ranks;
-        short.step_scheduler.global_batch_size = Some(local.saturating_mul(parts.min(3)).saturating_mul(ranks));
+        let batch_ranks = recipe.batch_ranks(ranks)?;
+        let parts = recipe.step_scheduler.on_ranks(batch_ranks)?.micro_batches() / batch_ranks;
+        short.step_scheduler.global_batch_size = Some(local.saturating_mul(parts.min(3)).saturating_mul(batch_ranks));
         short.data.num_workers = 0;
         let comm = Arc::new(Planned::new(0, ranks, &device)?);
         let mut trainer = Trainer::among(comm, &device, &short, data)?;

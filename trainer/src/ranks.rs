@@ -3,16 +3,11 @@
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
 
-use flowtape_data::Rank;
 use flowtape_engine::comm::Comm;
 use flowtape_engine::{DType, Later, Tensor};
 
+use crate::recipe::Sharing;
 use crate::{Error, Result};
-
-/// This rank, as samplers know it.
-pub(crate) fn rank_of(comm: &dyn Comm) -> Rank {
-    Rank { index: comm.rank() as u64, count: comm.world_size() as u64 }
-}
 
 /// Whether this is the rank that writes and talks.
 pub(crate) fn is_first(comm: &dyn Comm) -> bool {
@@ -86,13 +81,14 @@ impl Told {
     /// of samples that no rank has more of.
     pub fn gather(
         comm: &dyn Comm,
+        sharing: &Sharing,
         share: &Tensor,
         losses: &Tensor,
         sigmas: &[f32],
         most: usize,
         stop: bool,
     ) -> Result<Self> {
-        let (share, device) = (share.detach().reshape(&[1])?, share.device());
+        let (mut share, device) = (share.detach().reshape(&[1])?, share.device());
         if comm.is_alone() {
             // In one tensor, so that they are read together.
             let values = Tensor::cat(&[&share, losses], 0)?.read_later()?;
@@ -103,8 +99,13 @@ impl Told {
         // There is no such noise level: a place without a sample.
         let mut padded = vec![f32::NAN; most];
         padded[..sigmas.len()].copy_from_slice(sigmas);
-        let sigmas = Tensor::from_slice(&padded, &[most], device)?.to_dtype(share.dtype())?;
         let losses = losses.pad(0, 0, most - losses.numel())?;
+        // What ranks that share tokens came to together one of them says.
+        if sharing.tokens.as_ref().is_some_and(|ranks| ranks.rank() > 0) {
+            share = Tensor::zeros(&[1], share.dtype(), device)?;
+            padded.fill(f32::NAN);
+        }
+        let sigmas = Tensor::from_slice(&padded, &[most], device)?.to_dtype(share.dtype())?;
         let mine = Tensor::cat(&[&share, &stop, &losses, &sigmas], 0)?.to_dtype(DType::F32)?;
         let all = Tensor::zeros(&[comm.world_size(), mine.numel()], DType::F32, device)?;
         comm.all_gather(&mine, &all)?;

@@ -169,7 +169,8 @@ fn resume_as(
     // A run that is done needs no device.
     let data = in_turn(&**comm, || builtin::data(&recipe.data, &Device::cpu()))?;
     let trained = data.clone().split(recipe.validation.as_ref())?.0.source.len();
-    let steps = recipe.step_scheduler.resolved(trained, recipe.data.drop_last, comm.world_size()).max_steps;
+    let batch_ranks = recipe.batch_ranks(comm.world_size())?;
+    let steps = recipe.step_scheduler.resolved(trained, recipe.data.drop_last, batch_ranks).max_steps;
     let step = Stored::read(&folder.checkpoints().newest()?).map_or(0, |stored| stored.progress.step);
     let report = folder.report()?.filter(|s| s.steps == step && step == steps);
     // Nothing is written until all ranks have looked.
@@ -421,7 +422,7 @@ impl<'h> Session<'h> {
         }
         let mut error = error.at(step, self.saved);
         if let Error::Diverged { found, .. } = &mut error {
-            let path = self.folder.replay_path(step, self.trainer.rank().index);
+            let path = self.folder.replay_path(step, self.trainer.comm().rank() as u64);
             match self.trainer.bundle(step, &path) {
                 Ok(finding) => *found = Some(told(&finding, &path)),
                 Err(error) => tracing::warn!("no bundle of step {step}: {error}"),

@@ -1,5 +1,10 @@
 //! One optimiser step after the other.
 
+mod sampling;
+mod saving;
+
+pub(crate) use self::saving::trained_model;
+
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -8,29 +13,24 @@ use std::sync::atomic::AtomicBool;
 
 use flowtape_data::{Collator, Cursor, Loaded, Loader, Rank, Sampler};
 use flowtape_engine::comm::{Comm, Solo};
-use flowtape_engine::nn::{AdapterSpec, DropoutMasks, Param, ParamBuilder, Params, Placement};
+use flowtape_engine::nn::{AdapterSpec, DropoutMasks, Param, ParamBuilder};
 use flowtape_engine::optim::{
     Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Ranks, Rates, Rounding, StepConfig,
 };
 use flowtape_engine::platform::Instant;
-use flowtape_engine::safetensors::{Shards, Snapshot};
-use flowtape_engine::{DType, Device, Later, Philox, Tensor};
-use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline, TaskType};
-use flowtape_models::pipeline::KnownPrompts;
-use flowtape_models::{Transformer, checkpoint, create_pipeline, peft};
+use flowtape_engine::{Device, Later};
+use flowtape_flowmatch::{Batch, Draws, FlowMatchingPipeline};
+use flowtape_models::{Transformer, create_pipeline, peft};
 
-use crate::compose;
 use crate::data::Data;
-use crate::error::io;
 use crate::forward::Forward;
-use crate::generate::{Generator, Request, Samples};
 use crate::gradients::{GradientSquares, Squared, Squares};
-use crate::ranks::{Told, is_first, rank_of};
-use crate::recipe::{Init, NonFinite, SamplingConfig};
+use crate::ranks::{Told, is_first};
+use crate::recipe::{Init, NonFinite, Sharing};
 use crate::record::{BySigma, LeftOut, StepRecord, losses_of_samples, norms_by_group};
 use crate::replay::{self, Finding};
 use crate::start::Start;
-use crate::state::{EMA, OPTIMIZER, Stored, TrainProgress, TrainState, averaged};
+use crate::state::{TrainProgress, TrainState};
 use crate::timing::{StepTimes, Timed};
 use crate::validation::{HeldOut, Validated};
 use crate::{Error, Recipe, Result};
@@ -86,6 +86,7 @@ pub struct Trainer {
     recent: VecDeque<(u64, Vec<Loaded>)>,
     state: TrainState,
     ranks: Ranks,
+    sharing: Sharing,
     /// Whether this rank was asked to stop: the others hear of it with the next step.
     asked_to_stop: bool,
 }
@@ -122,14 +123,15 @@ impl Trainer {
     /// When a section does not fit, or a rank fails.
     pub fn among(comm: Arc<dyn Comm>, device: &Device, recipe: &Recipe, data: Data) -> Result<Self> {
         let mut recipe = recipe.clone();
-        let rank = rank_of(&*comm);
-        recipe.step_scheduler = recipe.step_scheduler.on_ranks(comm.world_size())?;
+        let sharing = recipe.sharing_among(&comm)?;
+        let rank = sharing.batches;
+        recipe.step_scheduler = recipe.step_scheduler.on_ranks(rank.count as usize)?;
         let start = Start::of(&recipe.model)?;
         let flow_matching = start.flow_matching(&recipe.flow_matching);
         let fingerprint = data.source.fingerprint();
         let (data, held) = data.split(recipe.validation.as_ref())?;
         recipe.step_scheduler =
-            recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last, comm.world_size());
+            recipe.step_scheduler.resolved(data.source.len(), recipe.data.drop_last, rank.count as usize);
         let (local, seed) = (recipe.step_scheduler.local_batch_size, recipe.seed);
         let collator = data.collator(&recipe.data, seed);
         let held_out = recipe.validation.is_some();
@@ -147,6 +149,11 @@ impl Trainer {
         let mut model = start.model(params.with_adaln_zero(recipe.init == Init::AdalnZero))?;
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
+        if sharing.tokens.is_some() && !model.shares_tokens() {
+            let class = &start.config["_class_name"];
+            let what = format!("fsdp.cp_size: {class} can't be shared out by tokens: leave it out");
+            return Err(Error::Run { path: "recipe".into(), what });
+        }
         let sampler = data.sampler(&recipe.data, local, seed)?;
         let dropped = sampler.dropped(rank);
         if dropped > 0 && is_first(&*comm) && device.backend().has_data() {
@@ -200,6 +207,7 @@ impl Trainer {
                 },
             },
             ranks,
+            sharing,
             asked_to_stop: false,
             recipe,
             start,
@@ -250,67 +258,19 @@ impl Trainer {
         &self.state
     }
 
-    /// Goes on from a checkpoint: weights and state.
-    ///
-    /// # Errors
-    /// When it can't be read or does not fit the model.
-    pub fn load(&mut self, checkpoint: &Path) -> Result<()> {
-        self.load_weights(checkpoint)?;
-        self.loader = None;
-        let ranks = &self.ranks;
-        self.state.load(self.model.params(), &self.recipe, checkpoint, &|param| ranks.updates(param))?;
-        self.recount();
-        Ok(())
-    }
-
-    /// Finds the place in the data where a run with other ranks stood: batches are counted by rank.
-    fn recount(&mut self) {
-        let (now, progress) = (self.rank(), &mut self.state.progress);
-        progress.cursor = self.sampler.recount(progress.cursor, progress.ranks, now.count);
-        progress.ranks = now.count;
-    }
-
     /// The ranks that train together.
     pub fn comm(&self) -> &Arc<dyn Comm> {
         self.ranks.comm()
     }
 
-    /// This one of them.
+    /// This one of those that have batches of their own.
     pub(crate) fn rank(&self) -> Rank {
-        rank_of(&**self.comm())
+        self.sharing.batches
     }
 
     /// Tells the others with the next step that this rank was asked to stop.
     pub(crate) fn ask_to_stop(&mut self, stop: bool) {
         self.asked_to_stop = stop;
-    }
-
-    /// Goes on from what was stored beside the weights.
-    pub(crate) fn restore(&mut self, optimizer: &Shards, averages: Option<Shards>, stored: Stored) -> Result<()> {
-        self.loader = None;
-        let ranks = &self.ranks;
-        let holds = |param: &Param| ranks.updates(param);
-        self.state.restore(self.model.params(), &self.recipe, optimizer, averages, stored, &holds)?;
-        self.recount();
-        Ok(())
-    }
-
-    /// Lets the average of the weights begin with those that are there, where one is kept.
-    pub(crate) fn begin_average(&mut self) -> Result<()> {
-        if let (Some(ema), Some(config)) = (&mut self.state.ema, &self.recipe.ema) {
-            *ema = Ema::new(config, self.model.params())?;
-        }
-        Ok(())
-    }
-
-    /// Reads what is trained from the folder of a checkpoint.
-    pub(crate) fn load_weights(&self, checkpoint: &Path) -> Result<()> {
-        if self.recipe.peft.is_some() {
-            peft::load(checkpoint)?.load_into(self.model.params(), &checkpoint.join(peft::ADAPTER_WEIGHTS))?;
-        } else {
-            self.model.params().load(&checkpoint::open_weights(checkpoint)?)?;
-        }
-        Ok(())
     }
 
     /// Writes a bundle of one of the last two steps, which was not finite, and says where it stopped being that. The folder is whole
@@ -333,7 +293,8 @@ impl Trainer {
 
     /// What a step after so many others does forward, on a rank.
     pub(crate) fn forward_of(&self, step: u64, rank: Rank) -> Forward<'_> {
-        Forward::new(&self.recipe, &*self.model, &self.pipeline, &self.masks, step, rank)
+        let sharing = Sharing { batches: rank, tokens: None };
+        Forward::new(&self.recipe, &*self.model, &self.pipeline, &self.masks, step, sharing)
     }
 
     /// The batch of loaded samples.
@@ -364,58 +325,6 @@ impl Trainer {
         self.data.sample_dims()
     }
 
-    /// Writes a checkpoint's files into a folder: what is trained, its average where one is kept, and what goes on from step to step.
-    ///
-    /// # Errors
-    /// When the folder can't be written.
-    pub fn save(&self, folder: &Path) -> Result<()> {
-        Ok(self.snapshot(folder)?.write()?)
-    }
-
-    /// Writes the small files of a checkpoint, and takes copies for the large ones where the device is not the host: to be written
-    /// while training goes on.
-    ///
-    /// # Errors
-    /// When the folder can't be written.
-    pub(crate) fn snapshot(&self, folder: &Path) -> Result<Snapshot> {
-        let mut snapshot = Snapshot::default();
-        let optimizer = self.collect_optimizer()?;
-        let mut add = |folder: &Path, stem: &str, tensors: Vec<(String, Tensor)>| {
-            snapshot.add(folder, stem, tensors, Params::text(), checkpoint::MAX_SHARD_SIZE)
-        };
-        self.as_evaluated(|| match &self.recipe.peft {
-            // Adapters are small, and read back before they count as saved.
-            Some(_) => self.save_weights(folder),
-            None => {
-                checkpoint::save_config(self.model(), folder)?;
-                Ok(add(folder, checkpoint::WEIGHTS, self.collect_weights()?)?)
-            }
-        })?;
-        if let Some(ema) = &self.state.ema {
-            let folder = folder.join(EMA);
-            std::fs::create_dir(&folder).map_err(io(&folder))?;
-            let (params, stem) = averaged(&self.recipe, self.model.params());
-            add(&folder, stem, ema.tensors(&params)?)?;
-            match &self.recipe.peft {
-                // Adapters have files of their own, in the dtype that they are kept in.
-                Some(_) => ema.instead(self.model.params(), || self.save_weights(&folder))?,
-                None => checkpoint::save_config(self.model(), &folder)?,
-            }
-        }
-        self.state.save(&self.recipe, folder)?;
-        snapshot.add(folder, OPTIMIZER, optimizer, BTreeMap::new(), u64::MAX)?;
-        Ok(snapshot)
-    }
-
-    /// Goes along where the first rank takes a snapshot: gives it what this rank alone has.
-    pub(crate) fn give_to_snapshot(&self) -> Result<()> {
-        self.collect_optimizer()?;
-        if self.recipe.peft.is_none() {
-            self.collect_weights()?;
-        }
-        Ok(())
-    }
-
     /// Whether all ranks are needed for a snapshot.
     pub(crate) fn is_shared_out(&self) -> bool {
         self.ranks.is_sharded()
@@ -424,40 +333,6 @@ impl Trainer {
     /// Whether this rank updates a parameter.
     pub(crate) fn updates(&self, param: &Param) -> bool {
         self.ranks.updates(param)
-    }
-
-    /// What the optimiser remembers: all of it on the first rank.
-    fn collect_optimizer(&self) -> Result<Vec<(String, Tensor)>> {
-        Ok(self.ranks.collect(self.state.optimizer.tensors(self.model.params())?)?)
-    }
-
-    /// The weights as they are kept: all of them on the first rank.
-    fn collect_weights(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut all = checkpoint::tensors(self.model())?;
-        if !self.ranks.is_sharded() {
-            return Ok(all);
-        }
-        // Where there is no wider copy each rank has the weights already.
-        let params = self.model.params();
-        let is_elsewhere =
-            |name: &str| params.get(name).is_some_and(|p| p.kept_dtype() != p.dtype() && p.var().is_some());
-        let own = |name: &str| params.get(name).is_some_and(|param| self.ranks.updates(param));
-        let given = all.iter().filter(|(name, _)| is_elsewhere(name) && own(name)).cloned().collect();
-        all.retain(|(name, _)| !is_elsewhere(name));
-        all.extend(self.ranks.collect(given)?);
-        Ok(all)
-    }
-
-    /// Runs `work` with the weights that the optimiser means to be looked at.
-    pub(crate) fn as_evaluated<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
-        self.state.optimizer.evaluated(self.model.params(), work)
-    }
-
-    pub(crate) fn save_weights(&self, folder: &Path) -> Result<()> {
-        match &self.recipe.peft {
-            Some(config) => config.save(&*self.model, &self.adapters, folder),
-            None => Ok(checkpoint::save(&*self.model, folder, checkpoint::MAX_SHARD_SIZE)?),
-        }
     }
 
     /// One optimiser step. Its data and its random numbers follow from the seed and from where the run stands.
@@ -535,7 +410,7 @@ impl Trainer {
 
     /// Batches of the step at a cursor. An epoch's last step takes those that are left, and is divided by their number, as in NeMo.
     fn parts(&self, mut at: Cursor) -> usize {
-        let most = self.recipe.step_scheduler.micro_batches() / self.comm().world_size();
+        let most = self.recipe.step_scheduler.micro_batches() / self.rank().count as usize;
         let (mut parts, mut epoch) = (0, None);
         while most > 1 && parts < most {
             let Some(plan) = self.sampler.plan(at, self.rank()) else { break };
@@ -560,7 +435,7 @@ impl Trainer {
         let TrainProgress { step, mut cursor, .. } = self.state.progress;
         let parts = given.map_or_else(|| self.parts(cursor), <[Batch]>::len);
         let rank = self.rank();
-        let all_parts = parts * self.comm().world_size();
+        let all_parts = parts * rank.count as usize;
         let rates = Rates { lr: self.schedule.lr(step), weight_decay: self.schedule.weight_decay(step) };
         let max_norm = self.recipe.clip_grad_norm.as_ref().map(|c| c.max_norm);
         let skip_non_finite = self.recipe.non_finite == NonFinite::Skip;
@@ -579,7 +454,7 @@ impl Trainer {
         let mut norm = None;
         let on_host = self.device.backend().is_host();
         let (recipe, model) = (&self.recipe, &*self.model);
-        let mut forward = Forward::new(recipe, model, &self.pipeline, &self.masks, step, rank);
+        let mut forward = Forward::new(recipe, model, &self.pipeline, &self.masks, step, self.sharing.clone());
         for part in 0..parts {
             let begun = Instant::now();
             let (batch, most) = match given {
@@ -614,14 +489,23 @@ impl Trainer {
             if on_host && !skip_non_finite && !scaled {
                 finite_loss(share.item()?)?;
             }
-            let (losses, sigmas) = (losses_of_samples(&output)?, &output.noised.sample.sigma);
-            told.push(Told::gather(&**self.ranks.comm(), &share, &losses, sigmas, most, self.asked_to_stop)?);
             let without = model.parameters_without_gradient(&output.inputs);
             let with_loss = Instant::now();
             times.forward_bytes = times.forward_bytes.max(self.device.backend().memory().used);
             norm = sinks.backward(&tape, &share, &without)?;
             times.data += (with_data - begun).as_secs_f64();
             times.forward += (with_loss - with_data).as_secs_f64();
+            // Ranks meet here for their gradients; before it, they would wait for each other twice.
+            let (losses, sigmas) = (losses_of_samples(&output)?, &output.noised.sample.sigma);
+            told.push(Told::gather(
+                &**self.ranks.comm(),
+                &self.sharing,
+                &share,
+                &losses,
+                sigmas,
+                most,
+                self.asked_to_stop,
+            )?);
             times.backward += with_loss.elapsed().as_secs_f64();
         }
         drop((sinks, forward));
@@ -665,85 +549,6 @@ impl Trainer {
         self.state.progress.validation_loss = Some(validated.loss());
         Ok(Some(validated))
     }
-
-    /// Samples with the checkpoint that the run started from, as it was; none where it was asked to stop meanwhile, or the model
-    /// was new.
-    ///
-    /// # Errors
-    /// When a prompt is not taken, or the model fails.
-    pub fn generate_from_start(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
-        if self.start.weights.is_none() {
-            return Ok(None);
-        }
-        let frozen = Placement::frozen(self.recipe.dtype.into());
-        let model = self.start.model(ParamBuilder::with_plan(0, frozen, &self.device))?;
-        self.generator(&*model).generate(request, stop)
-    }
-
-    fn generator<'a>(&'a self, model: &'a dyn Transformer) -> Generator<'a> {
-        Generator {
-            model,
-            adapter: self.pipeline.adapter(),
-            data: &self.data,
-            sampling: &self.recipe.sampling,
-            device: &self.device,
-        }
-    }
-
-    /// Samples with the model as it is now, with the average of its weights where one is kept; none where it was asked to stop
-    /// meanwhile.
-    ///
-    /// # Errors
-    /// When a prompt is not taken, or the model fails.
-    pub fn generate(&self, request: &Request<'_>, stop: &AtomicBool) -> Result<Option<Samples>> {
-        let generator = self.generator(&*self.model);
-        self.as_sampled(|| generator.generate(request, stop))
-    }
-
-    /// Latents of conditions that the caller has (what the adapter reads, by name; the latents give the sizes), from noise that follows
-    /// from `seed`, as `sampling` says: with guidance away from `negative`, where that is given. With the average of the weights, where
-    /// one is kept.
-    ///
-    /// # Errors
-    /// When a condition is missing or does not fit, or the model fails.
-    pub fn sample(&self, conditions: &Batch, negative: Option<&Batch>, seed: u64) -> Result<Tensor> {
-        let noise = Philox::new(seed).normal(conditions.latents.dims(), &self.device)?;
-        let generator = self.generator(&*self.model);
-        self.as_sampled(|| generator.sample(conditions, negative, TaskType::T2V, &noise))
-    }
-
-    /// Samples as `sampling` says from now on, and no longer as the recipe does.
-    ///
-    /// # Errors
-    /// When a number is outside its range.
-    pub fn set_sampling(&mut self, sampling: SamplingConfig) -> Result<()> {
-        sampling.check().map_err(|what| Error::Run { path: "sampling".into(), what })?;
-        self.recipe.sampling = sampling;
-        Ok(())
-    }
-
-    /// The same as the data's pipeline makes pictures, so that they are those of later inference: each is that of its prompt alone, with
-    /// the request's seed.
-    ///
-    /// # Errors
-    /// When a part of the pipeline is missing, or the model fails.
-    pub fn generate_by(
-        &self,
-        pipeline: &KnownPrompts,
-        request: &Request<'_>,
-        stop: &AtomicBool,
-    ) -> Result<Option<Samples>> {
-        let dims = self.sample_dims()?;
-        self.as_sampled(|| compose::samples(pipeline, &*self.model, &self.recipe, &dims, request, stop))
-    }
-
-    /// Runs `work` with the weights that are sampled with: their average, where one is kept.
-    pub(crate) fn as_sampled<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
-        match &self.state.ema {
-            Some(ema) => ema.instead(self.model.params(), work),
-            None => self.as_evaluated(work),
-        }
-    }
 }
 
 /// The adapters of a recipe, by their layers: none where it has no `peft`.
@@ -752,18 +557,4 @@ fn adapters(recipe: &Recipe, start: &Start, masks: &DropoutMasks) -> Result<BTre
         Some(config) => config.adapters(recipe.dtype, &peft::linears(&start.config)?, masks),
         None => Ok(BTreeMap::new()),
     }
-}
-
-/// The model behind a run's checkpoint, as it is sampled.
-pub(crate) fn trained_model(recipe: &Recipe, folder: &Path, device: &Device) -> Result<Box<dyn Transformer>> {
-    let dtype: DType = recipe.dtype.into();
-    let Some(config) = &recipe.peft else { return Ok(checkpoint::load(folder, dtype, device)?) };
-    let start = Start::of(&recipe.model)?;
-    let mut adapters = adapters(recipe, &start, &DropoutMasks::default())?;
-    adapters.values_mut().for_each(|spec| spec.placement = Placement::frozen(dtype));
-    let plan = config.plan(recipe.dtype, adapters);
-    let params = ParamBuilder::with_plan(recipe.seed, plan, device).with_adaln_zero(recipe.init == Init::AdalnZero);
-    let model = start.model(params)?;
-    peft::load(folder)?.load_into(model.params(), &folder.join(peft::ADAPTER_WEIGHTS))?;
-    Ok(model)
 }

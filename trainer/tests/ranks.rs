@@ -171,6 +171,77 @@ fn adapters_have_the_bits_of_one_rank_too() {
     same_on_all("lora", folder.path(), lora);
 }
 
+/// Ranks that share the tokens of each sample come to what one rank with the same samples comes to, up to roundings; so do groups of
+/// them with other samples, whole or sharing out the parameters, with adapters and where blocks run again in backward.
+#[test]
+fn ranks_that_share_tokens_train_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/moving_digits_wan.yaml");
+    let recipe = |run: &str, more: &[&str]| {
+        let run = format!("run_dir={}", folder.path().join(run).display());
+        let own = [
+            "dtype=f32",
+            "model.num_layers=2",
+            "model.attention_head_dim=12",
+            "model.ffn_dim=64",
+            "data.video={frames: 3, height: 8, width: 12, stride: 2}",
+            "step_scheduler={local_batch_size: 3, global_batch_size: 6, max_steps: 4, ckpt_every_steps: 0}",
+            "validation={num_samples: 4, every_steps: 2}",
+            "sampling.every_steps=0",
+            "sampling.num_inference_steps=1",
+            "sampling.guidance_scale=1",
+            "report=null",
+            &run,
+        ];
+        Recipe::load(&path, &own.iter().chain(more).map(|s| (*s).to_owned()).collect::<Vec<_>>()).unwrap()
+    };
+    let alone = train(&recipe("alone", &[]), Vec::new(), &NEVER).unwrap();
+    let whole = weights(&folder.path().join("alone"));
+    for (name, world, more) in [
+        ("two", 2, &["fsdp={cp_size: 2, dp_size: 1, dp_replicate_size: 2}"][..]),
+        ("four", 4, &["fsdp={cp_size: 4, dp_replicate_size: 4}"]),
+        ("groups", 4, &["fsdp={cp_size: 2, dp_size: 2}", "performance.activation_checkpointing=true"]),
+    ] {
+        let all = trained(world, &recipe(name, more));
+        let near = |a: f64, b: f64| (a - b).abs() < 1e-5 * (1.0 + b.abs());
+        assert!(all.iter().all(|rank| rank.steps == 4 && near(rank.final_loss, alone.final_loss)), "{name}: {all:?}");
+        let records = |run: &str| RunFolder::open(&folder.path().join(run)).unwrap().0.history(4);
+        for (a, b) in records("alone").iter().zip(records(name)) {
+            assert!(near(b.loss, a.loss) && (b.step, b.epoch) == (a.step, a.epoch), "{name}: {a:?} {b:?}");
+            assert_eq!(a.by_sigma.counts, b.by_sigma.counts, "{name}");
+        }
+        // AdamW divides by the root of tiny squares, so roundings grow.
+        let apart =
+            weights(&folder.path().join(name)).iter().zip(&whole).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(apart < 1e-3, "{name}: {apart}");
+    }
+    // On a device that only counts, a rank of four takes less than one that is alone with the samples.
+    let planned = |more: &[&str], world| {
+        let recipe = recipe("planned", more);
+        StepPlan::on_ranks(&recipe, builtin::data(&recipe.data, &Device::cpu()).unwrap(), world).unwrap().peak
+    };
+    let long = "data.video={frames: 12, height: 8, width: 12, stride: 2}";
+    let (one, four) = (
+        planned(&[long, "step_scheduler.global_batch_size=3"], 1),
+        planned(&[long, "step_scheduler.global_batch_size=3", "fsdp={cp_size: 4, dp_replicate_size: 4}"], 4),
+    );
+    assert!((four as f64) < 0.5 * one as f64, "{four} of {one}");
+    // What can't be shared out is said.
+    let refused = |more: &[&str], world: usize| {
+        let all =
+            on_ranks(world, |comm| train_among(comm, &Device::cpu(), &recipe("refused", more), Vec::new(), &NEVER));
+        all.into_iter().map(|done| format!("{:?}", done.unwrap_err())).collect::<Vec<_>>().join("\n")
+    };
+    for (more, world, told) in [
+        (&["fsdp={cp_size: 3}"][..], 4, "fsdp.cp_size: expected a divisor of the 4 ranks, got 3"),
+        (&["fsdp={cp_size: 3}"], 3, "a number of heads that 3 ranks can share out, got 4"),
+        (&["fsdp={cp_size: 2, dp_size: 4}"], 4, "fsdp.dp_size: expected the number of ranks, 4, by fsdp.cp_size (2)"),
+    ] {
+        let found = refused(more, world);
+        assert!(found.contains(told), "{told}: {found}");
+    }
+}
+
 /// All numbers of the weights of the last checkpoint.
 fn weights(run: &Path) -> Vec<f64> {
     let file = SafeTensors::open(run.join("checkpoints/LATEST/diffusion_pytorch_model.safetensors")).unwrap();

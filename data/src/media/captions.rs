@@ -1,9 +1,13 @@
-//! Captions and reference images beside pictures: `name.txt`, `name.caption` and `name.json`, a folder's `metadata.jsonl` and `metadata.csv` (Hugging
-//! Face's imagefolder), `meta.json` and `*_internvl.json` (NeMo's).
+//! Captions and reference images beside pictures: `name.txt`, `name.caption` and `name.json`, a folder's `metadata.jsonl`, `metadata.csv` and
+//! `metadata.parquet` (Hugging Face's imagefolder), `meta.json` and `*_internvl.json` (NeMo's).
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
@@ -51,6 +55,22 @@ fn read_text(path: &Path) -> Result<String> {
         wrong(path, format!("not UTF-8 from byte {at} on; if it is Latin-1, write it again as UTF-8"))
     })?;
     Ok(text.strip_prefix('\u{feff}').unwrap_or(&text).to_owned())
+}
+
+/// The texts and lists in the rows of a file of Parquet; the pictures that a data set may hold itself are not looked at.
+fn parquet_rows(path: &Path) -> Result<Vec<Map<String, Value>>> {
+    let rows = || -> parquet::errors::Result<Vec<Map<String, Value>>> {
+        let reader = SerializedFileReader::new(File::open(path)?)?;
+        let object = |row: Row| {
+            let read = |field: &Field| matches!(field, Field::Str(_) | Field::ListInternal(_));
+            let columns = row.get_column_iter().filter(|(_, field)| read(field));
+            columns.map(|(name, field)| (name.clone(), field.to_json_value())).collect()
+        };
+        reader.get_row_iter(None)?.map(|row| row.map(object)).collect()
+    };
+    // The crate panics at some broken files.
+    let read = catch_unwind(rows).map_err(|_| wrong(path, "not a whole file of Parquet"))?;
+    read.map_err(|error| wrong(path, error.to_string()))
 }
 
 /// The caption of an object of metadata, where it has one.
@@ -129,6 +149,11 @@ impl Captions {
                         let row = row.map_err(|error| wrong(&path, error.to_string()))?;
                         let object = row.into_iter().map(|(key, value)| (key, Value::String(value))).collect();
                         add(self, &path, &format!("row {}", i + 1), &object)?;
+                    }
+                }
+                "metadata.parquet" => {
+                    for (i, row) in parquet_rows(&path)?.into_iter().enumerate() {
+                        add(self, &path, &format!("row {}", i + 1), &row)?;
                     }
                 }
                 "meta.json" => {

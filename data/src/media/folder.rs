@@ -183,6 +183,20 @@ mod tests {
     }
 
     #[test]
+    fn captions_and_references_of_parquet_are_read() {
+        let parquet = include_bytes!("../../tests/captions/metadata.parquet");
+        let files: &[(&str, &[u8])] = &[("a.png", b""), ("b.png", b""), ("metadata.parquet", parquet)];
+        let folder = folder(files);
+        let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
+        let found: Vec<(&str, usize)> = items.iter().map(|item| (&*item.caption, item.references.len())).collect();
+        assert_eq!(found, [("a row", 1), ("ein Fuß, \"quoted\"", 0)]);
+        assert_eq!(items[0].references, [folder.path().join("b.png")]);
+        std::fs::write(folder.path().join("metadata.parquet"), &parquet[..900]).unwrap();
+        let error = list_pictures(folder.path(), &FolderOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("metadata.parquet"), "{error}");
+    }
+
+    #[test]
     fn what_is_missing_or_broken_is_named() {
         let list = |files: &[(&str, &[u8])], missing_captions| {
             list_pictures(folder(files).path(), &FolderOptions { missing_captions, ..FolderOptions::default() })

@@ -8,6 +8,7 @@
 //! Those that reach other processes live where their libraries do. All ranks begin the same collectives in the same order.
 
 mod collective;
+mod recorded;
 mod solo;
 mod threads;
 
@@ -15,6 +16,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 pub use self::collective::{Collective, Kind};
+pub use self::recorded::{all_gather, all_to_all};
 pub use self::solo::{Planned, Solo};
 pub use self::threads::{Threads, sum_in_order};
 use crate::{DType, Device, Error, Result, Tensor};

@@ -10,6 +10,7 @@ mod rope;
 mod sandwich;
 mod stream;
 mod swiglu;
+mod tokens;
 
 pub(crate) use attention::TOKEN;
 pub use attention::{ADDED_QKV, QKV, QkNorm, QkvConfig, QkvHeads, attend, key_mask, shared_heads, split_heads};
@@ -28,3 +29,4 @@ pub use rope::{RopePrecision, RopeTables, grid_positions, latent_image_ids};
 pub use sandwich::{SandwichBlock, SandwichNorms};
 pub use stream::{DoubleStream, JointTransformerBlock, SingleStream, StreamKind, gelu_feed_forward};
 pub use swiglu::SwiGlu;
+pub use tokens::Tokens;

@@ -5,7 +5,7 @@ use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuild
 use flowtape_engine::{Result, Tensor};
 
 use super::modulation::equal_parts;
-use super::{ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, RopeTables, attend, gate};
+use super::{ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, RopeTables, Tokens, gate};
 
 /// Added to the variance in a single block.
 const EPS: f64 = 1e-6;
@@ -96,7 +96,7 @@ impl DoubleStream {
 
     /// Text `[B, T, dim]` and latents `[B, L, dim]`, each with its modulation `[B, 1, 6 dim]` or one per token: shift, scale
     /// and gate of attention, then of the feed-forward layer. The sequence in attention, with the tables' positions and the
-    /// mask's keys, is the text and then the latents. Returns both streams.
+    /// mask's keys, is the text and then the latents: `tokens`. Returns both streams.
     ///
     /// # Errors
     /// When a shape does not fit.
@@ -104,6 +104,7 @@ impl DoubleStream {
         &self,
         [text, latents]: [&Tensor; 2],
         modulation: [&Tensor; 2],
+        tokens: &Tokens,
         rope: &RopeTables,
         mask: Option<&Tensor>,
     ) -> Result<[Tensor; 2]> {
@@ -112,7 +113,7 @@ impl DoubleStream {
         let of_text = self.text.before_attention(text, &m_text, &rope.narrow(0, t)?)?;
         let of_latents = self.latents.before_attention(latents, &m_latents, &rope.narrow(t, l)?)?;
         let join = |i: usize| Tensor::cat(&[&of_text[i], &of_latents[i]], 2);
-        let joint = attend([join(0)?, join(1)?, join(2)?], mask)?;
+        let joint = tokens.attend([join(0)?, join(1)?, join(2)?], mask)?;
         let parts = joint.split(&[t, l], 1)?;
         Ok([
             self.text.after_attention(text, &parts[0], &m_text)?,
@@ -162,12 +163,13 @@ impl JointTransformerBlock {
         &self,
         [text, latents]: [&Tensor; 2],
         temb: &Tensor,
+        tokens: &Tokens,
         rope: &RopeTables,
         mask: Option<&Tensor>,
     ) -> Result<[Tensor; 2]> {
         let [m_text, m_latents] = &self.modulation;
         let modulation = [&m_text.together(temb)?, &m_latents.together(temb)?];
-        self.streams.forward([text, latents], modulation, rope, mask)
+        self.streams.forward([text, latents], modulation, tokens, rope, mask)
     }
 }
 
@@ -199,11 +201,18 @@ impl SingleStream {
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &RopeTables, mask: Option<&Tensor>) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        modulation: &Tensor,
+        tokens: &Tokens,
+        rope: &RopeTables,
+        mask: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let [shift, scale, of_gate] = equal_parts(modulation, 2)?;
         let h = self.norm.modulated(x, &shift, &scale)?;
         let mlp = Activation::GeluTanh.forward(&self.proj_mlp.forward(&h)?)?;
-        let attention = attend(self.qkv.forward(&h, Some(rope))?, mask)?;
+        let attention = tokens.attend(self.qkv.forward(&h, Some(rope))?, mask)?;
         gate(x, &of_gate, &self.proj_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
     }
 }

@@ -10,7 +10,7 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::Flux2Config;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, attend, gate, split_heads,
+    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, Tokens, gate, split_heads,
     time_proj,
 };
 use crate::config::config_json;
@@ -80,14 +80,14 @@ impl Flux2SingleTransformerBlock {
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &RopeTables) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, modulation: &Tensor, tokens: &Tokens, rope: &RopeTables) -> Result<Tensor> {
         let m = modulation.chunk(3, 2)?;
         let h = self.norm.modulated(x, &m[0], &m[1])?;
         let parts = self.to_qkv_mlp_proj.forward(&h)?.split(&self.widths, 2)?;
         let heads = |i: usize| split_heads(&parts[i], self.heads);
         let rotated = |norm: &RmsNorm, x| norm.rotated(&x, &rope.cos, &rope.sin, rope.layout);
         let (q, k) = (rotated(&self.norm_q, heads(0)?)?, rotated(&self.norm_k, heads(1)?)?);
-        let attention = attend([q.transpose(1, 2)?, k.transpose(1, 2)?, heads(2)?.transpose(1, 2)?], None)?;
+        let attention = tokens.attend([q.transpose(1, 2)?, k.transpose(1, 2)?, heads(2)?.transpose(1, 2)?], None)?;
         let mlp = Activation::SwigluGateFirst.forward(&parts[3])?;
         gate(x, &m[2], &self.to_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
     }
@@ -191,18 +191,20 @@ impl FlowModel for Flux2Transformer2DModel {
         let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let m_text = self.double_stream_modulation_txt.together(&temb)?;
         let m_image = self.double_stream_modulation_img.together(&temb)?;
-        let (tables, modulation) = (rope.clone(), [&m_text, &m_image]);
-        let [text, image] =
-            self.transformer_blocks.run([text, image], modulation, move |block, streams, modulation| {
-                block.forward(streams, modulation, &tables, None)
-            })?;
+        let (tokens, streams) = Tokens::of_streams(inputs, [text, image])?;
+        let (rope, of_image) = (tokens.rope(&rope)?, tokens.sequence(1));
+        let (shared, modulation) = ((tokens.clone(), rope.clone()), [&m_text, &m_image]);
+        let [text, image] = self.transformer_blocks.run(streams, modulation, move |block, streams, modulation| {
+            block.forward(streams, modulation, &shared.0, &shared.1, None)
+        })?;
         let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
         let x = Tensor::cat(&[&text, &image], 1)?;
         let m = self.single_stream_modulation.together(&temb)?;
-        let [x] =
-            self.single_transformer_blocks.run([x], [&m], move |block, [x], [m]| Ok([block.forward(x, m, &rope)?]))?;
+        let [x] = self
+            .single_transformer_blocks
+            .run([x], [&m], move |block, [x], [m]| Ok([block.forward(x, m, &tokens, &rope)?]))?;
         let image = x.narrow(1, text_len, image_len)?;
-        Ok(self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?.into())
+        Ok(of_image.gather(&self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?)?.into())
     }
 }
 
@@ -228,6 +230,10 @@ impl Transformer for Flux2Transformer2DModel {
             unread.push("single_stream_modulation.".into());
         }
         unread
+    }
+
+    fn shares_tokens(&self) -> bool {
+        true
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

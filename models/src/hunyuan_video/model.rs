@@ -7,7 +7,9 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::HunyuanVideo15Config;
 use super::context::{Context, TimeEmbedding};
 use crate::Transformer;
-use crate::blocks::{AdaLayerNormContinuous, ChannelOrder, JointTransformerBlock, PatchEmbed, key_mask, unpatchify};
+use crate::blocks::{
+    AdaLayerNormContinuous, ChannelOrder, JointTransformerBlock, PatchEmbed, Tokens, key_mask, unpatchify,
+};
 use crate::config::config_json;
 
 /// Epsilon of the norm before the output projection.
@@ -78,10 +80,12 @@ impl FlowModel for HunyuanVideo15Transformer3DModel {
         // No latent is padding: nothing is added to their scores.
         let mask = key_mask(&mask)?.pad(3, 0, x.dim(1)?)?;
         let rope = self.config.rope(context.dim(1)?, grid, latents.device())?;
-        let [_, x] = self.transformer_blocks.run([context, x], [&temb], move |block, streams, [temb]| {
-            block.forward(streams, temb, &rope, Some(&mask))
+        let (tokens, streams) = Tokens::of_streams(inputs, [context, x])?;
+        let (rope, of_latents) = (tokens.rope(&rope)?, tokens.sequence(1));
+        let [_, x] = self.transformer_blocks.run(streams, [&temb], move |block, streams, [temb]| {
+            block.forward(streams, temb, &tokens, &rope, Some(&mask))
         })?;
-        let x = self.proj_out.forward(&self.norm_out.forward(&x, &temb)?)?;
+        let x = of_latents.gather(&self.proj_out.forward(&self.norm_out.forward(&x, &temb)?)?)?;
         Ok(unpatchify(&x, &grid, &self.config.patch(), ChannelOrder::Slowest)?.into())
     }
 }
@@ -104,6 +108,10 @@ impl Transformer for HunyuanVideo15Transformer3DModel {
             unread.push("time_embed.timestep_embedder_r.".into());
         }
         unread
+    }
+
+    fn shares_tokens(&self) -> bool {
+        true
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

@@ -7,7 +7,7 @@ use flowtape_engine::{Result, Tensor};
 use super::LTX2Config;
 use super::config::StreamConfig;
 use super::rope::rotate;
-use crate::blocks::{QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate};
+use crate::blocks::{QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, Tokens, gate};
 
 /// The norms of queries and keys have an epsilon of their own.
 const QK_EPS: f64 = 1e-6;
@@ -48,11 +48,11 @@ impl Attention {
         self.out(x, values.transpose(1, 2)?.flatten(2, 3)?)
     }
 
-    /// x `[B, L, dim]` attends to a context `[B, T, context_dim]`; `rope` are the tables of both.
+    /// x `[B, L, dim]` attends to a context `[B, T, context_dim]`; `tokens` and `rope` are those of both.
     pub(super) fn forward(
         &self,
-        x: &Tensor,
-        context: &Tensor,
+        [x, context]: [&Tensor; 2],
+        [of_x, of_context]: [&Tokens; 2],
         rope: Option<[&RopeTables; 2]>,
         mask: Option<&Tensor>,
     ) -> Result<Tensor> {
@@ -60,7 +60,7 @@ impl Attention {
         if let Some([of_x, of_context]) = rope {
             (q, k) = (rotate(&q, of_x)?, rotate(&k, of_context)?);
         }
-        self.out(x, attend([q, k, v], mask)?)
+        self.out(x, of_x.attend_to(of_context, [q, k, v], mask)?)
     }
 
     fn out(&self, x: &Tensor, mut attention: Tensor) -> Result<Tensor> {
@@ -84,6 +84,8 @@ pub(super) type Signals<'a> = [&'a Tensor; 5];
 /// What is the same for all blocks and gets no gradient.
 #[derive(Clone, Debug)]
 pub(super) struct Constants {
+    /// The stream's tokens, and which of them are here.
+    pub(super) tokens: Tokens,
     /// Added to the scores of the text's tokens: `[B, 1, 1, S]` f32.
     pub(super) mask: Option<Tensor>,
     /// Positions within the stream.
@@ -163,7 +165,7 @@ impl Stream {
         let h = modulate(&self.norms[0].forward(x)?, &parts[0], &parts[1])?;
         let attended = match perturbed {
             true => self.attn1.own_values(&h)?,
-            false => self.attn1.forward(&h, &h, Some([&c.rope, &c.rope]), None)?,
+            false => self.attn1.forward([&h; 2], [&c.tokens; 2], Some([&c.rope; 2]), None)?,
         };
         let x = gate(x, &parts[2], &attended)?;
         let text = match &self.prompt_table {
@@ -173,13 +175,14 @@ impl Stream {
             }
             None => text.clone(),
         };
-        let h = self.norms[1].forward(&x)?;
+        // All ranks have the whole text.
+        let (h, all) = (self.norms[1].forward(&x)?, Tokens::whole());
         match parts.get(6..) {
             Some([shift, scale, gate_text]) => {
                 let h = modulate(&h, shift, scale)?;
-                gate(&x, gate_text, &self.attn2.forward(&h, &text, None, c.mask.as_ref())?)
+                gate(&x, gate_text, &self.attn2.forward([&h, &text], [&all; 2], None, c.mask.as_ref())?)
             }
-            _ => x.add(&self.attn2.forward(&h, &text, None, c.mask.as_ref())?),
+            _ => x.add(&self.attn2.forward([&h, &text], [&all; 2], None, c.mask.as_ref())?),
         }
     }
 
@@ -242,8 +245,11 @@ impl LTX2VideoTransformerBlock {
         let [queries_v, keys_v, gate_v] = self.video.cross_inputs(&video, sv)?;
         let [queries_a, keys_a, gate_a] = self.audio.cross_inputs(&audio, sa)?;
         let (time_v, time_a) = (&cv.time_rope, &ca.time_rope);
-        let from_audio = self.video.cross.1.forward(&queries_v, &keys_a, Some([time_v, time_a]), None)?;
-        let from_video = self.audio.cross.1.forward(&queries_a, &keys_v, Some([time_a, time_v]), None)?;
+        let (tokens_v, tokens_a) = (&cv.tokens, &ca.tokens);
+        let from_audio =
+            self.video.cross.1.forward([&queries_v, &keys_a], [tokens_v, tokens_a], Some([time_v, time_a]), None)?;
+        let from_video =
+            self.audio.cross.1.forward([&queries_a, &keys_v], [tokens_a, tokens_v], Some([time_a, time_v]), None)?;
         let (video, audio) = (gate(&video, &gate_v, &from_audio)?, gate(&audio, &gate_a, &from_video)?);
         Ok([self.video.feed_forward(&video, &parts_v)?, self.audio.feed_forward(&audio, &parts_a)?])
     }

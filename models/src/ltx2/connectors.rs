@@ -13,6 +13,7 @@ use super::LTX2Config;
 use super::block::Attention;
 use super::config::StreamConfig;
 use super::rope::{Axis, tables};
+use crate::blocks::Tokens;
 use crate::checkpoint::{CONFIG, open_weights, read_config};
 use crate::config::{Config, check_layers, check_sizes, product, read, truth};
 use crate::registry::ConfigReader;
@@ -240,10 +241,10 @@ impl Connector {
         let axis = Axis::of_places(length, config.connector_rope_base_seq_len);
         let (dim, heads) = (self.config.dim(), self.config.heads);
         let rope = tables(&config.shared(), &[axis], 1, dim, heads, device)?;
-        let norm = RmsNorm::plain(EPS);
+        let (norm, all) = (RmsNorm::plain(EPS), Tokens::whole());
         for (attention, feed_forward) in &self.blocks {
             let h = norm.forward(&x)?;
-            x = x.add(&attention.forward(&h, &h, Some([&rope, &rope]), mask.as_ref())?)?;
+            x = x.add(&attention.forward([&h; 2], [&all; 2], Some([&rope; 2]), mask.as_ref())?)?;
             x = x.add(&feed_forward.forward(&norm.forward(&x)?)?)?;
         }
         Ok(norm.forward(&x)?)

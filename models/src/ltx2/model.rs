@@ -11,7 +11,7 @@ use super::LTX2Config;
 use super::block::{Constants, LTX2VideoTransformerBlock, Perturbation};
 use super::config::StreamConfig;
 use super::rope::{Axis, tables};
-use crate::blocks::{CHANNELS, ScaleShiftTable, TOKEN, time_proj};
+use crate::blocks::{CHANNELS, RopeTables, ScaleShiftTable, TOKEN, Tokens, time_proj};
 use crate::config::config_json;
 use crate::{Error, Transformer};
 
@@ -82,6 +82,17 @@ struct Begun {
     signals: [Tensor; 5],
     embedded: Tensor,
     mask: Option<Tensor>,
+}
+
+impl Begun {
+    /// What this rank has of it.
+    fn here(self, tokens: &Tokens) -> Result<Self> {
+        let [temb, cross, cross_gate, rest @ ..] = self.signals;
+        let [prompt, text] = rest;
+        let part = |x: &Tensor| tokens.part(x, 1);
+        let signals = [part(&temb)?, part(&cross)?, part(&cross_gate)?, prompt, text];
+        Ok(Self { x: part(&self.x)?, signals, embedded: part(&self.embedded)?, mask: self.mask })
+    }
 }
 
 impl Ends {
@@ -200,10 +211,19 @@ impl LTX2VideoTransformer3DModel {
         let dim = config.audio_cross_attention_dim;
         let make = |own: StreamConfig, mask, axes: &[Axis], repeat| {
             let time = axes[0].ending_at(end);
+            let tokens = Tokens::of(inputs, &[axes.iter().map(Axis::len).product()])?;
+            let own_rows = |RopeTables { cos, sin, layout }| {
+                Ok::<_, flowtape_engine::Error>(RopeTables {
+                    cos: tokens.part(&cos, 0)?,
+                    sin: tokens.part(&sin, 0)?,
+                    layout,
+                })
+            };
             Ok::<_, flowtape_engine::Error>(Constants {
                 mask,
-                rope: tables(config, axes, 1, own.dim(), own.heads, device)?,
-                time_rope: tables(config, &[time], repeat, dim, own.heads, device)?,
+                rope: own_rows(tables(config, axes, 1, own.dim(), own.heads, device)?)?,
+                time_rope: own_rows(tables(config, &[time], repeat, dim, own.heads, device)?)?,
+                tokens,
             })
         };
         let [video_mask, audio_mask] = masks;
@@ -216,7 +236,7 @@ impl FlowModel for LTX2VideoTransformer3DModel {
         let config = &self.config;
         let factor = config.cross_attn_timestep_scale_multiplier as f64 / config.timestep_scale_multiplier as f64;
         let [video, audio] = &self.ends;
-        let (mut v, a) = (video.begin(inputs, factor)?, audio.begin(inputs, factor)?);
+        let (mut v, mut a) = (video.begin(inputs, factor)?, audio.begin(inputs, factor)?);
         if let Some((embedding, mask)) =
             self.keyframes_abs_pos_embedding.as_ref().zip(inputs.optional(VIDEO_KEYFRAMES_MASK))
         {
@@ -225,7 +245,9 @@ impl FlowModel for LTX2VideoTransformer3DModel {
                 mask.select_lt(TOKEN, x, x + embedding)
             })?;
         }
-        let constants = self.constants(inputs, [v.mask, a.mask])?;
+        let constants = self.constants(inputs, [v.mask.take(), a.mask.take()])?;
+        let [of_video, of_audio] = constants.each_ref().map(|of| of.tokens.clone());
+        let (v, a) = (v.here(&of_video)?, a.here(&of_audio)?);
         let ([v1, v2, v3, v4, v5], [a1, a2, a3, a4, a5]) = (&v.signals, &a.signals);
         let signals = [v1, v2, v3, v4, v5, a1, a2, a3, a4, a5];
         let blocks = inputs.optional(PERTURBED_BLOCKS).map(Tensor::to_vec::<u32>).transpose()?.unwrap_or_default();
@@ -234,7 +256,8 @@ impl FlowModel for LTX2VideoTransformer3DModel {
             let [v1, v2, v3, v4, v5, of_audio @ ..] = signals;
             block.forward(streams, [[v1, v2, v3, v4, v5], of_audio], &constants, &without)
         })?;
-        Ok(ModelOutput { sample: video.end(&x, &v.embedded)?, rest: vec![audio.end(&y, &a.embedded)?] })
+        let (sample, sound) = (video.end(&x, &v.embedded)?, audio.end(&y, &a.embedded)?);
+        Ok(ModelOutput { sample: of_video.gather(&sample)?, rest: vec![of_audio.gather(&sound)?] })
     }
 }
 
@@ -251,6 +274,10 @@ impl Transformer for LTX2VideoTransformer3DModel {
     fn paths_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {
         let without = inputs.get(VIDEO_KEYFRAMES_MASK).is_none();
         without.then(|| KEYFRAMES.into()).into_iter().collect()
+    }
+
+    fn shares_tokens(&self) -> bool {
+        true
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

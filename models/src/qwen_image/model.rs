@@ -10,7 +10,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::QwenImageConfig;
 use crate::blocks::{
-    AdaLayerNormContinuous, CHANNELS, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, key_mask, time_proj,
+    AdaLayerNormContinuous, CHANNELS, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, Tokens, key_mask,
+    time_proj,
 };
 use crate::config::config_json;
 use crate::{Error, Transformer};
@@ -22,6 +23,7 @@ const TIME_SCALE: f32 = 1000.0;
 /// What all blocks share.
 #[derive(Clone, Debug)]
 struct Shared {
+    tokens: Tokens,
     rope: RopeTables,
     /// Added to the scores, where the text has a mask.
     mask: Option<Tensor>,
@@ -71,7 +73,7 @@ impl QwenImageTransformerBlock {
             }
         };
         let modulation = [&self.txt_mod.together(&now)?, &m_image];
-        self.streams.forward([text, image], modulation, &shared.rope, shared.mask.as_ref())
+        self.streams.forward([text, image], modulation, &shared.tokens, &shared.rope, shared.mask.as_ref())
     }
 }
 
@@ -180,10 +182,13 @@ impl QwenImageTransformer2DModel {
             let marks: Vec<f32> = (0..tokens).map(|i| if i < target { 0.0 } else { 1.0 }).collect();
             Tensor::from_vec(marks, &[1, tokens, 1], device)
         };
+        let all = Tokens::of(inputs, &[text.dim(1)?, tokens])?;
+        let marks = self.config.zero_cond_t.then(is_reference).transpose()?;
         Ok(Shared {
-            rope: self.config.rope(text.dim(1)?, images, device)?,
+            rope: all.rope(&self.config.rope(text.dim(1)?, images, device)?)?,
             mask,
-            is_reference: self.config.zero_cond_t.then(is_reference).transpose()?,
+            is_reference: marks.map(|marks| all.sequence(1).part(&marks, 1)).transpose()?,
+            tokens: all,
         })
     }
 }
@@ -203,11 +208,13 @@ impl FlowModel for QwenImageTransformer2DModel {
         let temb = self.time_text_embed.forward(inputs, &times, latents.dtype())?;
         let image = self.img_in.forward(latents)?;
         let text = self.txt_in.forward(&self.txt_norm.forward(inputs.tensor("encoder_hidden_states")?)?)?;
+        let (tokens, streams) = Tokens::of_streams(inputs, [text, image])?;
         let [_, image] = self
             .transformer_blocks
-            .run([text, image], [&temb], move |block, streams, [temb]| block.forward(streams, temb, &shared))?;
+            .run(streams, [&temb], move |block, streams, [temb]| block.forward(streams, temb, &shared))?;
         let now = temb.narrow(0, 0, latents.dim(0)?)?;
-        Ok(self.proj_out.forward(&self.norm_out.forward(&image, &now)?)?.into())
+        let predicted = self.proj_out.forward(&self.norm_out.forward(&image, &now)?)?;
+        Ok(tokens.sequence(1).gather(&predicted)?.into())
     }
 }
 
@@ -224,6 +231,10 @@ impl Transformer for QwenImageTransformer2DModel {
     fn paths_without_gradient(&self, _: &ModelInputs) -> Vec<String> {
         let last = self.config.num_layers - 1;
         ["attn.to_add_out", "txt_mlp"].map(|layer| format!("transformer_blocks.{last}.{layer}.")).into()
+    }
+
+    fn shares_tokens(&self) -> bool {
+        true
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

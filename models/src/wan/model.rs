@@ -10,8 +10,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::WanConfig;
 use crate::blocks::{
-    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, attend, gate, time_proj,
-    unpatchify,
+    ChannelOrder, PatchEmbed, QKV, QkNorm, QkvConfig, QkvHeads, RopeTables, ScaleShiftTable, Tokens, attend, gate,
+    time_proj, unpatchify,
 };
 use crate::config::config_json;
 use crate::{Error, Transformer};
@@ -50,8 +50,8 @@ impl WanAttention {
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn self_attention(&self, x: &Tensor, rope: &RopeTables) -> Result<Tensor> {
-        self.to_out.forward(&attend(self.qkv.forward(x, Some(rope))?, None)?)
+    pub fn self_attention(&self, x: &Tensor, tokens: &Tokens, rope: &RopeTables) -> Result<Tensor> {
+        self.to_out.forward(&tokens.attend(self.qkv.forward(x, Some(rope))?, None)?)
     }
 
     /// x `[B, L, dim]` attends to a text `[B, T, dim]` and, by itself, to an image `[B, I, dim]`.
@@ -110,11 +110,12 @@ impl WanTransformerBlock {
         text: &Tensor,
         image: Option<&Tensor>,
         time: &Tensor,
+        tokens: &Tokens,
         rope: &RopeTables,
     ) -> Result<Tensor> {
         let parts = self.scale_shift_table.forward(time)?;
         let h = self.norm.modulated(x, &parts[0], &parts[1])?;
-        let x = gate(x, &parts[2], &self.attn1.self_attention(&h, rope)?)?;
+        let x = gate(x, &parts[2], &self.attn1.self_attention(&h, tokens, rope)?)?;
         let h = self.norm2.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(&x))?;
         let x = x.add(&self.attn2.cross_attention(&h, text, image)?)?;
         let h = self.norm.modulated(&x, &parts[3], &parts[4])?;
@@ -241,26 +242,28 @@ impl FlowModel for WanTransformer3DModel {
         }
         let patch = &self.config.patch_size;
         let grid: Vec<usize> = latents.dims()[2..].iter().zip(patch).map(|(size, p)| size / p).collect();
-        let rope = self.config.rope(&grid, latents.device())?;
-        let x = self.patch_embedding.forward(latents)?;
+        let tokens = Tokens::of(inputs, &[grid.iter().product()])?;
+        let rope = tokens.rope(&self.config.rope(&grid, latents.device())?)?;
+        let x = tokens.part(&self.patch_embedding.forward(latents)?, 1)?;
 
-        let temb = self.temb(inputs, latents.dtype())?;
+        let temb = tokens.part(&self.temb(inputs, latents.dtype())?, 1)?;
         let (batch, len, dim) = (temb.dim(0)?, temb.dim(1)?, self.config.inner_dim());
         let time = self.time_proj.forward(&pointwise([&temb], |[t]| t.silu())?)?.reshape(&[batch, len, 6, dim])?;
         let text = self.text_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let image = self.image_embedder.as_ref().zip(inputs.optional("encoder_hidden_states_image"));
         let image = image.map(|(embedder, image)| embedder.forward(image)).transpose()?;
+        let of_block = tokens.clone();
         let [x] = match &image {
             None => self.blocks.run([x], [&text, &time], move |block, [x], [text, time]| {
-                Ok([block.forward(x, text, None, time, &rope)?])
+                Ok([block.forward(x, text, None, time, &of_block, &rope)?])
             }),
             Some(image) => self.blocks.run([x], [&text, image, &time], move |block, [x], [text, image, time]| {
-                Ok([block.forward(x, text, Some(image), time, &rope)?])
+                Ok([block.forward(x, text, Some(image), time, &of_block, &rope)?])
             }),
         }?;
         let parts = self.scale_shift_table.forward(&temb.unsqueeze(2)?)?;
         let x = self.proj_out.forward(&self.norm_out.modulated(&x, &parts[0], &parts[1])?)?;
-        Ok(unpatchify(&x, &grid, patch, ChannelOrder::Fastest)?.into())
+        Ok(unpatchify(&tokens.gather(&x)?, &grid, patch, ChannelOrder::Fastest)?.into())
     }
 }
 
@@ -287,6 +290,10 @@ impl Transformer for WanTransformer3DModel {
 
     fn is_ignored_key(&self, key: &str) -> bool {
         key.contains("norm_added_q")
+    }
+
+    fn shares_tokens(&self) -> bool {
+        true
     }
 
     fn set_gradient_checkpointing(&mut self, on: bool) {

@@ -41,6 +41,7 @@ pub use self::model::{Mode, ModelSection, Stage};
 pub use self::peft::{Algorithm, KeptDtype, PeftConfig};
 pub use self::problems::{Place, Problem};
 pub use self::ranks::Fsdp;
+pub(crate) use self::ranks::Sharing;
 pub use self::sampling::{ReportConfig, SamplingConfig};
 pub use self::steps::{ClipGradNorm, NonFinite, Performance, StepScheduler};
 

@@ -83,7 +83,6 @@ const KEYS: &[(&str, Fate)] = &[
     ("checkpoint.best_metric_key", Elsewhere),
     ("fsdp.activation_checkpointing", Ours("performance.activation_checkpointing")),
     ("fsdp.tp_size", Must("1")),
-    ("fsdp.cp_size", Must("1")),
     ("fsdp.pp_size", Must("1")),
     ("fsdp.cpu_offload", Elsewhere),
     ("fsdp.defer_fsdp_grad_sync", Elsewhere),
@@ -94,7 +93,7 @@ const KEYS: &[(&str, Fate)] = &[
     ("fsdp.fsdp2_backward_prefetch_depth", Elsewhere),
     ("fsdp.use_hf_tp_plan", Elsewhere),
     ("fsdp.cp_ring_degree", Must("1")),
-    ("fsdp.cp_ulysses_degree", Must("1")),
+    ("fsdp.cp_ulysses_degree", Ours("fsdp.cp_size")),
     ("ddp.activation_checkpointing", Ours("performance.activation_checkpointing")),
     ("ddp.backend", Elsewhere),
     ("ddp.find_unused_parameters", Elsewhere),
@@ -125,9 +124,7 @@ pub(crate) fn translate(root: &mut Node, problems: &mut Vec<Problem>) -> Vec<&'s
                     "checkpoint.restore_from" => "; resume with `flowtape train --resume RUN`",
                     "fsdp.tp_size" => "; there is no tensor parallelism: all ranks share the data (dp_size)",
                     "fsdp.pp_size" => "; there is no pipeline parallelism: all ranks share the data (dp_size)",
-                    path if path.starts_with("fsdp.cp_") => {
-                        "; there is no context parallelism: all ranks share the data (dp_size)"
-                    }
+                    "fsdp.cp_ring_degree" => "; ranks share tokens by Ulysses alone (cp_size)",
                     _ => "",
                 };
                 let what = format!("{path}: expected {only}, got {}{advice}", entry.value.shown());

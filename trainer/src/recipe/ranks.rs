@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use flowtape_data::Rank;
 use flowtape_engine::comm::Comm;
 use flowtape_engine::nn::Params;
 use flowtape_engine::optim::Ranks;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, Recipe, Result};
 
 /// Sharding, by NeMo's names. What is shared out are gradients, what the optimiser remembers and wider copies (ZeRO's stages 1 and 2);
 /// weights stay whole on each rank. Without this section, or with `ddp`, all ranks have all. The results are the same.
@@ -23,6 +24,46 @@ pub struct Fsdp {
     #[schemars(range(min = 1, max = 65_536))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dp_replicate_size: Option<usize>,
+    /// Neighbouring ranks that share the tokens of each sample, and each heads of the attention (context parallelism by Ulysses), for
+    /// long videos. One, so that each has samples of its own, if it is left out.
+    #[schemars(range(min = 1, max = 65_536))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cp_size: Option<usize>,
+}
+
+/// How the ranks of a run share its samples.
+#[derive(Clone, Debug)]
+pub(crate) struct Sharing {
+    /// Which batches this rank takes: ranks that share the tokens of samples take the same ones.
+    pub batches: Rank,
+    /// The ranks that share the tokens of this one's samples, where there are several.
+    pub tokens: Option<Arc<dyn Comm>>,
+}
+
+impl Recipe {
+    /// How many of so many ranks have samples of their own.
+    ///
+    /// # Errors
+    /// When ranks that share tokens do not form whole groups.
+    pub(crate) fn batch_ranks(&self, world: usize) -> Result<usize> {
+        let shared = self.fsdp.as_ref().and_then(|fsdp| fsdp.cp_size).unwrap_or(1);
+        if world == 1 {
+            return Ok(1);
+        }
+        if shared == 0 || !world.is_multiple_of(shared) {
+            let what = format!("fsdp.cp_size: expected a divisor of the {world} ranks, got {shared}");
+            return Err(Error::Run { path: "recipe".into(), what });
+        }
+        Ok(world / shared)
+    }
+
+    /// What this rank has of the samples. All ranks call it together.
+    pub(crate) fn sharing_among(&self, comm: &Arc<dyn Comm>) -> Result<Sharing> {
+        let count = self.batch_ranks(comm.world_size())?;
+        let shared = comm.world_size() / count;
+        let tokens = if shared > 1 { Some(comm.split(&|rank| rank / shared)?) } else { None };
+        Ok(Sharing { batches: Rank { index: (comm.rank() / shared) as u64, count: count as u64 }, tokens })
+    }
 }
 
 impl Fsdp {
@@ -30,9 +71,14 @@ impl Fsdp {
     pub(crate) fn ranks(&self, comm: Arc<dyn Comm>, params: &Params) -> Result<Ranks> {
         let world = comm.world_size();
         let refused = |what: String| Err(Error::Run { path: "recipe".into(), what });
-        if let Some(size) = self.dp_size.filter(|size| *size != world) {
+        let sharing = self.cp_size.unwrap_or(1);
+        if let Some(size) = self.dp_size.filter(|size| *size * sharing != world) {
             if world > 1 {
-                return refused(format!("fsdp.dp_size: expected the number of ranks, {world}, or nothing, got {size}"));
+                let expected = match sharing {
+                    1 => format!("the number of ranks, {world}"),
+                    _ => format!("the number of ranks, {world}, by fsdp.cp_size ({sharing})"),
+                };
+                return refused(format!("fsdp.dp_size: expected {expected}, or nothing, got {size}"));
             }
             tracing::warn!("fsdp.dp_size is {size}, and one rank trains: start as many, or leave it out");
         }
