@@ -1,8 +1,10 @@
 //! What each platform must do, as one small program that is built for it (`bench/platforms.sh`):
 //!
-//!     platform goldens FOLDER…     every golden case, a line each; fails where one does
-//!     platform write FILE          a file of tensors, whose bytes are the same on every machine
-//!     platform read FILE           fails where such a file, from another machine, holds other values
+//!     platform goldens FOLDER…            every golden case, a line each; fails where one does
+//!     platform write FILE                 a file of tensors, whose bytes are the same on every machine
+//!     platform read FILE                  fails where such a file, from another machine, holds other values
+//!     platform steps FILE [KEY=VALUE…]    trains the digits, a line each step with loss and gradient norm; the weights go to the file
+//!     platform sets                       the instruction sets that this machine has, the best last
 #![allow(clippy::print_stdout)] // a program for a terminal
 
 use std::collections::BTreeMap;
@@ -10,8 +12,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use flowtape_engine::safetensors::{SafeTensors, save};
-use flowtape_engine::{DType, Device, Philox, Tensor};
+use flowtape_engine::{DType, Device, Philox, Tensor, cpu};
 use flowtape_tests::suite;
+use flowtape_trainer::{Recipe, Trainer};
 
 type Any<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -22,7 +25,12 @@ fn main() -> ExitCode {
         ["goldens", ref folders @ ..] if !folders.is_empty() => goldens(folders),
         ["write", file] => write(Path::new(file)),
         ["read", file] => read(Path::new(file)),
-        _ => Err("usage: platform goldens FOLDER… | write FILE | read FILE".into()),
+        ["steps", file, ref settings @ ..] => steps(Path::new(file), settings),
+        ["sets"] => {
+            println!("{}", cpu::instruction_sets().join(" "));
+            Ok(())
+        }
+        _ => Err("usage: platform goldens FOLDER… | write FILE | read FILE | steps FILE [KEY=VALUE…] | sets".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -67,4 +75,20 @@ fn read(file: &Path) -> Any<()> {
         }
     }
     Ok(())
+}
+
+/// All digits of each number, so that where they are the same the bits are.
+fn steps(file: &Path, settings: &[&str]) -> Any<()> {
+    // Within the program, so that it needs no other file.
+    let recipe = include_bytes!("../../recipes/digits.yaml");
+    let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_owned()).collect();
+    let mut trainer = Trainer::new(&Recipe::from_yaml(Path::new("digits.yaml"), recipe, &settings)?)?;
+    for _ in 0..trainer.recipe().step_scheduler.max_steps {
+        let record = trainer.step()?;
+        println!(
+            "step {} loss {:?} norm {:?} seconds {:.3}",
+            record.step, record.loss, record.grad_norm, record.step_time
+        );
+    }
+    Ok(std::fs::write(file, trainer.weights_to_bytes()?)?)
 }

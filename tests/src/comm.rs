@@ -47,6 +47,11 @@ pub fn check(comm: &dyn Comm) -> Result<()> {
         comm.all_reduce(&x)?;
         let sums: Vec<f32> = (0..n).map(|i| sum(world, i)).collect();
         same(&x.to_vec()?, &sums, "all-reduce");
+        for root in [0, world - 1] {
+            let x = tensor(&values)?;
+            comm.reduce(&x, root)?;
+            same(&x.to_vec()?, if rank == root { &sums } else { &values }, "reduce");
+        }
         // Two at once, which end in either order.
         let (a, b) = (tensor(&values)?, tensor(&values)?);
         let first = comm.start(Collective::all_reduce(comm, &a)?)?;

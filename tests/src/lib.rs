@@ -2,23 +2,23 @@
 
 mod adapters;
 pub mod comm;
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 mod data;
 #[cfg(feature = "whole")]
 pub mod devices;
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 mod editing;
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 pub mod fuzz;
 mod golden;
 pub mod lora;
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 mod media;
 mod ops;
 mod optim;
 mod pipeline_math;
 mod pipelines;
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 mod recipe;
 pub mod sampling;
 pub mod step;

@@ -20,9 +20,9 @@ pub(crate) fn check(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     pipeline_prompts(dir, name, out)?;
     let case = Golden::open(dir, name)?.json;
     for (run, asked) in case["runs"].as_object().into_iter().flatten() {
-        #[cfg(feature = "whole")]
+        #[cfg(feature = "trainer")]
         let images = crate::editing::conditions(dir, asked)?;
-        #[cfg(not(feature = "whole"))]
+        #[cfg(not(feature = "trainer"))]
         let images = Vec::new();
         if images.is_empty() && asked["images"].as_array().is_some_and(|files| !files.is_empty()) {
             out.push(Outcome::not_built(run));
@@ -137,13 +137,13 @@ fn pixels(pixels: &Tensor, run: &str, case: &Value, outputs: &Golden, out: &mut 
     let worst = shown.zip(&image).map(|(a, b)| (a - b).abs()).fold(0.0, max);
     let worst = if frames.dims() == stored.dims() { worst } else { f64::INFINITY };
     out.push(Outcome::measured(format!("{run}/image"), worst, bound, format!("{:?}", want.dims())));
-    #[cfg(feature = "whole")]
+    #[cfg(feature = "trainer")]
     bytes(&frames, run, outputs, out)?;
     Ok(())
 }
 
 /// The same as bytes, where they are recorded.
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 fn bytes(frames: &Tensor, run: &str, outputs: &Golden, out: &mut Vec<Outcome>) -> Any<()> {
     let bytes = format!("{run}/uint8");
     if outputs.has(&bytes) {

@@ -12,12 +12,12 @@ type Check = fn(folder: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()>;
 /// Which parts of the goldens (a folder's name, or folder and file) are compared with what. A `*` stands for any text.
 const SUBJECTS: &[(&str, Check)] = &[
     ("*_step", step::check),
-    #[cfg(feature = "whole")]
+    #[cfg(feature = "trainer")]
     ("data/*_batches", crate::data::cache),
-    #[cfg(feature = "whole")]
+    #[cfg(feature = "trainer")]
     ("data/bucketing", crate::data::bucketing),
     ("lora_flux", lora::check),
-    #[cfg(feature = "whole")]
+    #[cfg(feature = "trainer")]
     ("image_preprocess", crate::media::check),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
@@ -33,7 +33,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_hunyuan15", pipelines::check),
     ("pipe_ltx2", pipelines::check),
     ("pipe_qwen_image", pipelines::check),
-    #[cfg(feature = "whole")]
+    #[cfg(feature = "trainer")]
     ("pipe_qwen_image_edit", crate::editing::check),
     ("pipe_wan", pipelines::check),
     ("pipe_z_image", pipelines::check),
@@ -45,7 +45,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_wan22_i2v", pipelines::check),
     ("pipe_wan_flf2v", pipelines::check),
     ("pipe_wan_ti2v", pipelines::check),
-    #[cfg(feature = "whole")]
+    #[cfg(feature = "trainer")]
     ("recipe_*", crate::recipe::check),
     ("sampling/flux_trajectory", sampling::trajectories),
     ("sampling/scheduler", sampling::scheduler),
@@ -63,7 +63,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("tokenizers", text::tokenizers),
     ("vae_*", vae::check),
     ("vocoder_ltx2", pipelines::vocoder),
-    #[cfg(feature = "whole")]
+    #[cfg(feature = "trainer")]
     ("vision_clip", vision::clip),
     ("vision_siglip", vision::siglip),
 ];

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 use flowtape_data::media::{CLIPImageProcessor, ReadOptions, read_picture};
 use flowtape_engine::{DType, Device, Tensor};
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 use flowtape_models::vision::CLIPVisionModel;
 use flowtape_models::vision::{Positions, Qwen25VL, SiglipVisionModel, qwen25_vl::Grid};
 
@@ -27,7 +27,7 @@ pub(crate) fn siglip(dir: &Path, _: &str, out: &mut Vec<Outcome>) -> Any<()> {
 }
 
 /// A picture as CLIP takes it, and what CLIP makes of it.
-#[cfg(feature = "whole")]
+#[cfg(feature = "trainer")]
 pub(crate) fn clip(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
     let case = Golden::open(dir, name)?.json;
     let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);

@@ -27,6 +27,8 @@ fn operands_that_do_not_fit_are_refused_before_anyone_waits() {
         let (a, b) = (zeros(4, DType::F32)?, zeros(3, DType::F32)?);
         let refused = [
             Collective::broadcast(comm, &a, 2).err(),
+            Collective::reduce(comm, &a, 2).err(),
+            Collective::reduce(comm, &zeros(4, DType::U32)?, 0).err(),
             Collective::all_reduce(comm, &zeros(4, DType::U32)?).err(),
             Collective::all_reduce(comm, &Tensor::zeros(&[2, 2], DType::F32, &cpu)?.t()?).err(),
             Collective::reduce_scatter(comm, &a, &b).err(),

@@ -7,7 +7,7 @@
 #include <string.h>
 
 enum { SUCCESS, INTERNAL = 3, ARGUMENT = 4, USAGE = 5, REMOTE = 6 };
-enum { SEND, RECV, BROADCAST, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER };
+enum { SEND, RECV, BROADCAST, REDUCE, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER };
 enum { RANKS = 16, CALLS = 64, WORLDS = 256 };
 
 typedef struct { char bytes[128]; } Id;
@@ -93,7 +93,7 @@ static char *result(World *world, int rank, int at, size_t *bytes) {
     size_t size = size_of(call->type), n = call->count * size;
     int ranks = world->size;
     *bytes = n;
-    if (call->op == SEND) return NULL;
+    if (call->op == SEND || (call->op == REDUCE && call->peer != rank)) return NULL;
     char *out = malloc(n * (call->op == ALL_GATHER ? ranks : 1) + 1);
     if (call->op == RECV) {
         // The peer's send to this rank of the same place among its sends to it.
@@ -110,7 +110,7 @@ static char *result(World *world, int rank, int at, size_t *bytes) {
         for (int r = 0; r < ranks; r++) memcpy(out + r * n, world->calls[r][at].from, n);
         *bytes = n * ranks;
     }
-    if (call->op == ALL_REDUCE || call->op == REDUCE_SCATTER) {
+    if (call->op == REDUCE || call->op == ALL_REDUCE || call->op == REDUCE_SCATTER) {
         size_t start = call->op == REDUCE_SCATTER ? rank * n : 0;
         for (size_t i = 0; i < n; i += size) {
             float sum = 0;
@@ -227,6 +227,11 @@ const char *ncclGetLastError(Comm *comm) { return comm ? "the fake says so" : ""
 int ncclBroadcast(const void *from, void *to, size_t n, int type, int root, Comm *comm, void *stream) {
     (void)stream;
     return enqueue(BROADCAST, from, to, n, type, root, comm);
+}
+
+int ncclReduce(const void *from, void *to, size_t n, int type, int op, int root, Comm *comm, void *stream) {
+    (void)stream;
+    return op ? ARGUMENT : enqueue(REDUCE, from, to, n, type, root, comm);
 }
 
 int ncclAllReduce(const void *from, void *to, size_t n, int type, int op, Comm *comm, void *stream) {

@@ -196,7 +196,7 @@ impl Check {
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let StepPlan { weights, optimizer, gradients, activations, workspace, peak, flops, .. } = self.step;
+        let StepPlan { weights, optimizer, gradients, activations, workspace, peak, flops, sent, .. } = self.step;
         let ranks = if self.ranks > 1 { format!("{} ranks, each on ", self.ranks) } else { String::new() };
         writeln!(f, "{:<14}{} samples, {} steps on {ranks}{}", self.name, self.samples, self.steps, self.device)?;
         writeln!(f, "{:<14}{} samples held out, {} read and checked", "", self.held_out, self.read.samples)?;
@@ -225,6 +225,9 @@ impl fmt::Display for Check {
             writeln!(f, "{name:<14}{:>12}", gigabytes(bytes))?;
         }
         writeln!(f, "{:<14}{:>9.4} TFLOP a step", "arithmetic", flops / 1e12)?;
+        if self.ranks > 1 {
+            writeln!(f, "{:<14}{:>12} a step, sent by each rank", "exchange", gigabytes(sent))?;
+        }
         if let Some(caution) = self.caution {
             writeln!(f, "\ncaution: {caution}")?;
         }

@@ -31,6 +31,8 @@ pub struct StepPlan {
     pub checkpoint: u64,
     /// Operations of all matrix products and attention of an optimiser step.
     pub flops: f64,
+    /// Bytes that a rank sends to others in an optimiser step of at most three micro-batches.
+    pub sent: u64,
 }
 
 impl StepPlan {
@@ -57,15 +59,16 @@ impl StepPlan {
         short.step_scheduler.global_batch_size = Some(local.saturating_mul(parts.min(3)).saturating_mul(batch_ranks));
         short.data.num_workers = 0;
         let comm = Arc::new(Planned::new(0, ranks, &device)?);
-        let mut trainer = Trainer::among(comm, &device, &short, data)?;
+        let mut trainer = Trainer::among(comm.clone(), &device, &short, data)?;
         let weights = meta.used();
         // The first step makes what the optimiser remembers.
         trainer.enqueue()?;
         let before = meta.used();
         profile.take();
+        comm.take_sent();
         let forward = trainer.enqueue()?.times.forward_bytes;
         let flops: f64 = profile.take().iter().map(|(_, entry)| entry.flops).sum();
-        let optimizer = before - weights;
+        let (optimizer, sent) = (before - weights, comm.take_sent());
         // The sums of micro-batches and of ranks are wider.
         let summed = parts > 1 || ranks > 1;
         let kept = recipe.clip_grad_norm.is_some() || parts > 1;
@@ -84,7 +87,7 @@ impl StepPlan {
         // Files have what all ranks remember.
         let remembered = if trainer.is_shared_out() { optimizer.saturating_mul(ranks as u64) } else { optimizer };
         let checkpoint = remembered + averages + kept.sum::<u64>();
-        Ok(Self { weights, optimizer, gradients, activations, workspace, peak, checkpoint, flops })
+        Ok(Self { weights, optimizer, gradients, activations, workspace, peak, checkpoint, flops, sent })
     }
 }
 

@@ -138,6 +138,10 @@ fn what_a_rank_takes_is_what_is_planned() {
                 let off = meta.peak() as f64 / plan.peak as f64 - 1.0;
                 assert!(off.abs() < 0.1, "rank {rank} of {world}, {fsdp}: {} against {}", meta.peak(), plan.peak);
             }
+            // A ring hands the sums of f32 gradients around, and the updated weights of bf16 where one rank has them.
+            let (weights, of) = (alone.weights as f64 / 6.0, 1.0 - 1.0 / world as f64);
+            let sent = weights * of * if fsdp == "fsdp={}" { 4.0 + 2.0 } else { 8.0 };
+            assert!((plan.sent as f64 / sent - 1.0).abs() < 0.05, "{} of {sent}, {world} ranks, {fsdp}", plan.sent);
             let share = plan.optimizer as f64 / alone.optimizer as f64;
             let expected = if fsdp == "fsdp={}" { 1.0 / world as f64 } else { 1.0 };
             assert!((share / expected - 1.0).abs() < 0.2, "{share} of {world}, {fsdp}");

@@ -12,6 +12,11 @@ pub enum Kind {
         /// The one.
         root: usize,
     },
+    /// One has the sum of all.
+    Reduce {
+        /// The one.
+        root: usize,
+    },
     /// All have the sum of all.
     AllReduce,
     /// Each has its part of the sum of all.
@@ -27,6 +32,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Broadcast { .. } => "broadcast",
+            Self::Reduce { .. } => "reduce",
             Self::AllReduce => "all-reduce",
             Self::ReduceScatter => "reduce-scatter",
             Self::AllGather => "all-gather",
@@ -50,11 +56,16 @@ impl Collective {
     /// # Errors
     /// When there is no such rank, or the tensor has gaps.
     pub fn broadcast(comm: &dyn Comm, tensor: &Tensor, root: usize) -> Result<Self> {
-        let world = comm.world_size();
-        if root >= world {
-            return Err(Error::argument("broadcast", format!("a rank below {world}"), root));
-        }
-        Self::in_place(Kind::Broadcast { root }, tensor)
+        Self::in_place(Self::rooted(comm, Kind::Broadcast { root }, root)?, tensor)
+    }
+
+    /// `tensor of rank root = sum over ranks of tensor`: floats. The tensors of the others stay as they are.
+    ///
+    /// # Errors
+    /// When there is no such rank, or the tensor has gaps or other numbers.
+    pub fn reduce(comm: &dyn Comm, tensor: &Tensor, root: usize) -> Result<Self> {
+        is_float("reduce", "a tensor", tensor)?;
+        Self::in_place(Self::rooted(comm, Kind::Reduce { root }, root)?, tensor)
     }
 
     /// `tensor = sum over ranks of tensor`: floats.
@@ -97,6 +108,11 @@ impl Collective {
     /// When both have not as many elements, in as many equal parts as there are ranks, or an operand does not fit.
     pub fn all_to_all(comm: &dyn Comm, source: &Tensor, target: &Tensor) -> Result<Self> {
         Self::apart(Kind::AllToAll, comm, (source, source.numel()), (target, target.numel()), None)
+    }
+
+    fn rooted(comm: &dyn Comm, kind: Kind, root: usize) -> Result<Kind> {
+        let world = comm.world_size();
+        if root < world { Ok(kind) } else { Err(Error::argument(kind.name(), format!("a rank below {world}"), root)) }
     }
 
     fn in_place(kind: Kind, tensor: &Tensor) -> Result<Self> {
@@ -159,6 +175,18 @@ impl Collective {
     /// For people: what is done, with how much.
     pub fn shown(&self) -> String {
         format!("{} of {} x {}", self.kind.name(), self.source.numel(), self.source.dtype())
+    }
+
+    /// Bytes that each of so many ranks sends at least, as in a ring; of the last one in a chain to or from a root it is nothing.
+    pub fn sent(&self, ranks: usize) -> u64 {
+        let all = self.source.numel().max(self.target.numel()) as u64 * self.source.dtype().size() as u64;
+        let (ranks, others) = (ranks as u64, ranks.saturating_sub(1) as u64);
+        match self.kind {
+            _ if others == 0 => 0,
+            Kind::Broadcast { .. } | Kind::Reduce { .. } => all,
+            Kind::AllReduce => 2 * all * others / ranks,
+            Kind::ReduceScatter | Kind::AllGather | Kind::AllToAll => all * others / ranks,
+        }
     }
 
     /// What it comes to where one rank is alone.

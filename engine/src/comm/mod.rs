@@ -111,6 +111,14 @@ impl dyn Comm + '_ {
         self.run(Collective::broadcast(self, tensor, root)?)
     }
 
+    /// Writes the sum of the tensors of all ranks over that of rank `root`.
+    ///
+    /// # Errors
+    /// When the tensors are not alike floats, or a rank has failed.
+    pub fn reduce(&self, tensor: &Tensor, root: usize) -> Result<()> {
+        self.run(Collective::reduce(self, tensor, root)?)
+    }
+
     /// Writes the sum of the tensors of all ranks over each of them.
     ///
     /// # Errors

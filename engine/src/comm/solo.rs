@@ -1,6 +1,7 @@
 //! Ranks that exchange nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Collective, Comm, Done, Work};
 use crate::{Device, Error, Result};
@@ -48,6 +49,7 @@ pub struct Planned {
     rank: usize,
     world_size: usize,
     device: Device,
+    sent: Arc<AtomicU64>,
 }
 
 impl Planned {
@@ -63,7 +65,12 @@ impl Planned {
         if rank >= world_size {
             return Err(Error::argument("ranks that are planned", format!("a rank below {world_size}"), rank));
         }
-        Ok(Self { rank, world_size, device: device.clone() })
+        Ok(Self { rank, world_size, device: device.clone(), sent: Arc::default() })
+    }
+
+    /// Bytes that this rank sent since this was asked last, with those in groups that were split off; see [`Collective::sent`].
+    pub fn take_sent(&self) -> u64 {
+        self.sent.swap(0, Ordering::Relaxed)
     }
 }
 
@@ -80,7 +87,8 @@ impl Comm for Planned {
         self.device.clone()
     }
 
-    fn start(&self, _: Collective) -> Result<Box<dyn Work>> {
+    fn start(&self, collective: Collective) -> Result<Box<dyn Work>> {
+        self.sent.fetch_add(collective.sent(self.world_size), Ordering::Relaxed);
         Ok(Box::new(Done))
     }
 
@@ -97,6 +105,6 @@ impl Comm for Planned {
     fn split(&self, color_of: &dyn Fn(usize) -> usize) -> Result<Arc<dyn Comm>> {
         let alike = |rank: &usize| color_of(*rank) == color_of(self.rank);
         let (before, all) = ((0..self.rank).filter(alike).count(), (0..self.world_size).filter(alike).count());
-        Ok(Arc::new(Self { rank: before, world_size: all, device: self.device.clone() }))
+        Ok(Arc::new(Self { rank: before, world_size: all, ..self.clone() }))
     }
 }

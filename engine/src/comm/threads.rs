@@ -201,12 +201,15 @@ impl Threads {
         let flat_target = flat(own.target());
         match own.kind() {
             Kind::Broadcast { root } => copy(&flat(all[root].source()), &flat_target),
-            Kind::AllReduce => {
-                // Each rank sums a range of elements that no other one touches, and hands the sums to all.
+            Kind::Reduce { .. } | Kind::AllReduce => {
+                // Each rank sums a range of elements that no other one touches, and hands the sums to all, or leaves them at the root.
                 let n = flat_target.numel();
                 let (start, end) = (rank * n / world, (rank + 1) * n / world);
                 let range = |of: &Collective| of.target().run_of(start, &[end - start]);
                 let ranges: Vec<Tensor> = all.iter().map(range).collect();
+                if let Kind::Reduce { root } = own.kind() {
+                    return sum_in_order(&ranges, &ranges[root]);
+                }
                 sum_in_order(&ranges, &ranges[rank])?;
                 ranges.iter().try_for_each(|other| copy(&ranges[rank], other))
             }

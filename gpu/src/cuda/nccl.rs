@@ -61,6 +61,7 @@ functions! {
     get_error_string: "ncclGetErrorString" fn(c_int) -> *const c_char;
     get_last_error: "ncclGetLastError" fn(Handle) -> *const c_char;
     broadcast: "ncclBroadcast" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, CStream) -> c_int;
+    reduce: "ncclReduce" fn(*const c_void, *mut c_void, usize, c_int, c_int, c_int, Handle, CStream) -> c_int;
     all_reduce: "ncclAllReduce" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, CStream) -> c_int;
     reduce_scatter: "ncclReduceScatter" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, CStream) -> c_int;
     all_gather: "ncclAllGather" fn(*const c_void, *mut c_void, usize, c_int, Handle, CStream) -> c_int;
@@ -320,6 +321,7 @@ impl Ring {
         unsafe {
             let code = match collective.kind() {
                 Kind::Broadcast { root } => (api.broadcast)(from, to, sent, kind, root as c_int, of, stream),
+                Kind::Reduce { root } => (api.reduce)(from, to, sent, kind, SUM, root as c_int, of, stream),
                 Kind::AllReduce => (api.all_reduce)(from, to, sent, kind, SUM, of, stream),
                 Kind::ReduceScatter => (api.reduce_scatter)(from, to, got, kind, SUM, of, stream),
                 Kind::AllGather => (api.all_gather)(from, to, sent, kind, of, stream),

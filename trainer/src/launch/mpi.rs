@@ -265,13 +265,17 @@ impl Exchange<'_> {
                     self.put(&target, at, &bytes)
                 })
             }
-            Kind::AllReduce => self.pieces(source.numel(), |at| {
+            kind @ (Kind::Reduce { .. } | Kind::AllReduce) => self.pieces(source.numel(), |at| {
                 let mut bytes = bytes_of(&source, at.clone())?;
                 let used = bytes.len();
                 let share = at.len().div_ceil(world) * source.dtype().size();
                 bytes.resize(share * world, 0);
                 let own = self.sum(&self.all_to_all(&bytes))?;
-                self.put(&target, at, &self.all_gather(&own)[..used])
+                let sums = match kind {
+                    Kind::Reduce { root } => self.gather(&own, root),
+                    _ => Some(self.all_gather(&own)),
+                };
+                sums.map_or(Ok(()), |sums| self.put(&target, at, &sums[..used]))
             }),
             Kind::ReduceScatter => self.pieces(target.numel(), |at| {
                 let parts = self.all_to_all(&self.of_all_parts(&source, &at)?);
@@ -343,6 +347,18 @@ impl Exchange<'_> {
         let mut all = vec![0u8; bytes.len()];
         self.of.all_to_all_into(bytes, &mut all[..]);
         all
+    }
+
+    /// On the root what all ranks have.
+    fn gather(&self, bytes: &[u8], root: usize) -> Option<Vec<u8>> {
+        let process = self.of.process_at_rank(root as i32);
+        if self.of.rank() as usize != root {
+            process.gather_into(bytes);
+            return None;
+        }
+        let mut all = vec![0u8; bytes.len() * self.world()];
+        process.gather_into_root(bytes, &mut all[..]);
+        Some(all)
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Vec<u8> {
