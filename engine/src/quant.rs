@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::call::{Call, MatMul};
 use crate::expr::{Function, Reduce};
 use crate::float8::{E4M3, E4M3_MAX, to_e4m3};
+use crate::nn::Param;
 use crate::ops::matmul::flipped;
 use crate::ops::reduce::run_reduce;
 use crate::tape::{Forward, InputGradients, Op, Saved, apply_one};
@@ -142,6 +143,50 @@ impl QTensor {
         self.format
     }
 
+    /// Words that a matrix takes on its way to another rank: scales, then codes.
+    pub(crate) fn words_of(format: Format, dims: [usize; 2]) -> usize {
+        Self::bytes_of(format, dims).div_ceil(4)
+    }
+
+    /// The same as a tensor of the matrix's device.
+    pub(crate) fn to_words(&self) -> Result<Tensor> {
+        if let Some(held) = &self.held {
+            return Ok(held.clone());
+        }
+        let mut bytes: Vec<u8> = self.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        bytes.extend(&self.codes);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        Tensor::from_bytes(&bytes, &[bytes.len() / 4], DType::U32, &self.device)
+    }
+
+    /// A matrix from [`QTensor::to_words`], for a device.
+    pub(crate) fn from_words(format: Format, dims: [usize; 2], words: &Tensor, device: &Device) -> Result<Self> {
+        let size = Self::words_of(format, dims);
+        if words.dims() != [size] || words.dtype() != DType::U32 {
+            return Err(Error::argument("quantised", format!("{size} words"), words));
+        }
+        let device = device.clone();
+        if !device.backend().has_data() {
+            return Ok(Self {
+                format,
+                dims,
+                codes: Vec::new(),
+                scales: Vec::new(),
+                held: Some(words.detach()),
+                device,
+            });
+        }
+        let mut bytes = words.to_bytes()?;
+        bytes.truncate(Self::bytes_of(format, dims));
+        let scales = match format {
+            Format::Int8 | Format::Fp8 => dims[0],
+            Format::Nf4 => (dims[0] * dims[1]).div_ceil(BLOCK * GROUP) + 1,
+        };
+        let (scales, codes) = bytes.split_at(4 * scales);
+        let scales = scales.chunks_exact(4).map(|s| f32::from_le_bytes([s[0], s[1], s[2], s[3]])).collect();
+        Ok(Self { format, dims, codes: codes.to_vec(), scales, held: None, device })
+    }
+
     /// Some rows and columns of it, dense.
     ///
     /// # Errors
@@ -239,9 +284,26 @@ fn by_blocks(values: &[f32]) -> (Vec<u8>, Vec<f32>) {
     (codes, [&[mean][..], &groups].concat())
 }
 
+/// The right operand of a product.
+#[derive(Debug)]
+enum Weight {
+    Plain(Arc<QTensor>),
+    /// What a parameter has at the time.
+    Of(Param),
+}
+
+impl Weight {
+    fn get(&self) -> Result<Arc<QTensor>> {
+        match self {
+            Self::Plain(weight) => Ok(weight.clone()),
+            Self::Of(param) => param.codes(),
+        }
+    }
+}
+
 /// `x W^T + b`: panels of rows forward, and of columns backward, so that no sum is rounded on the way.
 #[derive(Debug)]
-struct QuantisedLinear(Arc<QTensor>);
+struct QuantisedLinear(Weight);
 
 /// Pieces of `n` lines, each of which has so many elements.
 fn pieces(n: usize, each: usize) -> impl Iterator<Item = Range<usize>> {
@@ -255,7 +317,7 @@ impl Op for QuantisedLinear {
     }
 
     fn forward(&self, cx: &mut Forward, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        let (x, weight) = (&inputs[0], &self.0);
+        let (x, weight) = (&inputs[0], self.0.get()?);
         cx.save_shape("x", x);
         let [outputs, width] = weight.dims;
         let out = Tensor::empty(&[x.dims()[0], outputs], x.dtype(), x.device())?;
@@ -277,9 +339,10 @@ impl Op for QuantisedLinear {
         if out.needs(0) {
             let (dims, dtype) = saved.shape("x")?;
             let dx = Tensor::empty(dims, dtype, grad.device())?;
-            let [outputs, width] = self.0.dims;
+            let weight = self.0.get()?;
+            let [outputs, width] = weight.dims;
             for columns in pieces(width, outputs).filter(|_| dx.numel() > 0) {
-                let panel = self.0.panel(0..outputs, columns.clone(), dtype)?;
+                let panel = weight.panel(0..outputs, columns.clone(), dtype)?;
                 let target = dx.view(dx.layout().narrow(1, columns.start, columns.len())?);
                 MatMul { a: grad, b: &panel, bias: None, accumulate: false, out: &target }.run()?;
             }
@@ -299,6 +362,16 @@ impl Op for QuantisedLinear {
 /// # Errors
 /// When shapes, dtypes or devices do not fit.
 pub fn linear(x: &Tensor, weight: &Arc<QTensor>, bias: Option<&Tensor>) -> Result<Tensor> {
+    run(x, Weight::Plain(weight.clone()), bias)
+}
+
+/// The same of a parameter, whose codes may go and come back between forward and backward.
+pub(crate) fn linear_of(x: &Tensor, weight: Param, bias: Option<&Tensor>) -> Result<Tensor> {
+    run(x, Weight::Of(weight), bias)
+}
+
+fn run(x: &Tensor, operand: Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    let weight = operand.get()?;
     let [outputs, width] = weight.dims;
     let fits = x.dims().last() == Some(&width) && bias.is_none_or(|b| b.dims() == [outputs]);
     if !fits || !x.dtype().is_float() || bias.is_some_and(|b| b.dtype() != x.dtype()) {
@@ -311,7 +384,7 @@ pub fn linear(x: &Tensor, weight: &Arc<QTensor>, bias: Option<&Tensor>) -> Resul
     let (rows, dims) = (x.numel() / width.max(1), &x.dims()[..x.rank() - 1]);
     let flat = x.reshape(&[rows, width])?;
     let inputs: Vec<&Tensor> = [&flat].into_iter().chain(bias).collect();
-    apply_one(QuantisedLinear(weight.clone()), &inputs)?.reshape(&[dims, &[outputs]].concat())
+    apply_one(QuantisedLinear(operand), &inputs)?.reshape(&[dims, &[outputs]].concat())
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@
 //!   step_000500/    config.json, diffusion_pytorch_model.safetensors: as diffusers' from_pretrained opens them
 //!                   optimizer.safetensors, state.json: what training goes on with
 //!                   manifest.json: size and SHA-256 of each of these files, written last
-//!   step_001000/
+//!   step_001000/    of ranks that each write their own: diffusion_pytorch_model-00001-of-00004.safetensors and so on with
+//!                   diffusion_pytorch_model.safetensors.index.json, as diffusers writes what is large, and optimizer-* likewise
 //!   BEST            a link to the one of the least validation loss, where the run validates
 //!   LATEST          a link to the newest one (where there are no links, a file with its name)
 //! ```
@@ -40,11 +41,41 @@ pub struct CheckpointConfig {
     /// How many are kept, beside the best one: should the newest be damaged, there is the one before.
     #[schemars(range(min = 1))]
     pub max_recent_checkpoints: usize,
+    /// Where ranks share out the parameters (`fsdp`): which checkpoints the first rank gathers and writes (NeMo's key). In the others each
+    /// rank writes what it has, into one folder, which all must reach: nothing is sent, and no rank has to hold all. Both are opened by
+    /// diffusers, and gone on from by any number of ranks.
+    pub save_consolidated: Consolidated,
+}
+
+/// Which checkpoints the first rank writes alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Consolidated {
+    /// All.
+    #[default]
+    True,
+    /// All.
+    Every,
+    /// That of the last step.
+    Final,
+    /// None.
+    False,
+}
+
+impl Consolidated {
+    /// Whether one is, of the last step or another.
+    pub(crate) fn holds(self, last: bool) -> bool {
+        match self {
+            Self::True | Self::Every => true,
+            Self::Final => last,
+            Self::False => false,
+        }
+    }
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { max_recent_checkpoints: 2 }
+        Self { max_recent_checkpoints: 2, save_consolidated: Consolidated::default() }
     }
 }
 
@@ -61,6 +92,11 @@ impl Checkpoints {
     /// The folder of a step's checkpoint, whether there is one or not.
     pub fn path(&self, step: u64) -> PathBuf {
         self.0.join(format!("step_{step:06}"))
+    }
+
+    /// The folder of a step's checkpoint before it is whole.
+    pub(crate) fn begun(&self, step: u64) -> PathBuf {
+        partial(&self.path(step))
     }
 
     /// The newest one: that of `LATEST` where there is such, else that of the last step. Its content is not looked at.
@@ -113,7 +149,7 @@ impl Checkpoints {
     /// Those of `write` and of the file system.
     pub fn begin(&self, step: u64, write: impl FnOnce(&Path) -> Result<Snapshot>) -> Result<Unfinished> {
         self.make_folder()?;
-        let partial = partial(&self.path(step));
+        let partial = self.begun(step);
         remove(&partial)?;
         std::fs::create_dir(&partial).map_err(io(&partial))?;
         let snapshot = write(&partial)?;

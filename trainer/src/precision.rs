@@ -16,7 +16,7 @@ pub(crate) fn share_that_stays(rule: &str, lr: f64, params: &Params) -> Result<O
         return Ok(None);
     }
     let (mut all, mut stay) = (0.0, 0.0);
-    for param in params.iter().filter(|param| param.var().is_some()) {
+    for param in params.iter().filter(|param| param.var().is_some() && param.is_here()) {
         let kept = param.kept()?;
         // Bits of the fraction, and one for a half.
         let half = match kept.dtype() {

@@ -6,7 +6,7 @@ use flowtape_data::{Cursor, Fingerprint};
 use flowtape_engine::files::exists;
 use flowtape_engine::nn::{Param, Params};
 use flowtape_engine::optim::{Ema, LossScale, LossScaleState, Optimizer};
-use flowtape_engine::safetensors::{SafeTensors, Shards};
+use flowtape_engine::safetensors::Shards;
 use flowtape_models::checkpoint::WEIGHTS;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -131,7 +131,7 @@ impl TrainState {
         folder: &Path,
         holds: &dyn Fn(&Param) -> bool,
     ) -> Result<()> {
-        let optimizer = SafeTensors::open(folder.join(format!("{OPTIMIZER}.safetensors")))?.into();
+        let optimizer = Shards::open(folder, OPTIMIZER)?;
         let averages = match (&self.ema, ema_folder(folder)?) {
             (Some(_), Some(averages)) => Some(Shards::open(&averages, averaged(recipe, params).1)?),
             _ => None,

@@ -27,6 +27,9 @@ use crate::trainer::{Enqueued, Trainer};
 use crate::validation::Validated;
 use crate::{Error, Recipe, Result, builtin};
 
+/// Of what several ranks do together.
+static NEVER: AtomicBool = AtomicBool::new(false);
+
 /// Steps over which losses are averaged for people.
 pub const WINDOW: usize = 100;
 
@@ -222,10 +225,15 @@ fn with_all_hooks<'h>(run: Session<'h>, hooks: Vec<Box<dyn Hook + 'h>>) -> Resul
     let checkpoint = Checkpoint::new(recipe.step_scheduler.ckpt_every_steps)
         .at_epoch_ends(recipe.step_scheduler.save_checkpoint_every_epoch);
     if !first && run.trainer().is_shared_out() {
-        // The others come to the same losses, and give what they have to each checkpoint.
+        // The others come to the same losses, and give what they have to each checkpoint, and to pictures where that takes all.
         let validate = recipe.validation.as_ref().map(|config| Validate::new(config.every_steps));
         let run = validate.into_iter().fold(run, |run, validate| run.with(Box::new(validate)));
-        return Ok(run.with(Box::new(checkpoint)));
+        let run = run.with(Box::new(checkpoint));
+        if !run.trainer().shares_weights() {
+            return Ok(run);
+        }
+        let run = run.with(Box::new(builtin::preview(&recipe)?));
+        return Ok(builtin::report(&recipe)?.into_iter().fold(run, Session::with));
     }
     if !first {
         return Ok(run);
@@ -292,7 +300,6 @@ impl<'h> Session<'h> {
     /// Those of [`Trainer::validate`].
     pub fn validate(&mut self) -> Result<Option<Validated>> {
         // Several ranks come to the same together.
-        static NEVER: AtomicBool = AtomicBool::new(false);
         self.trainer.validate(if self.trainer.is_shared_out() { &NEVER } else { self.stop })
     }
 
@@ -301,16 +308,16 @@ impl<'h> Session<'h> {
         &self.folder
     }
 
-    /// Set when the run is asked to stop.
+    /// Set when the run is asked to stop what it does; never where that takes all ranks, which stop together.
     pub fn stop(&self) -> &AtomicBool {
-        self.stop
+        if self.trainer.shares_weights() { &NEVER } else { self.stop }
     }
 
     fn stopping(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Whether this is the rank that has a run folder.
+    /// Whether this is the rank that has a run folder, and tells of the run.
     pub(crate) fn is_first(&self) -> bool {
         is_first(&**self.trainer.comm())
     }

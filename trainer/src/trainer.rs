@@ -13,7 +13,8 @@ use std::sync::atomic::AtomicBool;
 
 use flowtape_data::{Collator, Cursor, Loaded, Loader, Rank, Sampler};
 use flowtape_engine::comm::{Comm, Solo};
-use flowtape_engine::nn::{AdapterSpec, DropoutMasks, Param, ParamBuilder};
+use flowtape_engine::meta::Meta;
+use flowtape_engine::nn::{AdapterSpec, DropoutMasks, Param, ParamBuilder, Units};
 use flowtape_engine::optim::{
     Clipping, Ema, LossScale, LossScaleState, LrScheduler, OptimizerStep, Ranks, Rates, Rounding, StepConfig,
 };
@@ -26,7 +27,7 @@ use crate::data::Data;
 use crate::forward::Forward;
 use crate::gradients::{GradientSquares, Squared, Squares};
 use crate::ranks::{Told, is_first};
-use crate::recipe::{Init, NonFinite, Sharing};
+use crate::recipe::{Fsdp, Init, NonFinite, Sharing};
 use crate::record::{BySigma, LeftOut, StepRecord, losses_of_samples, norms_by_group};
 use crate::replay::{self, Finding};
 use crate::start::Start;
@@ -139,14 +140,26 @@ impl Trainer {
             held_out.then(|| HeldOut::new(held, collator.clone(), &flow_matching, local, seed)).transpose()?;
         let masks = DropoutMasks::default();
         let adapters = adapters(&recipe, &start, &masks)?;
-        let params = match &recipe.peft {
-            Some(config) => {
-                let plan = config.plan(recipe.dtype, adapters.clone());
-                ParamBuilder::with_plan(recipe.seed, plan, device)
-            }
-            None => recipe.dtype.params(recipe.seed, device),
+        let params = |device: &Device| {
+            let params = match &recipe.peft {
+                Some(config) => {
+                    let plan = config.plan(recipe.dtype, adapters.clone());
+                    ParamBuilder::with_plan(recipe.seed, plan, device)
+                }
+                None => recipe.dtype.params(recipe.seed, device),
+            };
+            params.with_adaln_zero(recipe.init == Init::AdalnZero)
         };
-        let mut model = start.model(params.with_adaln_zero(recipe.init == Init::AdalnZero))?;
+        let groups = recipe.fsdp.as_ref().map_or(Ok(None), |fsdp| fsdp.groups(&comm))?;
+        let shares_weights = recipe.fsdp.as_ref().is_some_and(Fsdp::shares_weights);
+        let mut builder = params(device);
+        if let Some(groups) = groups.as_ref().filter(|_| shares_weights) {
+            // What a rank keeps is known before anything is made, so that no rank ever has all.
+            let shapes = start.model(params(&Meta::default().device()))?;
+            let owners = Units::owners(shapes.params(), groups.group().world_size());
+            builder = builder.sharing(Units::new(groups.group().clone(), owners));
+        }
+        let mut model = start.model(builder)?;
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if sharing.tokens.is_some() && !model.shares_tokens() {
@@ -180,9 +193,9 @@ impl Trainer {
         }
         // Averages begin with the wider copies, as long as all have those.
         let ema = recipe.ema.as_ref().map(|config| Ema::new(config, model.params())).transpose()?;
-        let ranks = match &recipe.fsdp {
-            // Adapters are small.
-            Some(fsdp) if recipe.peft.is_none() => fsdp.ranks(comm, model.params())?,
+        let ranks = match groups {
+            // Adapters are small, and all ranks update them.
+            Some(groups) if shares_weights || recipe.peft.is_none() => Ranks::in_groups(groups, model.params())?,
             _ => Ranks::replicated(comm),
         };
         Ok(Self {
@@ -288,6 +301,9 @@ impl Trainer {
             let what = "its weights are gone: without clip_grad_norm they are updated before all gradients are known";
             return refused(what.into());
         }
+        if self.shares_weights() {
+            return refused("ranks share out its weights (`fsdp`): none has them all".into());
+        }
         replay::write(self, step, parts, folder)
     }
 
@@ -327,7 +343,12 @@ impl Trainer {
 
     /// Whether all ranks are needed for a snapshot.
     pub(crate) fn is_shared_out(&self) -> bool {
-        self.ranks.is_sharded()
+        self.ranks.is_sharded() || self.shares_weights()
+    }
+
+    /// Whether all ranks are needed for whatever the model does.
+    pub(crate) fn shares_weights(&self) -> bool {
+        self.ranks.shares_weights()
     }
 
     /// Whether this rank updates a parameter.

@@ -145,6 +145,27 @@ fn a_model_of_12_billion_parameters_is_checked_at_once() {
     assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
 }
 
+/// Eight ranks that share out the updates, or the weights too.
+#[test]
+fn ranks_take_less_of_twelve_billion_the_more_they_share_out() {
+    let of = |fsdp: serde_json::Value| {
+        let (mut recipe, data) = twelve_billion();
+        recipe.fsdp = serde_json::from_value(fsdp).unwrap();
+        recipe.performance.activation_checkpointing = true;
+        let plan = StepPlan::on_ranks(&recipe, data, 8).unwrap();
+        println!("{plan:?}");
+        plan
+    };
+    let [all, updates, weights] = [json!(null), json!({ "reshard_after_forward": false }), json!({})].map(of);
+    let parameters = 11_901_408_320_u64;
+    let near = |a: u64, b: u64| a.abs_diff(b) < parameters / 10;
+    // bf16 with f32 copies, and two moments in f32.
+    assert!(near(updates.weights, 2 * parameters + 4 * parameters / 8), "{updates:?}");
+    assert!(near(weights.weights, 6 * parameters / 8), "{weights:?}");
+    assert!(near(updates.optimizer, parameters) && near(weights.optimizer, parameters), "{weights:?}");
+    assert!(updates.peak < all.peak / 2 && weights.peak < updates.peak - parameters, "{weights:?}");
+}
+
 /// Still pictures of ones and twos; those of some numbers can't be read, or have no caption.
 struct Marred {
     len: usize,

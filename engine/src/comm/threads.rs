@@ -266,7 +266,8 @@ impl Comm for Threads {
             self.abort(&error.to_string());
             return Err(error);
         }
-        // What a rank reads of another stays until all are through.
+        // What a rank reads of another stays until all are through, and no longer.
+        drop(all);
         self.meet(Post::Barrier)?;
         Ok(Box::new(Done))
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::ParamBuilder;
 use crate::{Error, Result, Tensor, checkpoint};
 
 /// Blocks of one kind and the loop over them: the one place where what concerns a block as a whole happens.
@@ -12,12 +13,18 @@ pub struct Blocks<B> {
 }
 
 impl<B: Send + Sync + 'static> Blocks<B> {
-    /// `count` blocks, each made from its number.
+    /// `count` blocks, each made from its number and under it: what they hold are units of parameters, which ranks may share out
+    /// ([`Units`](super::Units)).
     ///
     /// # Errors
     /// Those of `make`.
-    pub fn new<E>(count: usize, make: impl FnMut(usize) -> Result<B, E>) -> Result<Self, E> {
-        let items = (0..count).map(make).map(|block| block.map(Arc::new)).collect::<Result<_, E>>()?;
+    pub fn new<E>(
+        params: &ParamBuilder,
+        count: usize,
+        mut make: impl FnMut(&ParamBuilder, usize) -> Result<B, E>,
+    ) -> Result<Self, E> {
+        let block = |i| make(&params.sub(i).block(), i).map(Arc::new);
+        let items = (0..count).map(block).collect::<Result<_, E>>()?;
         Ok(Self { items, checkpointing: false })
     }
 
@@ -83,7 +90,7 @@ mod tests {
         let cpu = Device::cpu();
         let run = |checkpointing: bool| -> Result<Vec<Vec<f32>>> {
             let root = ParamBuilder::new(1, DType::F32, &cpu);
-            let mut blocks = Blocks::new(3, |i| Linear::new(&root.sub("blocks").sub(i), 4, 4, true))?;
+            let mut blocks = Blocks::new(&root.sub("blocks"), 3, |params, _| Linear::new(params, 4, 4, true))?;
             blocks.set_checkpointing(checkpointing);
             assert_eq!((blocks.len(), blocks.iter().count(), blocks.is_empty()), (3, 3, false));
             let tape = Tape::new();

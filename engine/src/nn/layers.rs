@@ -16,7 +16,7 @@ fn value(param: Option<&Param>) -> Result<Option<Tensor>> {
 pub(super) fn product(x: &Tensor, weight: &Param, bias: Option<&Tensor>) -> Result<Tensor> {
     match weight.operand()? {
         Operand::Dense(weight) => ops::linear(x, &weight, bias),
-        Operand::Quantised(weight) => quant::linear(x, &weight, bias),
+        Operand::Quantised(weight) => quant::linear_of(x, weight, bias),
     }
 }
 

@@ -8,6 +8,7 @@ mod layers;
 mod param;
 mod params;
 mod plan;
+mod units;
 
 pub use adapter::{
     AdapterKind, AdapterPlan, AdapterSpec, Dropout, DropoutMasks, DropoutPosition, LoraInit, ModulePattern,
@@ -20,3 +21,5 @@ pub use layers::{Activation, FeedForward, LayerNorm, Linear, RmsNorm};
 pub use param::{Operand, Param, Role};
 pub use params::{Init, ParamBuilder, Params};
 pub use plan::{ParamPlan, Placement};
+pub use units::Units;
+pub(crate) use units::{Home, share_out};

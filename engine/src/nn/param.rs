@@ -1,8 +1,9 @@
 //! One parameter: what models hold.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::quant::QTensor;
+use super::units::Home;
+use crate::quant::{Format, QTensor};
 use crate::{DType, Device, Error, Result, Tensor, VarId};
 
 /// What becomes of a parameter in training.
@@ -20,20 +21,36 @@ pub enum Role {
 pub enum Operand {
     /// A tensor.
     Dense(Tensor),
-    /// A quantised matrix, which the product makes dense piece by piece.
-    Quantised(Arc<QTensor>),
+    /// A quantised matrix, which the product makes dense piece by piece: the parameter that has it, since it may go and come back.
+    Quantised(Param),
 }
 
 /// A parameter. Its identity stays; its value may be written, and may go and come back. Clones are the same parameter.
 #[derive(Clone, Debug)]
 pub struct Param(Arc<Inner>);
 
+/// One that keeps none of it in memory.
+#[derive(Clone, Debug)]
+pub(super) struct WeakParam(Weak<Inner>);
+
+impl WeakParam {
+    pub fn upgrade(&self) -> Option<Param> {
+        self.0.upgrade().map(Param)
+    }
+}
+
 /// What is said of a parameter when it is made.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct MadeAs {
     pub role: Role,
     pub zero_init: bool,
     pub adapter: bool,
+    /// The path of the block that it is part of.
+    pub block: Option<Arc<str>>,
+    /// Where it is kept, where ranks share out the blocks.
+    pub home: Option<Home>,
+    /// How it is quantised, if it is.
+    pub format: Option<Format>,
 }
 
 #[derive(Debug)]
@@ -44,14 +61,12 @@ struct Inner {
     dtype: DType,
     /// That of the wider copy, where there is one on some rank.
     kept: DType,
-    role: Role,
-    zero_init: bool,
-    adapter: bool,
+    made_as: MadeAs,
     device: Device,
     state: Mutex<State>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
     /// What models compute with, where it is resident.
     value: Option<Tensor>,
@@ -66,37 +81,43 @@ struct State {
 impl Param {
     /// A parameter from its value, and from the wider copy where it has one.
     pub(super) fn new(path: String, made_as: MadeAs, value: Tensor, master: Option<Tensor>) -> Self {
-        let MadeAs { role, zero_init, adapter } = made_as;
-        Self(Arc::new(Inner {
-            var: VarId::fresh(),
-            path,
-            dims: value.dims().to_vec(),
-            dtype: value.dtype(),
-            kept: master.as_ref().map_or(value.dtype(), Tensor::dtype),
-            role,
-            zero_init,
-            adapter,
-            device: value.device().clone(),
-            state: Mutex::new(State { value: Some(value), quantised: None, master, version: 0 }),
-        }))
+        let dtypes = (value.dtype(), master.as_ref().map_or(value.dtype(), Tensor::dtype));
+        let (dims, device) = (value.dims().to_vec(), value.device().clone());
+        Self::with(path, made_as, &dims, dtypes, &device, State { value: Some(value), master, ..State::default() })
+    }
+
+    /// One that another rank keeps. The dtypes are those that models compute with it in, and that it is kept in there.
+    pub(super) fn elsewhere(
+        path: String,
+        made_as: MadeAs,
+        dims: &[usize],
+        dtypes: (DType, DType),
+        device: &Device,
+    ) -> Self {
+        Self::with(path, made_as, dims, dtypes, device, State::default())
+    }
+
+    fn with(
+        path: String,
+        made_as: MadeAs,
+        dims: &[usize],
+        (dtype, kept): (DType, DType),
+        device: &Device,
+        state: State,
+    ) -> Self {
+        let (var, dims, device, state) = (VarId::fresh(), dims.to_vec(), device.clone(), Mutex::new(state));
+        Self(Arc::new(Inner { var, path, dims, dtype, kept, made_as, device, state }))
     }
 
     /// A quantised matrix that is computed with in a dtype.
     pub(super) fn quantised(path: String, made_as: MadeAs, weight: QTensor, dtype: DType, device: &Device) -> Self {
-        let MadeAs { role, zero_init, adapter } = made_as;
-        let state = State { value: None, quantised: None, master: None, version: 0 };
-        Self(Arc::new(Inner {
-            var: VarId::fresh(),
-            path,
-            dims: weight.dims().to_vec(),
-            dtype,
-            kept: dtype,
-            role,
-            zero_init,
-            adapter,
-            device: device.clone(),
-            state: Mutex::new(State { quantised: Some(Arc::new(weight)), ..state }),
-        }))
+        let dims = *weight.dims();
+        let state = State { quantised: Some(Arc::new(weight)), ..State::default() };
+        Self::with(path, made_as, &dims, (dtype, dtype), device, state)
+    }
+
+    pub(super) fn downgrade(&self) -> WeakParam {
+        WeakParam(Arc::downgrade(&self.0))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -144,23 +165,49 @@ impl Param {
 
     /// Whether it is trained.
     pub fn role(&self) -> Role {
-        self.0.role
+        self.0.made_as.role
     }
 
     /// Whether DiT starts it at zero (Peebles and Xie 2022, adaLN-Zero): what makes shifts, scales and gates, and the output
     /// projection. A new model adds nothing to its residual stream then, and predicts zero.
     pub fn zero_init(&self) -> bool {
-        self.0.zero_init
+        self.0.made_as.zero_init
     }
 
     /// Whether it is part of an adapter, and none of the model's own.
     pub fn is_adapter(&self) -> bool {
-        self.0.adapter
+        self.0.made_as.adapter
+    }
+
+    /// The path of the block that it is part of: a unit of what ranks share out. None of an adapter's.
+    pub fn block(&self) -> Option<&str> {
+        self.0.made_as.block.as_deref()
+    }
+
+    /// How it is quantised, if it is.
+    pub fn format(&self) -> Option<Format> {
+        self.0.made_as.format
+    }
+
+    /// Where it is kept, where ranks share out the blocks.
+    pub(crate) fn home(&self) -> Option<&Home> {
+        self.0.made_as.home.as_ref()
+    }
+
+    /// Whether this rank keeps it: where ranks share out the blocks, one rank does, and the others have it while its block is
+    /// computed with.
+    pub fn is_here(&self) -> bool {
+        self.home().is_none_or(Home::is_own)
+    }
+
+    /// Sees that its block is there.
+    fn arrive(&self) -> Result<()> {
+        self.home().map_or(Ok(()), |home| home.units.arrive(home.unit))
     }
 
     /// The variable of its gradient; nothing where it is frozen.
     pub fn var(&self) -> Option<VarId> {
-        (self.0.role == Role::Trained).then_some(self.0.var)
+        (self.0.made_as.role == Role::Trained).then_some(self.0.var)
     }
 
     /// What a product takes.
@@ -168,12 +215,19 @@ impl Param {
     /// # Errors
     /// When it is not resident.
     pub fn operand(&self) -> Result<Operand> {
-        // The lock is let go before the value is asked for.
-        let quantised = self.lock().quantised.clone();
-        match quantised {
-            Some(weight) => Ok(Operand::Quantised(weight)),
+        match self.format() {
+            Some(_) => Ok(Operand::Quantised(self.clone())),
             None => self.value().map(Operand::Dense),
         }
+    }
+
+    /// The codes, where it is quantised.
+    ///
+    /// # Errors
+    /// When it is not, or not resident.
+    pub fn codes(&self) -> Result<Arc<QTensor>> {
+        self.arrive()?;
+        self.lock().quantised.clone().ok_or_else(|| self.absent())
     }
 
     /// What models compute with; what is quantised is made dense. Operations on it are recorded by themselves: see
@@ -182,6 +236,7 @@ impl Param {
     /// # Errors
     /// When it is not resident.
     pub fn value(&self) -> Result<Tensor> {
+        self.arrive()?;
         let state = self.lock();
         let value = match &state.quantised {
             Some(weight) => weight.dequantise(self.dtype())?,
@@ -189,6 +244,11 @@ impl Param {
         };
         drop(state);
         Ok(value.tracked(self.var(), None).of_param(self.clone()))
+    }
+
+    /// The value that lies here, without those of its block; no variable.
+    pub(crate) fn resident(&self) -> Result<Tensor> {
+        self.lock().value.as_ref().map(Tensor::detach).ok_or_else(|| self.absent())
     }
 
     /// The same in a wider dtype, which the value is rounded from, where there is such: what an optimiser updates.
@@ -204,8 +264,11 @@ impl Param {
     /// What is trained and saved: the wider copy, or else the value. No variable.
     ///
     /// # Errors
-    /// When it is not resident.
+    /// When it is not resident, or another rank keeps it.
     pub fn kept(&self) -> Result<Tensor> {
+        if !self.is_here() {
+            return Err(self.absent());
+        }
         let state = self.lock();
         if let Some(weight) = &state.quantised {
             return weight.dequantise(self.dtype());
@@ -213,11 +276,18 @@ impl Param {
         state.master.clone().or_else(|| state.value.clone()).ok_or_else(|| self.absent())
     }
 
-    /// Overwrites the value, and the wider copy.
+    /// Overwrites the value, and the wider copy. Where ranks share out the blocks, all ranks call it, and the one that keeps the
+    /// parameter writes.
     ///
     /// # Errors
     /// When `value` has another shape, or the parameter is not resident.
     pub fn copy_from(&self, value: &Tensor) -> Result<()> {
+        if let Some(home) = self.home() {
+            home.units.forget()?;
+            if !home.is_own() {
+                return Ok(());
+            }
+        }
         let mut state = self.lock();
         if let Some(weight) = &mut state.quantised {
             if value.dims() != self.dims() {
@@ -231,7 +301,7 @@ impl Param {
         let kept = self.kept()?;
         kept.copy_from(value)?;
         match self.master() {
-            Some(master) => self.value()?.copy_from(&master),
+            Some(master) => self.resident()?.copy_from(&master),
             None => Ok(()),
         }
     }
@@ -264,6 +334,35 @@ impl Param {
         Ok(())
     }
 
+    /// What others are given of it: the value, or the codes as words.
+    pub(super) fn to_give(&self) -> Result<Tensor> {
+        let state = self.lock();
+        match &state.quantised {
+            Some(weight) => weight.to_words(),
+            None => state.value.as_ref().map(Tensor::detach).ok_or_else(|| self.absent()),
+        }
+    }
+
+    /// Takes what another rank gave: a value, or codes as words.
+    pub(super) fn take(&self, given: &Tensor) -> Result<()> {
+        match self.format() {
+            Some(format) => {
+                let &[rows, columns] = self.dims() else { return Err(self.absent()) };
+                let weight = QTensor::from_words(format, [rows, columns], given, self.device())?;
+                self.lock().quantised = Some(Arc::new(weight));
+                Ok(())
+            }
+            None => self.provide(given),
+        }
+    }
+
+    /// Lets go what another rank gave.
+    pub(super) fn let_go(&self) {
+        self.lock().quantised = None;
+        // It may have been taken away meanwhile.
+        let _ = self.release();
+    }
+
     /// Counts writes to the value, wherever it lies.
     pub(crate) fn version(&self) -> Option<u64> {
         let state = self.lock();
@@ -274,7 +373,8 @@ impl Param {
     }
 
     fn absent(&self) -> Error {
-        Error::argument("parameter", format!("{} in memory", self.path()), "one whose value was released")
+        let got = if self.is_here() { "one whose value was released" } else { "one that another rank keeps" };
+        Error::argument("parameter", format!("{} in memory", self.path()), got)
     }
 }
 

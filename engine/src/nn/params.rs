@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::param::MadeAs;
-use super::{AdapterSpec, Param, ParamPlan, Placement, Role};
+use super::{AdapterSpec, Param, ParamPlan, Placement, Role, Units};
 use crate::quant::QTensor;
 use crate::safetensors::{Shards, save_sharded};
 use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
@@ -65,6 +65,11 @@ impl Params {
         self.only(Param::is_adapter)
     }
 
+    /// What ranks share out, where they share out blocks.
+    pub fn units(&self) -> Option<&Arc<Units>> {
+        self.iter().find_map(Param::home).map(|home| &home.units)
+    }
+
     fn only(&self, holds: impl Fn(&Param) -> bool) -> Self {
         let mut some = Self { linears: self.linears.clone(), ..Self::default() };
         self.iter().filter(|param| holds(param)).for_each(|param| some.push(param.clone()));
@@ -74,6 +79,15 @@ impl Params {
     fn push(&mut self, param: Param) {
         self.places.insert(param.path().to_owned(), self.all.len());
         self.all.push(param);
+    }
+
+    /// Takes in one that was made.
+    fn keep(&mut self, param: Param) -> Param {
+        if let Some(home) = param.home() {
+            home.units.add(home.unit, &param);
+        }
+        self.push(param.clone());
+        param
     }
 
     /// Number of parameters.
@@ -92,13 +106,14 @@ impl Params {
     }
 
     /// Overwrites all parameters with a file's tensors of the same names, converted to the parameters' dtypes; the wider
-    /// copies too.
+    /// copies too. Where ranks share them out, each reads its own.
     ///
     /// # Errors
     /// When names or shapes differ (one error lists them all; nothing is changed then), or the file can't be read.
     pub fn load(&self, file: &Shards) -> Result<()> {
         self.check_keys(file, |_| false)?;
-        self.iter().try_for_each(|p| p.copy_from(&file.get(p.path(), p.device(), None)?))
+        self.iter().filter(|p| p.is_here()).try_for_each(|p| p.copy_from(&file.get(p.path(), p.device(), None)?))?;
+        self.units().map_or(Ok(()), |units| units.forget())
     }
 
     /// Checks that a file has these parameters and no others, but for those that `ignored` names.
@@ -181,6 +196,9 @@ pub struct ParamBuilder {
     adapter: bool,
     /// Whether what is made here is the weight of a linear layer, which may be quantised.
     quantisable: bool,
+    /// The path of the block that is made here.
+    block: Option<Arc<str>>,
+    units: Option<Arc<Units>>,
     made: Arc<Mutex<Params>>,
 }
 
@@ -202,6 +220,8 @@ impl ParamBuilder {
             adaln_zero: false,
             adapter: false,
             quantisable: false,
+            block: None,
+            units: None,
             made: Arc::default(),
         }
     }
@@ -211,6 +231,18 @@ impl ParamBuilder {
     #[must_use]
     pub fn reading(self, file: Arc<Shards>) -> Self {
         Self { file: Some(file), ..self }
+    }
+
+    /// The same builder, where ranks share out the blocks: what another one keeps is neither read nor made here.
+    #[must_use]
+    pub fn sharing(self, units: Arc<Units>) -> Self {
+        Self { units: Some(units), ..self }
+    }
+
+    /// A builder of a block, which is a unit; a block inside of another is part of that.
+    pub(super) fn block(&self) -> Self {
+        let block = self.block.clone().unwrap_or_else(|| self.path.as_str().into());
+        Self { block: Some(block), ..self.clone() }
     }
 
     /// The same builder, where what DiT starts at zero ([`Param::zero_init`]) starts at zero.
@@ -281,6 +313,13 @@ impl ParamBuilder {
         }
         let Placement { role, compute, master, format } = self.plan.place(&path, dims);
         let kept = master.unwrap_or(compute);
+        let format = format.filter(|_| self.quantisable && role == Role::Frozen);
+        let block = self.block.clone().filter(|_| !self.adapter);
+        let home = self.units.as_ref().zip(block.as_ref()).and_then(|(units, block)| units.home(block, &path));
+        let made_as = MadeAs { role, zero_init: self.zero_init, adapter: self.adapter, block, home, format };
+        if made_as.home.as_ref().is_some_and(|home| !home.is_own()) {
+            return Ok(made.keep(Param::elsewhere(path, made_as, dims, (compute, kept), &self.device)));
+        }
         let init = if self.zero_init && self.adaln_zero { Init::Zeros } else { init };
         let data = self.device.backend().has_data();
         let value = match &self.file {
@@ -292,19 +331,14 @@ impl ParamBuilder {
         };
         let path_of_error = path.clone();
         let named = |error| Self::named(&path_of_error, error);
-        let made_as = MadeAs { role, zero_init: self.zero_init, adapter: self.adapter };
-        if let Some(format) = format.filter(|_| self.quantisable && role == Role::Frozen) {
+        if let Some(format) = format {
             // One tensor at a time is dense.
             let weight = value.and_then(|value| QTensor::quantise(&value, format)).map_err(named)?;
-            let param = Param::quantised(path, made_as, weight, compute, &self.device);
-            made.push(param.clone());
-            return Ok(param);
+            return Ok(made.keep(Param::quantised(path, made_as, weight, compute, &self.device)));
         }
         let both = value.and_then(|value| Ok((value.to_dtype(compute)?, value)));
         let (value, wide) = both.map_err(named)?;
-        let param = Param::new(path, made_as, value, master.map(|_| wide));
-        made.push(param.clone());
-        Ok(param)
+        Ok(made.keep(Param::new(path, made_as, value, master.map(|_| wide))))
     }
 
     /// An error with the name of the parameter that memory ran out for.

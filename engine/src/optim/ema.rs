@@ -86,7 +86,8 @@ impl Decay {
     }
 }
 
-/// An average of a model's trained parameters, in f32 (f64 for those in f64): of the wider copies where there are such.
+/// An average of a model's trained parameters, in f32 (f64 for those in f64): of the wider copies where there are such. Where ranks share
+/// out the blocks of a model ([`Units`](crate::nn::Units)), each has the averages of what it keeps.
 #[derive(Debug)]
 pub struct Ema {
     decay: Decay,
@@ -106,7 +107,8 @@ impl Ema {
             let [average, value] = [inputs[0], inputs[1]];
             vec![average + (value - average) * scalars[0]]
         });
-        let averages = trained(params).map(|(var, param)| Ok((var, copy(&param.kept()?)?))).collect::<Result<_>>()?;
+        let here = trained(params).filter(|(_, param)| param.is_here());
+        let averages = here.map(|(var, param)| Ok((var, copy(&param.kept()?)?))).collect::<Result<_>>()?;
         Ok(Self { decay, update, averages })
     }
 
@@ -121,7 +123,7 @@ impl Ema {
         run_pointwise_each(&self.update, &operands, &[1.0 - self.decay.at(step)])
     }
 
-    /// The same where ranks share out the parameters: each has all averages.
+    /// The same where ranks share out the parameters: each has all averages, but for blocks that ranks share out.
     ///
     /// # Errors
     /// When a rank or the device fails.
@@ -136,12 +138,15 @@ impl Ema {
         })
     }
 
-    /// Runs `work` with the averages in the parameters' places; the parameters are the same bits afterwards.
+    /// Runs `work` with the averages in the parameters' places; the parameters are the same bits afterwards. Where ranks share out the
+    /// blocks of a model, all of them call it together.
     ///
     /// # Errors
     /// Those of `work`, and of the device.
     pub fn instead<R, E: From<Error>>(&self, params: &Params, work: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
         let mut own = Vec::new();
+        let forget = || params.units().map_or(Ok(()), |units| units.forget());
+        forget()?;
         for (var, param) in trained(params) {
             let Some(average) = self.averages.get(&var) else { continue };
             let kept = param.kept()?;
@@ -152,6 +157,7 @@ impl Ema {
         }
         let done = work();
         own.iter().try_for_each(|(param, saved)| param.copy_from(saved))?;
+        forget()?;
         done
     }
 
@@ -163,7 +169,7 @@ impl Ema {
         save_sharded(folder, stem, &self.tensors(params)?, &Params::text(), max_bytes)
     }
 
-    /// The averages by the parameters' names, with those that are not trained: a whole model.
+    /// The averages by the parameters' names, with those that are not trained: a whole model, or what this rank keeps of it.
     ///
     /// # Errors
     /// When a parameter is not there.
@@ -172,7 +178,7 @@ impl Ema {
             Some(average) => Ok(average.clone()),
             None => param.kept(),
         };
-        params.iter().map(|p| Ok((p.path().to_owned(), value(p)?))).collect()
+        params.iter().filter(|p| p.is_here()).map(|p| Ok((p.path().to_owned(), value(p)?))).collect()
     }
 
     /// Reads what [`Ema::save`] wrote for the same parameters.

@@ -17,7 +17,7 @@ pub use config::OptimizerConfig;
 pub use ema::{Ema, EmaConfig};
 pub use loss_scale::{LossScale, LossScaleConfig, LossScaleState};
 pub use optimizer::{Optimizer, ParamGroup, Rates};
-pub use ranks::Ranks;
+pub use ranks::{Groups, Ranks};
 pub use reduce::Reduce;
 pub use rules::*;
 pub use schedule::{DecayStyle, LrScheduler, LrSchedulerConfig, WdIncrStyle, WsdDecayStyle};

@@ -302,7 +302,7 @@ impl Optimizer {
             return Err(Error::argument(self.rule.name(), expected, gradient));
         }
         let rates = self.rates_of(param.path(), rates);
-        let (value, master) = (param.value()?.detach(), param.master());
+        let (value, master) = (param.resident()?, param.master());
         let kept = master.clone().unwrap_or_else(|| value.clone());
         let (rule, kind) = (&*self.rule, Kind::of(&self.rounding, kept.dtype(), master.is_some()));
         let state = state_of(rule, &self.rounding, &mut self.state, param, &kept)?;
@@ -486,8 +486,13 @@ impl Optimizer {
             let Some((kind, param)) = key.split_once('.').and_then(|(kind, n)| Some((kind, params.get(n)?))) else {
                 return shared.iter().any(|(name, _)| *name == key);
             };
-            let slots = param.kept().map(|kept| self.remembered(param, &kept)).unwrap_or_default();
-            kind == STEP || slots.iter().any(|(slot, ..)| *slot == kind)
+            let Ok(kept) = param.kept() else {
+                // Another rank keeps it, and knows what is remembered of it.
+                let whole = self.rule.whole_slots(param.dims());
+                let all = self.rule.slots().iter().copied().chain(whole.iter().map(|slot| slot.name));
+                return all.chain([STEP, COMPENSATION]).any(|slot| slot == kind);
+            };
+            kind == STEP || self.remembered(param, &kept).iter().any(|(slot, ..)| *slot == kind)
         };
         let unexpected: Vec<String> = file.names().filter(|n| !known(n)).map(String::from).collect();
         let missing = shared.iter().map(|(name, _)| (*name).to_owned()).filter(|name| file.dims(name).is_none());

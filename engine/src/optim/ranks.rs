@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::SquareSums;
 use crate::comm::{Collective, Comm, Work};
-use crate::nn::{Param, Params};
+use crate::nn::{Home, Param, Params, Units, share_out};
 use crate::{DType, Device, Error, Gradients, Result, Tensor, VarId};
 
 /// Bytes of a bucket, as in PyTorch's `DistributedDataParallel`: large enough to use a network's whole bandwidth, small enough that the
@@ -20,15 +20,46 @@ pub struct Ranks {
     bucket_bytes: usize,
 }
 
-/// Who has what, where ranks share out the parameters.
+/// Ranks in groups of neighbours, each of which has everything.
 #[derive(Clone, Debug)]
-struct Shards {
-    /// The ranks that share them out.
+pub struct Groups {
+    comm: Arc<dyn Comm>,
+    /// The ranks that share the parameters out.
     group: Arc<dyn Comm>,
     /// The ranks of other groups that have the same share.
     copies: Arc<dyn Comm>,
+}
+
+impl Groups {
+    /// As many groups as there are `copies`. All ranks call it together.
+    ///
+    /// # Errors
+    /// When the ranks do not form so many groups, or one fails.
+    pub fn new(comm: Arc<dyn Comm>, copies: usize) -> Result<Self> {
+        let all = comm.world_size();
+        if copies == 0 || !all.is_multiple_of(copies) {
+            return Err(Error::argument("sharding", format!("a number of groups that {all} ranks form"), copies));
+        }
+        let world = all / copies;
+        let (group, copies) = (comm.split(&|rank| rank / world)?, comm.split(&|rank| rank % world)?);
+        Ok(Self { comm, group, copies })
+    }
+
+    /// The group of this rank.
+    pub fn group(&self) -> &Arc<dyn Comm> {
+        &self.group
+    }
+}
+
+/// Who has what, where ranks share out the parameters.
+#[derive(Clone, Debug)]
+struct Shards {
+    group: Arc<dyn Comm>,
+    copies: Arc<dyn Comm>,
     /// Ranks of the group by the parameters' variables; all ranks update the other parameters.
     owners: HashMap<VarId, usize>,
+    /// The blocks whose values are shared out too.
+    units: Option<Arc<Units>>,
 }
 
 impl Ranks {
@@ -47,27 +78,37 @@ impl Ranks {
     /// # Errors
     /// When the ranks do not form so many groups, or one fails.
     pub fn sharded(comm: Arc<dyn Comm>, params: &Params, copies: usize) -> Result<Self> {
-        let all = comm.world_size();
-        if copies == 0 || !all.is_multiple_of(copies) {
-            return Err(Error::argument("sharding", format!("a number of groups that {all} ranks form"), copies));
+        Self::in_groups(Groups::new(comm, copies)?, params)
+    }
+
+    /// The same of ranks that are in groups already. Of a model whose blocks they share out ([`Units`]), a parameter is updated where it
+    /// is kept.
+    ///
+    /// # Errors
+    /// When a rank fails.
+    pub fn in_groups(groups: Groups, params: &Params) -> Result<Self> {
+        let Groups { comm, group, copies } = groups;
+        let mut loads = vec![0; group.world_size()];
+        let mut owners = HashMap::new();
+        for (param, home) in params.iter().filter_map(|param| Some((param, param.home()?))) {
+            loads[home.owner] += param.numel();
+            owners.extend(param.var().map(|var| (var, home.owner)));
+            if param.var().is_some() && home.is_own() && param.device().backend().has_data() {
+                // All groups begin with the same bits, whatever machines they are.
+                let kept = param.kept()?.contiguous()?;
+                copies.broadcast(&kept, 0)?;
+                param.copy_from(&kept)?;
+            }
         }
-        let world = all / copies;
-        let (group, copies) = (comm.split(&|rank| rank / world)?, comm.split(&|rank| rank % world)?);
-        let rank = group.rank();
-        let is_shared = |param: &&Param| param.var().is_some() && !param.is_adapter();
-        let mut trained: Vec<&Param> = params.iter().filter(is_shared).collect();
-        // The largest first, each to the rank that has least so far: a stable sort, so that all ranks come to the same.
-        trained.sort_by_key(|param| std::cmp::Reverse(param.numel()));
-        let (mut loads, mut owners) = (vec![0usize; world], HashMap::new());
-        for param in trained {
-            let owner = (0..world).min_by_key(|rank| loads[*rank]).unwrap_or(0);
-            loads[owner] += param.numel();
+        let whole = |param: &&Param| param.var().is_some() && !param.is_adapter() && param.home().is_none();
+        for (param, owner) in share_out(params.iter().filter(whole), &mut loads) {
             owners.extend(param.var().map(|var| (var, owner)));
-            if owner != rank {
+            if owner != group.rank() {
                 param.forget_master();
             }
         }
-        Ok(Self { comm, shards: Some(Shards { group, copies, owners }), bucket_bytes: BUCKET })
+        let units = params.units().cloned();
+        Ok(Self { comm, shards: Some(Shards { group, copies, owners, units }), bucket_bytes: BUCKET })
     }
 
     /// With buckets of another size.
@@ -83,7 +124,19 @@ impl Ranks {
 
     /// Whether each parameter is updated by one rank alone.
     pub fn is_sharded(&self) -> bool {
-        self.shards.is_some()
+        self.shards.as_ref().is_some_and(|shards| !shards.owners.is_empty())
+    }
+
+    /// Whether a rank keeps a share of the blocks' parameters alone.
+    pub fn shares_weights(&self) -> bool {
+        self.shards.as_ref().is_some_and(|shards| shards.units.is_some())
+    }
+
+    /// Which of those that share out the parameters this one is, and how many they are; nothing where others have the same share and come
+    /// first, and where nothing is shared out.
+    pub fn share(&self) -> Option<(usize, usize)> {
+        let shards = self.shards.as_ref().filter(|shards| self.is_sharded() && shards.copies.rank() == 0)?;
+        Some((shards.group.rank(), shards.group.world_size()))
     }
 
     /// Whether this rank updates a parameter.
@@ -102,16 +155,24 @@ impl Ranks {
     /// Buckets of trained parameters in the reverse order of how they were made, in which gradients become final, with elements as
     /// large as `dtype_of` says.
     pub(super) fn buckets<'a>(&self, params: &'a Params, dtype_of: impl Fn(&Param) -> DType) -> Vec<Bucket<'a>> {
+        self.buckets_of(params.iter().rev().filter(|param| param.var().is_some()), dtype_of)
+    }
+
+    fn buckets_of<'a>(
+        &self,
+        params: impl Iterator<Item = &'a Param>,
+        dtype_of: impl Fn(&Param) -> DType,
+    ) -> Vec<Bucket<'a>> {
         let group = self.shards.as_ref().map_or(1, |shards| shards.group.world_size());
         let mut buckets: Vec<Bucket<'a>> = Vec::new();
         let mut bytes = 0;
-        for param in params.iter().rev().filter(|param| param.var().is_some()) {
+        for param in params {
             let (dtype, shared_out) = (dtype_of(param), self.owner(param).is_some());
             let size = param.numel() * dtype.size();
             let is_like = |last: &Bucket<'_>| last.dtype == dtype && last.shared_out == shared_out;
             if buckets.last().is_none_or(|last| !is_like(last) || bytes + size > self.bucket_bytes) {
                 let parts = if shared_out { group } else { 1 };
-                buckets.push(Bucket { members: Vec::new(), dtype, shared_out, lens: vec![0; parts] });
+                buckets.push(Bucket { members: Vec::new(), dtype, shared_out, lens: vec![0; parts], owner: None });
                 bytes = 0;
             }
             bytes += size;
@@ -121,6 +182,7 @@ impl Ranks {
                 bucket.lens[part] += param.numel() + 1;
             }
         }
+        buckets.iter_mut().for_each(Bucket::settle);
         buckets
     }
 
@@ -137,8 +199,9 @@ impl Ranks {
         Ok(sums)
     }
 
-    /// Whether this rank is the one of its group whose gradient of a parameter counts in sums over all parameters.
-    pub(super) fn counts(&self, param: &Param) -> bool {
+    /// Whether this rank is the one of its group that a parameter counts for where something is done once for each: sums over all
+    /// gradients, files.
+    pub fn counts(&self, param: &Param) -> bool {
         let first = self.shards.as_ref().is_none_or(|shards| shards.group.rank() == 0);
         self.updates(param) && (first || self.owner(param).is_some())
     }
@@ -154,9 +217,15 @@ impl Ranks {
             let work = self.comm.start(Collective::all_reduce(&*self.comm, &buffer)?)?;
             return Ok((buffer, work));
         };
-        let sums = Tensor::empty(&[bucket.part_len()], bucket.dtype, buffer.device())?;
-        let work = shards.group.start(Collective::reduce_scatter(&*shards.group, &buffer, &sums)?)?;
-        if shards.copies.is_alone() {
+        let (sums, work) = match bucket.owner {
+            Some(owner) => (buffer.clone(), shards.group.start(Collective::reduce(&*shards.group, &buffer, owner)?)?),
+            None => {
+                let sums = Tensor::empty(&[bucket.part_len()], bucket.dtype, buffer.device())?;
+                let work = shards.group.start(Collective::reduce_scatter(&*shards.group, &buffer, &sums)?)?;
+                (sums, work)
+            }
+        };
+        if shards.copies.is_alone() || bucket.owner.is_some_and(|owner| owner != shards.group.rank()) {
             return Ok((sums, work));
         }
         work.wait()?;
@@ -164,7 +233,8 @@ impl Ranks {
         Ok((sums, work))
     }
 
-    /// Gives what each rank has of its own to all ranks of its group: `own` says what this rank has, and all of it goes to `each`.
+    /// Gives what each rank has of its own to all ranks of its group, but for the blocks that they share out: `own` says what this rank
+    /// has, and all of it goes to `each`.
     fn exchange(
         &self,
         params: &Params,
@@ -173,36 +243,47 @@ impl Ranks {
         mut each: impl FnMut(&Param, Tensor) -> Result<()>,
     ) -> Result<()> {
         let Some(shards) = &self.shards else { return Ok(()) };
-        for bucket in self.buckets(params, dtype_of).into_iter().filter(|bucket| bucket.shared_out) {
+        let everywhere = |param: &&Param| self.owner(param).is_some() && param.home().is_none();
+        for bucket in self.buckets_of(params.iter().rev().filter(everywhere), dtype_of) {
             let Some(first) = bucket.members.first() else { continue };
             let all = bucket.buffer(first.param.device())?;
             for member in bucket.members.iter().filter(|member| self.updates(member.param)) {
                 bucket.view(&all, member).copy_from(&own(member.param)?)?;
             }
-            let part = all.run_of(shards.group.rank() * bucket.part_len(), &[bucket.part_len()]);
-            shards.group.start(Collective::all_gather(&*shards.group, &part, &all)?)?.wait()?;
+            let collective = match bucket.owner {
+                Some(owner) => Collective::broadcast(&*shards.group, &all, owner)?,
+                None => {
+                    let part = all.run_of(shards.group.rank() * bucket.part_len(), &[bucket.part_len()]);
+                    Collective::all_gather(&*shards.group, &part, &all)?
+                }
+            };
+            shards.group.start(collective)?.wait()?;
             bucket.members.iter().try_for_each(|member| each(member.param, bucket.view(&all, member)))?;
         }
         Ok(())
     }
 
-    /// Goes through the trained parameters as they are kept, in their wider dtype, on all ranks.
+    /// Goes through the trained parameters as they are kept, in their wider dtype: on all ranks, but for those of blocks that ranks share
+    /// out, which each rank has its own of.
     ///
     /// # Errors
     /// Those of `each`, and when a rank or the device fails.
     pub fn each_kept(&self, params: &Params, mut each: impl FnMut(&Param, Tensor) -> Result<()>) -> Result<()> {
-        let trained = params.iter().filter(|param| param.var().is_some() && self.owner(param).is_none());
+        let is_own = |param: &Param| self.owner(param).is_none() || param.home().is_some_and(Home::is_own);
+        let trained = params.iter().filter(|param| param.var().is_some() && is_own(param));
         trained.into_iter().try_for_each(|param| each(param, param.kept()?))?;
         self.exchange(params, Param::kept_dtype, Param::kept, each)
     }
 
-    /// What the optimiser remembers, of all parameters on the first rank and nothing on the others; `own` is what this rank has.
+    /// What ranks have of their own, all of it on the first rank and nothing on the others; `own` is what this rank has.
     /// Tensors are on the host then. All ranks call it together.
     ///
     /// # Errors
     /// When a rank or the device fails.
     pub fn collect(&self, own: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>> {
-        let Some(Shards { group, copies, .. }) = &self.shards else { return Ok(own) };
+        let Some(Shards { group, copies, .. }) = self.shards.as_ref().filter(|_| self.is_sharded()) else {
+            return Ok(own);
+        };
         if copies.rank() > 0 {
             return Ok(Vec::new());
         }
@@ -237,7 +318,7 @@ impl Ranks {
         Ok(all)
     }
 
-    /// Writes the trained parameters of the first rank over those of all others.
+    /// Writes the trained parameters of the first rank over those of all others, but for blocks that ranks share out.
     ///
     /// # Errors
     /// When a rank or the device fails.
@@ -245,7 +326,8 @@ impl Ranks {
         if self.comm.is_alone() {
             return Ok(());
         }
-        for param in params.iter().filter(|param| param.var().is_some()) {
+        let whole = |param: &&Param| param.var().is_some() && param.home().is_none();
+        for param in params.iter().filter(whole) {
             let kept = param.kept()?.contiguous()?;
             self.comm.broadcast(&kept, 0)?;
             param.copy_from(&kept)?;
@@ -253,15 +335,15 @@ impl Ranks {
         Ok(())
     }
 
-    /// Hands the parameters that each rank updated to all others.
+    /// Hands the parameters that each rank updated to all others; those of blocks that ranks share out come with their blocks.
     ///
     /// # Errors
     /// When a rank or the device fails.
     pub fn gather(&self, params: &Params) -> Result<()> {
-        let own = |param: &Param| Ok(param.value()?.detach());
-        self.exchange(params, Param::dtype, own, |param, value| {
-            if self.updates(param) { Ok(()) } else { param.value()?.copy_from(&value) }
-        })
+        self.exchange(params, Param::dtype, Param::resident, |param, value| {
+            if self.updates(param) { Ok(()) } else { param.resident()?.copy_from(&value) }
+        })?;
+        params.units().map_or(Ok(()), |units| units.forget())
     }
 }
 
@@ -275,6 +357,9 @@ pub(super) struct Bucket<'a> {
     pub shared_out: bool,
     /// Elements of the parts; the longest decides.
     lens: Vec<usize>,
+    /// The rank that has all of them, where it is one: parts for the others, as long as its own, would take their number of times the
+    /// memory, such as of a matrix that fills a bucket.
+    owner: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -286,6 +371,16 @@ pub(super) struct Member<'a> {
 }
 
 impl Bucket<'_> {
+    /// Makes one part of what one rank has.
+    fn settle(&mut self) {
+        let Some(first) = self.members.first().map(|member| member.part).filter(|_| self.shared_out) else { return };
+        if self.members.iter().all(|member| member.part == first) {
+            self.owner = Some(first);
+            self.lens = vec![self.lens[first]];
+            self.members.iter_mut().for_each(|member| member.part = 0);
+        }
+    }
+
     pub fn part_len(&self) -> usize {
         self.lens.iter().copied().max().unwrap_or(0)
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use half::bf16;
 use safetensors::tensor::{Metadata, SafeTensorError, TensorInfo};
 
-pub use sharded::{Rows, Shards, save_sharded};
+pub use sharded::{Rows, Shards, index_shards, save_shard, save_sharded};
 pub use snapshot::Snapshot;
 pub use write::{save, save_float8, to_bytes};
 

@@ -343,7 +343,7 @@ pub fn save_sharded(
         written.push(single_name(stem));
         save(folder.join(single_name(stem)), all, text)?;
     } else {
-        let name = |i: usize| format!("{stem}-{:05}-of-{:05}.safetensors", i + 1, shards.len());
+        let name = |i: usize| shard_name(stem, i, shards.len());
         let mut weight_map = BTreeMap::new();
         for (i, shard) in shards.iter().enumerate() {
             save(folder.join(name(i)), shard, text)?;
@@ -351,12 +351,7 @@ pub fn save_sharded(
             written.push(name(i));
         }
         let total: u64 = tensors.iter().map(|(_, t)| bytes(t)).sum();
-        let index = Index { metadata: BTreeMap::from([("total_size".into(), total.into())]), weight_map };
-        let path = folder.join(index_name(stem));
-        let json = format!("{:#}\n", serde_json::json!(index));
-        write_whole(&path, |partial| {
-            std::fs::write(partial, json).map_err(|source| Error::Io { path: path.clone(), source })
-        })?;
+        write_index(folder, stem, total, weight_map)?;
         written.push(index_name(stem));
     }
     let io = |source| Error::Io { path: folder.into(), source };
@@ -371,6 +366,59 @@ pub fn save_sharded(
     // An index goes first: without it, the new file is what is read.
     old.sort_by_key(|name| *name != index_name(stem));
     old.iter().try_for_each(|name| std::fs::remove_file(folder.join(name)).map_err(io))
+}
+
+/// Writes one of `count` files, which others write too, to be read as one when [`index_shards`] has named them all. Where there is
+/// nothing to write, there is no file.
+///
+/// # Errors
+/// When the folder can't be written.
+pub fn save_shard(
+    folder: &Path,
+    stem: &str,
+    (shard, count): (usize, usize),
+    tensors: &[(String, Tensor)],
+    text: &BTreeMap<String, String>,
+) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let path = folder.join(shard_name(stem, shard, count));
+    save(&path, tensors, text)?;
+    // Whoever names it may be another machine.
+    std::fs::File::open(&path).and_then(|file| file.sync_all()).map_err(|source| Error::Io { path, source })
+}
+
+/// Makes the files of [`save_shard`] one, by an index.
+///
+/// # Errors
+/// When one can't be read, or the folder can't be written.
+pub fn index_shards(folder: &Path, stem: &str, count: usize) -> Result<()> {
+    let (mut total, mut weight_map) = (0, BTreeMap::new());
+    for name in (0..count).map(|shard| shard_name(stem, shard, count)) {
+        if !exists(&folder.join(&name))? {
+            continue;
+        }
+        let file = SafeTensors::open(folder.join(&name))?;
+        for tensor in file.names() {
+            total += file.bytes(&tensor).unwrap_or(0) as u64;
+            weight_map.insert(tensor, name.clone());
+        }
+    }
+    write_index(folder, stem, total, weight_map)
+}
+
+fn shard_name(stem: &str, shard: usize, count: usize) -> String {
+    format!("{stem}-{:05}-of-{count:05}.safetensors", shard + 1)
+}
+
+fn write_index(folder: &Path, stem: &str, total: u64, weight_map: BTreeMap<String, String>) -> Result<()> {
+    let index = Index { metadata: BTreeMap::from([("total_size".into(), total.into())]), weight_map };
+    let path = folder.join(index_name(stem));
+    let json = format!("{:#}\n", serde_json::json!(index));
+    write_whole(&path, |partial| {
+        std::fs::write(partial, json).map_err(|source| Error::Io { path: path.clone(), source })
+    })
 }
 
 #[cfg(test)]
@@ -398,6 +446,18 @@ mod tests {
         assert_eq!(shards.get("t3", &cpu, Some(DType::F64))?.to_vec::<f64>()?, [3.0; 4]);
         assert_eq!((shards.dims("t4"), shards.dtype_name("t4").as_deref()), (Some(&[4][..]), Some("F32")));
         assert!(shards.get("t5", &cpu, None).is_err());
+        // The same by several that know nothing of each other; one has nothing.
+        for file in files() {
+            std::fs::remove_file(folder.path().join(file)).unwrap();
+        }
+        for (i, own) in [&tensors[3..], &[], &tensors[..3]].into_iter().enumerate() {
+            save_shard(folder.path(), "m", (i, 3), own, &BTreeMap::new())?;
+        }
+        index_shards(folder.path(), "m", 3)?;
+        assert_eq!(files(), [shard(1), shard(3), "m.safetensors.index.json".into()]);
+        let shards = Shards::open(folder.path(), "m")?;
+        assert_eq!(shards.names().collect::<Vec<_>>(), ["t0", "t1", "t2", "t3", "t4"]);
+        assert_eq!(shards.get("t3", &cpu, Some(DType::F64))?.to_vec::<f64>()?, [3.0; 4]);
         save_sharded(folder.path(), "m", &tensors, &BTreeMap::new(), 1000)?;
         assert_eq!(files(), ["m.safetensors"]);
         assert_eq!(Shards::open(folder.path(), "m")?.names().count(), 5);

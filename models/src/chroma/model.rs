@@ -101,14 +101,13 @@ impl ChromaTransformer2DModel {
         // Single blocks come first among the rows, then the latents of all double blocks, then their texts.
         let latents = 3 * config.num_single_layers;
         let texts = latents + 6 * config.num_layers;
-        let double = |i| {
-            let params = root.sub("transformer_blocks").sub(i);
-            let feed_forward = |kind: StreamKind| gelu_feed_forward(&params, kind, dim, 4 * dim);
-            let block = DoubleStream::new(&params, QkvConfig::joint(dim, heads), feed_forward)?;
+        let double = |params: &ParamBuilder, i| {
+            let feed_forward = |kind: StreamKind| gelu_feed_forward(params, kind, dim, 4 * dim);
+            let block = DoubleStream::new(params, QkvConfig::joint(dim, heads), feed_forward)?;
             Ok(Modulated { block, rows: [texts + 6 * i, latents + 6 * i] })
         };
-        let single = |i| {
-            let block = SingleStream::new(&root.sub("single_transformer_blocks").sub(i), dim, heads)?;
+        let single = |params: &ParamBuilder, i| {
+            let block = SingleStream::new(params, dim, heads)?;
             Ok::<_, flowtape_engine::Error>(Modulated { block, rows: [3 * i] })
         };
         let outputs = config.patch_size.pow(2) * config.out_channels();
@@ -122,8 +121,12 @@ impl ChromaTransformer2DModel {
             )?,
             context_embedder: Linear::new(&root.sub("context_embedder"), config.joint_attention_dim, dim, true)?,
             x_embedder: Linear::new(&root.sub("x_embedder"), config.in_channels, dim, true)?,
-            transformer_blocks: Blocks::new(config.num_layers, double)?,
-            single_transformer_blocks: Blocks::new(config.num_single_layers, single)?,
+            transformer_blocks: Blocks::new(&root.sub("transformer_blocks"), config.num_layers, double)?,
+            single_transformer_blocks: Blocks::new(
+                &root.sub("single_transformer_blocks"),
+                config.num_single_layers,
+                single,
+            )?,
             norm_out: LayerNorm::new(&root.sub("norm_out"), dim, EPS, false)?,
             proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),

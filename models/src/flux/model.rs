@@ -72,10 +72,9 @@ impl FluxTransformer2DModel {
     pub fn new(config: FluxConfig, root: &ParamBuilder) -> Result<Self> {
         let (dim, heads) = (config.inner_dim(), config.num_attention_heads);
         let outputs = config.patch_size.pow(2) * config.out_channels();
-        let double = |i| {
-            JointTransformerBlock::new(&root.sub("transformer_blocks").sub(i), QkvConfig::joint(dim, heads), 4 * dim)
-        };
-        let single = |i| FluxSingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), dim, heads);
+        let double =
+            |params: &ParamBuilder, _| JointTransformerBlock::new(params, QkvConfig::joint(dim, heads), 4 * dim);
+        let single = |params: &ParamBuilder, _| FluxSingleTransformerBlock::new(params, dim, heads);
         Ok(Self {
             time_text_embed: CombinedTimestepTextProjEmbeddings::new(
                 &root.sub("time_text_embed"),
@@ -85,8 +84,12 @@ impl FluxTransformer2DModel {
             )?,
             context_embedder: Linear::new(&root.sub("context_embedder"), config.joint_attention_dim, dim, true)?,
             x_embedder: Linear::new(&root.sub("x_embedder"), config.in_channels, dim, true)?,
-            transformer_blocks: Blocks::new(config.num_layers, double)?,
-            single_transformer_blocks: Blocks::new(config.num_single_layers, single)?,
+            transformer_blocks: Blocks::new(&root.sub("transformer_blocks"), config.num_layers, double)?,
+            single_transformer_blocks: Blocks::new(
+                &root.sub("single_transformer_blocks"),
+                config.num_single_layers,
+                single,
+            )?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
             proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),

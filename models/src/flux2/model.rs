@@ -159,8 +159,8 @@ impl Flux2Transformer2DModel {
         let dim = config.inner_dim();
         let outputs = config.patch_size.pow(2) * config.out_channels();
         let modulation = |name, parts| Modulation::with(&root.sub(name).sub("linear"), dim, parts, false);
-        let double = |i| double_block(&root.sub("transformer_blocks").sub(i), &config);
-        let single = |i| Flux2SingleTransformerBlock::new(&root.sub("single_transformer_blocks").sub(i), &config);
+        let double = |params: &ParamBuilder, _| double_block(params, &config);
+        let single = |params: &ParamBuilder, _| Flux2SingleTransformerBlock::new(params, &config);
         Ok(Self {
             time_guidance_embed: TimeGuidanceEmbed::new(&root.sub("time_guidance_embed"), &config)?,
             double_stream_modulation_img: modulation("double_stream_modulation_img", 6)?,
@@ -168,8 +168,12 @@ impl Flux2Transformer2DModel {
             single_stream_modulation: modulation("single_stream_modulation", 3)?,
             x_embedder: linear(&root.sub("x_embedder"), config.in_channels, dim)?,
             context_embedder: linear(&root.sub("context_embedder"), config.joint_attention_dim, dim)?,
-            transformer_blocks: Blocks::new(config.num_layers, double)?,
-            single_transformer_blocks: Blocks::new(config.num_single_layers, single)?,
+            transformer_blocks: Blocks::new(&root.sub("transformer_blocks"), config.num_layers, double)?,
+            single_transformer_blocks: Blocks::new(
+                &root.sub("single_transformer_blocks"),
+                config.num_single_layers,
+                single,
+            )?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, config.eps, false)?,
             proj_out: linear(&root.sub("proj_out").zero_init(), dim, outputs)?,
             params: root.params(),

@@ -79,7 +79,7 @@ impl Mode {
         Ok(Self {
             embedder: Linear::new(&embedder, inputs, dim, false)?,
             early: modulation("early_stream_modulations")?,
-            blocks: Blocks::new(config.num_layers, |i| Flux3Block::new(&blocks.sub(i), config))?,
+            blocks: Blocks::new(&blocks, config.num_layers, |params, _| Flux3Block::new(params, config))?,
             single: modulation("single_stream_modulations")?,
         })
     }
@@ -131,14 +131,18 @@ impl Flux3Transformer2DModel {
             Mode::new(root, name, own, inputs, &config)
         };
         let text = [root.sub("context_embedder"), root.sub("txt_mode_blocks")];
-        let single = |i| Flux3Block::new(&root.sub("single_transformer_blocks").sub(i), &config);
+        let single = |params: &ParamBuilder, _| Flux3Block::new(params, &config);
         Ok(Self {
             timestep_embedder: embedder("timestep_embedder")?,
             target_timestep_embedder: config.flow_map.then(|| embedder("target_timestep_embedder")).transpose()?,
             image: image("image", config.in_channels)?,
             image_cond: image(IMAGE_COND, config.cond_in_channels)?,
             text: Mode::new(root, "txt", text, config.joint_attention_dim, &config)?,
-            single_transformer_blocks: Blocks::new(config.num_single_layers, single)?,
+            single_transformer_blocks: Blocks::new(
+                &root.sub("single_transformer_blocks"),
+                config.num_single_layers,
+                single,
+            )?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, config.eps, false)?,
             proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, config.in_channels, false)?,
             params: root.params(),

@@ -99,11 +99,11 @@ impl TokenRefiner {
     pub(super) fn new(params: &ParamBuilder, config: &HunyuanVideo15Config) -> Result<Self> {
         let (dim, text) = (config.inner_dim(), config.text_embed_dim);
         let blocks = params.sub("token_refiner").sub("refiner_blocks");
-        let block = |i| RefinerBlock::new(&blocks.sub(i), dim, config.num_attention_heads);
+        let block = |params: &ParamBuilder, _| RefinerBlock::new(params, dim, config.num_attention_heads);
         Ok(Self {
             time_text_embed: CombinedTimestepTextProjEmbeddings::new(&params.sub("time_text_embed"), dim, text, false)?,
             proj_in: Linear::new(&params.sub("proj_in"), text, dim, true)?,
-            blocks: Blocks::new(config.num_refiner_layers, block)?,
+            blocks: Blocks::new(&blocks, config.num_refiner_layers, block)?,
         })
     }
 

@@ -47,12 +47,12 @@ impl HunyuanVideo15Transformer3DModel {
         let (dim, qkv, inner) = (config.inner_dim(), config.qkv(), config.mlp_dim());
         let (patch, blocks) = (config.patch(), root.sub("transformer_blocks"));
         let outputs = patch.iter().product::<usize>() * config.out_channels();
-        let block = |i| JointTransformerBlock::new(&blocks.sub(i), qkv, inner);
+        let block = |params: &ParamBuilder, _| JointTransformerBlock::new(params, qkv, inner);
         Ok(Self {
             x_embedder: PatchEmbed::new(&root.sub("x_embedder").sub("proj"), config.in_channels, dim, &patch)?,
             context: Context::new(root, &config)?,
             time_embed: TimeEmbedding::new(&root.sub("time_embed"), dim, config.use_meanflow)?,
-            transformer_blocks: Blocks::new(config.num_layers, block)?,
+            transformer_blocks: Blocks::new(&blocks, config.num_layers, block)?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
             proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),

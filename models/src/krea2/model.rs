@@ -120,7 +120,7 @@ impl TextFusion {
             inner: config.text_intermediate_size,
             eps: config.norm_eps,
         };
-        let blocks = |name, count| Blocks::new(count, |i| Layers::new(&params.sub(name).sub(i), sizes));
+        let blocks = |name, count| Blocks::new(&params.sub(name), count, |params, _| Layers::new(params, sizes));
         Ok(Self {
             layerwise_blocks: blocks("layerwise_blocks", config.num_layerwise_text_blocks)?,
             projector: Linear::new(&params.sub("projector"), config.num_text_layers, 1, false)?,
@@ -179,11 +179,10 @@ impl Krea2Transformer2DModel {
             inner: config.intermediate_size,
             eps,
         };
-        let block = |i| {
-            let params = root.sub("transformer_blocks").sub(i);
+        let block = |params: &ParamBuilder, _| {
             Ok::<_, flowtape_engine::Error>(Block {
-                scale_shift_table: table(&params, 6)?,
-                layers: Layers::new(&params, sizes)?,
+                scale_shift_table: table(params, 6)?,
+                layers: Layers::new(params, sizes)?,
             })
         };
         Ok(Self {
@@ -193,7 +192,7 @@ impl Krea2Transformer2DModel {
             text_fusion: TextFusion::new(&root.sub("text_fusion"), &config)?,
             txt_norm: RmsNorm::from_one(&txt_in.sub("norm"), config.text_hidden_dim, eps)?,
             txt_in: two(&txt_in, config.text_hidden_dim)?,
-            transformer_blocks: Blocks::new(config.num_layers, block)?,
+            transformer_blocks: Blocks::new(&root.sub("transformer_blocks"), config.num_layers, block)?,
             final_table: table(&last, 2)?,
             final_norm: RmsNorm::from_one(&last.sub("norm"), dim, eps)?,
             final_linear: Linear::new(&last.sub("linear").zero_init(), dim, channels, true)?,

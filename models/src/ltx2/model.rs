@@ -190,11 +190,11 @@ impl LTX2VideoTransformer3DModel {
     pub fn new(config: LTX2Config, root: &ParamBuilder) -> crate::Result<Self> {
         let keyframes = || root.get(KEYFRAMES, &[1, config.video().dim()], Init::Zeros);
         let keyframes = config.use_keyframes_abs_pos_embedding.then(keyframes).transpose()?;
-        let block = |i| LTX2VideoTransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config, i);
+        let block = |params: &ParamBuilder, i| LTX2VideoTransformerBlock::new(params, &config, i);
         Ok(Self {
             keyframes_abs_pos_embedding: keyframes,
             ends: [Ends::new(root, &config, config.video())?, Ends::new(root, &config, config.audio())?],
-            transformer_blocks: Blocks::new(config.num_layers, block)?,
+            transformer_blocks: Blocks::new(&root.sub("transformer_blocks"), config.num_layers, block)?,
             params: root.params(),
             config,
         })

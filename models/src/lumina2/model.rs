@@ -84,7 +84,7 @@ impl Lumina2Transformer2DModel {
         let embed = root.sub("time_caption_embed");
         let (time, caption) = (embed.sub("timestep_embedder"), embed.sub("caption_embedder"));
         let blocks =
-            |name: &str, count, modulated| Blocks::new(count, |i| block(&root.sub(name).sub(i), &config, modulated));
+            |name: &str, count, modulated| Blocks::new(&root.sub(name), count, |p, _| block(p, &config, modulated));
         Ok(Self {
             x_embedder: Linear::new(&root.sub("x_embedder"), area * config.in_channels, dim, true)?,
             timestep_embedder: TimestepEmbedding::new(&time, CHANNELS, config.time_dim())?,

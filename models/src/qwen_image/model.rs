@@ -137,14 +137,14 @@ impl QwenImageTransformer2DModel {
     pub fn new(config: QwenImageConfig, root: &ParamBuilder) -> Result<Self> {
         let (dim, text) = (config.inner_dim(), config.joint_attention_dim);
         let outputs = config.patch_size.pow(2) * config.out_channels();
-        let block = |i| QwenImageTransformerBlock::new(&root.sub("transformer_blocks").sub(i), &config);
+        let block = |params: &ParamBuilder, _| QwenImageTransformerBlock::new(params, &config);
         let additional = config.use_additional_t_cond;
         Ok(Self {
             time_text_embed: TimeEmbedding::new(&root.sub("time_text_embed"), dim, additional)?,
             txt_norm: RmsNorm::new(&root.sub("txt_norm"), text, EPS)?,
             txt_in: Linear::new(&root.sub("txt_in"), text, dim, true)?,
             img_in: Linear::new(&root.sub("img_in"), config.in_channels, dim, true)?,
-            transformer_blocks: Blocks::new(config.num_layers, block)?,
+            transformer_blocks: Blocks::new(&root.sub("transformer_blocks"), config.num_layers, block)?,
             norm_out: AdaLayerNormContinuous::new(&root.sub("norm_out"), dim, EPS, true)?,
             proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,
             params: root.params(),

@@ -133,8 +133,8 @@ impl QwenImage21Transformer2DModel {
             ),
             img_in: linear(&root.sub("img_in"), config.in_channels, dim)?,
             modulation: linear(&root.sub("modulation").sub(1).zero_init(), dim, 4 * dim)?,
-            transformer_blocks: Blocks::new(config.num_layers, |i| {
-                Block::new(&root.sub("transformer_blocks").sub(i), &config)
+            transformer_blocks: Blocks::new(&root.sub("transformer_blocks"), config.num_layers, |params, _| {
+                Block::new(params, &config)
             })?,
             norm_out: LayerNorm::new(&last, dim, config.eps, false)?,
             norm_out_scale: linear(&last.sub("linear").zero_init(), dim, dim)?,

@@ -147,7 +147,7 @@ impl CLIPTextModel {
         Ok(Self {
             token_embedding: table("token_embedding", config.vocab_size)?,
             position_embedding: table("position_embedding", config.max_position_embeddings)?,
-            layers: nn::Blocks::new(config.num_hidden_layers, |i| EncoderLayer::new(&layers.sub(i), &sizes))?,
+            layers: nn::Blocks::new(&layers, config.num_hidden_layers, |params, _| EncoderLayer::new(params, &sizes))?,
             final_layer_norm: LayerNorm::new(&root.sub("final_layer_norm"), width, config.layer_norm_eps, true)?,
             params: root.params(),
             config,

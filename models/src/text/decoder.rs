@@ -300,7 +300,7 @@ impl DecoderModel {
         let layers = params.sub("layers");
         Ok(Self {
             embed_tokens: Table::new(&params.sub("embed_tokens"), config.vocab_size, config.hidden_size)?,
-            layers: nn::Blocks::new(config.num_hidden_layers, |i| Layer::new(&layers.sub(i), &config, family, i))?,
+            layers: nn::Blocks::new(&layers, config.num_hidden_layers, |p, i| Layer::new(p, &config, family, i))?,
             norm: rms(&params.sub("norm"), config.hidden_size, family, config.rms_norm_eps)?,
             ropes: config.ropes()?,
             params: root.params(),

@@ -152,7 +152,7 @@ impl T5EncoderModel {
     /// When a parameter can't be made.
     pub fn new(config: T5Config, bias_per_layer: bool, root: &ParamBuilder) -> Result<Self> {
         let encoder = root.sub("encoder");
-        let block = |i| Block::new(&encoder.sub("block").sub(i), &config, bias_per_layer || i == 0);
+        let block = |params: &ParamBuilder, i| Block::new(params, &config, bias_per_layer || i == 0);
         Ok(Self {
             shared: Table::with_init(
                 &root.sub("shared"),
@@ -160,7 +160,7 @@ impl T5EncoderModel {
                 config.d_model,
                 Init::Normal { std: 1.0 },
             )?,
-            blocks: nn::Blocks::new(config.num_layers, block)?,
+            blocks: nn::Blocks::new(&encoder.sub("block"), config.num_layers, block)?,
             final_layer_norm: RmsNorm::new(
                 &encoder.sub("final_layer_norm"),
                 config.d_model,

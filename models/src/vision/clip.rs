@@ -109,7 +109,7 @@ impl CLIPVisionModel {
             position_embedding: Table::new(&embeddings.sub("position_embedding"), side * side + 1, width)?,
             // The published key is misspelt.
             pre_layernorm: LayerNorm::new(&root.sub("pre_layrnorm"), width, config.layer_norm_eps, true)?,
-            layers: nn::Blocks::new(config.num_hidden_layers, |i| EncoderLayer::new(&layers.sub(i), &sizes))?,
+            layers: nn::Blocks::new(&layers, config.num_hidden_layers, |params, _| EncoderLayer::new(params, &sizes))?,
             params: root.params(),
             config,
         })

@@ -187,7 +187,7 @@ impl Qwen25VisionTransformer {
         let kernel = [hidden_size, in_channels, temporal_patch_size, patch_size, patch_size];
         Ok(Self {
             patch_embed: root.sub("patch_embed").sub("proj").get("weight", &kernel, Init::Normal { std: 0.02 })?,
-            blocks: nn::Blocks::new(config.depth, |i| Block::new(&blocks.sub(i), &config))?,
+            blocks: nn::Blocks::new(&blocks, config.depth, |params, _| Block::new(params, &config))?,
             ln_q: RmsNorm::new(&merger.sub("ln_q"), hidden_size, EPS)?,
             merge: [
                 Linear::new(&merger.sub("mlp").sub(0), merged, merged, true)?,

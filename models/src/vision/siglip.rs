@@ -104,7 +104,7 @@ impl SiglipVisionModel {
         Ok(Self {
             patch_embedding: PatchEmbed::new(&patches, config.num_channels, width, &[patch; 2])?,
             position_embedding: Table::new(&embeddings.sub("position_embedding"), side * side, width)?,
-            layers: nn::Blocks::new(config.num_hidden_layers, |i| EncoderLayer::new(&layers.sub(i), &sizes))?,
+            layers: nn::Blocks::new(&layers, config.num_hidden_layers, |params, _| EncoderLayer::new(params, &sizes))?,
             post_layernorm: LayerNorm::new(&root.sub("post_layernorm"), width, config.layer_norm_eps, true)?,
             params: root.params(),
             config,

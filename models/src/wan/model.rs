@@ -200,7 +200,7 @@ impl WanTransformer3DModel {
         let outputs = config.out_channels() * config.patch_size.iter().product::<usize>();
         let condition = root.sub("condition_embedder");
         let image = |width| ImageEmbedding::new(&condition.sub("image_embedder"), width, dim, config.pos_embed_seq_len);
-        let block = |i| WanTransformerBlock::new(&root.sub("blocks").sub(i), &config);
+        let block = |params: &ParamBuilder, _| WanTransformerBlock::new(params, &config);
         let text = condition.sub("text_embedder");
         Ok(Self {
             patch_embedding: PatchEmbed::new(
@@ -213,7 +213,7 @@ impl WanTransformer3DModel {
             time_proj: Linear::new(&condition.sub("time_proj").zero_init(), dim, 6 * dim, true)?,
             text_embedder: TimestepEmbedding::with(&text, config.text_dim, dim, Activation::GeluTanh, true)?,
             image_embedder: config.image_dim.map(image).transpose()?,
-            blocks: Blocks::new(config.num_layers, block)?,
+            blocks: Blocks::new(&root.sub("blocks"), config.num_layers, block)?,
             norm_out: LayerNorm::new(root, dim, config.eps, false)?,
             scale_shift_table: scale_shift_table(root, 2, dim)?,
             proj_out: Linear::new(&root.sub("proj_out").zero_init(), dim, outputs, true)?,

@@ -109,7 +109,7 @@ impl ZImageTransformer2DModel {
     pub fn new(config: ZImageConfig, root: &ParamBuilder) -> Result<Self> {
         let (dim, mlp, caption) = (config.dim, root.sub("t_embedder").sub("mlp"), root.sub("cap_embedder"));
         let blocks =
-            |name: &str, count, modulated| Blocks::new(count, |i| block(&root.sub(name).sub(i), &config, modulated));
+            |name: &str, count, modulated| Blocks::new(&root.sub(name), count, |p, _| block(p, &config, modulated));
         Ok(Self {
             ends: config.patches().map(|patch| Ends::new(root, &config, patch)).collect::<Result<_>>()?,
             t_embedder: FeedForward::from_parts(

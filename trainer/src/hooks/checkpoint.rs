@@ -45,7 +45,8 @@ impl Checkpoint {
         self.finish(run)?;
         if !run.is_first() {
             self.saved = step;
-            return run.trainer().give_to_snapshot();
+            let folder = run.folder().checkpoints().begun(step);
+            return run.trainer().give_to_snapshot(&folder);
         }
         run.emit(Event::Busy("saving a checkpoint"))?;
         let begun = run.folder().begin_save(run.trainer())?;

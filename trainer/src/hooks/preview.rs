@@ -61,6 +61,9 @@ impl Preview {
         for (kind, first_frames) in kinds.into_iter().filter(|(kind, frames)| kind.is_empty() || frames.is_some()) {
             let request = Request { prompts: &prompts, first_frames, seed: self.seed };
             let Some(samples) = self.samples(&request, run)? else { return Ok(()) };
+            if !run.is_first() {
+                continue;
+            }
             let step = run.trainer().state().progress.step;
             let path = |part: &str| run.folder().samples_path(step, &format!("{kind}{part}"));
             let made = run.folder().make_samples_folder();

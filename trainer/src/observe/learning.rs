@@ -82,7 +82,7 @@ impl Hook for Learning {
 
 /// Some numbers of each trained parameter.
 fn sampled(trainer: &Trainer) -> Result<BTreeMap<String, Vec<f32>>> {
-    let trained = trainer.model().params().iter().filter(|param| param.var().is_some());
+    let trained = trainer.model().params().iter().filter(|param| param.var().is_some() && param.is_here());
     let some = |param: &Param| -> Result<Vec<f32>> {
         let n = param.numel();
         Ok(param.kept()?.reshape(&[n])?.narrow(0, 0, n.min(SAMPLE))?.to_vec()?)

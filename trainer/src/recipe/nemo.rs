@@ -73,7 +73,6 @@ const KEYS: &[(&str, Fate)] = &[
     ("checkpoint.enabled", Must("true")),
     ("checkpoint.restore_from", Must("null")),
     ("checkpoint.model_save_format", Elsewhere),
-    ("checkpoint.save_consolidated", Elsewhere),
     ("checkpoint.diffusers_compatible", Elsewhere),
     ("checkpoint.is_async", Elsewhere),
     ("checkpoint.single_rank_consolidation", Elsewhere),
@@ -145,6 +144,7 @@ pub(crate) fn translate(root: &mut Node, problems: &mut Vec<Problem>) -> Vec<&'s
             }
         }
     }
+    consolidated(root);
     // What is left in a section of NeMo's is unknown, and told when the recipe is read.
     for section in ["model.pipeline_spec", "data.dataloader", "optim", "checkpoint", "ddp", "wandb", "dist_env"] {
         if root.get(section).is_some_and(|found| {
@@ -168,6 +168,18 @@ fn said(node: &Node) -> String {
         None if node.is_none() => "null".into(),
         None => node.text().unwrap_or_default().trim_start_matches("torch.").to_owned(),
     }
+}
+
+/// A flag or a name, as one of our names.
+fn consolidated(root: &mut Node) {
+    const KEY: &str = "checkpoint.save_consolidated";
+    let Some(entry) = root.take(KEY).filter(|entry| !entry.value.is_null()) else { return };
+    let value = match entry.value.boolean() {
+        Some(flag) => Node::plain(&entry.value.place, flag.to_string()),
+        None => entry.value,
+    };
+    // The section is there.
+    let _ = root.put(KEY, value);
 }
 
 /// An optimiser's class, such as `torch.optim.AdamW`, by our name.

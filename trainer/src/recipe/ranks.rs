@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use flowtape_data::Rank;
 use flowtape_engine::comm::Comm;
-use flowtape_engine::nn::Params;
-use flowtape_engine::optim::Ranks;
+use flowtape_engine::optim::Groups;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Recipe, Result};
 
-/// Sharding, by NeMo's names. What is shared out are gradients, what the optimiser remembers and wider copies (ZeRO's stages 1 and 2);
-/// weights stay whole on each rank. Without this section, or with `ddp`, all ranks have all. The results are the same.
+/// Sharding, by NeMo's names. Gradients, what the optimiser remembers, wider copies and the weights of blocks are shared out (ZeRO's stage
+/// 3); a block's weights are whole on a rank while it is computed with. Without this section, or with `ddp`, all ranks have all. The
+/// results are the same.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Fsdp {
@@ -24,6 +24,10 @@ pub struct Fsdp {
     #[schemars(range(min = 1, max = 65_536))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dp_replicate_size: Option<usize>,
+    /// Whether a block's weights go when it is computed, as by PyTorch's `fully_shard`; they do if it is left out. Where they do not, all
+    /// ranks keep all weights (ZeRO's stages 1 and 2): less is sent, and more memory is taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reshard_after_forward: Option<bool>,
     /// Neighbouring ranks that share the tokens of each sample, and each heads of the attention (context parallelism by Ulysses), for
     /// long videos. One, so that each has samples of its own, if it is left out.
     #[schemars(range(min = 1, max = 65_536))]
@@ -67,8 +71,13 @@ impl Recipe {
 }
 
 impl Fsdp {
-    /// The ranks of a run. All of them call it together.
-    pub(crate) fn ranks(&self, comm: Arc<dyn Comm>, params: &Params) -> Result<Ranks> {
+    /// Whether ranks share out the weights of blocks too.
+    pub(crate) fn shares_weights(&self) -> bool {
+        self.reshard_after_forward.unwrap_or(true)
+    }
+
+    /// The groups of a run's ranks; nothing where each rank has everything. All of them call it together.
+    pub(crate) fn groups(&self, comm: &Arc<dyn Comm>) -> Result<Option<Groups>> {
         let world = comm.world_size();
         let refused = |what: String| Err(Error::Run { path: "recipe".into(), what });
         let sharing = self.cp_size.unwrap_or(1);
@@ -84,11 +93,11 @@ impl Fsdp {
         }
         let copies = self.dp_replicate_size.unwrap_or(1);
         if world == 1 || copies == world {
-            return Ok(Ranks::replicated(comm));
+            return Ok(None);
         }
         if !world.is_multiple_of(copies) {
             return refused(format!("fsdp.dp_replicate_size: expected a divisor of the {world} ranks, got {copies}"));
         }
-        Ok(Ranks::sharded(comm, params, copies)?)
+        Ok(Some(Groups::new(comm.clone(), copies)?))
     }
 }

@@ -75,6 +75,9 @@ fn values_are_taken_as_people_write_them() {
     same(&DIGITS.replace("use_loss_weighting: false", "use_loss_weighting: no"));
     same(&DIGITS.replace("seed: 1", "seed: 1\nrun_dir: none"));
     same(&DIGITS.replace("seed: 1", "seed: 1\nloss_scale:"));
+    same(&DIGITS.replace("seed: 1", "seed: 1\ncheckpoint: {save_consolidated: True}"));
+    same(&DIGITS.replace("seed: 1", "seed: 1\ncheckpoint: {save_consolidated: null}"));
+    same(&DIGITS.replace("seed: 1", "seed: 1\ncheckpoint: {save_consolidated: \"true\"}"));
     same(&DIGITS.replace('\n', "\r\n"));
 }
 
@@ -140,6 +143,10 @@ fn errors_say_what_is_expected() {
         ("data.repeats=0", "data.repeats: expected"),
         ("data.caches=[{path: x}]", "data: expected one of builtin, folder, cache_dir and caches, got 2"),
         ("checkpoint.max_recent_checkpoints=0", "checkpoint.max_recent_checkpoints: expected"),
+        (
+            "checkpoint.save_consolidated=last",
+            "checkpoint.save_consolidated: expected one of true, every, final, false",
+        ),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected a list of 2, got a list"),
         ("optimizer.betas=[0.9, 1]", "betas"),
         ("optimizer=", "expected a value"),

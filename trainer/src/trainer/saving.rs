@@ -5,12 +5,13 @@ use std::path::Path;
 
 use flowtape_engine::nn::{DropoutMasks, Param, ParamBuilder, Params, Placement};
 use flowtape_engine::optim::Ema;
-use flowtape_engine::safetensors::{Shards, Snapshot};
+use flowtape_engine::safetensors::{Shards, Snapshot, index_shards, save_shard};
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::{Transformer, checkpoint, peft};
 
 use super::{Trainer, adapters};
 use crate::error::io;
+use crate::ranks::is_first;
 use crate::recipe::Init;
 use crate::start::Start;
 use crate::state::{EMA, OPTIMIZER, Stored, averaged};
@@ -80,6 +81,10 @@ impl Trainer {
     /// When the folder can't be written.
     pub(crate) fn snapshot(&self, folder: &Path) -> Result<Snapshot> {
         let mut snapshot = Snapshot::default();
+        if self.saves_shards() {
+            self.save_shards(folder)?;
+            return Ok(snapshot);
+        }
         let optimizer = self.collect_optimizer()?;
         let mut add = |folder: &Path, stem: &str, tensors: Vec<(String, Tensor)>| {
             snapshot.add(folder, stem, tensors, Params::text(), checkpoint::MAX_SHARD_SIZE)
@@ -92,11 +97,11 @@ impl Trainer {
                 Ok(add(folder, checkpoint::WEIGHTS, self.collect_weights()?)?)
             }
         })?;
-        if let Some(ema) = &self.state.ema {
+        if let (Some(ema), Some(averages)) = (&self.state.ema, self.collect_averages()?) {
             let folder = folder.join(EMA);
             std::fs::create_dir(&folder).map_err(io(&folder))?;
-            let (params, stem) = averaged(&self.recipe, self.model.params());
-            add(&folder, stem, ema.tensors(&params)?)?;
+            let stem = averaged(&self.recipe, self.model.params()).1;
+            add(&folder, stem, averages)?;
             match &self.recipe.peft {
                 // Adapters have files of their own, in the dtype that they are kept in.
                 Some(_) => ema.instead(self.model.params(), || self.save_weights(&folder))?,
@@ -108,12 +113,64 @@ impl Trainer {
         Ok(snapshot)
     }
 
-    /// Goes along where the first rank takes a snapshot: gives it what this rank alone has.
-    pub(crate) fn give_to_snapshot(&self) -> Result<()> {
+    /// Whether each rank writes its own files of a checkpoint of where the run stands.
+    fn saves_shards(&self) -> bool {
+        let last = self.state.progress.step >= self.recipe.step_scheduler.max_steps;
+        self.ranks.is_sharded() && !self.recipe.checkpoint.save_consolidated.holds(last)
+    }
+
+    /// Writes what this rank has. All ranks call it together, with one folder, which the first has made; it makes their files one.
+    fn save_shards(&self, folder: &Path) -> Result<()> {
+        let (comm, params, averages) = (self.comm(), self.model.params().base(), folder.join(EMA));
+        let first = is_first(&**comm);
+        let mut sets = vec![(folder, checkpoint::WEIGHTS), (folder, OPTIMIZER)];
+        if self.state.ema.is_some() {
+            sets.push((&averages, checkpoint::WEIGHTS));
+        }
+        if first && self.state.ema.is_some() {
+            std::fs::create_dir(&averages).map_err(io(&averages))?;
+        }
+        comm.barrier()?;
+        if let Some(share) = self.ranks.share() {
+            let counts = |name: &str| params.get(name).is_some_and(|param| self.ranks.counts(param));
+            let weights = params.iter().filter(|param| self.ranks.counts(param));
+            let weights =
+                weights.map(|param| Ok((param.path().to_owned(), param.kept()?))).collect::<Result<Vec<_>>>()?;
+            // What all parameters share is the first one's.
+            let mut optimizer = self.state.optimizer.tensors(&params)?;
+            optimizer.retain(|(name, _)| name.split_once('.').map_or(first, |(_, name)| counts(name)));
+            let mut all = vec![weights, optimizer];
+            if let Some(ema) = &self.state.ema {
+                let mut averages = ema.tensors(&params)?;
+                averages.retain(|(name, _)| counts(name));
+                all.push(averages);
+            }
+            for ((folder, stem), tensors) in sets.iter().zip(all) {
+                save_shard(folder, stem, share, &tensors, &Params::text())?;
+            }
+        }
+        comm.barrier()?;
+        if let Some((_, count)) = self.ranks.share().filter(|_| first) {
+            sets.iter().try_for_each(|(folder, stem)| index_shards(folder, stem, count))?;
+            checkpoint::save_config(self.model(), folder)?;
+            if self.state.ema.is_some() {
+                checkpoint::save_config(self.model(), &averages)?;
+            }
+            self.state.save(&self.recipe, folder)?;
+        }
+        Ok(())
+    }
+
+    /// Goes along where the first rank takes a snapshot into a folder: gives it what this rank alone has, or writes that beside it.
+    pub(crate) fn give_to_snapshot(&self, folder: &Path) -> Result<()> {
+        if self.saves_shards() {
+            return self.save_shards(folder);
+        }
         self.collect_optimizer()?;
         if self.recipe.peft.is_none() {
             self.collect_weights()?;
         }
+        self.collect_averages()?;
         Ok(())
     }
 
@@ -124,19 +181,22 @@ impl Trainer {
 
     /// The weights as they are kept: all of them on the first rank.
     fn collect_weights(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut all = checkpoint::tensors(self.model())?;
-        if !self.ranks.is_sharded() {
-            return Ok(all);
+        if !self.is_shared_out() {
+            return Ok(checkpoint::tensors(self.model())?);
         }
-        // Where there is no wider copy each rank has the weights already.
-        let params = self.model.params();
-        let is_elsewhere =
-            |name: &str| params.get(name).is_some_and(|p| p.kept_dtype() != p.dtype() && p.var().is_some());
-        let own = |name: &str| params.get(name).is_some_and(|param| self.ranks.updates(param));
-        let given = all.iter().filter(|(name, _)| is_elsewhere(name) && own(name)).cloned().collect();
-        all.retain(|(name, _)| !is_elsewhere(name));
-        all.extend(self.ranks.collect(given)?);
-        Ok(all)
+        let base = self.model.params().base();
+        let own = base.iter().filter(|param| self.ranks.counts(param));
+        let own = own.map(|param| Ok((param.path().to_owned(), param.kept()?))).collect::<Result<_>>()?;
+        Ok(self.ranks.collect(own)?)
+    }
+
+    /// The averages of the weights, where they are kept: all of them on the first rank, with what is not trained.
+    fn collect_averages(&self) -> Result<Option<Vec<(String, Tensor)>>> {
+        let Some(ema) = &self.state.ema else { return Ok(None) };
+        let params = averaged(&self.recipe, self.model.params()).0;
+        let mut own = ema.tensors(&params)?;
+        own.retain(|(name, _)| params.get(name).is_some_and(|param| self.ranks.counts(param)));
+        Ok(Some(self.ranks.collect(own)?))
     }
 
     /// Writes what is trained into the folder of a checkpoint.

@@ -158,7 +158,7 @@ impl Adapter {
         if spec.kind == AdapterKind::Dora {
             let magnitude = module.get(MAGNITUDE, &size[..1], Init::Ones)?;
             if weight.device().backend().has_data() {
-                magnitude.copy_from(&row_lengths(&weight.kept()?)?)?;
+                magnitude.copy_from(&row_lengths(&weight.value()?.detach())?)?;
             }
             made.push(magnitude);
         }

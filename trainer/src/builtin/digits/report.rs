@@ -117,7 +117,9 @@ impl Hook for DigitsReport {
         let Some(samples) = self.samples(run, None)? else { return Ok(()) };
         run.figures.extend(fields(&self.judge(&samples.pixels)));
         let request = Request { prompts: &prompts(&self.classes), first_frames: None, seed: REPORT_SEED };
-        if let Some(before) = run.trainer().generate_from_start(&request, run.stop())? {
+        if run.is_first()
+            && let Some(before) = run.trainer().generate_from_start(&request, run.stop())?
+        {
             run.figures.insert("before".into(), serde_json::json!(self.judge(&before.pixels)));
         }
         if let Some(size) = self.video.filter(|_| self.image_to_video) {
