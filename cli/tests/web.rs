@@ -27,9 +27,8 @@ fn module() -> Option<PathBuf> {
 const SMALL: &str =
     "#model.num_layers=1&model.num_single_layers=0&step_scheduler.local_batch_size=8&step_scheduler.max_steps=60";
 
-/// Sum of the pixels of a canvas.
-const PIXELS: &str = "(() => { const c = document.getElementById('samples'); \
-     return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.reduce((a, b) => a + b, 0); })()";
+/// The pictures that stand there.
+const PIXELS: &str = "document.getElementById('samples').toDataURL()";
 
 #[test]
 fn without_its_module_it_says_how_to_build_one() {
