@@ -5,6 +5,7 @@ mod check;
 mod doctor;
 mod help;
 mod import;
+mod loopback;
 mod preprocess;
 mod progress;
 mod ranks;
@@ -19,6 +20,7 @@ mod terminal;
 mod train;
 mod warnings;
 mod watch;
+mod web;
 mod weights;
 
 use std::path::PathBuf;
@@ -63,6 +65,8 @@ enum Command {
     Report(report::Report),
     /// Show runs in a browser while they train.
     Watch(watch::Watch),
+    /// Train the digits in a browser: a page that needs nothing else, for browsers of this machine or as a file.
+    Web(web::Web),
     /// Run a step again that was not finite, and say where numbers stopped being that.
     Replay(replay::Replay),
     /// Generate images with a trained run.
@@ -133,6 +137,7 @@ fn run() -> Result<ExitCode> {
         Command::Recipes(args) => recipes::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Watch(args) => watch::run(&args),
+        Command::Web(args) => web::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Merge(args) => weights::merge(&args),

@@ -1,22 +1,16 @@
 //! `flowtape watch`: the page of runs, served to browsers of this machine alone.
 
-use std::fmt::Write;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::Result;
 use clap::Args;
 use flowtape_trainer::page::{self, RunReader};
 use serde_json::Value;
-use tiny_http::{Header, Method, Request, Response, Server, StatusCode};
 
-use crate::terminal::{note, say};
-
-/// Requests that are answered at once.
-const THREADS: usize = 4;
+use crate::loopback::{Answer, serve};
 
 /// What to show.
 #[derive(Args)]
@@ -32,119 +26,32 @@ pub struct Watch {
 /// Serves until it is ended.
 pub fn run(args: &Watch) -> Result<ExitCode> {
     let runs = args.runs.iter().map(|run| RunReader::open(run)).collect::<Result<Vec<_>, _>>()?;
-    let server = Server::http((Ipv4Addr::LOCALHOST, args.port));
-    let server = server.map_err(|error| anyhow!("port {} of 127.0.0.1: {error}; choose another --port", args.port))?;
-    let port = server.server_addr().to_ip().context("the server has no port")?.port();
-    let site = Site { token: token()?, port, runs: Mutex::new(runs) };
-    say!("http://127.0.0.1:{port}/{}/", site.token);
-    note!("the page is for this machine's browsers; Ctrl-C ends it, and no run");
-    std::thread::scope(|scope| {
-        for _ in 0..THREADS {
-            scope.spawn(|| server.incoming_requests().for_each(|request| site.serve(request)));
-        }
-    });
+    let runs = Runs(Mutex::new(runs));
+    serve(args.port, |path| runs.answer(path))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// What nobody can guess who was not told.
-fn token() -> Result<String> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|error| anyhow!("the system gives no random numbers: {error}"))?;
-    Ok(bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    }))
-}
+/// The runs that are shown.
+struct Runs(Mutex<Vec<RunReader>>);
 
-/// What there is behind the address.
-struct Site {
-    token: String,
-    port: u16,
-    runs: Mutex<Vec<RunReader>>,
-}
-
-/// An answer before it goes out.
-struct Answer {
-    status: u16,
-    kind: &'static str,
-    body: Vec<u8>,
-    /// Tells this content from another.
-    tag: Option<String>,
-}
-
-impl Answer {
-    fn refused(status: u16, why: &str) -> Self {
-        Self { status, kind: "text/plain; charset=utf-8", body: format!("{why}\n").into_bytes(), tag: None }
-    }
-
-    fn of(kind: &'static str, body: Vec<u8>) -> Self {
-        Self { status: 200, kind, body, tag: None }
-    }
-}
-
-impl Site {
-    fn serve(&self, request: Request) {
-        let header = |name: &str| {
-            let found = request.headers().iter().find(|header| header.field.to_string().eq_ignore_ascii_case(name));
-            found.map(|header| header.value.to_string())
-        };
-        let known = header("If-None-Match");
-        let mut answer = match request.method() {
-            Method::Get | Method::Head => self.answer(request.url(), header("Host").as_deref()),
-            _ => Answer::refused(405, "this page is only read"),
-        };
-        if answer.tag.is_some() && answer.tag == known {
-            (answer.status, answer.body) = (304, Vec::new());
-        }
-        let mut response = Response::from_data(answer.body).with_status_code(StatusCode(answer.status));
-        let mut headers = vec![
-            ("Content-Type", answer.kind),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("X-Frame-Options", "DENY"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-        ];
-        headers.extend(answer.tag.as_deref().map(|tag| ("ETag", tag)));
-        for (name, value) in headers {
-            if let Ok(header) = Header::from_bytes(name, value) {
-                response.add_header(header);
-            }
-        }
-        // A reader that went away is no matter.
-        let _ = request.respond(response);
-    }
-
-    /// What a path of the address gives. Other hosts' names are refused: a page of theirs that was made to lead here by their name
-    /// server would read along.
-    fn answer(&self, url: &str, host: Option<&str>) -> Answer {
-        let own = |name: &str| host == Some(&*format!("{name}:{}", self.port));
-        if !own("127.0.0.1") && !own("localhost") {
-            return Answer::refused(403, "this page is for the machine that it runs on");
-        }
-        let path = url.split('?').next().unwrap_or_default();
-        let mut parts = path.trim_start_matches('/').splitn(2, '/');
-        if !parts.next().is_some_and(|token| same(token, &self.token)) {
-            return Answer::refused(404, "the address needs the token that `flowtape watch` printed");
-        }
-        match parts.next() {
-            // Relative addresses of the page need the slash.
-            None => Answer::refused(404, "the address ends in a slash"),
-            Some("") => Answer::of("text/html; charset=utf-8", page::html(&self.pages(), true).into_bytes()),
-            Some("data.json") => {
+impl Runs {
+    fn answer(&self, path: &str) -> Answer {
+        match path {
+            "" => Answer::of("text/html; charset=utf-8", page::html(&self.pages(), true).into_bytes()),
+            "data.json" => {
                 let data = page::data(&self.pages(), true);
                 let mut hasher = DefaultHasher::new();
                 data.hash(&mut hasher);
-                let tag = Some(format!("\"{:016x}\"", hasher.finish()));
-                Answer { tag, ..Answer::of("application/json", data.into_bytes()) }
+                let tag = format!("\"{:016x}\"", hasher.finish());
+                Answer::of("application/json", data.into_bytes()).tagged(tag)
             }
-            Some(rest) => self.picture(rest).unwrap_or_else(|| Answer::refused(404, "there is no such picture")),
+            rest => self.picture(rest).unwrap_or_else(|| Answer::refused(404, "there is no such picture")),
         }
     }
 
     /// What the runs say now.
     fn pages(&self) -> Vec<Value> {
-        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut runs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let page = |(index, run): (usize, &mut RunReader)| {
             run.refresh();
             let name = |path: &Path| Some(format!("samples/{index}/{}", path.file_name()?.to_str()?));
@@ -156,14 +63,9 @@ impl Site {
     /// One of a run's pictures, by the name that the page was given: nothing else in the folder can be named.
     fn picture(&self, rest: &str) -> Option<Answer> {
         let (index, name) = rest.strip_prefix("samples/")?.split_once('/')?;
-        let runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let runs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let path = runs.get(index.parse::<usize>().ok()?)?.picture(name)?;
         drop(runs);
         Some(Answer::of("image/png", std::fs::read(path).ok()?))
     }
-}
-
-/// Whether two texts are the same, in a time that does not say how far they are.
-fn same(a: &str, b: &str) -> bool {
-    a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |all, (a, b)| all | (a ^ b)) == 0
 }

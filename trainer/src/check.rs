@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::data::{Data, bucket_options};
 use crate::plan::{StepPlan, gigabytes};
+use crate::platform::free_space;
 use crate::recipe::Dtype;
 use crate::start::Start;
 use crate::{Error, Recipe, Result, builtin};
@@ -146,7 +147,7 @@ impl Check {
             capacity,
             alternatives,
             checkpoints: (kept as u64).saturating_mul(step.checkpoint),
-            disk: free_disk(recipe.run_dir.as_deref().unwrap_or(Path::new("runs"))),
+            disk: free_space(recipe.run_dir.as_deref().unwrap_or(Path::new("runs"))),
             caution: Start::of(&recipe.model)?.caution,
         })
     }
@@ -408,10 +409,4 @@ fn alternatives(recipe: &Recipe, data: &Data, peak: u64, ranks: usize) -> Result
 /// Quantises the frozen base of adapters; whether there is one that is not held so.
 fn quantise_base(recipe: &mut Recipe, format: Format) -> bool {
     recipe.peft.as_mut().is_some_and(|peft| peft.quantize_base.replace(format) != Some(format))
-}
-
-/// Bytes that are free where a folder is, or would be.
-fn free_disk(path: &Path) -> Option<u64> {
-    let there = path.ancestors().find(|path| path.exists()).filter(|path| !path.as_os_str().is_empty());
-    fs4::available_space(there.unwrap_or(Path::new("."))).ok()
 }

@@ -58,6 +58,7 @@ pub mod page;
 pub mod peft;
 pub mod picture;
 pub mod plan;
+mod platform;
 mod precision;
 mod ranks;
 pub mod recipe;

@@ -1,4 +1,5 @@
 //! A real browser without a window, driven by Chrome's DevTools protocol over two pipes.
+#![allow(dead_code)] // not every file of tests calls all
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // the helpers of tests may panic, and say what they skip
 
 use std::io::{BufRead, BufReader, Write};

@@ -2,6 +2,7 @@
 
 use std::fmt::{Display, Formatter, Result as FmtResult};
 
+use crate::platform::parent;
 use crate::{Error, Result};
 
 /// Who started the processes of a run.
@@ -103,7 +104,7 @@ impl World {
     /// # Errors
     /// When a launcher's names are set in part, or do not fit each other: they are named, with what is missing.
     pub fn of_environment() -> Result<Option<Self>> {
-        let parent = if cfg!(unix) { parent() } else { 0 };
+        let parent = parent();
         Self::of(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()), parent)
     }
 
@@ -197,17 +198,6 @@ impl World {
         let master = master.flat_map(|at| [(MASTER_ADDR, at.host.clone()), (MASTER_PORT, at.port.to_string())]);
         numbers.map(|(name, number)| (name, number.to_string())).into_iter().chain(master)
     }
-}
-
-/// The process that started this one.
-#[cfg(unix)]
-fn parent() -> u32 {
-    std::os::unix::process::parent_id()
-}
-
-#[cfg(not(unix))]
-fn parent() -> u32 {
-    0
 }
 
 fn wrong(what: String) -> Error {

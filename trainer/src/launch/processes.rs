@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Address, Launcher, World};
+use crate::platform::ask_to_end;
 use crate::{Error, Result};
 
 /// How long the others may take to end by themselves when one has failed: they hear of it, and say so.
@@ -94,20 +95,6 @@ impl Processes {
         }
     }
 }
-
-/// Sends SIGTERM, at which a run saves and ends.
-#[cfg(unix)]
-fn ask_to_end(child: &Child) {
-    use rustix::process::{Pid, Signal, kill_process};
-    if let Some(process) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-        // One that has ended meanwhile hears nothing.
-        let _ = kill_process(process, Signal::TERM);
-    }
-}
-
-/// Elsewhere a terminal asks all processes itself.
-#[cfg(not(unix))]
-fn ask_to_end(_: &Child) {}
 
 impl Drop for Processes {
     fn drop(&mut self) {

@@ -1,9 +1,9 @@
 //! `environment.json`.
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use flowtape_engine::files::write_whole;
+use flowtape_engine::platform::{SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use crate::Result;

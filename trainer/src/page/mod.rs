@@ -30,19 +30,26 @@ use crate::error::io;
 use crate::runs::Status;
 
 const HTML: &str = include_str!("assets/page.html");
-const STYLES: [&str; 2] = [include_str!("assets/uPlot.min.css"), include_str!("assets/page.css")];
-const SCRIPTS: [&str; 6] = [
-    include_str!("assets/uPlot.iife.min.js"),
+const STYLES: [&str; 2] = [UPLOT_STYLE, include_str!("assets/page.css")];
+const SCRIPTS: [&str; 5] = [
     include_str!("assets/dom.js"),
     include_str!("assets/charts.js"),
     include_str!("assets/samples.js"),
     include_str!("assets/tables.js"),
     include_str!("assets/page.js"),
 ];
-/// Stands in each page, as uPlot's authors ask.
-const LICENSE: &str = include_str!("assets/uPlot.LICENSE");
+/// uPlot (MIT), which draws curves: the script, with its licence as its authors ask, and the style.
+pub const UPLOT: &str =
+    concat!("/* uPlot:\n", include_str!("assets/uPlot.LICENSE"), "*/\n", include_str!("assets/uPlot.iife.min.js"));
+/// Its style.
+pub const UPLOT_STYLE: &str = include_str!("assets/uPlot.min.css");
 /// Bytes of pictures that a page holds at most, for all runs together.
 const PICTURE_BYTES: usize = 32 << 20;
+
+/// What a page's policy calls a script that it lets run.
+pub fn policy_hash(script: &str) -> String {
+    format!("sha256-{}", BASE64_STANDARD.encode(Sha256::digest(script.as_bytes())))
+}
 
 /// What [`RunReader::page`] says of runs, with names that tell them apart.
 pub fn named(mut runs: Vec<Value>) -> Vec<Value> {
@@ -57,12 +64,12 @@ pub fn named(mut runs: Vec<Value>) -> Vec<Value> {
 
 /// The page of what [`RunReader::page`] says of each run. A live one asks for `data.json` beside it again and again.
 pub fn html(runs: &[Value], live: bool) -> String {
-    let script = format!("(() => {{\n\"use strict\";\n/* uPlot:\n{LICENSE}*/\n{}\n}})();", SCRIPTS.join("\n"));
-    let hash = BASE64_STANDARD.encode(Sha256::digest(script.as_bytes()));
+    let script = format!("(() => {{\n\"use strict\";\n{UPLOT}\n{}\n}})();", SCRIPTS.join("\n"));
+    let hash = policy_hash(&script);
     let connect = if live { "; connect-src 'self'" } else { "" };
     let pictures = if live { "'self' data:" } else { "data:" };
     let policy = format!(
-        "default-src 'none'; img-src {pictures}; style-src 'unsafe-inline'; script-src 'sha256-{hash}'; base-uri 'none'; \
+        "default-src 'none'; img-src {pictures}; style-src 'unsafe-inline'; script-src '{hash}'; base-uri 'none'; \
          form-action 'none'{connect}"
     );
     let names: Vec<String> = runs.iter().map(|run| run["name"].as_str().unwrap_or_default().to_owned()).collect();
@@ -85,7 +92,7 @@ pub fn data(runs: &[Value], live: bool) -> String {
 }
 
 /// A text with its places filled in one pass, so that what comes in is not looked at again.
-fn filled(text: &str, parts: &[(&str, &str)]) -> String {
+pub fn filled(text: &str, parts: &[(&str, &str)]) -> String {
     let mut out = String::with_capacity(text.len() + parts.iter().map(|(_, part)| part.len()).sum::<usize>());
     let mut rest = text;
     while let Some(at) = rest.find("{{") {

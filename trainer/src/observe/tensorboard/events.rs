@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+
+use flowtape_engine::platform::{SystemTime, UNIX_EPOCH};
 
 /// What a step is told with: one value by its tag.
 #[derive(Clone)]
