@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-const LICENSES: [&str; 9] = [
+const LICENSES: [&str; 10] = [
     "MIT",
     "Apache-2.0",
     "Apache-2.0 WITH LLVM-exception",
@@ -13,6 +13,8 @@ const LICENSES: [&str; 9] = [
     "ISC",
     "Zlib",
     "Unicode-3.0",
+    // Both give a work to the public.
+    "CC0-1.0",
     "Unlicense",
 ];
 /// The engine is ours, also in tests.

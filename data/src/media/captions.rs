@@ -2,12 +2,8 @@
 //! `metadata.parquet` (Hugging Face's imagefolder), `meta.json` and `*_internvl.json` (NeMo's).
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
@@ -58,9 +54,13 @@ fn read_text(path: &Path) -> Result<String> {
 }
 
 /// The texts and lists in the rows of a file of Parquet; the pictures that a data set may hold itself are not looked at.
+#[cfg(feature = "parquet")]
 fn parquet_rows(path: &Path) -> Result<Vec<Map<String, Value>>> {
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+    use parquet::record::{Field, Row};
+
     let rows = || -> parquet::errors::Result<Vec<Map<String, Value>>> {
-        let reader = SerializedFileReader::new(File::open(path)?)?;
+        let reader = SerializedFileReader::new(std::fs::File::open(path)?)?;
         let object = |row: Row| {
             let read = |field: &Field| matches!(field, Field::Str(_) | Field::ListInternal(_));
             let columns = row.get_column_iter().filter(|(_, field)| read(field));
@@ -69,8 +69,13 @@ fn parquet_rows(path: &Path) -> Result<Vec<Map<String, Value>>> {
         reader.get_row_iter(None)?.map(|row| row.map(object)).collect()
     };
     // The crate panics at some broken files.
-    let read = catch_unwind(rows).map_err(|_| wrong(path, "not a whole file of Parquet"))?;
+    let read = std::panic::catch_unwind(rows).map_err(|_| wrong(path, "not a whole file of Parquet"))?;
     read.map_err(|error| wrong(path, error.to_string()))
+}
+
+#[cfg(not(feature = "parquet"))]
+fn parquet_rows(path: &Path) -> Result<Vec<Map<String, Value>>> {
+    Err(wrong(path, "this build reads no Parquet (the feature `parquet`): write it as metadata.jsonl"))
 }
 
 /// The caption of an object of metadata, where it has one.

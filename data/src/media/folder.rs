@@ -182,6 +182,7 @@ mod tests {
         assert_eq!(found, expected);
     }
 
+    #[cfg(feature = "parquet")]
     #[test]
     fn captions_and_references_of_parquet_are_read() {
         let parquet = include_bytes!("../../tests/captions/metadata.parquet");
