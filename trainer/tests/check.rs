@@ -148,6 +148,7 @@ fn a_model_of_12_billion_parameters_is_checked_at_once() {
 /// Eight ranks that share out the updates, or the weights too.
 #[test]
 fn ranks_take_less_of_twelve_billion_the_more_they_share_out() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let of = |fsdp: serde_json::Value| {
         let (mut recipe, data) = twelve_billion();
         recipe.fsdp = serde_json::from_value(fsdp).unwrap();
