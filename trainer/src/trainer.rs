@@ -163,8 +163,8 @@ impl Trainer {
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if sharing.tokens.is_some() && !model.shares_tokens() {
-            let class = &start.config["_class_name"];
-            let what = format!("fsdp.cp_size: {class} can't be shared out by tokens: leave it out");
+            let class = start.config["_class_name"].as_str().unwrap_or_default();
+            let what = format!("fsdp.cp_size: ranks can't share the tokens of a {class}: leave it out");
             return Err(Error::Run { path: "recipe".into(), what });
         }
         let sampler = data.sampler(&recipe.data, local, seed)?;
