@@ -26,8 +26,8 @@ pub(super) unsafe fn square_sum(isa: Isa, input: &View<'_>, output: &View<'_>) -
     let block = |at: usize| {
         let mut sum = 0.0;
         let len = BLOCK.min(n - at * BLOCK);
-        // SAFETY: the caller's promise; the block lies in the input.
         with_narrow!(input.dtype, T => {
+            // SAFETY: the caller's promise; the block lies in the input.
             let values = unsafe { std::slice::from_raw_parts(input.ptr.cast::<T>().add(at * BLOCK).cast_const(), len) };
             dispatch(isa, Squares { values, sum: &mut sum });
         });

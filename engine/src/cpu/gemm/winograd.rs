@@ -87,14 +87,14 @@ impl Forward {
         let line = (SIDE * self.grid.right + 2) * self.channels;
         let from = self.panel.wrapping_add(SIDE * y * line + SIDE * x * self.channels + channel);
         let line_of = |d: [Lanes<L>; 4]| [sub(d[0], d[2]), add(d[1], d[2]), sub(d[2], d[1]), sub(d[1], d[3])];
-        // SAFETY: the caller's promise.
         let values: [[Lanes<L>; 4]; 4] = std::array::from_fn(|i| {
+            // SAFETY: the caller's promise.
             line_of(std::array::from_fn(|j| unsafe { load(from.add(i * line + j * self.channels)) }))
         });
+        let columns: [[Lanes<L>; 4]; 4] = std::array::from_fn(|j| line_of(std::array::from_fn(|i| values[i][j])));
         let step = self.grid.tiles() * self.channels;
         let to = self.out.wrapping_add(tile * self.channels + channel);
-        for j in 0..4 {
-            let column = line_of(std::array::from_fn(|i| values[i][j]));
+        for (j, column) in columns.into_iter().enumerate() {
             for (i, value) in column.into_iter().enumerate() {
                 // SAFETY: the caller's promise.
                 unsafe { save(to.add((4 * i + j) * step), value) };
@@ -138,11 +138,12 @@ impl Back<'_> {
         let step = self.grid.tiles() * self.results;
         let from = self.sums.wrapping_add(tile * self.results + at);
         let line_of = |m: [Lanes<L>; 4]| [add(add(m[0], m[1]), m[2]), sub(sub(m[1], m[2]), m[3])];
-        // SAFETY: the caller's promise.
-        let columns: [[Lanes<L>; 2]; 4] =
-            std::array::from_fn(|j| line_of(std::array::from_fn(|i| unsafe { load(from.add((4 * i + j) * step)) })));
-        for y in 0..SIDE.min(self.size[0] - top) {
-            let values = line_of(std::array::from_fn(|j| columns[j][y]));
+        let columns: [[Lanes<L>; 2]; 4] = std::array::from_fn(|j| {
+            // SAFETY: the caller's promise.
+            line_of(std::array::from_fn(|i| unsafe { load(from.add((4 * i + j) * step)) }))
+        });
+        let rows: [[Lanes<L>; 2]; 2] = std::array::from_fn(|y| line_of(std::array::from_fn(|j| columns[j][y])));
+        for (y, values) in rows.into_iter().enumerate().take(self.size[0] - top) {
             for (x, mut value) in values.into_iter().enumerate().take(self.size[1] - left) {
                 if let Some(bias) = self.bias {
                     value = add(value, std::array::from_fn(|i| bias[at + i]));
@@ -275,12 +276,14 @@ mod tests {
     use crate::ops::{ConvAxis, Padding, conv};
     use crate::{DType, Device, Philox, Result, Tensor};
 
+    /// Channels, results and groups; sizes; before, after and what is there, for each axis.
+    type Case<'a> = ([usize; 3], &'a [usize], &'a [(usize, usize, Padding)]);
+
     #[test]
     fn a_convolution_by_transforms_is_that_of_f64_on_every_instruction_set() -> Result<()> {
         let cpu = Device::cpu();
         let [zeros, replicate, reflect] = [Padding::Zeros, Padding::Replicate, Padding::Reflect];
-        // Channels, results and groups; sizes; before, after and what is there, for each axis.
-        let cases: [([usize; 3], &[usize], &[(usize, usize, Padding)]); 6] = [
+        let cases: [Case<'_>; 6] = [
             ([16, 16, 1], &[16, 16], &[(1, 1, zeros); 2]),
             ([40, 37, 1], &[19, 33], &[(1, 1, replicate), (0, 2, zeros)]),
             ([530, 18, 1], &[17, 21], &[(0, 0, zeros), (2, 1, reflect)]),
