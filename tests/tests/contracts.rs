@@ -14,6 +14,7 @@ use flowtape_engine::meta::Meta;
 use flowtape_engine::ops::{
     AttentionBackward, AttentionForward, ModulatedNormBackward, NormBackward, NormForward, NormRopeBackward, RopeLayout,
 };
+use flowtape_engine::quant::{Dequantise, FORMATS, Parts};
 use flowtape_engine::{DType, Device, Error, Gradients, Tape, Tensor, ops};
 use flowtape_tests::devices::{gpus, is_slow};
 use half::{bf16, f16};
@@ -846,6 +847,31 @@ fn fused_backward(seed: u64, device: &Device) -> bool {
     }
 }
 
+/// Panels inside of a matrix of any codes, and outside of it.
+fn dequantise(seed: u64, device: &Device) -> bool {
+    let mut world = World::new(seed, device);
+    let (format, dtype) = (world.pick(&FORMATS), world.float());
+    let dims = [world.draw.size(1, 9), world.draw.size(1, 40)];
+    let size = [0, 1].map(|axis| world.draw.size(1, dims[axis]));
+    // Mostly inside.
+    let most = usize::from(world.percent(10));
+    let start = [0, 1].map(|axis| world.draw.size(0, dims[axis] - size[axis] + most));
+    // Words that are codes of numbers, and scales below one.
+    let bits = |draw: &mut Draw| f64::from(0x3e00_0000 | draw.size(0, 0xff_ffff) as u32 & 0x3b_3b3b);
+    let (codes, floats) = (world.memory_of(DType::U32, bits), world.memory_of(dtype, number));
+    let given = world.perturbed(&[Parts::of(format, dims).words()]);
+    let words = world.view(codes, &given, PLAIN);
+    let given = world.perturbed(&size);
+    let out = world.view(floats, &given, PLAIN);
+    let legal = given.len() == 2
+        && (0..2).all(|axis| start[axis] + given[axis] <= dims[axis])
+        && words.tensor.dims() == [Parts::of(format, dims).words()]
+        && words.is_dense()
+        && out.is_dense();
+    let call = Dequantise { format, dims, words: &words.tensor, start, out: &out.tensor };
+    kept_to_itself(&world, "dequantise", || run_fused(call), legal, &[&words], &[&out])
+}
+
 /// A call that has the right shapes or not: it is done or declined, or an error, and writes its outputs at most.
 fn kept_to_itself(
     world: &World<'_>,
@@ -902,7 +928,7 @@ fn bytes(seed: u64, device: &Device) {
 /// A method with operands of a seed on a device; whether they kept the contract.
 type Drive = fn(u64, &Device) -> bool;
 
-const METHODS: [(&str, Drive); 11] = [
+const METHODS: [(&str, Drive); 12] = [
     ("copy", copy),
     ("copy_from", copy_from),
     ("pointwise", pointwise),
@@ -913,6 +939,7 @@ const METHODS: [(&str, Drive); 11] = [
     ("norm", norm),
     ("attention", attention),
     ("convolution", convolution),
+    ("dequantise", dequantise),
     ("fused backward", fused_backward),
 ];
 

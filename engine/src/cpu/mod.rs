@@ -16,6 +16,7 @@ mod opcode_loops;
 mod pointwise;
 mod pool;
 mod programs;
+mod quant;
 mod team;
 
 use std::any::Any;
@@ -32,6 +33,7 @@ use crate::ops::{
     NormForward, NormRopeBackward, NormRopeForward,
 };
 use crate::pool::{Pool, PoolUsage};
+use crate::quant::Dequantise;
 use crate::{DType, Error, Result, Tensor};
 
 /// The CPU. Work runs on the current rayon pool, or the calling thread and the global pool; results do not depend on its size.
@@ -281,6 +283,10 @@ impl Backend for Cpu {
                         norm_fused::norm_rope_backward(inputs, layout, [&dx, &dw]);
                     }
                     dense
+                }
+                Fused::Dequantise(Dequantise { format, dims, words, start, out }) => {
+                    quant::dequantise(isa(), format, dims, &view(words)?, start, &view(out)?);
+                    true
                 }
                 Fused::Random(_) => false,
             }

@@ -22,7 +22,7 @@ use super::norm::{self, After, Operands};
 use super::pointwise::At;
 use super::readback::{Reader, SLOT, Slot};
 use super::view::{View, buffer};
-use super::{attention, index, matmul, pointwise, pointwise_each, random, reduce};
+use super::{attention, index, matmul, pointwise, pointwise_each, quant, random, reduce};
 
 /// Memory that is kept for reuse beyond what is in use.
 const SPARE: usize = 1 << 30;
@@ -336,6 +336,10 @@ impl Backend for Cuda {
                 let tables = Some([&cos, &sin]);
                 let operands = Operands { grad, weight, tables, weight_grad, ..Operands::new(&x, &dx, &rstd) };
                 norm::backward(self.at(), After::Rotated(layout), &operands)
+            }
+            Fused::Dequantise(call) => {
+                let [words, out] = self.views([call.words, call.out])?;
+                quant::dequantise(self.at(), &call, &words, &out)
             }
             Fused::Random(RandomFill { distribution, seed, counter, out }) => {
                 random::fill(self.at(), distribution, seed, counter, &self.view(out)?)

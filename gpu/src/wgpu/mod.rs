@@ -9,7 +9,7 @@
 //! | `wgsl` | what all kernels' texts share: bindings, dtypes, programs |
 //! | `tile` | products of tiles, of which `matmul` and `attention` are made |
 //! | `tuning` | measured choices among kernels, kept on disk |
-//! | `pointwise`, `reduce`, `matmul`, `index`, `norm`, `attention`, `random` | kernels and their launchers |
+//! | `pointwise`, `reduce`, `matmul`, `index`, `norm`, `attention`, `quant`, `random` | kernels and their launchers |
 
 mod adapter;
 mod attention;
@@ -18,6 +18,7 @@ mod matmul;
 mod memory;
 mod norm;
 mod pointwise;
+mod quant;
 mod queue;
 mod random;
 mod reduce;
@@ -257,6 +258,7 @@ impl Backend for Wgpu {
                     norm::rotated_backward(gpu, layout, &inputs, &self.views(&[dx, dw])?)?
                 }
             }
+            Fused::Dequantise(call) => quant::dequantise(gpu, &call, &self.view(call.words)?, &self.view(call.out)?)?,
             Fused::Random(RandomFill { distribution, seed, counter, out }) => {
                 random::fill(gpu, distribution, seed, counter, &self.view(out)?)?;
                 true
