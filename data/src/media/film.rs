@@ -1,20 +1,15 @@
 //! Films: animated GIF, PNG and WebP, MP4 with H.264, folders of frames, and what else ffmpeg reads.
 
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use image::codecs::gif::GifDecoder;
-use image::codecs::png::PngDecoder;
-use image::codecs::webp::WebPDecoder;
-use image::{AnimationDecoder, Frame, ImageDecoder, ImageFormat, ImageReader};
-
 use super::captions::entries;
-use super::picture::{check_size, over};
-use super::{Picture, ReadOptions, ffmpeg, is_picture, mp4, read_picture};
+#[cfg(not(feature = "media"))]
+use super::decode as mp4;
+#[cfg(feature = "media")]
+use super::mp4;
+use super::{Picture, ReadOptions, decode, ffmpeg, is_picture, read_picture};
 use crate::{Error, Result};
 
-/// Most frames that are counted: an hour at 30 a second.
-const MOST_FRAMES: usize = 108_000;
 /// Endings of the names of films that are nothing else.
 const ENDINGS: [&str; 6] = ["mp4", "m4v", "mov", "webm", "mkv", "avi"];
 
@@ -24,6 +19,11 @@ pub(super) type Any<T> = std::result::Result<T, Box<dyn std::error::Error + Send
 pub fn is_film(path: &Path) -> bool {
     let ending = path.extension().and_then(|ending| ending.to_str()).map(str::to_ascii_lowercase);
     ending.is_some_and(|ending| ENDINGS.contains(&&*ending))
+}
+
+/// Whether these are the bytes of an MP4 or QuickTime file.
+fn is_mp4(bytes: &[u8]) -> bool {
+    bytes.get(4..8).is_some_and(|kind| [b"ftyp", b"moov", b"mdat", b"wide", b"free"].iter().any(|known| *known == kind))
 }
 
 /// Which of `count` frames are taken so that there are `frames`, evenly from the first to the last: NeMo's `linspace`, cut off.
@@ -50,10 +50,10 @@ fn at_rate(length: Length, frames: usize, fps: f64) -> Any<Vec<usize>> {
 
 /// How long a film is.
 #[derive(Clone, Copy, Debug)]
-struct Length {
-    frames: usize,
+pub(super) struct Length {
+    pub frames: usize,
     /// Where the film says it.
-    seconds: Option<f64>,
+    pub seconds: Option<f64>,
 }
 
 /// Who looks at a film: which frames are wanted, and what becomes of them.
@@ -155,7 +155,7 @@ impl<'a> Film<'a> {
         if bytes.is_empty() {
             return Err("the file is empty".into());
         }
-        if mp4::is_mp4(&bytes) {
+        if is_mp4(&bytes) {
             let film = of(Held::Mp4(bytes));
             // What it is made of shows at the first frame.
             let unreadable = || film.walk(&mut See { wanted: &[0], taken: &mut Vec::new() }).is_err();
@@ -173,7 +173,7 @@ impl<'a> Film<'a> {
     fn walk(&self, see: &mut See<'_>) -> Any<Option<Length>> {
         let untimed = |frames| Length { frames, seconds: None };
         match &self.held {
-            Held::Animation(bytes) => animation(bytes, self.options, see),
+            Held::Animation(bytes) => decode::animation(bytes, self.options, see),
             Held::Mp4(bytes) => {
                 let (frames, seconds) = mp4::walk(bytes, self.options.orientation, see)?;
                 Ok(Some(Length { frames, seconds }))
@@ -199,58 +199,4 @@ impl<'a> Film<'a> {
             }
         }
     }
-}
-
-/// The frames of an animation, each whole.
-fn animation(bytes: &[u8], options: &ReadOptions, see: &mut See<'_>) -> Any<Option<Length>> {
-    let format = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.format();
-    let frames = match format {
-        Some(ImageFormat::Gif) => {
-            let decoder = GifDecoder::new(Cursor::new(bytes))?;
-            check_size(decoder.dimensions())?;
-            decoder.into_frames()
-        }
-        Some(ImageFormat::Png) => {
-            let decoder = PngDecoder::new(Cursor::new(bytes))?;
-            check_size(decoder.dimensions())?;
-            if !decoder.is_apng()? {
-                return Ok(None);
-            }
-            decoder.apng()?.into_frames()
-        }
-        Some(ImageFormat::WebP) => {
-            let decoder = WebPDecoder::new(Cursor::new(bytes))?;
-            check_size(decoder.dimensions())?;
-            if !decoder.has_animation() {
-                return Ok(None);
-            }
-            decoder.into_frames()
-        }
-        _ => return Ok(None),
-    };
-    let (mut count, mut seconds) = (0, 0.0);
-    for frame in frames {
-        let frame = frame?;
-        let (milliseconds, parts) = frame.delay().numer_denom_ms();
-        seconds += f64::from(milliseconds) / f64::from(parts.max(1)) / 1000.0;
-        if see.wants(count) {
-            see.show(count, flat(&frame, options))?;
-        }
-        count += 1;
-        if count > MOST_FRAMES {
-            return Err(format!("more than {MOST_FRAMES} frames").into());
-        }
-    }
-    Ok(Some(Length { frames: count, seconds: (seconds > 0.0).then_some(seconds) }))
-}
-
-/// A frame without transparency.
-fn flat(frame: &Frame, options: &ReadOptions) -> Picture {
-    let (width, height) = frame.buffer().dimensions();
-    let rgba = frame.buffer().as_raw();
-    let rgb = match options.background {
-        Some(background) => over(rgba, background),
-        None => rgba.as_chunks::<4>().0.iter().flat_map(|p| [p[0], p[1], p[2]]).collect(),
-    };
-    Picture { width: width as usize, height: height as usize, rgb }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `picture` | [`Picture`] and how files are read: formats, orientation, alpha, depth |
 //! | `film`, `mp4`, `ffmpeg` | frames of films |
+//! | `decode` | pictures and animations out of their formats |
 //! | `sound` | the sound of films, and sound to files |
 //! | `resample` | resizing, bit for bit as Pillow's |
 //! | `interpolate` | resizing as OpenCV's, for frames |
@@ -16,10 +17,13 @@
 mod captions;
 mod condition;
 mod crop;
+#[cfg_attr(not(feature = "media"), path = "no_media.rs")]
+mod decode;
 mod ffmpeg;
 mod film;
 mod folder;
 mod interpolate;
+#[cfg(feature = "media")]
 mod mp4;
 mod picture;
 mod processor;

@@ -19,11 +19,6 @@ const START: [u8; 4] = [0, 0, 0, 1];
 /// The kind of a unit from which decoding can begin: a slice that refers to nothing before it.
 const IDR: u8 = 5;
 
-/// Whether these are the bytes of such a file.
-pub(super) fn is_mp4(bytes: &[u8]) -> bool {
-    bytes.get(4..8).is_some_and(|kind| [b"ftyp", b"moov", b"mdat", b"wide", b"free"].iter().any(|known| *known == kind))
-}
-
 /// Shows the frames that are wanted, in the order in which they are seen, and gives how many there are and how many seconds they take. Parts of the film that
 /// hold none of them are not decoded, and what is decoded together lies between two frames from which decoding can begin.
 pub(super) fn walk(bytes: &[u8], upright: bool, see: &mut See<'_>) -> Any<(usize, Option<f64>)> {

@@ -1,12 +1,11 @@
 //! One picture, and how it is read from a file.
 
-use std::io::Cursor;
 use std::path::Path;
 
 use flowtape_engine::{Device, Tensor};
-use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder, ImageReader};
 
+use super::decode;
+use super::film::Any;
 use crate::{Error, Result};
 
 /// Most pixels that a file may claim: Pillow's bound for what may be a decompression bomb.
@@ -94,40 +93,15 @@ pub fn is_picture(path: &Path) -> bool {
 /// # Errors
 /// When it can't be read, is no picture, or claims more pixels than memory should hold; the error names the file.
 pub fn read_picture(path: &Path, options: &ReadOptions) -> Result<Picture> {
-    decode(path, options).map_err(|source| Error::Sample { sample: path.display().to_string(), source })
+    read(path, options).map_err(|source| Error::Sample { sample: path.display().to_string(), source })
 }
 
-fn decode(path: &Path, options: &ReadOptions) -> Result<Picture, Box<dyn std::error::Error + Send + Sync>> {
+fn read(path: &Path, options: &ReadOptions) -> Any<Picture> {
     let bytes = std::fs::read(path)?;
     if bytes.is_empty() {
         return Err("the file is empty".into());
     }
-    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-    let mut decoder = reader.into_decoder()?;
-    check_size(decoder.dimensions())?;
-    let orientation = if options.orientation { decoder.orientation()? } else { Orientation::NoTransforms };
-    let clipped = options.clip_grey16 && decoder.color_type() == ColorType::L16;
-    let mut image = DynamicImage::from_decoder(decoder)?;
-    image.apply_orientation(orientation);
-    let (width, height) = (image.width() as usize, image.height() as usize);
-    let rgb = if clipped {
-        let grey = image.into_luma16().into_raw();
-        grey.into_iter().flat_map(|value| [value.min(255) as u8; 3]).collect()
-    } else {
-        // Depths of 16 bits keep their upper half, as in Pillow.
-        let image = match image {
-            DynamicImage::ImageRgb16(deep) => DynamicImage::ImageRgb8(upper(deep)),
-            DynamicImage::ImageRgba16(deep) => DynamicImage::ImageRgba8(upper(deep)),
-            DynamicImage::ImageLuma16(deep) => DynamicImage::ImageLuma8(upper(deep)),
-            DynamicImage::ImageLumaA16(deep) => DynamicImage::ImageLumaA8(upper(deep)),
-            other => other,
-        };
-        match options.background {
-            Some(background) if image.color().has_alpha() => over(&image.into_rgba8().into_raw(), background),
-            _ => image.into_rgb8().into_raw(),
-        }
-    };
-    Ok(Picture { width, height, rgb })
+    decode::picture(&bytes, options)
 }
 
 /// Checks that memory should hold so many pixels.
@@ -136,29 +110,6 @@ pub(super) fn check_size((width, height): (u32, u32)) -> Result<(), String> {
         0..=MOST_PIXELS => Ok(()),
         _ => Err(format!("{width} x {height} pixels; at most {MOST_PIXELS} in all are read")),
     }
-}
-
-/// The upper halves of 16 bits.
-fn upper<P, Q>(deep: image::ImageBuffer<P, Vec<u16>>) -> image::ImageBuffer<Q, Vec<u8>>
-where
-    P: image::Pixel<Subpixel = u16>,
-    Q: image::Pixel<Subpixel = u8>,
-{
-    let (width, height) = deep.dimensions();
-    let mut values = deep.into_raw().into_iter().map(|value| (value >> 8) as u8);
-    let mut out = image::ImageBuffer::new(width, height);
-    out.iter_mut().zip(&mut values).for_each(|(to, value): (&mut u8, u8)| *to = value);
-    out
-}
-
-/// Pixels with alpha over a colour, as Pillow pastes them.
-pub(super) fn over(rgba: &[u8], background: [u8; 3]) -> Vec<u8> {
-    let mixed = |value: u8, behind: u8, alpha: u8| {
-        let sum = u32::from(value) * u32::from(alpha) + u32::from(behind) * u32::from(255 - alpha) + 128;
-        (((sum >> 8) + sum) >> 8) as u8
-    };
-    let pixel = |p: &[u8; 4]| std::array::from_fn::<u8, 3, _>(|i| mixed(p[i], background[i], p[3]));
-    rgba.as_chunks::<4>().0.iter().flat_map(pixel).collect()
 }
 
 #[cfg(test)]
