@@ -53,7 +53,7 @@ echo "outside program: the trainer, with default features"
 cargo check --quiet --manifest-path "$work/trainer/Cargo.toml" "$@"
 # `normal` leaves out what only builds or tests need.
 tree=$(cargo tree --manifest-path "$work/trainer/Cargo.toml" --edges normal --prefix none "$@")
-for unwanted in wgpu naga plotters indicatif clap signal-hook tiny_http cust; do
+for unwanted in wgpu naga plotters tokenizers image parquet indicatif clap signal-hook tiny_http cust; do
     if grep -q "^$unwanted v" <<<"$tree"; then
         echo "the trainer's tree holds $unwanted, which nobody asked for" >&2
         exit 1
