@@ -69,23 +69,47 @@ impl Clock {
         mut prepare: impl FnMut() -> Result<S>,
         mut work: impl FnMut(S) -> Result<()>,
     ) -> Result<Times> {
-        let mut run = |calls: usize| -> Result<f64> {
-            let mut states = (0..calls).map(|_| prepare()).collect::<Result<Vec<S>>>()?;
+        let [(times, _)] = self.measure_in_turns(|_| prepare(), |_, state| work(state))?;
+        Ok(times)
+    }
+
+    /// The same of several sides in turns, each called by its number: what moves the machine moves all of them. With each side's times
+    /// the seconds of its rounds.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn measure_in_turns<S, const N: usize>(
+        &self,
+        mut prepare: impl FnMut(usize) -> Result<S>,
+        mut work: impl FnMut(usize, S) -> Result<()>,
+    ) -> Result<[(Times, Vec<f64>); N]> {
+        let mut run = |side: usize, calls: usize| -> Result<f64> {
+            let mut states = (0..calls).map(|_| prepare(side)).collect::<Result<Vec<S>>>()?;
             self.wait()?;
-            Ok(self.time(|| states.drain(..).try_for_each(&mut work))? / calls as f64)
+            Ok(self.time(|| states.drain(..).try_for_each(|state| work(side, state)))? / calls as f64)
         };
-        // The first call finds cold caches, fresh memory and kernels that are not compiled yet.
-        run(1)?;
-        let first = run(1)?;
         let wanted = ROUND.max(20.0 * self.idle);
-        let calls = ((wanted / first).ceil() as usize).clamp(1, if size_of::<S>() == 0 { 4096 } else { PREPARED });
-        let (deadline, mut rounds) = (Instant::now() + Duration::from_secs_f64(self.seconds), Vec::new());
-        while rounds.len() < 3 || Instant::now() < deadline {
-            rounds.push(run(calls)?);
+        let mut calls = [1; N];
+        for (side, calls) in calls.iter_mut().enumerate() {
+            // The first call finds cold caches, fresh memory and kernels that are not compiled yet.
+            run(side, 1)?;
+            let first = run(side, 1)?;
+            *calls = ((wanted / first).ceil() as usize).clamp(1, if size_of::<S>() == 0 { 4096 } else { PREPARED });
         }
-        let counted = calls * rounds.len();
-        rounds.sort_by(f64::total_cmp);
-        Ok(Times { best: rounds[0], median: rounds[rounds.len() / 2], calls: counted })
+        let (mut rounds, deadline) =
+            ([const { Vec::new() }; N], Instant::now() + Duration::from_secs_f64(self.seconds));
+        while rounds[0].len() < 3 || Instant::now() < deadline {
+            for (side, rounds) in rounds.iter_mut().enumerate() {
+                rounds.push(run(side, calls[side])?);
+            }
+        }
+        let mut calls = calls.into_iter();
+        Ok(rounds.map(|rounds: Vec<f64>| {
+            let mut sorted = rounds.clone();
+            sorted.sort_by(f64::total_cmp);
+            let calls = calls.next().unwrap_or(0) * rounds.len();
+            (Times { best: sorted[0], median: sorted[sorted.len() / 2], calls }, rounds)
+        }))
     }
 
     /// What `work` takes.

@@ -2,11 +2,13 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use flowtape_engine::backend::call::{Call, CopyTo};
 use flowtape_engine::nn::{Init, ParamBuilder};
 use flowtape_engine::ops::{self, ConvAxis, RopeLayout};
 use flowtape_engine::optim::{AdamW, Optimizer, Rates};
+use flowtape_engine::quant::{self, FORMATS, Format, QTensor};
 use flowtape_engine::{DType, Device, Gradients, Philox, Tape, Tensor, cpu};
 use flowtape_models::blocks;
 use serde::Serialize;
@@ -56,7 +58,8 @@ pub struct OpMeasurement {
     pub gflops: Option<f64>,
     /// 10^9 bytes a second in the fastest round: each operand read or written once.
     pub gb_s: f64,
-    /// Where the fraction's 1 is: `peak`, the most operations of the dtype in a second, or `copy`, a copy of as many bytes.
+    /// Where the fraction's 1 is: `peak`, the most operations of the dtype in a second; `copy`, a copy of as many bytes; `dense`, the
+    /// product of the weight as it was before it was quantised.
     pub limit: &'static str,
     /// The fraction of that limit, where the limit is known.
     pub fraction: Option<f64>,
@@ -80,6 +83,7 @@ pub fn ops(options: &OpsOptions, mut report: impl FnMut(&OpMeasurement)) -> Resu
     };
     let out = &mut report;
     bench.products(out)?;
+    bench.quantised(out)?;
     bench.convolutions(out)?;
     bench.attention(out)?;
     bench.norms(out)?;
@@ -98,6 +102,8 @@ enum Work {
     Flops(f64, usize),
     /// Bytes alone.
     Bytes(usize),
+    /// Floating-point operations, and bytes; the part of another way's speed.
+    Beside(f64, usize, f64),
 }
 
 struct Bench<'a> {
@@ -152,10 +158,12 @@ impl Bench<'_> {
         let (limit, flops, bytes) = match work {
             Work::Flops(flops, bytes) => ("peak", Some(flops / best), bytes as f64 / best),
             Work::Bytes(bytes) => ("copy", None, bytes as f64 / best),
+            Work::Beside(flops, bytes, _) => ("dense", Some(flops / best), bytes as f64 / best),
         };
         let fraction = match work {
             Work::Flops(flops, _) => self.peak.map(|peak| flops / best / peak),
             Work::Bytes(size) => Some(bytes / self.copy_rate(size)?),
+            Work::Beside(.., fraction) => Some(fraction),
         };
         let digits = |value: f64| (value * 1e4).round() / 1e4;
         report(&OpMeasurement {
@@ -247,6 +255,57 @@ impl Bench<'_> {
             self.forward(("matmul NT", shape.clone()), work, report, || x.matmul(&w_t))?;
             self.forward(("matmul NN", shape.clone()), work, report, || dy.matmul(&w))?;
             self.forward(("matmul TN", shape), work, report, || dy_t.matmul(&x))?;
+        }
+        Ok(())
+    }
+
+    /// Linear layers of `rows x in x out` with a quantised weight beside the same with a dense one, in turns, forward and back to
+    /// the input.
+    fn quantised(&self, report: Report<'_>) -> Result<()> {
+        let all: &[[usize; 3]] = if self.options.large {
+            &[[512, 3072, 12288], [4096, 3072, 3072]]
+        } else {
+            &[[64, 1536, 1536], [512, 1536, 1536], [4096, 1536, 1536]]
+        };
+        for (&[rows, width, out], format) in all.iter().flat_map(|sizes| FORMATS.map(|format| (sizes, format))) {
+            let name = match format {
+                Format::Int8 => "linear int8",
+                Format::Fp8 => "linear fp8",
+                Format::Nf4 => "linear nf4",
+            };
+            let (shape, backward) = (sizes(&[rows, width, out]), format!("{name} backward"));
+            if ![name, &backward].iter().any(|op| self.wanted(op, &shape)) {
+                continue;
+            }
+            let (x, dy, dense) =
+                (self.normal(&[rows, width])?, self.normal(&[rows, out])?, self.normal(&[out, width])?);
+            let weight = Arc::new(QTensor::quantise(&dense, format, &self.options.device)?);
+            let run = |side: usize, x: &Tensor| {
+                if side == 0 { ops::linear(x, &dense, None) } else { quant::linear(x, &weight, None) }
+            };
+            let (flops, bytes) =
+                (2.0 * (rows * width * out) as f64, (rows * width + rows * out) * self.size() + weight.bytes());
+            let mut beside = |op: &str, turns: [(Times, Vec<f64>); 2]| {
+                let [(_, dense), (times, own)] = turns;
+                let mut ratios: Vec<f64> = dense.iter().zip(&own).map(|(dense, own)| dense / own).collect();
+                ratios.sort_by(f64::total_cmp);
+                let work = Work::Beside(flops, bytes, ratios[ratios.len() / 2]);
+                self.tell((op, shape.clone()), work, &mut *report, |_| Ok(times))
+            };
+            if self.wanted(name, &shape) {
+                let turns = self.clock.measure_in_turns(|_| Ok(()), |side, ()| Ok(run(side, &x).map(drop)?))?;
+                beside(name, turns)?;
+            }
+            if self.wanted(&backward, &shape) {
+                let prepare = |side: usize| {
+                    let tape = Tape::new();
+                    let y = run(side, &tape.leaf(&x))?;
+                    Ok((tape, y))
+                };
+                let work =
+                    |_, (tape, y): (Tape, Tensor)| Ok(tape.backward_with(&[(&y, &dy)], &mut Gradients::default())?);
+                beside(&backward, self.clock.measure_in_turns(prepare, work)?)?;
+            }
         }
         Ok(())
     }
@@ -450,7 +509,16 @@ mod tests {
                 assert!(m.threads == 1 && m.fraction.is_some_and(|f| f > 0.0 && f < most), "{m:?}");
             }
             let names: Vec<&str> = all.iter().map(|m| &m.op[..]).collect();
-            for name in ["matmul NT", "matmul NN", "matmul TN", "conv", "attention", "attention backward"] {
+            for name in [
+                "matmul NT",
+                "matmul NN",
+                "matmul TN",
+                "linear nf4",
+                "linear nf4 backward",
+                "conv",
+                "attention",
+                "attention backward",
+            ] {
                 assert!(names.contains(&name), "{name} in {names:?}");
             }
         }

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use flowtape_engine::backend::call::{Call, ScatterAdd};
+use flowtape_engine::backend::{Ran, run_fused};
 use flowtape_engine::gradcheck::{Draw, Sample, check_dtype};
 use flowtape_engine::nn::{Init, ParamBuilder, Placement};
 use flowtape_engine::ops::{RopeLayout, pointwise};
@@ -12,6 +14,7 @@ use flowtape_engine::optim::{
     AdamW, Clipping, LossScale, LossScaleConfig, LossScaleState, Optimizer, OptimizerStep, Rates, StepConfig,
     clip_grad_norm,
 };
+use flowtape_engine::quant::{self, Dequantise, FORMATS, Format, Parts, QTensor};
 use flowtape_engine::safetensors::{SafeTensors, Snapshot};
 use flowtape_engine::{DType, Device, Error, Gradients, Philox, Result, Tape, Tensor, ops};
 use flowtape_flowmatch::{Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, PhiloxDraws, StepOptions};
@@ -114,6 +117,60 @@ fn a_fraction_rounds_as_on_the_cpu() -> Result<()> {
             pointwise([&put(&values)?, &put(&fractions)?], |[x, fraction]| x.round_bf16(fraction))?.to_bytes()
         };
         assert_eq!(on(device)?, on(&Device::cpu())?, "{}", device.backend().name());
+    }
+    Ok(())
+}
+
+/// Panels of quantised matrices by kernels of the device, and the products that take them: those of the CPU, also where no
+/// binding holds all codes.
+#[test]
+fn quantised_matrices_are_those_of_the_cpu() -> Result<()> {
+    let cpu = Device::cpu();
+    let small = WgpuOptions { max_binding_size: Some(1 << 10), tune: Some(false), ..WgpuOptions::default() };
+    let small = if gpus_of("wgpu").is_empty() { vec![] } else { vec![Device::new(Wgpu::open(None, small)?)] };
+    for device in gpus().iter().chain(&small) {
+        let name = device.backend().name();
+        for (format, dims) in FORMATS.into_iter().flat_map(|f| [[70, 136], [33, 95]].map(|d| (f, d))) {
+            let [outputs, width] = dims;
+            let mut random = Philox::new(5);
+            let dense = random.normal(&dims, &cpu)?;
+            let [there, here] = [device, &cpu].map(|d| QTensor::quantise(&dense, format, d));
+            let (there, here) = (Arc::new(there?), Arc::new(here?));
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let what = format!("{format:?} {dims:?} {dtype} on {name}");
+                for [row, column] in [[0, 0], [3, 8], [1, 31]] {
+                    let panel = |w: &QTensor| w.panel(row..outputs - 2, column..width, dtype)?.to_vec::<f64>();
+                    for (got, expected) in panel(&there)?.into_iter().zip(panel(&here)?) {
+                        // A scale of nf4 is a sum of a product, which a device may round once.
+                        let off = if got == expected { 0.0 } else { (got - expected).abs() / expected.abs() };
+                        let unit = if dtype == DType::F32 { 2e-7 } else { 2f64.powi(-8) };
+                        assert!(off == 0.0 || (format == Format::Nf4 && off < unit), "{what}: {got} for {expected}");
+                    }
+                }
+                let (x, b) = (random.normal(&[2, 3, width], &cpu)?, random.normal(&[outputs], &cpu)?);
+                let cotangent = random.normal(&[2, 3, outputs], &cpu)?;
+                let results = |weight: &Arc<QTensor>, device: &Device| -> Result<Vec<Vec<f64>>> {
+                    let on = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);
+                    let tape = Tape::new();
+                    let (x, b, cotangent) = (tape.leaf(&on(&x)?), tape.leaf(&on(&b)?), on(&cotangent)?);
+                    let y = quant::linear(&x, weight, Some(&b))?;
+                    let mut gradients = Gradients::default();
+                    tape.backward_with(&[(&y, &cotangent)], &mut gradients)?;
+                    let all = [&y, gradients.of(&x).unwrap(), gradients.of(&b).unwrap()];
+                    all.into_iter().map(Tensor::to_vec).collect()
+                };
+                let unit = if dtype == DType::F32 { 1e-5 } else { 2f64.powi(-7) };
+                for (got, expected) in results(&there, device)?.iter().zip(&results(&here, &cpu)?) {
+                    let most = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+                    let off = got.iter().zip(expected).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+                    assert!(off <= unit * most, "{what}: {off} of {most}");
+                }
+                // The kernel did it.
+                let (words, out) = (Parts::of(format, dims).words(), Tensor::zeros(&dims, dtype, device)?);
+                let words = Tensor::zeros(&[words], DType::U32, device)?;
+                assert_eq!(run_fused(Dequantise { format, dims, words: &words, start: [0, 0], out: &out })?, Ran::Done);
+            }
+        }
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ use flowtape_engine::meta::Meta;
 use flowtape_engine::ops::{
     AttentionBackward, AttentionForward, ModulatedNormBackward, NormBackward, NormForward, NormRopeBackward, RopeLayout,
 };
+use flowtape_engine::quant::{Dequantise, FORMATS, Parts};
 use flowtape_engine::{DType, Device, Error, Gradients, Tape, Tensor, ops};
 use flowtape_tests::devices::{gpus, is_slow};
 use half::{bf16, f16};
@@ -846,6 +847,31 @@ fn fused_backward(seed: u64, device: &Device) -> bool {
     }
 }
 
+/// Panels inside of a matrix of any codes, and outside of it.
+fn dequantise(seed: u64, device: &Device) -> bool {
+    let mut world = World::new(seed, device);
+    let (format, dtype) = (world.pick(&FORMATS), world.float());
+    let dims = [world.draw.size(1, 9), world.draw.size(1, 40)];
+    let size = [0, 1].map(|axis| world.draw.size(1, dims[axis]));
+    // Mostly inside.
+    let most = usize::from(world.percent(10));
+    let start = [0, 1].map(|axis| world.draw.size(0, dims[axis] - size[axis] + most));
+    // Words that are codes of numbers, and scales below one.
+    let bits = |draw: &mut Draw| f64::from(0x3e00_0000 | draw.size(0, 0xff_ffff) as u32 & 0x3b_3b3b);
+    let (codes, floats) = (world.memory_of(DType::U32, bits), world.memory_of(dtype, number));
+    let given = world.perturbed(&[Parts::of(format, dims).words()]);
+    let words = world.view(codes, &given, PLAIN);
+    let given = world.perturbed(&size);
+    let out = world.view(floats, &given, PLAIN);
+    let legal = given.len() == 2
+        && (0..2).all(|axis| start[axis] + given[axis] <= dims[axis])
+        && words.tensor.dims() == [Parts::of(format, dims).words()]
+        && words.is_dense()
+        && out.is_dense();
+    let call = Dequantise { format, dims, words: &words.tensor, start, out: &out.tensor };
+    kept_to_itself(&world, "dequantise", || run_fused(call), legal, &[&words], &[&out])
+}
+
 /// A call that has the right shapes or not: it is done or declined, or an error, and writes its outputs at most.
 fn kept_to_itself(
     world: &World<'_>,
@@ -882,19 +908,21 @@ fn bytes(seed: u64, device: &Device) {
     Upload { bytes: &data, target: &target }.run().unwrap();
     assert_eq!(target.to_bytes().unwrap(), data);
     let buffer = target.storage().buffer();
-    let part = draw.size(0, size);
-    assert_eq!(backend.download(buffer, part).unwrap(), data[..part]);
-    assert_eq!(backend.read_later(buffer, size).unwrap().wait().unwrap(), data);
+    let start = draw.size(0, size);
+    let part = start..draw.size(start, size);
+    assert_eq!(backend.download(buffer, part.clone()).unwrap(), data[part.clone()]);
+    assert_eq!(backend.read_later(buffer, part.clone()).unwrap().wait().unwrap(), data[part]);
     // Memory comes in classes of sizes.
     let beyond = 2 * size + 4096;
     let wrong = [vec![1; beyond], vec![1; size - 1]];
     assert!(wrong.iter().all(|bytes| Upload { bytes, target: &target }.run().is_err()));
     let part = target.narrow(0, 0, size / 4 - 1).unwrap();
     assert!(Upload { bytes: &data[..size - 4], target: &part }.run().is_err());
-    assert!(backend.download(buffer, beyond).is_err() && backend.read_later(buffer, beyond).is_err());
+    assert!(backend.download(buffer, 0..beyond).is_err() && backend.read_later(buffer, beyond - 1..beyond).is_err());
     let meta = Meta::default().device();
     let foreign = meta.backend().alloc(size).unwrap();
-    let errors = [backend.download(&*foreign, size).unwrap_err(), backend.read_later(&*foreign, size).unwrap_err()];
+    let errors =
+        [backend.download(&*foreign, 0..size).unwrap_err(), backend.read_later(&*foreign, 0..size).unwrap_err()];
     assert!(errors.iter().all(|e| matches!(e, Error::Device { .. })), "{errors:?}");
     assert_eq!(target.to_bytes().unwrap(), data);
 }
@@ -902,7 +930,7 @@ fn bytes(seed: u64, device: &Device) {
 /// A method with operands of a seed on a device; whether they kept the contract.
 type Drive = fn(u64, &Device) -> bool;
 
-const METHODS: [(&str, Drive); 11] = [
+const METHODS: [(&str, Drive); 12] = [
     ("copy", copy),
     ("copy_from", copy_from),
     ("pointwise", pointwise),
@@ -913,6 +941,7 @@ const METHODS: [(&str, Drive); 11] = [
     ("norm", norm),
     ("attention", attention),
     ("convolution", convolution),
+    ("dequantise", dequantise),
     ("fused backward", fused_backward),
 ];
 

@@ -6,6 +6,7 @@ use crate::ops::{
     AttentionBackward, AttentionForward, ConvForward, ModulatedNormBackward, ModulatedNormForward, NormBackward,
     NormForward, NormRopeBackward, NormRopeForward,
 };
+use crate::quant::Dequantise;
 use crate::random::RandomFill;
 use crate::{Result, Tensor};
 
@@ -115,6 +116,8 @@ fused! {
     NormRopeForward(NormRopeForward);
     /// Its gradient.
     NormRopeBackward(NormRopeBackward);
+    /// A panel of a quantised matrix, dense.
+    Dequantise(Dequantise);
     /// Random numbers.
     Random(RandomFill);
 }

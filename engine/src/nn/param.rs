@@ -293,7 +293,7 @@ impl Param {
             if value.dims() != self.dims() {
                 return Err(Error::shape("copy_from", format!("{:?}", self.dims()), value.dims()));
             }
-            *weight = Arc::new(QTensor::quantise(&value.to_device(self.device())?, weight.format())?);
+            *weight = Arc::new(QTensor::quantise(value, weight.format(), self.device())?);
             state.version = state.version.wrapping_add(1);
             return Ok(());
         }
@@ -338,7 +338,7 @@ impl Param {
     pub(super) fn to_give(&self) -> Result<Tensor> {
         let state = self.lock();
         match &state.quantised {
-            Some(weight) => weight.to_words(),
+            Some(weight) => Ok(weight.words().clone()),
             None => state.value.as_ref().map(Tensor::detach).ok_or_else(|| self.absent()),
         }
     }
@@ -348,7 +348,7 @@ impl Param {
         match self.format() {
             Some(format) => {
                 let &[rows, columns] = self.dims() else { return Err(self.absent()) };
-                let weight = QTensor::from_words(format, [rows, columns], given, self.device())?;
+                let weight = QTensor::from_words(format, [rows, columns], given)?;
                 self.lock().quantised = Some(Arc::new(weight));
                 Ok(())
             }

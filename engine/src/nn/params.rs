@@ -322,9 +322,12 @@ impl ParamBuilder {
         }
         let init = if self.zero_init && self.adaln_zero { Init::Zeros } else { init };
         let data = self.device.backend().has_data();
+        // The host quantises: what is dense lies there.
+        let host = (format.is_some() && data).then(Device::cpu);
+        let device = host.as_ref().unwrap_or(&self.device);
         let value = match &self.file {
-            Some(file) if file.dims(&path) == Some(dims) && data => file.get(&path, &self.device, Some(kept)),
-            None if data => self.start(&path, dims, init, kept),
+            Some(file) if file.dims(&path) == Some(dims) && data => file.get(&path, device, Some(kept)),
+            None if data => self.start(&path, dims, init, kept, device),
             Some(file) if file.dims(&path) == Some(dims) => Tensor::empty(dims, kept, &self.device),
             None => Tensor::empty(dims, kept, &self.device),
             Some(_) => Tensor::zeros(&[], kept, &self.device).map(|one| one.shape_only(dims)),
@@ -333,7 +336,7 @@ impl ParamBuilder {
         let named = |error| Self::named(&path_of_error, error);
         if let Some(format) = format {
             // One tensor at a time is dense.
-            let weight = value.and_then(|value| QTensor::quantise(&value, format)).map_err(named)?;
+            let weight = value.and_then(|value| QTensor::quantise(&value, format, &self.device)).map_err(named)?;
             return Ok(made.keep(Param::quantised(path, made_as, weight, compute, &self.device)));
         }
         let both = value.and_then(|value| Ok((value.to_dtype(compute)?, value)));
@@ -352,16 +355,16 @@ impl ParamBuilder {
     }
 
     /// Starting values of a parameter.
-    fn start(&self, path: &str, dims: &[usize], init: Init, dtype: DType) -> Result<Tensor> {
+    fn start(&self, path: &str, dims: &[usize], init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
         let mut random = self.random.fork(stream(path));
         match init {
-            Init::Zeros => Tensor::zeros(dims, dtype, &self.device),
-            Init::Ones => Tensor::ones(dims, dtype, &self.device),
+            Init::Zeros => Tensor::zeros(dims, dtype, device),
+            Init::Ones => Tensor::ones(dims, dtype, device),
             Init::Uniform { bound } => {
-                let unit = random.uniform(dims, &self.device)?;
+                let unit = random.uniform(dims, device)?;
                 unit.mul_scalar(2.0 * bound)?.add_scalar(-bound)?.to_dtype(dtype)
             }
-            Init::Normal { std } => random.normal(dims, &self.device)?.mul_scalar(std)?.to_dtype(dtype),
+            Init::Normal { std } => random.normal(dims, device)?.mul_scalar(std)?.to_dtype(dtype),
         }
     }
 
@@ -453,15 +456,15 @@ mod tests {
             let plan = Placement::frozen(DType::BF16).quantised(Some(format));
             let root = ParamBuilder::with_plan(1, plan, &device);
             let layers: Vec<Linear> =
-                (0..8).map(|i| Linear::new(&root.sub(i), 1024, 2048, false)).collect::<Result<_>>()?;
-            let (codes, dense) = (QTensor::bytes_of(format, [2048, 1024]) as u64, 2 * 2048 * 1024);
+                (0..8).map(|i| Linear::new(&root.sub(i), 2048, 4096, false)).collect::<Result<_>>()?;
+            let (codes, dense) = (QTensor::bytes_of(format, [4096, 2048]) as u64, 2 * 4096 * 2048);
             // The shape-only device rounds up as the CPU's pool does.
             let quantised = meta.used();
             assert!(quantised >= 8 * codes && quantised <= 8 * (codes + codes / 4), "{format:?}: {quantised}");
             assert!(meta.peak() <= quantised + dense, "{format:?}: {} of {quantised}", meta.peak());
             // Nor is it in a step: panels are.
             let tape = Tape::new();
-            let x = tape.leaf(&Tensor::zeros(&[1, 1024], DType::BF16, &device)?);
+            let x = tape.leaf(&Tensor::zeros(&[1, 2048], DType::BF16, &device)?);
             let before = meta.used();
             let y = layers[0].forward(&x)?;
             tape.backward(&y.sum_all()?)?;

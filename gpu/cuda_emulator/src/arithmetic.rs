@@ -179,7 +179,7 @@ pub(crate) fn convert(to: Type, from: Type, rounding: Option<Rounding>, values: 
         (Type::F(64), Type::F(32), None) => f64::from(f(value)).to_bits(),
         (Type::F(32), Type::F(32), Some(Rounding::NearestInteger)) => f(value).round_ties_even().to_bits().into(),
         (Type::F(32), Type::F(32), Some(Rounding::ZeroInteger)) => f(value).trunc().to_bits().into(),
-        (Type::F(32), Type::S(32), Some(Rounding::Nearest)) => (value as i32 as f32).to_bits().into(),
+        (Type::F(32), Type::S(from), Some(Rounding::Nearest)) => (signed(value, from) as f32).to_bits().into(),
         (Type::F(32), Type::U(32), Some(Rounding::Nearest)) => (value as u32 as f32).to_bits().into(),
         (Type::S(32), Type::F(32), Some(Rounding::ZeroInteger)) => u64::from(f(value) as i32 as u32),
         (Type::U(32), Type::F(32), Some(Rounding::ZeroInteger)) => u64::from(f(value) as u32),

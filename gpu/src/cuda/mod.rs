@@ -7,7 +7,7 @@
 //! | `launch.rs` | modules, kernels, launches |
 //! | `ptx.rs` | prints programs as PTX |
 //! | `pointwise.rs`, `pointwise_each.rs`, `reduce.rs` | kernels printed from programs |
-//! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX (`packed.rs`) |
+//! | `matmul.rs`, `attention.rs`, `norm.rs`, `index.rs`, `quant.rs`, `random.rs` | kernels of `kernels/*.cu`, embedded as PTX (`packed.rs`) |
 //! | `nccl.rs` | collectives between GPUs, by NVIDIA's library |
 //! | `backend.rs` | the engine's `Backend` |
 
@@ -24,6 +24,7 @@ mod packed;
 mod pointwise;
 mod pointwise_each;
 mod ptx;
+mod quant;
 mod random;
 mod readback;
 mod reduce;

@@ -9,7 +9,7 @@
 //! | `wgsl` | what all kernels' texts share: bindings, dtypes, programs |
 //! | `tile` | products of tiles, of which `matmul` and `attention` are made |
 //! | `tuning` | measured choices among kernels, kept on disk |
-//! | `pointwise`, `reduce`, `matmul`, `index`, `norm`, `attention`, `random` | kernels and their launchers |
+//! | `pointwise`, `reduce`, `matmul`, `index`, `norm`, `attention`, `quant`, `random` | kernels and their launchers |
 
 mod adapter;
 mod attention;
@@ -18,6 +18,7 @@ mod matmul;
 mod memory;
 mod norm;
 mod pointwise;
+mod quant;
 mod queue;
 mod random;
 mod reduce;
@@ -27,6 +28,7 @@ mod tuning;
 mod view;
 mod wgsl;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use flowtape_engine::backend::call::{
@@ -149,14 +151,14 @@ impl Backend for Wgpu {
         self.gpu.upload(block, bytes)
     }
 
-    fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
+    fn download(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Vec<u8>> {
         self.read_later(buffer, bytes)?.wait()
     }
 
-    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
+    fn read_later(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Box<dyn Pending>> {
         let block = self.block(buffer)?;
-        if bytes as u64 > block.buffer.size() {
-            return Err(Error::argument("download", format!("at most {} bytes", block.buffer.size()), bytes));
+        if bytes.end as u64 > block.buffer.size() {
+            return Err(Error::argument("download", format!("at most {} bytes", block.buffer.size()), bytes.end));
         }
         Ok(Box::new(self.gpu.read_later(block, bytes)?))
     }
@@ -257,6 +259,7 @@ impl Backend for Wgpu {
                     norm::rotated_backward(gpu, layout, &inputs, &self.views(&[dx, dw])?)?
                 }
             }
+            Fused::Dequantise(call) => quant::dequantise(gpu, &call, &self.view(call.words)?, &self.view(call.out)?)?,
             Fused::Random(RandomFill { distribution, seed, counter, out }) => {
                 random::fill(gpu, distribution, seed, counter, &self.view(out)?)?;
                 true

@@ -26,6 +26,7 @@ norm_f32 norm.cu -DTYPE=float
 norm_bf16 norm.cu -DTYPE=bf16
 norm_f16 norm.cu -DTYPE=f16
 index index.cu
+quant quant.cu
 random random.cu
 $(for depth in 32 64 128 256; do
     echo "attention_f32_$depth attention_f32.cu -DDEPTH=$depth"
