@@ -1,6 +1,7 @@
 //! A device with shapes and no data: it counts the memory that a model or a step would take, and computes nothing.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -78,10 +79,10 @@ impl Backend for Meta {
         Ok(())
     }
 
-    fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
+    fn download(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Vec<u8>> {
         match (buffer as &dyn Any).downcast_ref::<MetaBuffer>() {
-            Some(buffer) if bytes <= buffer.size => Ok(vec![0; bytes]),
-            _ => Err(Error::argument("download", "at most the bytes of a buffer of this device", bytes)),
+            Some(buffer) if bytes.end <= buffer.size => Ok(vec![0; bytes.len()]),
+            _ => Err(Error::argument("download", "bytes of a buffer of this device", format!("{bytes:?}"))),
         }
     }
 

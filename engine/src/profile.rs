@@ -1,6 +1,7 @@
 //! Where time goes: a backend that measures every call of another.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::backend::call::{
@@ -115,8 +116,8 @@ impl Decorator for Measured {
         self.inner.backend()
     }
 
-    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
-        self.run(|| "read_later".into(), 0.0, bytes, |b| b.read_later(buffer, bytes))
+    fn read_later(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Box<dyn Pending>> {
+        self.run(|| "read_later".into(), 0.0, bytes.len(), |b| b.read_later(buffer, bytes))
     }
 
     fn alloc(&self, bytes: usize) -> Result<Box<dyn Buffer>> {
@@ -127,8 +128,8 @@ impl Decorator for Measured {
         self.run(|| "upload".into(), 0.0, call.bytes.len(), |b| b.upload(call))
     }
 
-    fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
-        self.run(|| "download".into(), 0.0, bytes, |b| b.download(buffer, bytes))
+    fn download(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Vec<u8>> {
+        self.run(|| "download".into(), 0.0, bytes.len(), |b| b.download(buffer, bytes))
     }
 
     fn copy(&self, call: Checked<CopyTo<'_>>) -> Result<()> {

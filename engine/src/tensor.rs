@@ -1,5 +1,6 @@
 //! Tensors: strided views on shared storage.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::backend::call::{Call, CopyTo, Upload};
@@ -312,10 +313,13 @@ impl Tensor {
             return Ok(self.layout.positions().flat_map(|at| &kept[at * size..][..size]).copied().collect());
         }
         let plain = self.detach().contiguous()?;
-        let (start, count) = (plain.layout.offset * size, self.numel() * size);
-        let mut bytes = self.device().backend().download(plain.storage.buffer(), start + count)?;
-        bytes.drain(..start);
-        Ok(bytes)
+        self.device().backend().download(plain.storage.buffer(), plain.span())
+    }
+
+    /// The bytes of its memory that a contiguous tensor takes.
+    fn span(&self) -> Range<usize> {
+        let size = self.dtype.size();
+        self.layout.offset * size..(self.layout.offset + self.numel()) * size
     }
 
     /// Reads the values now, but waits for them only when they are asked for.
@@ -324,8 +328,7 @@ impl Tensor {
     /// When the device fails.
     pub fn read_later(&self) -> Result<Later> {
         let plain = self.detach().contiguous()?;
-        let bytes = (plain.layout.offset + plain.numel()) * plain.dtype.size();
-        let pending = plain.device().backend().read_later(plain.storage.buffer(), bytes)?;
+        let pending = plain.device().backend().read_later(plain.storage.buffer(), plain.span())?;
         Ok(Later { plain, pending })
     }
 
@@ -395,8 +398,7 @@ impl Later {
     /// # Errors
     /// When the device fails.
     pub fn wait<T: Element>(self) -> Result<Vec<T>> {
-        let bytes = self.pending.wait()?;
-        Ok(self.plain.converted(&bytes[self.plain.layout.offset * self.plain.dtype.size()..]))
+        Ok(self.plain.converted(&self.pending.wait()?))
     }
 
     /// Waits for the one value.

@@ -908,19 +908,21 @@ fn bytes(seed: u64, device: &Device) {
     Upload { bytes: &data, target: &target }.run().unwrap();
     assert_eq!(target.to_bytes().unwrap(), data);
     let buffer = target.storage().buffer();
-    let part = draw.size(0, size);
-    assert_eq!(backend.download(buffer, part).unwrap(), data[..part]);
-    assert_eq!(backend.read_later(buffer, size).unwrap().wait().unwrap(), data);
+    let start = draw.size(0, size);
+    let part = start..draw.size(start, size);
+    assert_eq!(backend.download(buffer, part.clone()).unwrap(), data[part.clone()]);
+    assert_eq!(backend.read_later(buffer, part.clone()).unwrap().wait().unwrap(), data[part]);
     // Memory comes in classes of sizes.
     let beyond = 2 * size + 4096;
     let wrong = [vec![1; beyond], vec![1; size - 1]];
     assert!(wrong.iter().all(|bytes| Upload { bytes, target: &target }.run().is_err()));
     let part = target.narrow(0, 0, size / 4 - 1).unwrap();
     assert!(Upload { bytes: &data[..size - 4], target: &part }.run().is_err());
-    assert!(backend.download(buffer, beyond).is_err() && backend.read_later(buffer, beyond).is_err());
+    assert!(backend.download(buffer, 0..beyond).is_err() && backend.read_later(buffer, beyond - 1..beyond).is_err());
     let meta = Meta::default().device();
     let foreign = meta.backend().alloc(size).unwrap();
-    let errors = [backend.download(&*foreign, size).unwrap_err(), backend.read_later(&*foreign, size).unwrap_err()];
+    let errors =
+        [backend.download(&*foreign, 0..size).unwrap_err(), backend.read_later(&*foreign, 0..size).unwrap_err()];
     assert!(errors.iter().all(|e| matches!(e, Error::Device { .. })), "{errors:?}");
     assert_eq!(target.to_bytes().unwrap(), data);
 }

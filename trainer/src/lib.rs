@@ -34,6 +34,7 @@
 //! |---|---|
 //! | `wgpu`, `cuda` | the backends of `flowtape-gpu`, where a recipe's `device` asks for one |
 //! | `charts` | the loss curve of a run folder as `loss.svg` |
+//! | `pictures` | data of pictures and captions as they are, and sampling with a pipeline; without it, caches of them |
 //!
 //! A program that trains on NVIDIA GPUs depends on `flowtape-gpu` with the feature `cuda` beside this crate, and puts
 //! `find_cuda_helper = { path = ".../gpu/find_cuda_helper" }` under its `[patch.crates-io]`; the driver is looked for when it runs.

@@ -1,6 +1,7 @@
 //! Backends that watch another.
 
 use std::fmt::Debug;
+use std::ops::Range;
 
 use super::call::{Checked, CopyTo, Gather, MatMul, Pointwise, PointwiseEach, Reduction, ScatterAdd, Upload};
 use super::{Backend, Buffer, Fused, Pending, Ran};
@@ -48,11 +49,11 @@ decorator! {
     ///
     /// # Errors
     /// Those of the backend.
-    fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>>;
+    fn download(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Vec<u8>>;
     ///
     /// # Errors
     /// Those of the backend.
-    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>>;
+    fn read_later(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Box<dyn Pending>>;
     ///
     /// # Errors
     /// Those of the backend.

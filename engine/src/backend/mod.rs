@@ -12,6 +12,7 @@ mod fused;
 
 use std::any::Any;
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -55,9 +56,9 @@ pub trait Backend: Debug + Send + Sync {
     /// Writes bytes of the host.
     fn upload(&self, call: Checked<Upload<'_>>) -> Result<()>;
     /// Reads the first `bytes` bytes of `buffer`; waits for all work before.
-    fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>>;
+    fn download(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Vec<u8>>;
     /// Reads what [`Backend::download`] would read now, but waits for it only when it is asked for.
-    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
+    fn read_later(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Box<dyn Pending>> {
         Ok(Box::new(self.download(buffer, bytes)?))
     }
     /// Copies a view to another, bit for bit.

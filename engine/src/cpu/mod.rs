@@ -17,9 +17,11 @@ mod pointwise;
 mod pool;
 mod programs;
 mod quant;
+mod square_sum;
 mod team;
 
 use std::any::Any;
+use std::ops::Range;
 
 use self::isa::{Isa, isa};
 pub use self::limits::peak_flops;
@@ -28,6 +30,7 @@ use self::pool::{CpuBuffer, Host};
 pub use self::team::{alone, awake, cores, usable_threads};
 use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd, Upload};
 use crate::backend::{Backend, Buffer, Fused, Ran};
+use crate::expr::Reduce;
 use crate::ops::{
     AttentionBackward, AttentionForward, ConvForward, ModulatedNormBackward, ModulatedNormForward, NormBackward,
     NormForward, NormRopeBackward, NormRopeForward,
@@ -137,13 +140,13 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn download(&self, source: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
+    fn download(&self, source: &dyn Buffer, bytes: Range<usize>) -> Result<Vec<u8>> {
         let source = buffer(source)?;
-        if bytes > source.bytes() {
-            return Err(Error::argument("download", format!("at most {} bytes", source.bytes()), bytes));
+        if bytes.end > source.bytes() {
+            return Err(Error::argument("download", format!("at most {} bytes", source.bytes()), bytes.end));
         }
         // SAFETY: the buffer holds that many initialised bytes.
-        Ok(unsafe { std::slice::from_raw_parts(source.as_ptr(), bytes) }.to_vec())
+        Ok(unsafe { std::slice::from_raw_parts(source.as_ptr(), bytes.end) }[bytes.start..].to_vec())
     }
 
     fn copy(&self, call: Checked<CopyTo<'_>>) -> Result<()> {
@@ -173,8 +176,14 @@ impl Backend for Cpu {
             return Ok(());
         }
         let Reduction { program, kind, inputs, scalars, outputs } = *call;
+        let (inputs, outputs) = (views(inputs)?, views(outputs)?);
         // SAFETY: the call is checked.
-        unsafe { pointwise::reduce(program, kind, &views(inputs)?, scalars, &views(outputs)?, isa()) };
+        unsafe {
+            let own = kind == Reduce::Sum && programs::is_square(program);
+            if !(own && square_sum::square_sum(isa(), &inputs[0], &outputs[0])) {
+                pointwise::reduce(program, kind, &inputs, scalars, &outputs, isa());
+            }
+        }
         Ok(())
     }
 

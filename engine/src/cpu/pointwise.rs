@@ -197,7 +197,7 @@ unsafe fn reduce_in<A: Arithmetic>(
 }
 
 /// Writes one number in a view's dtype.
-unsafe fn write(view: &View<'_>, offset: usize, value: f64) {
+pub(super) unsafe fn write(view: &View<'_>, offset: usize, value: f64) {
     let to = view.ptr.wrapping_add(offset * view.dtype.size());
     // SAFETY: the caller's promise: the element is writable.
     unsafe {

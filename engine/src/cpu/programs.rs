@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use super::isa::Isa;
 use super::{View, adamw};
-use crate::expr::Program;
+use crate::expr::{Function, Program};
 use crate::optim::{AdamW, functions};
 
 /// Runs a program on inputs, scalars and outputs; `false`, and nothing is done, where it does not take such views.
@@ -22,6 +22,12 @@ static KERNELS: LazyLock<Vec<(u64, Kernel)>> = LazyLock::new(|| {
 /// The kernel of a program.
 pub(super) fn kernel(program: &Program) -> Option<Kernel> {
     KERNELS.iter().find(|(id, _)| *id == program.id()).map(|(_, kernel)| *kernel)
+}
+
+/// Whether a program is the square of one number.
+pub(super) fn is_square(program: &Program) -> bool {
+    static SQUARE: LazyLock<u64> = LazyLock::new(|| Program::of(&Function::build(|[x]| [x.square()])).id());
+    program.id() == *SQUARE
 }
 
 #[cfg(test)]

@@ -179,7 +179,7 @@ impl Ranks {
             if let Some(bucket) = buckets.last_mut() {
                 let part = self.owner(param).unwrap_or(0);
                 bucket.members.push(Member { param, part, start: bucket.lens[part] });
-                bucket.lens[part] += param.numel() + 1;
+                bucket.lens[part] += param.numel();
             }
         }
         buckets.iter_mut().for_each(Bucket::settle);
@@ -348,7 +348,7 @@ impl Ranks {
 }
 
 /// Parameters whose values or gradients travel together: side by side in one tensor, in as many equal parts as there are ranks where
-/// each parameter is one's. Behind each of them is an element that tells whether there is a gradient.
+/// each parameter is one's. A part begins with an element for each of its parameters that tells whether there is a gradient.
 #[derive(Debug)]
 pub(super) struct Bucket<'a> {
     pub members: Vec<Member<'a>>,
@@ -371,8 +371,11 @@ pub(super) struct Member<'a> {
 }
 
 impl Bucket<'_> {
-    /// Makes one part of what one rank has.
+    /// Puts the flags in front, and makes one part of what one rank has.
     fn settle(&mut self) {
+        let flags: Vec<usize> = (0..self.lens.len()).map(|part| self.flags(part)).collect();
+        self.lens.iter_mut().zip(&flags).for_each(|(len, flags)| *len += flags);
+        self.members.iter_mut().for_each(|member| member.start += flags[member.part]);
         let Some(first) = self.members.first().map(|member| member.part).filter(|_| self.shared_out) else { return };
         if self.members.iter().all(|member| member.part == first) {
             self.owner = Some(first);
@@ -395,9 +398,33 @@ impl Bucket<'_> {
         member.value(&buffer.run_of(member.part * self.part_len(), &[self.part_len()]))
     }
 
-    /// Where it says whether there is a gradient of a member.
-    pub fn flag(&self, buffer: &Tensor, member: &Member<'_>) -> Tensor {
-        member.flag(&buffer.run_of(member.part * self.part_len(), &[self.part_len()]))
+    /// Members of a part.
+    fn flags(&self, part: usize) -> usize {
+        self.members.iter().filter(|member| member.part == part).count()
+    }
+
+    /// Says which members have a gradient.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn flag(&self, buffer: &Tensor, came: &[bool]) -> Result<()> {
+        for part in 0..self.lens.len() {
+            let members = self.members.iter().zip(came).filter(|(member, _)| member.part == part);
+            let flags: Vec<f32> = members.map(|(_, came)| f32::from(u8::from(*came))).collect();
+            let (start, size) = (part * self.part_len(), [flags.len()]);
+            let flags = Tensor::from_vec(flags, &size, buffer.device())?.to_dtype(self.dtype)?;
+            buffer.run_of(start, &size).copy_from(&flags)?;
+        }
+        Ok(())
+    }
+
+    /// Which members of a part have a gradient, in their order, by the part's sums.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn flagged(&self, sums: &Tensor, part: usize) -> Result<Vec<bool>> {
+        let flags = sums.run_of(0, &[self.flags(part)]).to_vec::<f64>()?;
+        Ok(flags.into_iter().map(|flag| flag > 0.0).collect())
     }
 }
 
@@ -405,10 +432,5 @@ impl Member<'_> {
     /// Where it lies in its part.
     pub fn value(&self, part: &Tensor) -> Tensor {
         part.run_of(self.start, self.param.dims())
-    }
-
-    /// Whether there is a gradient of it: more than 0 where there is.
-    pub fn flag(&self, part: &Tensor) -> Tensor {
-        part.run_of(self.start + self.param.numel(), &[1])
     }
 }

@@ -68,12 +68,10 @@ impl<'a, S: StepSink> Reduce<'a, S> {
         let b = self.left;
         let buffer = self.buffer(b)?;
         let (bucket, state) = (&self.buckets[b], &mut self.state[b]);
-        for (member, came) in bucket.members.iter().zip(&state.came) {
-            let (flag, device) = (bucket.flag(&buffer, member), buffer.device());
-            flag.copy_from(&Tensor::full(&[1], f64::from(u8::from(*came)), bucket.dtype, device)?)?;
-            if !came {
-                bucket.view(&buffer, member).copy_from(&Tensor::zeros(member.param.dims(), bucket.dtype, device)?)?;
-            }
+        bucket.flag(&buffer, &state.came)?;
+        for (member, _) in bucket.members.iter().zip(&state.came).filter(|(_, came)| !**came) {
+            let zeros = Tensor::zeros(member.param.dims(), bucket.dtype, buffer.device())?;
+            bucket.view(&buffer, member).copy_from(&zeros)?;
         }
         state.buffer = None;
         state.sums = Some(self.ranks.sum(bucket, buffer)?);
@@ -87,12 +85,12 @@ impl<'a, S: StepSink> Reduce<'a, S> {
         self.handed_on += 1;
         let Some((sums, work)) = state.sums else { return Ok(()) };
         work.wait()?;
-        for (member, came) in bucket.members.iter().zip(state.came) {
-            if !self.ranks.updates(member.param) {
-                continue;
-            }
-            let has_data = sums.device().backend().has_data();
-            let reached = if has_data { member.flag(&sums).item()? > 0.0 } else { came };
+        let members = bucket.members.iter().zip(state.came).filter(|(member, _)| self.ranks.updates(member.param));
+        let (own, came): (Vec<_>, Vec<_>) = members.unzip();
+        let Some(first) = own.first() else { return Ok(()) };
+        let has_data = sums.device().backend().has_data();
+        let reached = if has_data { bucket.flagged(&sums, first.part)? } else { came };
+        for (member, reached) in own.into_iter().zip(reached) {
             if let Some(var) = member.param.var().filter(|_| reached) {
                 self.next.gradient(var, member.value(&sums))?;
             }

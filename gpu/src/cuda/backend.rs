@@ -1,5 +1,6 @@
 //! The engine's backend on an NVIDIA GPU.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -214,27 +215,27 @@ impl Backend for Cuda {
         self.0.staging.upload(*target.0.block(), bytes).map_err(|failure| self.0.gpu.failed("upload", failure))
     }
 
-    fn download(&self, source: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
+    fn download(&self, source: &dyn Buffer, bytes: Range<usize>) -> Result<Vec<u8>> {
         let source = buffer(&self.0.gpu, source)?;
-        check_size("download", source, bytes)?;
+        check_size("download", source, bytes.end)?;
         self.0.reads.fetch_add(1, Ordering::Relaxed);
-        let (mut out, mut fault) = (vec![0; bytes], [0; 4]);
-        download(&self.0.gpu, *source.0.block(), &mut out)
+        let (mut out, mut fault) = (vec![0; bytes.len()], [0; 4]);
+        download(&self.0.gpu, *source.0.block() + bytes.start as u64, &mut out)
             .and_then(|()| download(&self.0.gpu, self.fault(), &mut fault))
             .map_err(|failure| self.0.gpu.failed("download", failure))?;
         self.check_fault(u32::from_le_bytes(fault))?;
         Ok(out)
     }
 
-    fn read_later(&self, source: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
-        if bytes > SLOT {
+    fn read_later(&self, source: &dyn Buffer, bytes: Range<usize>) -> Result<Box<dyn Pending>> {
+        if bytes.len() > SLOT {
             return Ok(Box::new(self.download(source, bytes)?));
         }
         let source = buffer(&self.0.gpu, source)?;
-        check_size("download", source, bytes)?;
-        let slot = self.0.reader.enqueue(*source.0.block(), bytes, self.fault());
+        check_size("download", source, bytes.end)?;
+        let slot = self.0.reader.enqueue(*source.0.block() + bytes.start as u64, bytes.len(), self.fault());
         let slot = slot.map_err(|failure| self.0.gpu.failed("download", failure))?;
-        Ok(Box::new(Reading { cuda: self.clone(), slot: Some(slot), bytes }))
+        Ok(Box::new(Reading { cuda: self.clone(), slot: Some(slot), bytes: bytes.len() }))
     }
 
     fn copy(&self, call: Checked<CopyTo<'_>>) -> Result<()> {

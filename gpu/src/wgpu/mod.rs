@@ -28,6 +28,7 @@ mod tuning;
 mod view;
 mod wgsl;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use flowtape_engine::backend::call::{
@@ -150,14 +151,14 @@ impl Backend for Wgpu {
         self.gpu.upload(block, bytes)
     }
 
-    fn download(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Vec<u8>> {
+    fn download(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Vec<u8>> {
         self.read_later(buffer, bytes)?.wait()
     }
 
-    fn read_later(&self, buffer: &dyn Buffer, bytes: usize) -> Result<Box<dyn Pending>> {
+    fn read_later(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> Result<Box<dyn Pending>> {
         let block = self.block(buffer)?;
-        if bytes as u64 > block.buffer.size() {
-            return Err(Error::argument("download", format!("at most {} bytes", block.buffer.size()), bytes));
+        if bytes.end as u64 > block.buffer.size() {
+            return Err(Error::argument("download", format!("at most {} bytes", block.buffer.size()), bytes.end));
         }
         Ok(Box::new(self.gpu.read_later(block, bytes)?))
     }

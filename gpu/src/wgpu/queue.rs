@@ -483,7 +483,7 @@ mod tests {
         let gpu = Arc::new(gpu);
         let memory = gpu.alloc(64)?;
         gpu.upload(memory.block(), &[1; 64])?;
-        let read = || Box::new(gpu.read_later(memory.block(), 4)?).wait();
+        let read = || Box::new(gpu.read_later(memory.block(), 0..4)?).wait();
         assert_eq!(read()?, [1; 4]);
         gpu.destroy();
         assert!(matches!(read(), Err(Error::DeviceFailed { .. } | Error::OutOfMemory { .. })));

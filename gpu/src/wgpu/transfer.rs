@@ -1,5 +1,6 @@
 //! Bytes to the device and back.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
@@ -61,10 +62,13 @@ impl Gpu {
         })
     }
 
-    /// Copies the start of a block to the host, after all commands so far.
-    pub(super) fn read_later(self: &Arc<Self>, block: &Block, bytes: usize) -> Result<Read> {
+    /// Copies bytes of a block to the host, after all commands so far.
+    pub(super) fn read_later(self: &Arc<Self>, block: &Block, bytes: Range<usize>) -> Result<Read> {
         self.check()?;
-        let size = (bytes.max(1) as u64).next_multiple_of(4);
+        // Copies begin and end at words.
+        let start = bytes.start / 4 * 4;
+        let size = ((bytes.end - start).max(1) as u64).next_multiple_of(4);
+        let bytes = bytes.start - start..bytes.end - start;
         let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
         let staging = self.device.create_buffer(&BufferDescriptor {
             label: Some("download"),
@@ -73,13 +77,17 @@ impl Gpu {
             mapped_at_creation: false,
         });
         if let Some(error) = pollster::block_on(memory.pop()) {
-            return Err(Error::OutOfMemory { device: self.name.clone(), bytes, reason: error.to_string() });
+            return Err(Error::OutOfMemory {
+                device: self.name.clone(),
+                bytes: size as usize,
+                reason: error.to_string(),
+            });
         }
         let submitted = Arc::new(OnceLock::new());
         let mut batch = lock(&self.batch);
         drop(batch.pass.take());
         let encoder = batch.encoder.get_or_insert_with(|| self.encoder());
-        encoder.copy_buffer_to_buffer(&block.buffer, 0, &staging, 0, size);
+        encoder.copy_buffer_to_buffer(&block.buffer, start as u64, &staging, 0, size);
         encoder.copy_buffer_to_buffer(&self.fault.block().buffer, 0, &staging, size, 4);
         batch.reads.push(submitted.clone());
         Ok(Read { gpu: self.clone(), staging, bytes, submitted })
@@ -91,7 +99,8 @@ impl Gpu {
 pub(super) struct Read {
     gpu: Arc<Gpu>,
     staging: ::wgpu::Buffer,
-    bytes: usize,
+    /// Which of the bytes in it.
+    bytes: Range<usize>,
     /// The submission that copies them, once it is made.
     submitted: Arc<OnceLock<SubmissionIndex>>,
 }
@@ -118,6 +127,6 @@ impl Pending for Read {
             gpu.upload(gpu.fault.block(), &[0; 4])?;
             return Err(Error::argument("gather or scatter_add", "indices of rows that there are", fault - 1));
         }
-        Ok(values[..bytes].to_vec())
+        Ok(values[bytes].to_vec())
     }
 }

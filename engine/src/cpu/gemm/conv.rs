@@ -6,10 +6,12 @@
 //! on the sizes alone.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::kernel::{Tile, kernels};
 use super::pack::Narrow;
 use super::scratch::Scratch;
+use super::winograd;
 use super::{KC, Kernels, Matrix, View, store, widened, with_narrow};
 use crate::DType;
 use crate::cpu::isa::{Isa, Work, dispatch};
@@ -20,18 +22,22 @@ use crate::ops::ConvAxis;
 const PLACES: usize = 96;
 /// Places of the result that a task makes in all: enough to read the weights seldom, and few enough for the caches.
 const TASK: usize = 256;
+/// Channels and results from which transforms pay.
+const ENOUGH: usize = 16;
+/// Channels of a cut, where they are transformed: their sums are seldom read again.
+const DEEP: usize = 512;
 
 /// One axis of space.
-struct Axis {
+pub(super) struct Axis {
     /// Places of the result.
     out: usize,
-    kernel: usize,
+    pub kernel: usize,
     stride: usize,
     dilation: usize,
     /// Where each place of the padded axis comes from.
     sources: Vec<Option<usize>>,
     /// Steps in x, in the weight and in the result.
-    steps: [usize; 3],
+    pub steps: [usize; 3],
 }
 
 impl Axis {
@@ -47,31 +53,38 @@ impl Axis {
 
     /// Where the value comes from that tap `tap` of place `at` meets.
     fn source(&self, at: usize, tap: usize) -> Option<usize> {
-        self.sources[at * self.stride + tap * self.dilation]
+        self.at(at * self.stride + tap * self.dilation)
+    }
+
+    /// Where a place of the padded axis comes from; past its end there are zeros.
+    fn at(&self, place: usize) -> Option<usize> {
+        self.sources.get(place).copied().flatten()
     }
 }
 
 /// A convolution, laid out for the kernels.
-struct Conv<'a> {
-    isa: Isa,
-    set: &'static Kernels,
+pub(super) struct Conv<'a> {
+    pub isa: Isa,
+    pub set: &'static Kernels,
     x: View<'a>,
-    weight: View<'a>,
-    bias: Option<Scratch>,
-    y: View<'a>,
+    pub weight: View<'a>,
+    pub bias: Option<Scratch>,
+    pub y: View<'a>,
     /// Frames, rows, places.
-    axes: [Axis; 3],
+    pub axes: [Axis; 3],
     groups: usize,
     /// Channels and results of a group.
-    channels: usize,
-    outputs: usize,
+    pub channels: usize,
+    pub outputs: usize,
     /// Elements of a word of k: 1, or 2 where words are pairs.
     per: usize,
     /// Channels of a cut, a multiple of `per`.
-    cut: usize,
+    pub cut: usize,
     /// Taps of a row of the kernel that are one run of k.
     run: usize,
-    /// Floats of the packed weights of a row of the kernel in a whole cut.
+    /// Whether rows and places go by transforms ([`winograd`]).
+    transformed: bool,
+    /// Floats of the packed weights of a row of the kernel in a whole cut, or of a number of its transform.
     block: usize,
 }
 
@@ -102,11 +115,16 @@ pub(in crate::cpu) unsafe fn convolution(
     let set = kernels(isa, x.dtype == DType::BF16);
     let per = if set.pairs { 2 } else { 1 };
     let (channels, outputs) = (x.dims[1] / groups, y.dims[1] / groups);
-    let columns = &walks[2];
+    let [_, rows, columns] = &walks;
+    let transformed = !set.pairs
+        && [rows, columns].iter().all(|axis| (axis.kernel, axis.stride, axis.dilation) == (3, 1, 1))
+        && channels.min(outputs) >= ENOUGH
+        && rows.out * columns.out >= TASK;
     let run = if columns.dilation == 1 { columns.kernel } else { 1 };
-    let pieces = channels.div_ceil((KC * per / run).max(16)).max(1);
+    let most = if transformed { DEEP } else { (KC * per / run).max(16) };
+    let pieces = channels.div_ceil(most).max(1);
     let cut = channels.div_ceil(pieces).next_multiple_of(per).max(per);
-    let block = outputs.next_multiple_of(set.nr) * columns.kernel * cut / per;
+    let block = outputs.next_multiple_of(set.nr) * if transformed { 1 } else { columns.kernel } * cut / per;
     // SAFETY: as many elements of the bias as results exist.
     let bias = bias.map(|bias| unsafe {
         widened(isa, Matrix { ptr: bias.ptr, dtype: bias.dtype, rows: 0, cols: bias.strides[0] }, 1, y.dims[1])
@@ -125,6 +143,7 @@ pub(in crate::cpu) unsafe fn convolution(
         per,
         cut,
         run,
+        transformed,
         block,
     };
     // SAFETY: the caller's promise.
@@ -135,13 +154,13 @@ pub(in crate::cpu) unsafe fn convolution(
 unsafe impl Sync for Conv<'_> {}
 
 /// Some results: of a sample and a group, a frame, some rows and places of it, and some columns.
-struct Part {
+pub(super) struct Part {
     sample: usize,
-    group: usize,
+    pub group: usize,
     frame: usize,
-    rows: std::ops::Range<usize>,
-    places: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
+    pub rows: Range<usize>,
+    pub places: Range<usize>,
+    pub columns: Range<usize>,
 }
 
 impl Conv<'_> {
@@ -149,10 +168,21 @@ impl Conv<'_> {
         self.channels.div_ceil(self.cut).max(1)
     }
 
-    /// Packed weights of a group: by cut, frame of the kernel and row of the kernel.
-    fn packed_at(&self, group: usize, cut: usize, frame: usize, row: usize) -> usize {
+    /// Packed weights of a group: by cut, frame of the kernel and row of the kernel, or number of its transform.
+    pub fn packed_at(&self, group: usize, cut: usize, frame: usize, row: usize) -> usize {
         let [frames, rows, _] = &self.axes;
-        (((group * self.cuts() + cut) * frames.kernel + frame) * rows.kernel + row) * self.block
+        let lines = if self.transformed { winograd::NUMBERS } else { rows.kernel };
+        (((group * self.cuts() + cut) * frames.kernel + frame) * lines + row) * self.block
+    }
+
+    /// The frames of the kernel that meet anything but zeros, or one where none does.
+    pub fn seen(&self, part: &Part) -> Vec<usize> {
+        let frames = &self.axes[0];
+        let mut seen: Vec<usize> = (0..frames.kernel).filter(|tap| frames.source(part.frame, *tap).is_some()).collect();
+        if seen.is_empty() {
+            seen.push(0);
+        }
+        seen
     }
 
     /// Safety: as for [`convolution`].
@@ -165,12 +195,19 @@ impl Conv<'_> {
         spread(self.groups * panels, |task| {
             // SAFETY: the caller's promise; each task writes panels of its own.
             with_narrow!(self.weight.dtype, T => unsafe {
-                self.pack_weights::<T>(task / panels, task % panels, weights as *mut f32);
+                let pack = if self.transformed { Self::pack_transforms::<T> } else { Self::pack_weights::<T> };
+                pack(self, task / panels, task % panels, weights as *mut f32);
             });
         });
-        let wide = columns.out.div_ceil(columns.out.div_ceil(PLACES)).next_multiple_of(mr).min(columns.out);
-        let high = (TASK / wide).clamp(1, rows.out);
-        let high = rows.out.div_ceil(rows.out.div_ceil(high));
+        // The unit of places, and of rows.
+        let (widest, most, unit, side) = if self.transformed {
+            (PLACES / 2, 4 * winograd::TILES, winograd::SIDE, winograd::SIDE)
+        } else {
+            (PLACES, TASK, mr, 1)
+        };
+        let wide = columns.out.div_ceil(columns.out.div_ceil(widest)).next_multiple_of(unit).min(columns.out);
+        let high = (most / wide / side * side).clamp(1, rows.out);
+        let high = rows.out.div_ceil(rows.out.div_ceil(high)).next_multiple_of(side);
         let (down, right) = (rows.out.div_ceil(high), columns.out.div_ceil(wide));
         let whole = batch * self.groups * frames.out * down * right;
         // Few tasks are cut by columns too.
@@ -191,7 +228,13 @@ impl Conv<'_> {
                 columns: part * some..self.outputs.min((part + 1) * some),
             };
             // SAFETY: the caller's promise; tasks write parts of the result that do not overlap.
-            unsafe { self.part(&part, weights as *const f32) };
+            unsafe {
+                if self.transformed {
+                    self.transformed_part(&part, weights as *const f32);
+                } else {
+                    self.part(&part, weights as *const f32);
+                }
+            }
         };
         spread(whole * parts, work);
     }
@@ -236,14 +279,10 @@ impl Conv<'_> {
 
     /// Safety: as for [`convolution`]; nobody else writes the part.
     unsafe fn part(&self, part: &Part, weights: *const f32) {
-        let (mr, nr, [frames, rows, columns]) = (self.set.mr, self.set.nr, &self.axes);
+        let (mr, nr, [_, rows, columns]) = (self.set.mr, self.set.nr, &self.axes);
         let (high, wide, results) = (part.rows.len(), part.places.len(), part.columns.len());
         let (panel_rows, panel_wide) = (rows.reach(high), columns.reach(wide));
-        // A frame of the kernel that meets nothing but zeros is passed over, unless all do.
-        let mut seen: Vec<usize> = (0..frames.kernel).filter(|tap| frames.source(part.frame, *tap).is_some()).collect();
-        if seen.is_empty() {
-            seen.push(0);
-        }
+        let seen = self.seen(part);
         let panel = Scratch::take(seen.len() * panel_rows * panel_wide * self.cut / self.per);
         let target = self.target(part);
         let direct = self.y.dtype == DType::F32 && self.y.strides[1] == 1;
@@ -255,14 +294,7 @@ impl Conv<'_> {
             let words = channels.div_ceil(self.per);
             for (i, tap) in seen.iter().enumerate() {
                 let to = panel.ptr().wrapping_add(i * panel_rows * panel_wide * words);
-                let frame = frames.source(part.frame, *tap);
-                let see = See { conv: self, part, frame, channels: first..first + channels, words };
-                with_narrow!(self.x.dtype, T => match self.per {
-                    1 => dispatch(self.isa, Gather::<T, f32, _> { see, to, convert: T::widen, types: PhantomData }),
-                    _ => dispatch(self.isa, Gather::<T, half::bf16, _> {
-                        see, to: to.cast(), convert: |x: T| half::bf16::round(x.widen()), types: PhantomData,
-                    }),
-                });
+                self.gather(part, *tap, first..first + channels, [panel_rows, panel_wide], to);
             }
             let runs = columns.kernel / self.run;
             for (i, tap, row) in
@@ -327,8 +359,20 @@ impl Conv<'_> {
         }
     }
 
+    /// Copies what a part sees to a panel of some rows and places, as they meet a frame of the kernel: channels innermost, in words.
+    pub fn gather(&self, part: &Part, tap: usize, channels: Range<usize>, size: [usize; 2], to: *mut f32) {
+        let frame = self.axes[0].source(part.frame, tap);
+        let see = See { conv: self, part, frame, size, words: channels.len().div_ceil(self.per), channels };
+        with_narrow!(self.x.dtype, T => match self.per {
+            1 => dispatch(self.isa, Gather::<T, f32, _> { see, to, convert: T::widen, types: PhantomData }),
+            _ => dispatch(self.isa, Gather::<T, half::bf16, _> {
+                see, to: to.cast(), convert: |x: T| half::bf16::round(x.widen()), types: PhantomData,
+            }),
+        });
+    }
+
     /// The part's results: places by columns, of its first row.
-    fn target(&self, part: &Part) -> Matrix {
+    pub fn target(&self, part: &Part) -> Matrix {
         let (steps, [frames, rows, columns]) = (self.y.strides, &self.axes);
         let start = part.sample * steps[0]
             + (part.group * self.outputs + part.columns.start) * steps[1]
@@ -345,7 +389,9 @@ struct See<'a> {
     part: &'a Part,
     /// The frame of x, or nothing for zeros.
     frame: Option<usize>,
-    channels: std::ops::Range<usize>,
+    channels: Range<usize>,
+    /// Rows and places; those past the padded axes are zeros.
+    size: [usize; 2],
     /// Words of a place in the panel.
     words: usize,
 }
@@ -361,20 +407,19 @@ struct Gather<'a, T, U, F> {
 impl<T: Narrow, U: Copy + Default, F: Fn(T) -> U> Work for Gather<'_, T, U, F> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let See { conv, part, frame, channels, words } = self.see;
+        let See { conv, part, frame, channels, size: [high, wide], words } = self.see;
         let [frames, rows, columns] = &conv.axes;
-        let (high, wide) = (rows.reach(part.rows.len()), columns.reach(part.places.len()));
         let (top, left) = (part.rows.start * rows.stride, part.places.start * columns.stride);
         let (count, padded, step) = (channels.len(), words * conv.per, conv.x.strides[1]);
         let start = part.sample * conv.x.strides[0] + (part.group * conv.channels + channels.start) * step;
         for y in 0..high {
-            let line = frame.zip(rows.sources[top + y]);
+            let line = frame.zip(rows.at(top + y));
             let line = line.map(|(frame, row)| start + frame * frames.steps[0] + row * rows.steps[0]);
             for x in 0..wide {
                 // SAFETY: the panel has this place; x has the sources' places and a group's channels.
                 unsafe {
                     let to = std::slice::from_raw_parts_mut(self.to.add((y * wide + x) * padded), padded);
-                    let Some((line, place)) = line.zip(columns.sources[left + x]) else {
+                    let Some((line, place)) = line.zip(columns.at(left + x)) else {
                         to.fill(U::default());
                         continue;
                     };

@@ -8,6 +8,7 @@ mod kernel;
 mod pack;
 pub(super) mod scratch;
 mod streamed;
+mod winograd;
 
 pub(super) use self::conv::convolution;
 #[cfg(target_arch = "aarch64")]

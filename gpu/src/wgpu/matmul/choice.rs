@@ -89,7 +89,7 @@ pub(super) fn agrees(gpu: &Arc<Gpu>, kernel: Kernel, dtype: DType) -> Result<boo
         let product = Product { a: &a, b: &b, bias: None, accumulate: false, out: &out };
         let result = |kernel| {
             product.launch(gpu, kernel)?;
-            Box::new(gpu.read_later(&out.block, 4 * m * n)?).wait()
+            Box::new(gpu.read_later(&out.block, 0..4 * m * n)?).wait()
         };
         if result(kernel)? != result(Kernel::Tiles(TILES[0]))? {
             return Ok(false);

@@ -78,7 +78,7 @@ impl Case {
         let bias = View::plain(memory[3].block(), DType::F32, &[n]);
         let bias = self.bias.then_some(&bias);
         Product { a: &a, b: &b, bias, accumulate: self.accumulate, out: &out }.launch(gpu, kernel)?;
-        let bytes = Box::new(gpu.read_later(memory[2].block(), out_bytes.len())?).wait()?;
+        let bytes = Box::new(gpu.read_later(memory[2].block(), 0..out_bytes.len())?).wait()?;
 
         let value = |i: usize| match dout {
             DType::BF16 => half::bf16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f64(),

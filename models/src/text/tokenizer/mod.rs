@@ -2,6 +2,8 @@
 
 mod bytes;
 mod convert;
+#[cfg_attr(not(feature = "tokenizers"), path = "no_pieces.rs")]
+mod pieces;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,10 +12,10 @@ use flowtape_engine::Error as EngineError;
 use flowtape_engine::files::exists;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
-use tokenizers::{Encoding, PostProcessor, TruncationDirection};
 
 use crate::Result;
 use bytes::ByteTokenizer;
+use pieces::Pieces;
 
 /// On which side of a short text padding stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
@@ -46,7 +48,7 @@ pub struct Tokenizer {
 #[derive(Debug)]
 enum Kind {
     /// What a `tokenizer.json` describes.
-    Pieces(Box<tokenizers::Tokenizer>),
+    Pieces(Pieces),
     Bytes(ByteTokenizer),
 }
 
@@ -166,13 +168,9 @@ impl Tokenizer {
             let what = "no tokenizer: expected tokenizer.json, vocab.json with merges.txt, or spiece.model";
             return Err(format_error(folder, what).into());
         };
-        let tokenizer = tokenizers::Tokenizer::from_bytes(&described);
-        let mut tokenizer = tokenizer.map_err(|e| format_error(folder, format!("its tokenizer does not load: {e}")))?;
-        // A file keeps how it was last asked to cut and pad, which says nothing of the next text.
-        let uncut = tokenizer.with_truncation(None);
-        uncut.map_err(|e| format_error(folder, e))?.with_padding(None);
-        let pad = config.pad_token.as_ref().and_then(|token| tokenizer.token_to_id(&token.content));
-        Ok(Self { kind: Kind::Pieces(Box::new(tokenizer)), config, pad, folder: folder.into() })
+        let pieces = Pieces::read(&described).map_err(|what| format_error(folder, what))?;
+        let pad = config.pad_token.as_ref().and_then(|token| pieces.id(&token.content));
+        Ok(Self { kind: Kind::Pieces(pieces), config, pad, folder: folder.into() })
     }
 
     /// The longest text that its model takes, in tokens with the special ones, where there is a limit.
@@ -188,7 +186,7 @@ impl Tokenizer {
     /// The number of a token, if there is one of that text.
     pub fn id(&self, token: &str) -> Option<u32> {
         match &self.kind {
-            Kind::Pieces(tokenizer) => tokenizer.token_to_id(token),
+            Kind::Pieces(pieces) => pieces.id(token),
             Kind::Bytes(bytes) => bytes.id(token),
         }
     }
@@ -205,10 +203,7 @@ impl Tokenizer {
     /// When the tokenizer fails.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         match &self.kind {
-            Kind::Pieces(tokenizer) => {
-                let encoded = tokenizer.encode(text, special).map_err(|e| self.failed(text, &*e))?;
-                Ok(encoded.get_ids().to_vec())
-            }
+            Kind::Pieces(pieces) => Ok(pieces.encode(text, special).map_err(|what| self.failed(text, &what))?),
             Kind::Bytes(bytes) => Ok(bytes.encode(text, special)),
         }
     }
@@ -219,7 +214,7 @@ impl Tokenizer {
     /// When the tokenizer fails, or the text is shorter and there is no token for padding.
     pub fn encode_padded(&self, text: &str, length: usize, side: Padding) -> Result<Tokens> {
         let ids = match &self.kind {
-            Kind::Pieces(tokenizer) => self.cut(tokenizer, text, length)?.get_ids().to_vec(),
+            Kind::Pieces(pieces) => pieces.encode_cut(text, length).map_err(|what| self.failed(text, &what))?,
             Kind::Bytes(bytes) => bytes.encode_cut(text, length),
         };
         self.pad(ids, length, side)
@@ -245,31 +240,21 @@ impl Tokenizer {
         })
     }
 
-    fn cut(&self, tokenizer: &tokenizers::Tokenizer, text: &str, length: usize) -> Result<Encoding> {
-        let cut = || -> tokenizers::Result<Encoding> {
-            let mut encoded = tokenizer.encode(text, false)?;
-            let special = tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(false));
-            encoded.truncate(length.saturating_sub(special), 0, TruncationDirection::Right);
-            tokenizer.post_process(encoded, None, true)
-        };
-        Ok(cut().map_err(|e| self.failed(text, &*e))?)
-    }
-
     /// The text of tokens, without the special ones.
     ///
     /// # Errors
     /// When the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         match &self.kind {
-            Kind::Pieces(tokenizer) => {
-                let text = tokenizer.decode(ids, true).map_err(|e| format_error(&self.folder, e))?;
+            Kind::Pieces(pieces) => {
+                let text = pieces.decode(ids).map_err(|what| format_error(&self.folder, what))?;
                 Ok(convert::clean_up(text, &self.config))
             }
             Kind::Bytes(bytes) => Ok(bytes.decode(ids)),
         }
     }
 
-    fn failed(&self, text: &str, error: &(dyn std::error::Error + Send + Sync)) -> EngineError {
-        format_error(&self.folder, format!("{text:?} can't be tokenised: {error}"))
+    fn failed(&self, text: &str, what: &str) -> EngineError {
+        format_error(&self.folder, format!("{text:?} can't be tokenised: {what}"))
     }
 }
