@@ -1,4 +1,4 @@
-//! What platforms differ in, in one place each: the clock, and how the bytes of a file come to memory.
+//! What platforms differ in, in one place each: the clock, how the bytes of a file come to memory, and the last digit of a sine.
 //!
 //! Threads are those of `cpu::awake`; instruction sets those of the CPU backend.
 
@@ -8,6 +8,13 @@ use std::path::Path;
 
 /// The standard library's clocks, and the page's where a browser is the machine: `std::time::Instant::now` panics there.
 pub use web_time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// Sine and cosine, the same bits on every platform: by those of f64, whose last digits are rounded away. C's libraries differ in the
+/// last digit of one f32 in eighty.
+pub fn sin_cos(x: f32) -> (f32, f32) {
+    let (sin, cos) = f64::from(x).sin_cos();
+    (sin as f32, cos as f32)
+}
 
 /// The bytes of a file: mapped where the system maps files (and the feature `mmap` is on), else read to memory.
 #[derive(Debug)]

@@ -173,3 +173,17 @@ fn integers_are_copied_to_their_last_bit() -> Result<()> {
     assert_eq!(target.to_vec::<u32>()?, [values[0], values[2], values[1], values[3]]);
     Ok(())
 }
+
+/// Where the f32 functions of C's libraries give two answers; the right ones by mpmath.
+#[test]
+fn sines_have_the_nearest_bits() {
+    for (x, sin, cos) in [
+        (0x3ce2_0836, 0x3ce2_00de, 0x3f7f_e70e),
+        (0x3cf8_5de9, 0x3cf8_542b, 0x3f7f_e1e2),
+        (0x3d5b_8921, 0x3d5b_6e39, 0x3f7f_a1e4),
+        (0x3d66_014d, 0x3d65_e25c, 0x3f7f_98b4),
+    ] {
+        let (s, c) = flowtape_engine::platform::sin_cos(f32::from_bits(x));
+        assert_eq!((s.to_bits(), c.to_bits()), (sin, cos), "{x:x}");
+    }
+}

@@ -2,6 +2,8 @@
 
 use std::f32::consts::PI;
 
+use flowtape_engine::platform::sin_cos;
+
 use crate::{Draws, FlowMatchingConfig, Result, SamplingStrategy};
 
 /// The distribution of `u` before the flow shift (of σ itself for [`TimestepSampling::Beta`]).
@@ -82,7 +84,7 @@ fn sigmoid(x: f32) -> f32 {
 
 /// The inverse distribution function of mode sampling, not clamped.
 pub(crate) fn mode(u: f32, scale: f32) -> f32 {
-    1.0 - u - scale * ((PI * u / 2.0).cos().powi(2) - 1.0 + u)
+    1.0 - u - scale * (sin_cos(PI * u / 2.0).1.powi(2) - 1.0 + u)
 }
 
 /// σ, timesteps and how they were drawn: one value per sample.

@@ -3,20 +3,44 @@
 //!     platform goldens FOLDER…            every golden case, a line each; fails where one does
 //!     platform write FILE                 a file of tensors, whose bytes are the same on every machine
 //!     platform read FILE                  fails where such a file, from another machine, holds other values
-//!     platform steps FILE [KEY=VALUE…]    trains the digits, a line each step with loss and gradient norm; the weights go to the file
+//!     platform train FOLDER [KEY=VALUE…]  trains the digits into a run folder, a line each step with loss and gradient norm
 //!     platform sets                       the instruction sets that this machine has, the best last
 #![allow(clippy::print_stdout)] // a program for a terminal
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 
 use flowtape_engine::safetensors::{SafeTensors, save};
 use flowtape_engine::{DType, Device, Philox, Tensor, cpu};
 use flowtape_tests::suite;
-use flowtape_trainer::{Recipe, Trainer};
+use flowtape_trainer::Recipe;
+use flowtape_trainer::hooks::on_step;
 
 type Any<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Debian's libc for WASI is older than what the standard library expects of it: that there are no threads is said as newer ones say it.
+#[cfg(target_os = "wasi")]
+mod without_threads {
+    const ENOSYS: i32 = 52;
+    macro_rules! missing {
+        ($($name:ident($($argument:ty),*))*) => {$(
+            #[unsafe(no_mangle)]
+            extern "C" fn $name($(_: $argument),*) -> i32 {
+                ENOSYS
+            }
+        )*};
+    }
+    missing! {
+        pthread_create(usize, usize, usize, usize)
+        pthread_join(usize, usize)
+        pthread_detach(usize)
+        pthread_attr_init(usize)
+        pthread_attr_destroy(usize)
+        pthread_attr_setstacksize(usize, usize)
+    }
+}
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -25,12 +49,12 @@ fn main() -> ExitCode {
         ["goldens", ref folders @ ..] if !folders.is_empty() => goldens(folders),
         ["write", file] => write(Path::new(file)),
         ["read", file] => read(Path::new(file)),
-        ["steps", file, ref settings @ ..] => steps(Path::new(file), settings),
+        ["train", folder, ref settings @ ..] => train(folder, settings),
         ["sets"] => {
             println!("{}", cpu::instruction_sets().join(" "));
             Ok(())
         }
-        _ => Err("usage: platform goldens FOLDER… | write FILE | read FILE | steps FILE [KEY=VALUE…] | sets".into()),
+        _ => Err("usage: platform goldens FOLDER… | write FILE | read FILE | train FOLDER [KEY=VALUE…] | sets".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -51,7 +75,7 @@ fn goldens(folders: &[&str]) -> Any<()> {
     Ok(suite::report(&folders, |line| println!("{line}"))?)
 }
 
-/// Tensors of each dtype, of random bits that are the same on every machine.
+/// Tensors of each dtype, of random numbers that are the same on every machine, bit for bit.
 fn tensors() -> Any<Vec<(String, Tensor)>> {
     let (cpu, mut random) = (Device::cpu(), Philox::new(7));
     let bits = random.bits(&[5, 7], &cpu)?;
@@ -59,7 +83,9 @@ fn tensors() -> Any<Vec<(String, Tensor)>> {
     let floats = [DType::F32, DType::F64, DType::BF16, DType::F16].map(|dtype| Ok((dtype, uniform.to_dtype(dtype)?)));
     let floats = floats.into_iter().collect::<Any<Vec<_>>>()?;
     let named = floats.into_iter().map(|(dtype, tensor)| (dtype.name().to_owned(), tensor));
-    Ok(named.chain([("u32".to_owned(), bits)]).collect())
+    // As many as show what functions one f32 in a hundred comes out otherwise of.
+    let normal = random.normal(&[64, 256], &cpu)?;
+    Ok(named.chain([("u32".to_owned(), bits), ("normal".to_owned(), normal)]).collect())
 }
 
 fn write(file: &Path) -> Any<()> {
@@ -78,17 +104,18 @@ fn read(file: &Path) -> Any<()> {
 }
 
 /// All digits of each number, so that where they are the same the bits are.
-fn steps(file: &Path, settings: &[&str]) -> Any<()> {
+fn train(folder: &str, settings: &[&str]) -> Any<()> {
     // Within the program, so that it needs no other file.
     let recipe = include_bytes!("../../recipes/digits.yaml");
-    let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_owned()).collect();
-    let mut trainer = Trainer::new(&Recipe::from_yaml(Path::new("digits.yaml"), recipe, &settings)?)?;
-    for _ in 0..trainer.recipe().step_scheduler.max_steps {
-        let record = trainer.step()?;
+    let mut settings: Vec<String> = settings.iter().map(|setting| (*setting).to_owned()).collect();
+    settings.push(format!("run_dir={folder}"));
+    let recipe = Recipe::from_yaml(Path::new("digits.yaml"), recipe, &settings)?;
+    let told = on_step(|record| {
         println!(
             "step {} loss {:?} norm {:?} seconds {:.3}",
             record.step, record.loss, record.grad_norm, record.step_time
         );
-    }
-    Ok(std::fs::write(file, trainer.weights_to_bytes()?)?)
+    });
+    flowtape_trainer::train::train(&recipe, vec![told], &AtomicBool::new(false))?;
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use super::{Activation, Linear, ParamBuilder};
 use crate::expr::Function;
 use crate::ops::pointwise::run_pointwise;
+use crate::platform::sin_cos;
 use crate::{DType, Result, Tensor};
 
 /// Options of diffusers' `get_timestep_embedding`.
@@ -57,7 +58,7 @@ pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Resul
     let mut out = vec![0f32; times_host.len() * options.dim];
     for (row, t) in out.chunks_mut(options.dim.max(1)).zip(&times_host) {
         for (i, frequency) in frequencies.iter().enumerate() {
-            let (sin, cos) = (t * frequency * options.scale).sin_cos();
+            let (sin, cos) = sin_cos(t * frequency * options.scale);
             let (first, second) = if options.flip_sin_to_cos { (cos, sin) } else { (sin, cos) };
             row[i] = first;
             row[half + i] = second;

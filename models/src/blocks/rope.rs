@@ -1,6 +1,7 @@
 //! Tables of rotary position embeddings, made on the host.
 
 use flowtape_engine::ops::{RopeLayout, rope};
+use flowtape_engine::platform::sin_cos;
 use flowtape_engine::{Device, Result, Tensor};
 use flowtape_flowmatch::ModelInputs;
 
@@ -22,7 +23,7 @@ impl RopePrecision {
         match self {
             Self::F32 => {
                 let frequency = 1.0 / (theta as f32).powf(exponent as f32);
-                let (sin, cos) = (position * frequency).sin_cos();
+                let (sin, cos) = sin_cos(position * frequency);
                 (cos, sin)
             }
             Self::F64 => {
@@ -30,7 +31,7 @@ impl RopePrecision {
                 (cos as f32, sin as f32)
             }
             Self::RoundedAngles => {
-                let (sin, cos) = ((f64::from(position) * theta.powf(-exponent)) as f32).sin_cos();
+                let (sin, cos) = sin_cos((f64::from(position) * theta.powf(-exponent)) as f32);
                 (cos, sin)
             }
         }

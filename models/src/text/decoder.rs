@@ -3,6 +3,7 @@
 
 use flowtape_engine::nn::{Activation, Linear, ParamBuilder, Params, RmsNorm};
 use flowtape_engine::ops::{RopeLayout, attention, embedding, pointwise_to};
+use flowtape_engine::platform::sin_cos;
 use flowtape_engine::{DType, Device, Result as EngineResult, Tensor, nn};
 use serde::Deserialize;
 use serde_json::Value;
@@ -321,7 +322,7 @@ impl DecoderModel {
         for position in positions {
             for _ in 0..2 {
                 for (axis, frequency) in &frequencies {
-                    let (s, c) = (position[*axis] * frequency).sin_cos();
+                    let (s, c) = sin_cos(position[*axis] * frequency);
                     cos.push(c);
                     sin.push(s);
                 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use flowtape_engine::nn::{self, Activation, Init, Linear, Param, ParamBuilder, Params, RmsNorm};
 use flowtape_engine::ops::{RopeLayout, attention};
+use flowtape_engine::platform::sin_cos;
 use flowtape_engine::{DType, Device, Result as EngineResult, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
@@ -292,7 +293,7 @@ impl Qwen25VisionTransformer {
             let values: Vec<f32> = angles.iter().map(|angle| function(*angle)).collect();
             by_window(&Tensor::from_vec(values, &[count, 4 * pairs], device)?)
         };
-        Ok(RopeTables { cos: table(f32::cos)?, sin: table(f32::sin)?, layout: RopeLayout::Split })
+        Ok(RopeTables { cos: table(|x| sin_cos(x).1)?, sin: table(|x| sin_cos(x).0)?, layout: RopeLayout::Split })
     }
 }
 
