@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use flowtape_data::Buckets;
+use flowtape_data::media::MissingCaptions;
 use flowtape_data::preprocess::{Preprocessed, Progress};
 use flowtape_engine::cpu::awake;
 use flowtape_trainer::builtin::pictures::FolderConfig;
@@ -35,24 +36,35 @@ pub struct Preprocess {
     #[arg(long, default_value_t = Buckets::QUANTIZATION)]
     quantization: usize,
     /// Frames of films (MP4 with H.264, animated GIF, PNG or WebP, folders of pictures with a caption beside them), evenly from the
-    /// first to the last; without it pictures are made, of the first.
+    /// first to the last; without it pictures are made, of the first. For LTX-2, which makes sound, they are the first ones at 24 a second,
+    /// with the sound of a WAV beside the film.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16_384))]
     frames: Option<u16>,
     /// Give the last frame of a film to the model beside the first: for pipelines of Wan that make films between two frames.
     #[arg(long)]
     last_frame: bool,
+    /// What stands for a caption that is missing: error, empty or filename (the file's name, its underscores as spaces).
+    #[arg(long, value_name = "WAY", default_value = "error", value_parser = missing)]
+    missing_captions: MissingCaptions,
     /// Red,green,blue of what shows through where a picture is transparent, such as 255,255,255.
     #[arg(long, value_delimiter = ',', value_name = "R,G,B", default_value = "255,255,255")]
     background: Vec<u8>,
-    /// Read films of other kinds (HEVC, AV1, WebM, ..) through the `ffmpeg` on the PATH.
+    /// Read films of other kinds (HEVC, AV1, WebM, ..), and the sound of films, through the `ffmpeg` on the PATH.
     #[arg(long)]
     ffmpeg: bool,
+    /// Take films without sound as silent ones, where the pipeline makes films with sound.
+    #[arg(long)]
+    silence: bool,
     /// Threads that read and resize.
     #[arg(long, default_value_t = 2)]
     workers: usize,
     /// Where to encode; see `flowtape devices`.
     #[arg(long, default_value = "cpu")]
     device: String,
+}
+
+fn missing(name: &str) -> Result<MissingCaptions, String> {
+    MissingCaptions::of_name(name).ok_or_else(|| "expected error, empty or filename".to_owned())
 }
 
 /// Encodes, and prints what it came to.
@@ -70,6 +82,8 @@ pub fn run(args: &Preprocess) -> Result<ExitCode> {
         frames: args.frames.map(usize::from),
         last_frame: args.last_frame,
         ffmpeg: args.ffmpeg,
+        silence: args.silence,
+        missing_captions: args.missing_captions,
         background,
     };
     let stop = Stop::listen().context("listening for Ctrl-C")?;

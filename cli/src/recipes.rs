@@ -18,6 +18,7 @@ const RECIPES: &[(&str, &str)] = &[
     ("digits_lora", include_str!("../../recipes/digits_lora.yaml")),
     ("digits_no_sevens", include_str!("../../recipes/digits_no_sevens.yaml")),
     ("emoji", include_str!("../../recipes/emoji.yaml")),
+    ("emoji_all", include_str!("../../recipes/emoji_all.yaml")),
     ("emoji_lora", include_str!("../../recipes/emoji_lora.yaml")),
     ("flux1_finetune", include_str!("../../recipes/flux1_finetune.yaml")),
     ("flux1_lora", include_str!("../../recipes/flux1_lora.yaml")),

@@ -110,6 +110,10 @@ struct OfPipeline {
     /// Sides in pixels of tiles in which pictures are decoded, so that memory is bounded.
     #[arg(long, value_parser = |text: &str| whole(text, 1 << 14))]
     tile: Option<usize>,
+    /// Frames of parts in which films are decoded where they do not pass one after the other anyway (LTX-2: multiples of 16), so that memory
+    /// is bounded.
+    #[arg(long, value_parser = |text: &str| whole(text, 1 << 14))]
+    tile_frames: Option<usize>,
     /// What a pipeline's transformer computes in; a run's is the recipe's.
     #[arg(long)]
     dtype: Option<Dtype>,
@@ -117,11 +121,24 @@ struct OfPipeline {
 
 impl OfPipeline {
     fn asked(&self) -> bool {
-        let Self { negative, images, true_cfg, size, frames, shift, sampler, max_sequence_length, dtype, tile, .. } =
-            self;
+        let Self {
+            negative,
+            images,
+            true_cfg,
+            size,
+            frames,
+            shift,
+            sampler,
+            max_sequence_length,
+            dtype,
+            tile,
+            tile_frames,
+            ..
+        } = self;
         let of_pictures = !images.is_empty() || size.is_some() || frames.is_some() || negative.is_some();
         let of_steps = true_cfg.is_some() || shift.is_some() || sampler.is_some() || max_sequence_length.is_some();
-        of_pictures || of_steps || dtype.is_some() || tile.is_some() || self.sound() != SoundGuidance::default()
+        let of_memory = tile.is_some() || tile_frames.is_some();
+        of_pictures || of_steps || dtype.is_some() || of_memory || self.sound() != SoundGuidance::default()
     }
 
     /// Guidance of films with sound.
@@ -252,6 +269,7 @@ fn of_pipeline(from: &Path, args: &Sample, loras: &[(PathBuf, f64)]) -> Result<E
         allow_unused: args.allow_unused,
         images: &asked.images,
         tile: asked.tile,
+        tile_frames: asked.tile_frames,
         fps: None,
         out: &args.out,
     };

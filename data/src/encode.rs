@@ -6,10 +6,12 @@ use std::sync::{Mutex, PoisonError};
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::Batch;
 use flowtape_models::pipeline::PipelineFolder;
-use flowtape_models::vae::{self, Autoencoder};
+use flowtape_models::vae::{self, Autoencoder, MelSpectrogram};
+use serde_json::Value;
 
-use crate::Result;
 use crate::collate::padded;
+use crate::media::SoundFormat;
+use crate::{Error, Result};
 
 /// Pixels to latents and back: an autoencoder, or nothing at all.
 pub trait LatentCodec: Send + Sync {
@@ -145,6 +147,65 @@ impl LatentCodec for VaeCodec {
     }
 }
 
+/// A pipeline's autoencoder of sound, and the spectrogram in front of it: latents as its transformer hears them, of what is most likely.
+#[derive(Debug)]
+pub struct SoundCodec {
+    vae: Box<dyn Autoencoder>,
+    mel: MelSpectrogram,
+    device: Device,
+}
+
+/// The part that encodes sound.
+const AUDIO_VAE: &str = "audio_vae";
+
+/// The spectrogram in front of an autoencoder of this configuration.
+fn spectrogram(config: &Value) -> MelSpectrogram {
+    let usual = MelSpectrogram::default();
+    let number = |key: &str, usual: usize| config[key].as_u64().map_or(usual, |number| number as usize);
+    MelSpectrogram {
+        sample_rate: number("sample_rate", usual.sample_rate),
+        hop_length: number("mel_hop_length", usual.hop_length),
+        n_mels: number("mel_bins", usual.n_mels),
+        ..usual
+    }
+}
+
+impl SoundCodec {
+    /// Loads the part `audio_vae` onto a device.
+    ///
+    /// # Errors
+    /// When it is missing or broken, or no autoencoder of sound.
+    pub fn load(pipeline: &PipelineFolder, device: &Device) -> Result<Self> {
+        let vae = vae::load(&pipeline.part(AUDIO_VAE)?, Some(DType::F32), device)?;
+        Ok(Self { mel: spectrogram(&vae.config()), vae, device: device.clone() })
+    }
+
+    /// How sound has to be given, which is known without the weights.
+    ///
+    /// # Errors
+    /// When the configuration is missing or broken.
+    pub fn format(pipeline: &PipelineFolder) -> Result<SoundFormat> {
+        let path = pipeline.part(AUDIO_VAE)?;
+        let config = vae::load_config(&path)?;
+        let (mel, channels) = (spectrogram(&config), config["in_channels"].as_u64().unwrap_or(0) as usize);
+        if mel.sample_rate == 0 || mel.hop_length == 0 || mel.n_mels == 0 || !(1..=2).contains(&channels) {
+            let what = "expected an autoencoder of sound: in_channels 1 or 2, and sample_rate, mel_hop_length and mel_bins above 0";
+            return Err(Error::Open { name: path.display().to_string(), what: what.into() });
+        }
+        Ok(SoundFormat { channels, sampling_rate: mel.sample_rate })
+    }
+
+    /// Latents `[C, L, M]` of sound `[channels, samples]`, on its device.
+    ///
+    /// # Errors
+    /// When it is too short, or has other channels.
+    pub fn encode(&self, sound: &Tensor) -> Result<Tensor> {
+        let log_mel = self.mel.log_mel(&sound.to_device(&self.device)?)?;
+        let latents = self.vae.normalise(&self.vae.encode(&log_mel)?.mean)?;
+        Ok(latents.squeeze(0)?.to_device(sound.device())?)
+    }
+}
+
 /// A pipeline's text encoders, for a few prompts: they are loaded when a prompt comes that was not encoded before, and let go
 /// then, since a transformer trains beside them. Embeddings of a dropped caption are zero.
 pub struct PipelineText {
@@ -187,7 +248,7 @@ impl TextEncoder for PipelineText {
         for name in names.collect::<Vec<String>>() {
             let row = |(caption, prompt): (&Option<&str>, &str)| -> Result<Tensor> {
                 let one = known.get(prompt).and_then(|one| one.tensors.get(&name));
-                let one = one.ok_or_else(|| crate::Error::batch("prompt", "one that was encoded", prompt))?;
+                let one = one.ok_or_else(|| Error::batch("prompt", "one that was encoded", prompt))?;
                 Ok(match caption {
                     Some(_) => one.clone(),
                     None => Tensor::zeros(one.dims(), one.dtype(), one.device())?,

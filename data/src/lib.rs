@@ -35,7 +35,7 @@ pub use bucket::{Buckets, Crop, Resolution};
 pub use bucket_sampler::{Bucket, BucketOptions, BucketSampler};
 pub use cache::{CacheHeader, CacheSource, CacheWriter};
 pub use collate::Collator;
-pub use encode::{LatentCodec, PipelineText, PixelCodec, TextEmbeddings, TextEncoder, VaeCodec};
+pub use encode::{LatentCodec, PipelineText, PixelCodec, SoundCodec, TextEmbeddings, TextEncoder, VaeCodec};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use loader::{Loaded, Loader, LoaderOptions};

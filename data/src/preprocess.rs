@@ -7,16 +7,16 @@ use std::sync::mpsc::sync_channel;
 
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::pipeline::{
-    Asked, ConditionImage, PipelineFolder, PromptEncoder, given_frames, reference_latents,
+    Asked, ConditionImage, Pictures, PipelineFolder, PromptEncoder, given_frames, reference_latents,
 };
 use flowtape_models::{Condition, ModelKind};
 use serde_json::Value;
 
 use crate::cache::{CacheHeader, CacheWriter};
-use crate::encode::VaeCodec;
+use crate::encode::{SoundCodec, VaeCodec};
 use crate::media::{
-    ConditionProcessor, Interpolation, Picture, PictureItem, ReadOptions, is_film, read_film, read_picture,
-    resize_and_crop, resize_and_crop_frame,
+    ConditionProcessor, Interpolation, Picture, PictureItem, ReadOptions, SoundFormat, is_film, read_film,
+    read_film_at, read_picture, read_sound, resize_and_crop, resize_and_crop_frame, sound_beside,
 };
 use crate::{Buckets, Error, Fingerprint, LatentCodec, Media, Resolution, Result, Sample, Text, TextEmbeddings};
 
@@ -49,12 +49,15 @@ pub struct Preprocess {
     pub pipeline: PipelineFolder,
     /// Sizes and colours.
     pub pictures: PictureOptions,
-    /// Frames of films, evenly from the first to the last; pictures where there are none.
+    /// Frames of films, evenly from the first to the last, or, where the pipeline makes films with sound, as many a second as those have,
+    /// from the first on; pictures where there are none.
     pub frames: Option<usize>,
     /// Whether the last frame of a film is given to the model beside the first, where the pipeline makes films of given frames.
     pub last_frame: bool,
-    /// Whether films that are not read here go through an `ffmpeg` of this machine.
+    /// Whether films that are not read here, and the sound of films, go through an `ffmpeg` of this machine.
     pub ffmpeg: bool,
+    /// Whether a film without sound is a silent one, where the pipeline makes films with sound; else it is an error.
+    pub silence: bool,
     /// Threads that read and resize.
     pub workers: usize,
 }
@@ -92,6 +95,8 @@ struct Pixels {
     pixels: Tensor,
     /// Reference images, or given frames.
     images: Vec<ConditionImage>,
+    /// `[channels, samples]`, where the model is trained on sound.
+    sound: Option<Tensor>,
 }
 
 impl Preprocess {
@@ -103,7 +108,8 @@ impl Preprocess {
         // Everything that changes what is made of a file.
         let films = self.frames.map(|frames| format!(" {frames} frames")).unwrap_or_default();
         let last = if self.last_frame { " last frame" } else { "" };
-        let settings = format!("{:?} mean bf16{films}{last}", self.pictures);
+        let sound = self.sound()?.map(|sound| format!(" {} a second with sound", sound.fps)).unwrap_or_default();
+        let settings = format!("{:?} mean bf16{films}{last}{sound}", self.pictures);
         let weights = encoders_of(&self.pipeline)?;
         let header = CacheHeader::new(self.pipeline.class(), weights.and(settings.as_bytes()));
         Ok(CacheHeader { weights: Some(weights), ..header })
@@ -154,15 +160,16 @@ impl Preprocess {
             let mut encode =
                 |group: Vec<(usize, Pixels)>, size: Resolution, keys: &[Option<Fingerprint>]| -> Result<usize> {
                     if encoders.is_none() {
-                        encoders = Some(Encoders::load(&self.pipeline, given.frames, device)?);
+                        encoders = Some(Encoders::load(&self.pipeline, &given, device)?);
                     }
                     let Some(encoders) = &encoders else { return Ok(0) };
                     let captions: Vec<&str> = group.iter().map(|(index, _)| &*items[*index].caption).collect();
                     let pixels: Vec<&Tensor> = group.iter().map(|(_, sample)| &sample.pixels).collect();
                     // Those with pictures are alone.
                     let images = group.first().map_or(&[][..], |(_, sample)| &sample.images);
+                    let sound = group.first().and_then(|(_, sample)| sample.sound.as_ref());
                     let pixels = Tensor::stack(&pixels, 0)?.to_device(device)?;
-                    for ((index, _), sample) in group.iter().zip(encoders.encode(&pixels, &captions, images)?) {
+                    for ((index, _), sample) in group.iter().zip(encoders.encode(&pixels, &captions, images, sound)?) {
                         let (item, Some(key)) = (&items[*index], keys[*index]) else { continue };
                         let sizes: Vec<usize> = self.frames.into_iter().chain([size.height, size.width]).collect();
                         writer.add(key, &item.name, &item.caption, &sizes, sample)?;
@@ -220,15 +227,37 @@ impl Preprocess {
         let kind = self.pipeline.kind()?;
         let asked = Asked { folder: &self.pipeline, config: &Value::Null, guidance_scale: 1.0, images: 1 };
         let model = ModelKind::of_adapter((kind.generation.adapter)(&asked))?;
-        let frames = model.takes(Condition::GivenFrames);
-        if self.last_frame && !frames {
+        let between = model.takes(Condition::GivenFrames);
+        if self.last_frame && !between {
             let what = format!("{} makes no films between two frames: leave --last-frame out", self.pipeline.class());
             return Err(Error::Open { name: self.pipeline.path().display().to_string(), what });
         }
-        let wanted = kind.pictures.is_some() && (frames || model.takes(Condition::ReferenceImages));
-        let processor = wanted.then(|| ConditionProcessor::load(&self.pipeline)).transpose()?;
+        // A first frame that is no more than a latent frame is there already.
+        let wanted = |pictures: &Pictures| match pictures {
+            Pictures::FirstFrame => true,
+            Pictures::Frames => between,
+            Pictures::Seen | Pictures::References => model.takes(Condition::ReferenceImages),
+        };
+        let pictures = kind.pictures.filter(wanted);
+        let processor = pictures.map(|_| ConditionProcessor::load(&self.pipeline)).transpose()?;
         let processor = processor.map(|processor| processor.with_most_pixels(self.pictures.max_pixels));
-        Ok(Given { frames, processor })
+        Ok(Given { pictures, processor, sound: self.sound()? })
+    }
+
+    /// What sound a model of the pipeline is trained on, where it is.
+    fn sound(&self) -> Result<Option<Sound>> {
+        let kind = self.pipeline.kind()?;
+        let asked = Asked { folder: &self.pipeline, config: &Value::Null, guidance_scale: 1.0, images: 0 };
+        if !ModelKind::of_adapter((kind.generation.adapter)(&asked))?.takes(Condition::Audio) {
+            return Ok(None);
+        }
+        let fps = kind.generation.fps;
+        let Some(frames) = self.frames else {
+            let what =
+                format!("{} makes films with sound: say how many --frames are taken of each", self.pipeline.class());
+            return Err(Error::Open { name: self.pipeline.path().display().to_string(), what });
+        };
+        Ok(Some(Sound { fps, seconds: frames as f64 / fps, format: SoundCodec::format(&self.pipeline)? }))
     }
 
     /// Pixels `[3, H, W]` of a picture or `[3, F, H, W]` of a film in its bucket, and the bucket.
@@ -236,15 +265,18 @@ impl Preprocess {
     /// # Errors
     /// When it can't be read.
     pub fn pixels(&self, item: &PictureItem, buckets: &Buckets) -> Result<(Resolution, Tensor)> {
-        let (size, frames) = self.fitted(item, buckets)?;
+        let (size, frames) = self.fitted(item, buckets, self.sound()?.map(|sound| sound.fps))?;
         Ok((size, self.film(&frames)?))
     }
 
     /// The frames of a film, or a picture, in its bucket.
-    fn fitted(&self, item: &PictureItem, buckets: &Buckets) -> Result<(Resolution, Vec<Picture>)> {
+    fn fitted(&self, item: &PictureItem, buckets: &Buckets, fps: Option<f64>) -> Result<(Resolution, Vec<Picture>)> {
         let read = &self.pictures.read;
         let frames = match self.frames {
-            Some(frames) => read_film(&item.path, frames, read, self.ffmpeg)?,
+            Some(frames) => match fps {
+                Some(fps) => read_film_at(&item.path, frames, fps, read, self.ffmpeg)?,
+                None => read_film(&item.path, frames, read, self.ffmpeg)?,
+            },
             // Of a film its first frame.
             None if is_film(&item.path) || item.path.is_dir() => read_film(&item.path, 1, read, self.ffmpeg)?,
             None => vec![read_picture(&item.path, read)?],
@@ -289,38 +321,69 @@ impl Preprocess {
         for reference in references {
             key = key.and(&content(reference)?.bits().to_le_bytes());
         }
+        if given.sound.is_some() {
+            key = match sound_beside(&item.path) {
+                Some(sound) => key.and(&content(&sound)?.bits().to_le_bytes()),
+                None if self.ffmpeg => key.and(b"its own sound"),
+                None => key.and(b"silence"),
+            };
+        }
         if known(key) {
             return Ok(Prepared { key, sample: None });
         }
-        let (size, frames) = self.fitted(item, buckets)?;
+        let sound = given.sound.as_ref().map(|sound| self.heard(item, sound)).transpose()?;
+        let (size, frames) = self.fitted(item, buckets, given.sound.as_ref().map(|sound| sound.fps))?;
         let images = match &given.processor {
             None => Vec::new(),
             Some(processor) => {
                 let last = frames.last().filter(|_| self.last_frame);
-                let pictures: Vec<Picture> = match given.frames {
-                    true => frames.first().into_iter().chain(last).cloned().collect(),
-                    false => {
+                let pictures: Vec<Picture> = match given.references() {
+                    false => frames.first().into_iter().chain(last).cloned().collect(),
+                    true => {
                         references.iter().map(|path| read_picture(path, &self.pictures.read)).collect::<Result<_>>()?
                     }
                 };
                 processor.process_all(&pictures, Some([size.height, size.width]), &Device::cpu())?
             }
         };
-        Ok(Prepared { key, sample: Some(Pixels { size, pixels: self.film(&frames)?, images }) })
+        Ok(Prepared { key, sample: Some(Pixels { size, pixels: self.film(&frames)?, images, sound }) })
+    }
+
+    /// The sound of a film.
+    fn heard(&self, item: &PictureItem, sound: &Sound) -> Result<Tensor> {
+        if let Some(heard) = read_sound(&item.path, sound.seconds, sound.format, self.ffmpeg)? {
+            return Ok(heard);
+        }
+        if !self.silence {
+            let what = "no sound: put a WAV of its name beside it, ask for --ffmpeg, which takes a film's own, or for --silence";
+            return Err(Error::Sample { sample: item.path.display().to_string(), source: what.into() });
+        }
+        let samples = (sound.seconds * sound.format.sampling_rate as f64).round_ties_even() as usize;
+        Ok(Tensor::zeros(&[sound.format.channels, samples], DType::F32, &Device::cpu())?)
     }
 }
 
 /// What a model is given beside a sample.
 struct Given {
-    /// Whether those are frames of the sample itself; else they are its reference images.
-    frames: bool,
     /// None where it is given nothing.
+    pictures: Option<Pictures>,
+    /// Makes them ready.
     processor: Option<ConditionProcessor>,
+    sound: Option<Sound>,
+}
+
+/// Sound that a model is trained on, from a film's beginning on.
+struct Sound {
+    /// Frames of films in a second.
+    fps: f64,
+    seconds: f64,
+    format: SoundFormat,
 }
 
 impl Given {
+    /// Whether those are the sample's reference images, and not frames of the sample itself.
     fn references(&self) -> bool {
-        self.processor.is_some() && !self.frames
+        matches!(self.pictures, Some(Pictures::Seen | Pictures::References))
     }
 }
 
@@ -331,7 +394,7 @@ impl Given {
 pub fn encoders_of(pipeline: &PipelineFolder) -> Result<Fingerprint> {
     let mut fingerprint = Fingerprint::of(pipeline.class().as_bytes());
     let kind = pipeline.kind()?;
-    let optional = ["image_encoder"].into_iter().filter(|part| pipeline.has(part));
+    let optional = ["image_encoder", "audio_vae"].into_iter().filter(|part| pipeline.has(part));
     for part in kind.prompt_parts.iter().copied().chain(["vae"]).chain(optional) {
         fingerprint = fingerprint.and(part.as_bytes()).and_folder(&pipeline.part(part)?)?;
     }
@@ -342,23 +405,34 @@ pub fn encoders_of(pipeline: &PipelineFolder) -> Result<Fingerprint> {
 struct Encoders {
     codec: VaeCodec,
     prompts: Box<dyn PromptEncoder>,
-    /// Whether pictures beside a sample are frames of it.
-    frames: bool,
+    /// What pictures beside a sample are.
+    pictures: Option<Pictures>,
+    sound: Option<SoundCodec>,
 }
 
 impl Encoders {
-    fn load(pipeline: &PipelineFolder, frames: bool, device: &Device) -> Result<Self> {
+    fn load(pipeline: &PipelineFolder, given: &Given, device: &Device) -> Result<Self> {
         let codec = VaeCodec::load(pipeline, device)?;
-        Ok(Self { codec, prompts: pipeline.prompts(device)?, frames })
+        let sound = given.sound.as_ref().map(|_| SoundCodec::load(pipeline, device)).transpose()?;
+        Ok(Self { codec, prompts: pipeline.prompts(device)?, pictures: given.pictures, sound })
     }
 
-    /// A sample for each picture of pixels `[B, 3, H, W]` and its caption, on the host. Pictures beside them are those of all.
-    fn encode(&self, pixels: &Tensor, captions: &[&str], images: &[ConditionImage]) -> Result<Vec<Sample>> {
+    /// A sample for each picture of pixels `[B, 3, H, W]` and its caption, on the host. Pictures and sound beside them are those of all.
+    fn encode(
+        &self,
+        pixels: &Tensor,
+        captions: &[&str],
+        images: &[ConditionImage],
+        sound: Option<&Tensor>,
+    ) -> Result<Vec<Sample>> {
         let latents = self.codec.encode(pixels)?;
         let seen: Vec<ConditionImage> = images.iter().filter(|image| image.seen.is_some()).cloned().collect();
         let texts = self.prompts.encode_with_images(captions, &seen, None)?;
         let host = Device::cpu();
-        let given = self.given(images, pixels)?;
+        let mut given = self.given(images, pixels)?;
+        if let Some((codec, sound)) = self.sound.as_ref().zip(sound) {
+            given.insert("audio_latents".into(), codec.encode(sound)?.contiguous()?);
+        }
         texts
             .iter()
             .enumerate()
@@ -385,10 +459,11 @@ impl Encoders {
         let (vae, device) = (self.codec.autoencoder(), self.codec.device());
         let own =
             |latents: Tensor| -> Result<Tensor> { Ok(latents.squeeze(0)?.to_device(&Device::cpu())?.contiguous()?) };
-        if images.is_empty() {
+        // The latents of a first frame are the film's own.
+        if images.is_empty() || self.pictures == Some(Pictures::FirstFrame) {
             return Ok(BTreeMap::new());
         }
-        if self.frames {
+        if self.pictures == Some(Pictures::Frames) {
             let frames = if pixels.rank() > 4 { pixels.dim(2)? } else { 1 };
             let latents = own(given_frames(vae, images, frames, device)?)?;
             return Ok(BTreeMap::from([("condition_latents".to_owned(), latents)]));

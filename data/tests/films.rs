@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use flowtape_data::media::{
-    FolderOptions, Picture, ReadOptions, evenly, list_pictures, read_film, read_picture, read_png_texts, write_film,
-    write_wav,
+    FolderOptions, Picture, ReadOptions, SoundFormat, evenly, list_pictures, read_film, read_film_at, read_picture,
+    read_png_texts, read_sound, resampled, write_film, write_wav,
 };
 use flowtape_engine::{Device, Tensor};
 use image::Frame;
@@ -184,4 +184,103 @@ fn a_film_has_its_frames_their_time_and_its_texts() {
     assert_eq!(read_png_texts(&path).unwrap(), [("seed".to_owned(), "7".to_owned())]);
     let other = Picture { width: 1, height: 1, rgb: vec![0; 3] };
     assert!(write_film(&path, &[frame(1), other], 16.0, &[]).is_err() && write_film(&path, &[], 16.0, &[]).is_err());
+}
+
+#[test]
+fn frames_of_films_with_sound_keep_their_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("film.png");
+    let frame = |level: u8| Picture { width: 2, height: 3, rgb: vec![level; 18] };
+    let film: Vec<Picture> = (0..9).map(frame).collect();
+    let levels = |path: &Path, frames, fps| {
+        let read = read_film_at(path, frames, fps, &ReadOptions::default(), false);
+        read.map(|frames| frames.iter().map(|frame| frame.rgb[0]).collect::<Vec<u8>>())
+    };
+    // Python's round(i * 12 / 24) and round(i * 30 / 24).
+    for (own, expected) in [(12.0, [0, 0, 1, 2, 2]), (30.0, [0, 1, 2, 4, 5]), (24.0, [0, 1, 2, 3, 4])] {
+        write_film(&path, &film, own, &[]).unwrap();
+        assert_eq!(levels(&path, 5, 24.0).unwrap(), expected, "{own}");
+    }
+    assert_eq!(levels(&path, 9, 24.0).unwrap().len(), 9);
+    let error = told(&levels(&path, 10, 24.0).unwrap_err());
+    assert!(error.contains("film.png") && error.contains("0.38") && error.contains("0.42"), "{error}");
+    // Pictures in a folder have no times: one for each moment.
+    let frames = folder.path().join("frames");
+    std::fs::create_dir(&frames).unwrap();
+    (0..3u8).for_each(|i| write_film(&frames.join(format!("{i}.png")), &[frame(i)], 1.0, &[]).unwrap());
+    assert_eq!(levels(&frames, 3, 24.0).unwrap(), [0, 1, 2]);
+    assert!(told(&levels(&frames, 4, 24.0).unwrap_err()).contains("0.17"));
+    // The clip has 8 frames a second, so every other one.
+    let clip = clips().join("clip.mp4");
+    let every = read_film_at(&clip, 12, 4.0, &ReadOptions::default(), false).unwrap();
+    let all = read_film(&clip, 24, &ReadOptions::default(), false).unwrap();
+    assert!(every.iter().zip(all.iter().step_by(2)).all(|(a, b)| a == b));
+}
+
+/// A wave of one frequency, from the first sample on.
+fn tone(hertz: f64, rate: usize, samples: usize) -> Vec<f32> {
+    let turn = 2.0 * std::f64::consts::PI * hertz / rate as f64;
+    (0..samples).map(|i| (turn * i as f64).sin() as f32).collect()
+}
+
+#[test]
+fn sound_at_another_rate_is_the_same_sound() {
+    // At its ends silence is heard, too.
+    let off = |got: &[f32], want: &[f32]| {
+        let inner = got.len() / 4..got.len() * 3 / 4;
+        got[inner.clone()].iter().zip(&want[inner]).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max)
+    };
+    for (from, to) in [(48_000, 16_000), (44_100, 16_000), (8_000, 16_000), (11_025, 16_000)] {
+        let got = resampled(&tone(1000.0, from, from / 4), from, to);
+        assert_eq!(got.len(), (from / 4 * to).div_ceil(from));
+        let worst = off(&got, &tone(1000.0, to, got.len()));
+        assert!(worst < 1e-3, "{from} to {to}: {worst}");
+    }
+    // What the lower rate can't hold is gone, not mirrored.
+    let got = resampled(&tone(9000.0, 48_000, 12_000), 48_000, 16_000);
+    let worst = off(&got, &vec![0.0; got.len()]);
+    assert!(worst < 1e-3, "{worst}");
+}
+
+#[test]
+fn the_sound_of_a_film_lies_beside_it_or_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let format = SoundFormat { channels: 2, sampling_rate: 16_000 };
+    let film = folder.path().join("film.mov");
+    std::fs::copy(clips().join("clip.mp4"), &film).unwrap();
+    let read = |seconds, ffmpeg| read_sound(&film, seconds, format, ffmpeg);
+    let values = |sound: Option<Tensor>| sound.unwrap().to_vec::<f32>().unwrap();
+    assert!(read(0.5, false).unwrap().is_none());
+    // One channel is heard on both sides, and what is missing is silence.
+    let wav = folder.path().join("film.wav");
+    let wave = tone(440.0, 16_000, 6_000);
+    write_wav(&wav, &Tensor::from_vec(wave.clone(), &[1, 6_000], &Device::cpu()).unwrap(), 16_000).unwrap();
+    let sound = read(0.5, false).unwrap();
+    assert_eq!(sound.as_ref().unwrap().dims(), [2, 8_000]);
+    let sound = values(sound);
+    assert!(sound[..8_000] == sound[8_000..] && sound[6_000..8_000].iter().all(|sample| *sample == 0.0));
+    assert!(sound.iter().zip(&wave).all(|(a, b)| (a - b).abs() < 1e-4));
+    assert_eq!(values(read(0.25, false).unwrap())[..4_000], sound[..4_000]);
+    if std::process::Command::new("ffmpeg").arg("-version").output().is_ok() {
+        std::fs::remove_file(&wav).unwrap();
+        assert!(read(0.5, true).unwrap().is_none());
+        let other = folder.path().join("other.wav");
+        write_wav(&other, &Tensor::from_vec(wave.repeat(2), &[2, 6_000], &Device::cpu()).unwrap(), 16_000).unwrap();
+        let status = std::process::Command::new("ffmpeg")
+            .args(["-v", "error", "-y", "-i"])
+            .args([clips().join("clip.mp4").as_os_str(), "-i".as_ref(), other.as_os_str()])
+            .args(["-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "pcm_s16le"])
+            .arg(&film)
+            .status();
+        assert!(status.unwrap().success());
+        assert_eq!(values(read(0.5, true).unwrap()), sound);
+    } else {
+        println!("skipped: no ffmpeg on the PATH");
+    }
+    std::fs::write(&wav, "no sound").unwrap();
+    assert!(told(&read(0.5, false).unwrap_err()).contains("film.wav"));
+    let many = Tensor::zeros(&[6, 100], flowtape_engine::DType::F32, &Device::cpu()).unwrap();
+    write_wav(&wav, &many, 48_000).unwrap();
+    let error = told(&read(0.5, false).unwrap_err());
+    assert!(error.contains("6 channels") && error.contains("film.wav"), "{error}");
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use flowtape_data::media::{FolderOptions, Picture, list_pictures, write_film};
 use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress};
-use flowtape_data::{CacheSource, LatentCodec, Media, Source, Text, VaeCodec};
+use flowtape_data::{CacheSource, LatentCodec, Media, Sample, Source, Text, VaeCodec};
 use flowtape_engine::safetensors::SafeTensors;
 use flowtape_engine::{Device, Philox, Tensor};
 use flowtape_models::pipeline::PipelineFolder;
@@ -40,6 +40,7 @@ fn run(folder: &Path, cache: &Path, workers: usize, max_pixels: usize) -> flowta
         frames: None,
         last_frame: false,
         ffmpeg: false,
+        silence: false,
         workers,
     };
     let items = list_pictures(folder, &FolderOptions::default())?;
@@ -123,6 +124,7 @@ fn films_and_pictures_go_through_autoencoders_of_films() {
             frames,
             last_frame: false,
             ffmpeg: false,
+            silence: false,
             workers: 1,
         };
         let stop = AtomicBool::new(false);
@@ -170,6 +172,7 @@ fn reference_images_are_encoded_beside_what_was_made_of_them() {
         frames: None,
         last_frame: false,
         ffmpeg: false,
+        silence: false,
         workers: 1,
     };
     let cache = tempfile::tempdir().unwrap();
@@ -190,9 +193,8 @@ fn reference_images_are_encoded_beside_what_was_made_of_them() {
     assert!(error.to_string().contains("--last-frame"), "{error}");
 }
 
-#[test]
-fn the_first_and_the_last_frame_of_a_film_are_given_beside_it() {
-    let (golden, outputs) = own_golden("pipe_wan_flf2v");
+/// The sample that a pipeline makes of the golden's five frames, of the golden's size.
+fn film_sample(golden: &Path, size: [usize; 2], last_frame: bool) -> Sample {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("film")).unwrap();
     for frame in 0..5 {
@@ -203,19 +205,86 @@ fn the_first_and_the_last_frame_of_a_film_are_given_beside_it() {
     let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
     let preprocess = Preprocess {
         pipeline: PipelineFolder::open(&golden.join("pipeline")).unwrap(),
-        pictures: PictureOptions { quantization: 16, max_pixels: 32 * 48, ..PictureOptions::default() },
+        pictures: PictureOptions { quantization: 8, max_pixels: size[0] * size[1], ..PictureOptions::default() },
         frames: Some(5),
-        last_frame: true,
+        last_frame,
         ffmpeg: false,
+        silence: false,
         workers: 1,
     };
     let cache = tempfile::tempdir().unwrap();
     let done = preprocess.run(&items, cache.path(), &Device::cpu(), &AtomicBool::new(false), &mut |_| {}).unwrap();
     assert_eq!((done.encoded, done.failed.len()), (1, 0));
-    let sample = CacheSource::open(cache.path()).unwrap().read(0, &mut Philox::new(0)).unwrap();
+    let source = CacheSource::open(cache.path()).unwrap();
+    assert_eq!(source.header(0).unwrap().dims, [3, 5, size[0], size[1]]);
+    source.read(0, &mut Philox::new(0)).unwrap()
+}
+
+#[test]
+fn the_first_and_the_last_frame_of_a_film_are_given_beside_it() {
+    let (golden, outputs) = own_golden("pipe_wan_flf2v");
+    let sample = film_sample(&golden, [32, 48], true);
     // The embeddings are kept in bf16.
     for (name, bound) in [("condition_latents", 2e-5), ("image_embeds", 1.0 / 256.0)] {
         let want = outputs.get(&format!("film/{name}"), &Device::cpu(), None).unwrap();
         assert_near(&sample.tensors[name], &want, bound);
     }
+}
+
+#[test]
+fn a_vision_encoder_sees_the_first_frame_as_the_film_has_it() {
+    let (golden, outputs) = own_golden("pipe_hunyuan15_i2v");
+    let case: serde_json::Value = serde_json::from_slice(&std::fs::read(golden.join("case.json")).unwrap()).unwrap();
+    let side = |name: &str| case["runs"]["first"][name].as_u64().unwrap() as usize;
+    let sample = film_sample(&golden, [side("height"), side("width")], false);
+    // Its latents are the film's own: those of the first frame alone.
+    assert_eq!(sample.tensors.keys().collect::<Vec<_>>(), ["image_embeds"]);
+    let want = outputs.get("film/image_embeds", &Device::cpu(), None).unwrap();
+    assert_near(&sample.tensors["image_embeds"], &want, 1.0 / 256.0);
+}
+
+#[test]
+fn films_are_encoded_with_their_sound() {
+    let (golden, outputs) = own_golden("ltx2_sound");
+    let pipeline = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/pipe_ltx2/pipeline");
+    let folder = tempfile::tempdir().unwrap();
+    let frame = |level: usize| Picture { width: 40, height: 30, rgb: vec![(level * 20) as u8; 40 * 30 * 3] };
+    let film: Vec<Picture> = (0..9).map(frame).collect();
+    for name in ["loud", "silent"] {
+        write_film(&folder.path().join(name).with_extension("png"), &film, 24.0, &[]).unwrap();
+        std::fs::write(folder.path().join(name).with_extension("txt"), name).unwrap();
+    }
+    std::fs::copy(golden.join("film.wav"), folder.path().join("loud.wav")).unwrap();
+    let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
+    let preprocess = |frames, silence| Preprocess {
+        pipeline: PipelineFolder::open(&pipeline).unwrap(),
+        pictures: PictureOptions { quantization: 16, max_pixels: 32 * 48, ..PictureOptions::default() },
+        frames,
+        last_frame: false,
+        ffmpeg: false,
+        silence,
+        workers: 1,
+    };
+    let cache = tempfile::tempdir().unwrap();
+    let run = |frames, silence| {
+        preprocess(frames, silence).run(&items, cache.path(), &Device::cpu(), &AtomicBool::new(false), &mut |_| {})
+    };
+    assert!(run(None, false).unwrap_err().to_string().contains("--frames"));
+    let done = run(Some(9), false).unwrap();
+    assert_eq!((done.encoded, done.failed.len()), (1, 1));
+    let error = format!("{:?}", done.failed[0]);
+    assert!(error.contains("silent.png") && error.contains("--silence"), "{error}");
+    // With silence the other one is there as well.
+    let done = run(Some(9), true).unwrap();
+    assert_eq!((done.encoded, done.failed.len(), done.keys.len()), (1, 0, 2));
+    let source = CacheSource::open(cache.path()).unwrap();
+    let heard = |index| source.read(index, &mut Philox::new(0)).unwrap().tensors["audio_latents"].clone();
+    let want = outputs.get("audio_latents", &Device::cpu(), None).unwrap();
+    assert_eq!(heard(0).dims(), want.dims());
+    assert_near(&heard(0), &want, 2e-5);
+    assert!(heard(1).dims() == want.dims() && heard(1).to_vec::<f32>().unwrap() != heard(0).to_vec::<f32>().unwrap());
+    // Another sound is another sample.
+    std::fs::copy(golden.join("film.wav"), folder.path().join("silent.wav")).unwrap();
+    let done = run(Some(9), true).unwrap();
+    assert_eq!((done.encoded, done.failed.len()), (1, 0));
 }

@@ -307,7 +307,7 @@ impl Tensor {
     }
 
     /// The bytes in row-major order, each element's as the machine has them.
-    fn own_bytes(&self) -> Result<Vec<u8>> {
+    pub(crate) fn own_bytes(&self) -> Result<Vec<u8>> {
         let size = self.dtype.size();
         if let Some(kept) = self.storage.kept() {
             return Ok(self.layout.positions().flat_map(|at| &kept[at * size..][..size]).copied().collect());

@@ -5,7 +5,7 @@
 use flowtape_engine::meta::Meta;
 use flowtape_engine::nn::{ParamBuilder, Placement};
 use flowtape_engine::{DType, Device, Tensor};
-use flowtape_models::vae::{Autoencoder, AutoencoderKind, Tiling};
+use flowtape_models::vae::{Autoencoder, AutoencoderKind, FrameTiling, Tiling};
 use serde_json::{Value, json};
 
 const GIB: u64 = 1 << 30;
@@ -105,6 +105,55 @@ fn tiles_bound_the_memory_of_a_large_picture() {
     }
     let [whole, _] = peaks(1024, None);
     assert!(whole > small[0], "{whole}");
+}
+
+/// Bytes that decoding and encoding a film of 256 x 256 pixels take at most, weights included.
+fn film_peaks(config: &Value, frames: usize, tiling: Option<FrameTiling>) -> [u64; 2] {
+    let peak = |run: &dyn Fn(&dyn Autoencoder, &Device)| {
+        let meta = Meta::default();
+        let device = meta.device();
+        let mut model = make(config, &device);
+        model.set_frame_tiling(tiling).unwrap();
+        run(&*model, &device);
+        meta.peak()
+    };
+    let pixels = [1, 3, frames, 256, 256];
+    [
+        peak(&|model, device| {
+            let latents = Tensor::zeros(&model.latent_dims(&pixels), DType::F32, device).unwrap();
+            assert_eq!(model.decode(&latents).unwrap().dims(), pixels);
+        }),
+        peak(&|model, device| {
+            let film = Tensor::zeros(&pixels, DType::F32, device).unwrap();
+            assert_eq!(model.encode(&film).unwrap().mean.dims(), model.latent_dims(&pixels));
+        }),
+    ]
+}
+
+#[test]
+fn a_long_film_takes_little_more_memory_than_a_short_one() {
+    let published = published();
+    let config = |name: &str| {
+        let mut config = published.iter().find(|known| known.0 == name).unwrap().1.clone();
+        if name.starts_with("LTX") {
+            config["temporal_compression_ratio"] = json!(8);
+            config["spatial_compression_ratio"] = json!(32);
+        }
+        config
+    };
+    let parts = FrameTiling::of(16);
+    for (name, tiling) in [("Wan 2.1", None), ("HunyuanVideo 1.5", None), ("LTX-2.3", Some(parts))] {
+        let (short, long) = (film_peaks(&config(name), 33, tiling), film_peaks(&config(name), 129, tiling));
+        for (short, long) in short.into_iter().zip(long) {
+            // The pixels of 96 frames, which are 75 MB, in pieces and side by side.
+            assert!(long < short + GIB / 4, "{name}: {short} and {long}");
+        }
+    }
+    let [whole, _] = film_peaks(&config("LTX-2.3"), 129, None);
+    let [in_parts, _] = film_peaks(&config("LTX-2.3"), 129, Some(parts));
+    assert!(whole > in_parts + 3 * GIB / 4, "{whole} and {in_parts}");
+    let odd = make(&config("LTX-2.3"), &Meta::default().device()).set_frame_tiling(Some(FrameTiling::of(20)));
+    assert!(odd.unwrap_err().to_string().contains("8 frames"));
 }
 
 #[test]

@@ -4,16 +4,18 @@ import json
 import pathlib
 import shutil
 import sys
+import wave
 
 import numpy
 import PIL.Image
 import torch
 import transformers
 from diffusers import (
-    AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan, ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline, Krea2Pipeline, Krea2Transformer2DModel, Lumina2Pipeline, Lumina2Transformer2DModel, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel, ZImagePipeline,
+    AutoencoderKL, AutoencoderKLHunyuanVideo15, AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, AutoencoderKLQwenImage, AutoencoderKLWan, ChromaPipeline, ChromaTransformer2DModel, ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline, HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Transformer3DModel, Krea2Pipeline, Krea2Transformer2DModel, Lumina2Pipeline, Lumina2Transformer2DModel, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel, ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15ByT5TextProjection
 from safetensors.torch import save_file
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -281,6 +283,124 @@ if wanted("pipe_wan_ti2v"):
     FRAMES["text"] = dict(FRAMES["first"], images=[])
     film["size"] = (64, 96)
     films("pipe_wan_ti2v", of_text, ["first", "text"], side=16, call=of_image)
+
+# A film of a first frame, whose size is that of the frame's shape. The model is told where each step ends.
+class OfFirstFrame:
+    """HunyuanVideo 1.5's pipeline with the arguments of the others."""
+
+    def __init__(self, pipeline):
+        self.pipeline, self.scheduler = pipeline, pipeline.scheduler
+
+    def __call__(self, latents, callback_on_step_end, image, guidance_scale, height, width, max_sequence_length, own_size, **told):
+        step = type(self.scheduler).step
+
+        def seen(*args, **named):
+            made = step(self.scheduler, *args, **named)
+            callback_on_step_end(None, None, None, dict(latents=made[0]))
+            return made
+
+        self.scheduler.step = seen
+        self.pipeline.guider = ClassifierFreeGuidance(guidance_scale=guidance_scale)
+        assert max_sequence_length == self.pipeline.tokenizer_max_length
+        made = self.pipeline(latents=latents, image=image[0], **told)
+        assert made.frames.shape[-2:] == (height, width)
+        return made
+
+
+if wanted("pipe_hunyuan15_i2v"):
+    torch.manual_seed(15)
+    hunyuan = GOLDENS / "pipe_hunyuan15/pipeline"
+    byt5 = transformers.T5EncoderModel.from_pretrained(hunyuan / "text_encoder_2")
+    siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(
+        hidden_size=10, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7,
+    ))
+    values = json.loads((hunyuan / "transformer/config.json").read_text())
+    values = {key: value for key, value in values.items() if not key.startswith("_")} | dict(task_type="i2v", use_meanflow=True)
+    transformer = HunyuanVideo15Transformer3DModel(**values)
+    # In diffusers 2048 wide, whatever the configuration.
+    width = values["num_attention_heads"] * values["attention_head_dim"]
+    transformer.context_embedder_2 = HunyuanVideo15ByT5TextProjection(byt5.config.d_model, 24, width)
+    i2v = HunyuanVideo15ImageToVideoPipeline(
+        vae=AutoencoderKLHunyuanVideo15.from_pretrained(hunyuan / "vae"),
+        text_encoder=transformers.Qwen2_5_VLTextModel.from_pretrained(hunyuan / "text_encoder"),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(hunyuan / "tokenizer"),
+        text_encoder_2=byt5, tokenizer_2=transformers.ByT5Tokenizer.from_pretrained(hunyuan / "tokenizer_2"),
+        transformer=lively(transformer, 15), scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0), image_encoder=lively(siglip, 16),
+        feature_extractor=transformers.SiglipImageProcessorPil(size=dict(height=28, width=28)),
+    )
+    first = PICTURES["first.png"]
+    sides = i2v.video_processor.calculate_default_height_width(first.height, first.width, i2v.target_size)
+    with torch.no_grad():
+        # What a cache of films holds that were cut already, and what its size would be for pictures of other shapes.
+        frames = {f"film/{i}.png": picture(30 + i, sides[1], sides[0]) for i in range(5)}
+        more = {"film/image_embeds": i2v.encode_image(frames["film/0.png"], 1, "cpu", torch.float32)[0].contiguous()}
+    runs = {"first": dict(num_frames=5, num_inference_steps=3, guidance_scale=4.0, negative_prompt="blurry", images=["first.png"], own_size=True)}
+    depth, ratio = 2, i2v.vae_scale_factor_spatial
+    latents = (1, i2v.num_channels_latents, depth, sides[0] // ratio, sides[1] // ratio)
+    pictures = {"first.png": first} | frames
+    make("pipe_hunyuan15_i2v", i2v, latents, 6.0, 1000, runs, size=sides, pictures=pictures, more=more, call=OfFirstFrame(i2v))
+
+# A film's sound as NeMo prepares it: sizes of a mel spectrogram's bands, and what LTX-2's autoencoder makes of their logarithms.
+if wanted("ltx2_sound"):
+    folder = HERE / "ltx2_sound"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    audio_vae = AutoencoderKLLTX2Audio.from_pretrained(GOLDENS / "pipe_ltx2/pipeline/audio_vae")
+    frames, fps, rate, bands = 9, 24, audio_vae.config.sample_rate, audio_vae.config.mel_bins
+    seconds = torch.arange(round(frames / fps * rate)) / rate
+    tones = [[(220, 0.4), (1500, 0.2)], [(330, 0.3), (5000, 0.1)]]
+    sides = torch.stack([sum(level * torch.sin(2 * torch.pi * tone * seconds) for tone, level in side) for side in tones])
+    sides *= 0.5 + 0.5 * torch.cos(9 * seconds)
+    stored = (sides * 32767).round().clamp(-32768, 32767).to(torch.int16)
+    with wave.open(str(folder / "film.wav"), "wb") as file:
+        file.setnchannels(2), file.setsampwidth(2), file.setframerate(rate)
+        file.writeframes(stored.T.contiguous().numpy().tobytes())
+    spectrum = torch.stft(stored / 32768, 1024, 160, window=torch.hann_window(1024), return_complex=True).abs()
+    triangles = transformers.audio_utils.mel_filter_bank(513, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
+    mel = torch.einsum("cft,fm->ctm", spectrum, torch.from_numpy(triangles).float())
+    with torch.no_grad():
+        mean = audio_vae.encode(mel.clamp(min=1e-5).log().unsqueeze(0)).latent_dist.mode()
+    packed = (mean.transpose(1, 2).flatten(2) - audio_vae.latents_mean) / audio_vae.latents_std
+    latents = packed.unflatten(2, (mean.shape[1], mean.shape[3])).transpose(1, 2)
+    save_file({"audio_latents": latents[0].contiguous()}, folder / "outputs.safetensors")
+    case = dict(what="sound of pipe_ltx2's audio autoencoder", sound="film.wav", frames=frames, tolerance={"audio_latents": 2e-5})
+    (folder / "case.json").write_text(json.dumps(case, indent=1) + "\n")
+
+# Clips part by part, with tiles and without.
+if wanted("vae_ltx2_frames"):
+    folder, source = HERE / "vae_ltx2_frames", GOLDENS / "vae_ltx2_video"
+    shutil.rmtree(folder, ignore_errors=True)
+    vae = AutoencoderKLLTX2Video.from_pretrained(source)
+    vae.save_pretrained(folder)
+    space, time = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    frames = dict(tile_sample_min_num_frames=2 * time, tile_sample_stride_num_frames=time)
+    sides = {f"tile_sample_{name}_{side}": size * space for name, size in [("min", 2), ("stride", 1)] for side in ["height", "width"]}
+    tilings = {
+        "half": dict(framewise=True, tiled=False, enable_tiling=frames),
+        "little": dict(framewise=True, tiled=False, enable_tiling=dict(tile_sample_min_num_frames=3 * time, tile_sample_stride_num_frames=2 * time)),
+        "tiled": dict(framewise=True, tiled=True, enable_tiling=frames | sides),
+    }
+    inputs, outputs = {}, {}
+    mean, std = (statistics.view(1, -1, 1, 1, 1) for statistics in (vae.latents_mean, vae.latents_std))
+    for run, tiling in tilings.items():
+        vae.enable_tiling(**tiling["enable_tiling"])
+        vae.use_tiling, vae.use_framewise_decoding = tiling["tiled"], True
+        generator = torch.Generator().manual_seed(17)
+        size = (2, 3) if tiling["tiled"] else (1, 2)
+        x = torch.rand(1, 3, 4 * time + 1, size[0] * space, size[1] * space, generator=generator) * 2 - 1
+        normalised = torch.randn(1, vae.config.latent_channels, 5, *size, generator=generator)
+        z = normalised * std / vae.config.scaling_factor + mean
+        with torch.no_grad():
+            posterior, decoded = vae.encode(x).latent_dist, vae.decode(z).sample
+        inputs |= {f"{run}/x": x, f"{run}/z_normalised": normalised}
+        made = dict(tiled_mean=posterior.mean, tiled_logvar=posterior.logvar, z=z, tiled_decoded=decoded)
+        outputs |= {f"{run}/{name}": tensor.contiguous() for name, tensor in made.items()}
+    save_file(inputs, folder / "inputs.safetensors")
+    save_file(outputs, folder / "outputs.safetensors")
+    bounds = json.loads((source / "case.json").read_text())["tolerance"]
+    case = {"what": "AutoencoderKLLTX2Video in parts along time", "class": "AutoencoderKLLTX2Video", "runs": {}, "tiling": tilings, "tolerance": bounds}
+    (folder / "case.json").write_text(json.dumps(case, indent=1) + "\n")
 
 # CLIP's states of a picture, and how it is made ready.
 if wanted("vision_clip"):

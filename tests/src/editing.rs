@@ -24,7 +24,9 @@ pub(crate) fn conditions(dir: &Path, asked: &Value) -> Any<Vec<ConditionImage>> 
     }
     let folder = PipelineFolder::open(&dir.join("pipeline"))?;
     let size = [number(asked, "height")? as usize, number(asked, "width")? as usize];
-    Ok(ConditionProcessor::load(&folder)?.process_all(&pictures, Some(size), &Device::cpu())?)
+    // Else the picture's own has to be found.
+    let size = (asked["own_size"] != true).then_some(size);
+    Ok(ConditionProcessor::load(&folder)?.process_all(&pictures, size, &Device::cpu())?)
 }
 
 /// A folder of editing: how its pictures are taken, its prompts among them, and its run.

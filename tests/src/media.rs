@@ -2,15 +2,17 @@
 
 use std::path::Path;
 
+use flowtape_data::SoundCodec;
 use flowtape_data::media::{
     EditAreas, Filter, Interpolation, Picture, Qwen2VLImageProcessor, ReadOptions, ResizeMode, evenly, interpolate,
-    normalised, read_picture, resize, resize_and_crop, resize_and_crop_frame, resize_to, sides_of_area,
+    normalised, read_picture, read_sound, resize, resize_and_crop, resize_and_crop_frame, resize_to, sides_of_area,
 };
 use flowtape_engine::{Device, Tensor};
+use flowtape_models::pipeline::PipelineFolder;
 use serde_json::Value;
 
 use crate::Outcome;
-use crate::golden::{Any, Golden, exact, max, text};
+use crate::golden::{Any, Golden, exact, max, number, relative, text};
 
 /// The bytes of a picture among the outputs.
 fn picture(tensor: &Tensor) -> Any<Picture> {
@@ -221,5 +223,18 @@ fn processors(dir: &Path, case: &Value, outputs: &Golden, out: &mut Vec<Outcome>
         let got = sides_of_area(EditAreas::default().condition, width, height);
         out.push(exact(format!("edit_geometry/{width}x{height}"), got == want, format!("{got:?}")));
     }
+    Ok(())
+}
+
+/// The sound of a film as it is encoded, by the autoencoder of the kept goldens.
+pub(crate) fn sound(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let pipeline = PipelineFolder::open(&dir.join("../../goldens/pipe_ltx2/pipeline"))?;
+    let seconds = number(&case, "frames")? / pipeline.kind()?.generation.fps;
+    let heard = read_sound(&dir.join(text(&case, "sound")?), seconds, SoundCodec::format(&pipeline)?, false)?;
+    let got = SoundCodec::load(&pipeline, &Device::cpu())?.encode(&heard.ok_or("no sound")?)?;
+    let want = Golden::tensors(dir, "outputs")?.tensor("audio_latents")?;
+    let bound = number(&case["tolerance"], "audio_latents")?;
+    out.push(Outcome::measured("audio_latents", relative(&got, &want)?, bound, format!("{:?}", want.dims())));
     Ok(())
 }

@@ -18,6 +18,8 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("data/bucketing", crate::data::bucketing),
     ("lora_flux", lora::check),
     #[cfg(feature = "trainer")]
+    ("ltx2_sound", crate::media::sound),
+    #[cfg(feature = "trainer")]
     ("image_preprocess", crate::media::check),
     ("ops/*", ops::check),
     ("optim_flux", optim::check),
@@ -31,6 +33,7 @@ const SUBJECTS: &[(&str, Check)] = &[
     ("pipe_flux2", pipelines::check),
     ("pipe_flux2_klein", pipelines::check),
     ("pipe_hunyuan15", pipelines::check),
+    ("pipe_hunyuan15_i2v", pipelines::check),
     ("pipe_ltx2", pipelines::check),
     ("pipe_qwen_image", pipelines::check),
     #[cfg(feature = "trainer")]

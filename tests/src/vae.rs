@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use flowtape_engine::{Device, Tensor};
-use flowtape_models::vae::{self, AUTOENCODERS, MelSpectrogram, Tiling};
+use flowtape_models::vae::{self, AUTOENCODERS, FrameTiling, MelSpectrogram, Tiling};
 use serde_json::Value;
 
 use crate::Outcome;
@@ -63,7 +63,10 @@ pub(crate) fn check_on(dir: &Path, device: &Device, out: &mut Vec<Outcome>) -> A
         compare_dims(&dims, mode.dims())?;
     }
     for (run, tiling) in case["tiling"].as_object().into_iter().flatten() {
-        model.set_tiling(Some(Tiling::from_json(&tiling["enable_tiling"])?))?;
+        let arguments = &tiling["enable_tiling"];
+        let (in_time, in_space) = (tiling["framewise"] == true, tiling["tiled"] != false);
+        model.set_tiling(in_space.then(|| Tiling::from_json(arguments)).transpose()?)?;
+        model.set_frame_tiling(in_time.then(|| FrameTiling::from_json(arguments)).transpose()?)?;
         let posterior = model.encode(&inputs.tensor(&format!("{run}/x"))?)?;
         compare(format!("{run}/tiled_mean"), &posterior.mean)?;
         compare(format!("{run}/tiled_logvar"), &posterior.logvar)?;

@@ -2,14 +2,19 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use flowtape_engine::backend::call::{Checked, Upload};
+use flowtape_engine::backend::{Backend, Decorator};
+use flowtape_engine::nn::{Role, Units};
 use flowtape_engine::{Device, Error, Tensor};
 use flowtape_gpu::wgpu::{Counts, Wgpu, WgpuOptions};
-use flowtape_tests::devices::gpus_of;
+use flowtape_tests::devices::{gpus, gpus_of, is_slow};
 use flowtape_trainer::hooks::{Hook, on_step};
 use flowtape_trainer::train::{Resume, Summary, resume, train_on};
 use flowtape_trainer::{Error as TrainerError, Recipe, Result, Trainer};
+use serde_json::json;
 
 /// A fresh device, where there is one.
 fn open() -> Option<(Wgpu, Device)> {
@@ -176,6 +181,74 @@ fn the_digits_train_in_halves() {
     for dtype in ["bf16", "bf16_stochastic", "bf16_kahan", "mixed_f16"] {
         for (a, b) in losses(dtype, "wgpu").into_iter().zip(losses(dtype, "cpu")) {
             assert!((a - b).abs() < 0.02 * b, "{dtype}: {a} instead of {b}");
+        }
+    }
+}
+
+/// Counts the bytes that go to a device.
+#[derive(Debug)]
+struct Counted {
+    inner: Device,
+    bytes: Arc<AtomicUsize>,
+}
+
+impl Decorator for Counted {
+    fn inner(&self) -> &dyn Backend {
+        self.inner.backend()
+    }
+
+    fn upload(&self, call: Checked<Upload<'_>>) -> flowtape_engine::Result<()> {
+        self.bytes.fetch_add(call.bytes.len(), Ordering::Relaxed);
+        self.inner().upload(call)
+    }
+}
+
+/// Steps of adapters beside a frozen model: the adapters, the bytes that went to the device in each step, and its memory behind them.
+fn adapted(device: &Device, swapped: usize) -> (Vec<Vec<u8>>, Vec<usize>, u64, Vec<usize>) {
+    let (inner, bytes) = (device.clone(), Arc::new(AtomicUsize::new(0)));
+    let counted = Device::new(Counted { inner, bytes: bytes.clone() });
+    let swap = format!("performance.blocks_to_swap={swapped}");
+    let mut recipe =
+        recipe(Path::new("unused"), 4, &[&swap, "data.num_workers=0", "step_scheduler.local_batch_size=1"]);
+    // Beside weights as they start, which no recipe's text asks for.
+    let peft = json!({ "dim": 2, "alpha": 4, "target_modules": ["*attn.to_q", "*.proj_mlp"] });
+    recipe.peft = serde_json::from_value(peft).unwrap();
+    let before = device.backend().memory().used;
+    let mut trainer = Trainer::on(&counted, &recipe).unwrap();
+    let mut came = Vec::new();
+    for _ in 0..3 {
+        let before = bytes.load(Ordering::Relaxed);
+        trainer.step().unwrap();
+        came.push(bytes.load(Ordering::Relaxed) - before);
+    }
+    let params = trainer.model().params();
+    let adapters = params.adapters().tensors().unwrap().iter().map(|(_, t)| t.to_bytes().unwrap()).collect();
+    let of_block = |block: &str| {
+        let frozen = params.iter().filter(|p| p.role() == Role::Frozen && p.block() == Some(block));
+        frozen.map(|p| 4 * p.numel()).sum()
+    };
+    let blocks = Units::swappable(params).into_iter().map(of_block).collect();
+    (adapters, came, device.backend().memory().used - before, blocks)
+}
+
+/// The weights of blocks on the host: the bits of steps on a device that has them all, in less of its memory. Each comes once for each
+/// way, but that the last one of a way is there for the next.
+#[test]
+fn blocks_of_the_host_change_no_bit() {
+    for device in gpus() {
+        let (expected, plain, all, blocks) = adapted(device, 0);
+        let some = if is_slow(device) { vec![] } else { vec![3] };
+        for swapped in [blocks.len()].into_iter().chain(some) {
+            let (got, came, used, _) = adapted(device, swapped);
+            assert!(got == expected, "{swapped} blocks on {}", device.backend().name());
+            let chosen: Vec<usize> = (0..swapped).map(|i| blocks[i * blocks.len() / swapped]).collect();
+            let (sum, first, last) = (chosen.iter().sum::<usize>(), chosen[0], chosen[swapped - 1]);
+            let more: Vec<usize> = came.iter().zip(&plain).map(|(swapped, plain)| swapped - plain).collect();
+            // From the second step on the end of one sends for what the next begins with.
+            let both = 2 * sum - first - last;
+            assert_eq!(more, [2 * sum - last, both + chosen[1], both]);
+            let away = (sum - chosen[0] - chosen[1]) as f64;
+            assert!((all - used) as f64 > 0.8 * away, "{used} of {all}, without {away}");
         }
     }
 }

@@ -14,9 +14,9 @@ use serde::Serialize;
 use crate::data::{Data, bucket_options};
 use crate::plan::{StepPlan, gigabytes};
 use crate::platform::free_space;
-use crate::recipe::Dtype;
+use crate::recipe::{Dtype, Fsdp};
 use crate::start::Start;
-use crate::{Error, Recipe, Result, builtin};
+use crate::{Error, Recipe, Result, builtin, swap};
 
 /// What was found out about a recipe that fits together.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -80,7 +80,7 @@ pub struct Bucket {
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Alternative {
     /// As on the command line.
-    pub settings: Vec<&'static str>,
+    pub settings: Vec<String>,
     /// What a step takes with it.
     pub peak: u64,
 }
@@ -122,6 +122,7 @@ impl Check {
     /// # Errors
     /// As above.
     pub fn on_ranks(recipe: &Recipe, device: &Device, data: Data, depth: Depth, ranks: usize) -> Result<Self> {
+        swap::check_device(recipe, device)?;
         let batch_ranks = recipe.batch_ranks(ranks)?;
         let recipe = &Recipe { step_scheduler: recipe.step_scheduler.on_ranks(batch_ranks)?, ..recipe.clone() };
         let read = read_samples(recipe, &data, depth)?;
@@ -133,7 +134,7 @@ impl Check {
         let kept = recipe.checkpoint.max_recent_checkpoints + usize::from(recipe.validation.is_some()) + 1;
         let capacity = device.backend().capacity();
         let fits = capacity.is_none_or(|capacity| step.peak <= capacity);
-        let alternatives = if fits { Vec::new() } else { alternatives(recipe, &data, step.peak, ranks)? };
+        let alternatives = if fits { Vec::new() } else { alternatives(recipe, device, &data, &step, ranks)? };
         Ok(Self {
             name: recipe.name.clone(),
             device: recipe.device.clone(),
@@ -353,55 +354,72 @@ fn buckets(recipe: &Recipe, data: &Data, ranks: usize) -> Result<Vec<Bucket>> {
     sampler.buckets().iter().map(bucket).collect()
 }
 
-/// What settings would take, those that change the result least first: each that takes less than `peak`, and all of these so far
+/// What settings would take, those that change the result least first: each that takes less than `step`, and all of these so far
 /// together.
-fn alternatives(recipe: &Recipe, data: &Data, peak: u64, ranks: usize) -> Result<Vec<Alternative>> {
-    type Change = (&'static str, fn(&mut Recipe) -> bool);
-    let changes: [Change; 6] = [
-        ("performance.activation_checkpointing=true", |r| {
-            !std::mem::replace(&mut r.performance.activation_checkpointing, true)
-        }),
-        ("step_scheduler.local_batch_size=1", |r| {
-            r.step_scheduler.global_batch_size = Some(r.step_scheduler.global_batch_size());
-            std::mem::replace(&mut r.step_scheduler.local_batch_size, 1) > 1
-        }),
-        ("clip_grad_norm=null", |r| r.clip_grad_norm.take().is_some()),
-        ("peft.quantize_base=int8", |r| quantise_base(r, Format::Int8)),
-        ("peft.quantize_base=nf4", |r| quantise_base(r, Format::Nf4)),
-        ("dtype=bf16", |r| std::mem::replace(&mut r.dtype, Dtype::Bf16) != Dtype::Bf16),
+fn alternatives(
+    recipe: &Recipe,
+    device: &Device,
+    data: &Data,
+    step: &StepPlan,
+    ranks: usize,
+) -> Result<Vec<Alternative>> {
+    type Change<'a> = (String, Box<dyn Fn(&mut Recipe) -> bool + 'a>);
+    // Blocks lie elsewhere where the device's memory is not the host's, and ranks do not share them out.
+    let shared = ranks > 1 && recipe.fsdp.as_ref().is_some_and(Fsdp::shares_weights);
+    let blocks = if device.backend().is_host() || shared { 0 } else { step.swappable_blocks };
+    let swap = move |r: &mut Recipe| std::mem::replace(&mut r.performance.blocks_to_swap, blocks) < blocks;
+    let changes: [Change<'_>; 7] = [
+        (
+            "performance.activation_checkpointing=true".into(),
+            Box::new(|r| !std::mem::replace(&mut r.performance.activation_checkpointing, true)),
+        ),
+        (format!("performance.blocks_to_swap={blocks}"), Box::new(swap)),
+        (
+            "step_scheduler.local_batch_size=1".into(),
+            Box::new(|r| {
+                r.step_scheduler.global_batch_size = Some(r.step_scheduler.global_batch_size());
+                std::mem::replace(&mut r.step_scheduler.local_batch_size, 1) > 1
+            }),
+        ),
+        ("clip_grad_norm=null".into(), Box::new(|r| r.clip_grad_norm.take().is_some())),
+        ("peft.quantize_base=int8".into(), Box::new(|r| quantise_base(r, Format::Int8))),
+        ("peft.quantize_base=nf4".into(), Box::new(|r| quantise_base(r, Format::Nf4))),
+        ("dtype=bf16".into(), Box::new(|r| std::mem::replace(&mut r.dtype, Dtype::Bf16) != Dtype::Bf16)),
     ];
+    let peak = step.peak;
     // Each is a step of its own on a device without data, so they are planned beside each other.
-    let plan = |(settings, changed): (Vec<&'static str>, Recipe)| -> Result<Alternative> {
+    let plan = |(settings, changed): (Vec<String>, Recipe)| -> Result<Alternative> {
         Ok(Alternative { settings, peak: StepPlan::on_ranks(&changed, data.clone(), ranks)?.peak })
     };
-    let plan_all = |recipes: Vec<(Vec<&'static str>, Recipe)>| -> Result<Vec<Alternative>> {
+    let plan_all = |recipes: Vec<(Vec<String>, Recipe)>| -> Result<Vec<Alternative>> {
         recipes.into_par_iter().map(plan).collect()
     };
     let single = changes.iter().filter_map(|(setting, change)| {
         let mut changed = recipe.clone();
-        change(&mut changed).then(|| (vec![*setting], changed))
+        change(&mut changed).then(|| (vec![setting.clone()], changed))
     });
     let mut single = plan_all(single.collect())?;
     single.retain(|alternative| alternative.peak < peak);
     let (mut together, mut settings, mut combined) = (recipe.clone(), Vec::new(), Vec::new());
-    for (setting, change) in changes {
-        if single.iter().all(|alternative| alternative.settings != [setting]) {
+    for (setting, change) in &changes {
+        if single.iter().all(|alternative| alternative.settings != [setting.as_str()]) {
             continue;
         }
         change(&mut together);
         // Of two values of one key the later one counts.
         let key = setting.split('=').next();
-        settings.retain(|other: &&str| other.split('=').next() != key);
-        settings.push(setting);
+        settings.retain(|other: &String| other.split('=').next() != key);
+        settings.push(setting.clone());
         combined.push((settings.clone(), together.clone()));
     }
     let combined = plan_all(combined.into_iter().filter(|(settings, _)| settings.len() > 1).collect())?;
     // Behind each setting alone what it makes with those before.
     let mut all = Vec::new();
     for alone in single {
-        let setting = alone.settings[0];
+        let ends = |both: &&Alternative| both.settings.last() == alone.settings.last();
+        let with_those_before: Vec<Alternative> = combined.iter().filter(ends).cloned().collect();
         all.push(alone);
-        all.extend(combined.iter().filter(|both| both.settings.last() == Some(&setting)).cloned());
+        all.extend(with_those_before);
     }
     Ok(all)
 }

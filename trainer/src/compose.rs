@@ -42,6 +42,8 @@ pub struct Options<'a> {
     pub images: &'a [PathBuf],
     /// Sides in pixels of tiles in which pictures are decoded, where memory is to be bounded.
     pub tile: Option<usize>,
+    /// Frames of parts in which films are decoded, likewise.
+    pub tile_frames: Option<usize>,
     /// Frames of a film in a second, if others than the pipeline's.
     pub fps: Option<f64>,
     /// The PNG to write; several get numbers before the ending.
@@ -102,7 +104,8 @@ pub fn compose(
         let images = images(folder, options.images, request.size)?;
         let request = Request { images: &images, ..request.clone() };
         let made = awake(options.device, || {
-            generator.on_load(&fold).with_tile(options.tile).generate(&request, &mut |step, _| {
+            let generator = generator.with_tile(options.tile).with_tile_frames(options.tile_frames);
+            generator.on_load(&fold).generate(&request, &mut |step, _| {
                 on_step(step.index + 1);
                 Ok(())
             })

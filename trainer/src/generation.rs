@@ -210,6 +210,7 @@ impl GenerationFile {
                 allow_unused: false,
                 images: &[],
                 tile: self.vae.enable_tiling.then_some(TILE),
+                tile_frames: None,
                 fps: self.output.fps,
                 out: &out.join(format!("sample_{i:03}.png")),
             };

@@ -69,6 +69,7 @@ pub mod run;
 pub mod runs;
 pub mod start;
 pub mod state;
+mod swap;
 mod timing;
 pub mod train;
 pub mod trained;

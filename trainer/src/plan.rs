@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use flowtape_engine::comm::Planned;
 use flowtape_engine::meta::Meta;
-use flowtape_engine::nn::{Param, Params};
+use flowtape_engine::nn::{Param, Params, Units};
 use flowtape_engine::profile::Profile;
 use serde::Serialize;
 
@@ -33,6 +33,8 @@ pub struct StepPlan {
     pub flops: f64,
     /// Bytes that a rank sends to others in an optimiser step of at most three micro-batches.
     pub sent: u64,
+    /// Blocks with frozen weights: as many as `performance.blocks_to_swap` may be.
+    pub swappable_blocks: usize,
 }
 
 impl StepPlan {
@@ -87,7 +89,19 @@ impl StepPlan {
         // Files have what all ranks remember.
         let remembered = if trainer.is_shared_out() { optimizer.saturating_mul(ranks as u64) } else { optimizer };
         let checkpoint = remembered + averages + kept.sum::<u64>();
-        Ok(Self { weights, optimizer, gradients, activations, workspace, peak, checkpoint, flops, sent })
+        let swappable_blocks = Units::swappable(all).len();
+        Ok(Self {
+            weights,
+            optimizer,
+            gradients,
+            activations,
+            workspace,
+            peak,
+            checkpoint,
+            flops,
+            sent,
+            swappable_blocks,
+        })
     }
 }
 

@@ -35,7 +35,7 @@ use crate::state::{TrainProgress, TrainState};
 use crate::timing::{StepTimes, Timed};
 use crate::validation::{HeldOut, Validated};
 use crate::{Error, Recipe, Result};
-use crate::{builtin, precision};
+use crate::{builtin, precision, swap};
 
 /// Steps from one look at each parameter's gradient to the next.
 const LOOK: u64 = 10;
@@ -158,6 +158,11 @@ impl Trainer {
             let shapes = start.model(params(&Meta::default().device()))?;
             let owners = Units::owners(shapes.params(), groups.group().world_size());
             builder = builder.sharing(Units::new(groups.group().clone(), owners));
+        }
+        swap::check_device(&recipe, device)?;
+        if recipe.performance.blocks_to_swap > 0 {
+            let shapes = start.model(params(&Meta::default().device()))?;
+            builder = builder.sharing(swap::units(&recipe, shapes.params(), groups.is_some() && shares_weights)?);
         }
         let mut model = start.model(builder)?;
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
@@ -12,7 +13,9 @@ use crate::{Error, Result};
 const FIELDS: [&str; 5] = ["caption", "text", "prompt", "description", "internvl"];
 
 /// What stands for a caption that a picture has not.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
 pub enum MissingCaptions {
     /// Nothing: it is an error that names the pictures.
     #[default]

@@ -6,13 +6,19 @@ use flowtape_engine::Device;
 use flowtape_models::pipeline::{ConditionImage, Pictures, PipelineFolder, SeenImage};
 
 use super::processor::read_json;
-use super::{CLIPImageProcessor, Filter, Picture, Qwen2VLImageProcessor, ResizeMode, center_crop, resize, resize_to};
+use super::{
+    CLIPImageProcessor, Filter, Picture, Qwen2VLImageProcessor, ResizeMode, SiglipImageProcessor, center_crop, resize,
+    resize_to,
+};
 use crate::{Error, Result};
 
 /// Sides of pictures to edit are multiples of this.
 const SIDES: f64 = 32.0;
 /// The least side of a reference image, and the most that one side is longer than the other: diffusers' `Flux2ImageProcessor`.
 const LEAST_SIDE: usize = 64;
+/// HunyuanVideo 1.5's `target_size` where its transformer does not say it, and the most that is looked for.
+const TARGET_SIZE: usize = 640;
+const MOST_TARGET: usize = 4096;
 const MOST_RATIO: usize = 8;
 
 /// Width and height of about so many pixels in a picture's shape, in multiples of 32: diffusers' `calculate_dimensions`.
@@ -20,6 +26,33 @@ pub fn sides_of_area(area: usize, width: usize, height: usize) -> [usize; 2] {
     let ratio = width as f64 / height.max(1) as f64;
     let wide = (area as f64 * ratio).sqrt();
     [wide, wide / ratio].map(|side| ((side / SIDES).round_ties_even() * SIDES) as usize)
+}
+
+/// Height and width nearest to a picture's shape among those of at most as many patches as a square of `target` pixels has, none four
+/// times as long as wide: `calculate_default_height_width` of diffusers' `HunyuanVideo15ImageProcessor`.
+pub fn sides_of_patches(target: usize, patch: usize, [height, width]: [usize; 2]) -> [usize; 2] {
+    const MOST_RATIO: usize = 4;
+    let ratio = |height: usize, width: usize| height as f64 / width.max(1) as f64;
+    let wanted = ratio(height, width);
+    let patches = ((target as f64 / patch as f64).powi(2)).round_ties_even() as usize;
+    let (mut rows, mut columns) = (patches, 1);
+    let mut nearest = ([patch; 2], f64::INFINITY);
+    while rows > 0 {
+        if rows.max(columns) <= MOST_RATIO * rows.min(columns) {
+            // The reference rounds to five places, and takes none that is longer than the picture in its direction.
+            let off = (ratio(rows, columns) * 1e5).round_ties_even() / 1e5 - wanted;
+            let inside = if wanted >= 1.0 { off <= 0.0 } else { off >= 0.0 };
+            if inside && off.abs() < nearest.1 {
+                nearest = ([rows * patch, columns * patch], off.abs());
+            }
+        }
+        if (columns + 1) * rows <= patches {
+            columns += 1;
+        } else {
+            rows -= 1;
+        }
+    }
+    nearest.0
 }
 
 /// Pixels that an editing pipeline gives to a picture: for its text encoder, and for its autoencoder.
@@ -72,6 +105,14 @@ enum Way {
     References(usize),
     /// Frames of a film, perhaps for a model that sees them, too.
     Frames(Option<CLIPImageProcessor>),
+    /// The first frame of a film, for a model that sees it as the film has it.
+    FirstFrame {
+        processor: SiglipImageProcessor,
+        /// Pixels a side of a square film.
+        target: usize,
+        /// Sides are multiples of this.
+        patch: usize,
+    },
 }
 
 impl ConditionProcessor {
@@ -94,6 +135,21 @@ impl ConditionProcessor {
                 let seen = seen.map(|part| CLIPImageProcessor::load(&part)).transpose()?;
                 let vae = kind.generation.size.iter().product();
                 (Way::Frames(seen), EditAreas { vae, ..usual })
+            }
+            Some(Pictures::FirstFrame) => {
+                // The transformer's weights need not be there where data is encoded.
+                let transformer = folder.has("transformer").then(|| folder.part("transformer")).transpose();
+                let of = |part: &Path, key: &str| -> Result<Option<usize>> {
+                    Ok(read_json(&part.join("config.json"))?[key].as_u64().map(|size| size as usize))
+                };
+                let target = transformer.ok().flatten().map(|part| of(&part, "target_size")).transpose()?.flatten();
+                let patch = of(&folder.part("vae")?, "spatial_compression_ratio")?;
+                let way = Way::FirstFrame {
+                    processor: SiglipImageProcessor::load(&folder.part("feature_extractor")?)?,
+                    target: target.unwrap_or(TARGET_SIZE).min(MOST_TARGET),
+                    patch: patch.unwrap_or(16).max(1),
+                };
+                (way, usual)
             }
         };
         Ok(Self { way, areas })
@@ -126,6 +182,13 @@ impl ConditionProcessor {
                 let pixels = resize_to(picture, width, height, ResizeMode::Default).pixels(device)?;
                 let seen = processor.as_ref().map(|processor| processor.process(picture, device)).transpose()?;
                 Ok(ConditionImage { pixels, seen: seen.map(|values| SeenImage { values, grid: [1; 3] }) })
+            }
+            Way::FirstFrame { processor, target, patch } => {
+                let sides = || sides_of_patches(*target, *patch, [picture.height, picture.width]);
+                let [height, width] = size.unwrap_or_else(sides);
+                let frame = resize_to(picture, width, height, ResizeMode::Crop);
+                let values = processor.process(&frame, device)?;
+                Ok(ConditionImage { pixels: frame.pixels(device)?, seen: Some(SeenImage { values, grid: [1; 3] }) })
             }
         }
     }
@@ -177,6 +240,24 @@ fn token_side(vae: &Path) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What diffusers 0.42.1 says.
+    #[test]
+    fn the_sides_of_a_film_follow_from_the_shape_of_its_first_frame() {
+        for (target, patch, size, sides) in [
+            (640, 16, [480, 832], [480, 816]),
+            (640, 16, [1080, 1920], [480, 848]),
+            (960, 16, [1080, 1920], [720, 1280]),
+            (640, 16, [1200, 800], [768, 512]),
+            (640, 16, [500, 500], [640, 640]),
+            (640, 16, [3000, 200], [1280, 320]),
+            (640, 16, [200, 3000], [320, 1280]),
+            (64, 8, [66, 100], [48, 72]),
+            (100, 24, [333, 222], [96, 72]),
+        ] {
+            assert_eq!(sides_of_patches(target, patch, size), sides, "{target} {patch} {size:?}");
+        }
+    }
 
     #[test]
     fn reference_images_are_cut_to_whole_tokens_and_strange_ones_refused() {

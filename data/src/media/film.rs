@@ -32,6 +32,30 @@ pub fn evenly(count: usize, frames: usize) -> Vec<usize> {
     (0..frames).map(|i| (i as f64 * gap) as usize).collect()
 }
 
+/// Which of a film's frames are the nearest to the moments 0, 1 / `fps`, 2 / `fps`, .., so that there are `frames`: NeMo's, for films with
+/// sound. A film that does not say how long it takes has a frame for each moment.
+///
+/// # Errors
+/// When it is too short: the error says by how much.
+fn at_rate(length: Length, frames: usize, fps: f64) -> Any<Vec<usize>> {
+    let per_second = length.seconds.map_or(fps, |seconds| length.frames as f64 / seconds.max(f64::MIN_POSITIVE));
+    let (has, needs) = (length.frames as f64 / per_second, frames as f64 / fps);
+    // Times of files are rounded.
+    if has + 0.5 / fps < needs {
+        return Err(format!("{has:.2} seconds long, of which {frames} frames at {fps} a second take {needs:.2}").into());
+    }
+    let nearest = |i: usize| (i as f64 * per_second / fps).round_ties_even() as usize;
+    Ok((0..frames).map(|i| nearest(i).min(length.frames - 1)).collect())
+}
+
+/// How long a film is.
+#[derive(Clone, Copy, Debug)]
+struct Length {
+    frames: usize,
+    /// Where the film says it.
+    seconds: Option<f64>,
+}
+
 /// Who looks at a film: which frames are wanted, and what becomes of them.
 pub(super) struct See<'a> {
     wanted: &'a [usize],
@@ -57,22 +81,47 @@ impl See<'_> {
 /// # Errors
 /// When it can't be read, has no frames, or claims more pixels than memory should hold; the error names the file.
 pub fn read_film(path: &Path, frames: usize, options: &ReadOptions, with_ffmpeg: bool) -> Result<Vec<Picture>> {
+    read(path, frames, None, options, with_ffmpeg)
+}
+
+/// The same with frames from the first on, at `fps` a second, as films with sound are taken.
+///
+/// # Errors
+/// As above, and when the film is too short.
+pub fn read_film_at(
+    path: &Path,
+    frames: usize,
+    fps: f64,
+    options: &ReadOptions,
+    with_ffmpeg: bool,
+) -> Result<Vec<Picture>> {
+    read(path, frames, Some(fps), options, with_ffmpeg)
+}
+
+fn read(
+    path: &Path,
+    frames: usize,
+    fps: Option<f64>,
+    options: &ReadOptions,
+    with_ffmpeg: bool,
+) -> Result<Vec<Picture>> {
     let named = |source| Error::Sample { sample: path.display().to_string(), source };
-    let film = Film::open(path, options, with_ffmpeg).map_err(named)?;
-    let walk = |wanted: &[usize]| -> Any<(Option<usize>, Vec<Picture>)> {
+    let film = Film::open(path, fps, options, with_ffmpeg).map_err(named)?;
+    let walk = |wanted: &[usize]| -> Any<(Option<Length>, Vec<Picture>)> {
         let mut taken = Vec::new();
-        let count = film.walk(&mut See { wanted, taken: &mut taken })?;
-        Ok((count, taken))
+        let length = film.walk(&mut See { wanted, taken: &mut taken })?;
+        Ok((length, taken))
     };
     // Counted first: frames that are not taken are never held together.
-    let Some(count) = walk(&[]).map_err(named)?.0 else {
+    let Some(length) = walk(&[]).map_err(named)?.0 else {
         let still = read_picture(path, options)?;
         return Ok(vec![still; frames]);
     };
-    if count == 0 {
+    if length.frames == 0 {
         return Err(named("a film without frames".into()));
     }
-    let taken = walk(&evenly(count, frames)).map_err(named)?.1;
+    let wanted = fps.map_or_else(|| Ok(evenly(length.frames, frames)), |fps| at_rate(length, frames, fps));
+    let taken = wanted.and_then(|wanted| walk(&wanted)).map_err(named)?.1;
     if taken.len() != frames {
         return Err(named(format!("{} of {frames} frames could be read", taken.len()).into()));
     }
@@ -82,6 +131,8 @@ pub fn read_film(path: &Path, frames: usize, options: &ReadOptions, with_ffmpeg:
 /// Where frames come from.
 struct Film<'a> {
     path: &'a Path,
+    /// Frames a second that ffmpeg is asked for; else those of the film.
+    fps: Option<f64>,
     options: &'a ReadOptions,
     held: Held,
 }
@@ -94,8 +145,8 @@ enum Held {
 }
 
 impl<'a> Film<'a> {
-    fn open(path: &'a Path, options: &'a ReadOptions, with_ffmpeg: bool) -> Any<Self> {
-        let of = |held| Self { path, options, held };
+    fn open(path: &'a Path, fps: Option<f64>, options: &'a ReadOptions, with_ffmpeg: bool) -> Any<Self> {
+        let of = |held| Self { path, fps, options, held };
         if path.is_dir() {
             let frames = entries(path)?.into_iter().filter(|file| is_picture(file)).collect();
             return Ok(of(Held::Frames(frames)));
@@ -119,11 +170,15 @@ impl<'a> Film<'a> {
     }
 
     /// Shows the frames that are wanted, and gives how many there are; nothing for what does not move.
-    fn walk(&self, see: &mut See<'_>) -> Any<Option<usize>> {
+    fn walk(&self, see: &mut See<'_>) -> Any<Option<Length>> {
+        let untimed = |frames| Length { frames, seconds: None };
         match &self.held {
             Held::Animation(bytes) => animation(bytes, self.options, see),
-            Held::Mp4(bytes) => mp4::walk(bytes, self.options.orientation, see).map(Some),
-            Held::Ffmpeg => ffmpeg::walk(self.path, see).map(Some),
+            Held::Mp4(bytes) => {
+                let (frames, seconds) = mp4::walk(bytes, self.options.orientation, see)?;
+                Ok(Some(Length { frames, seconds }))
+            }
+            Held::Ffmpeg => Ok(Some(untimed(ffmpeg::walk(self.path, self.fps, see)?))),
             Held::Frames(frames) => {
                 for (i, path) in frames.iter().enumerate().filter(|(i, _)| see.wanted.contains(i)) {
                     let picture = read_picture(path, self.options)?;
@@ -140,14 +195,14 @@ impl<'a> Film<'a> {
                     }
                     see.show(i, picture)?;
                 }
-                Ok(Some(frames.len()))
+                Ok(Some(untimed(frames.len())))
             }
         }
     }
 }
 
 /// The frames of an animation, each whole.
-fn animation(bytes: &[u8], options: &ReadOptions, see: &mut See<'_>) -> Any<Option<usize>> {
+fn animation(bytes: &[u8], options: &ReadOptions, see: &mut See<'_>) -> Any<Option<Length>> {
     let format = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.format();
     let frames = match format {
         Some(ImageFormat::Gif) => {
@@ -173,9 +228,11 @@ fn animation(bytes: &[u8], options: &ReadOptions, see: &mut See<'_>) -> Any<Opti
         }
         _ => return Ok(None),
     };
-    let mut count = 0;
+    let (mut count, mut seconds) = (0, 0.0);
     for frame in frames {
         let frame = frame?;
+        let (milliseconds, parts) = frame.delay().numer_denom_ms();
+        seconds += f64::from(milliseconds) / f64::from(parts.max(1)) / 1000.0;
         if see.wants(count) {
             see.show(count, flat(&frame, options))?;
         }
@@ -184,7 +241,7 @@ fn animation(bytes: &[u8], options: &ReadOptions, see: &mut See<'_>) -> Any<Opti
             return Err(format!("more than {MOST_FRAMES} frames").into());
         }
     }
-    Ok(Some(count))
+    Ok(Some(Length { frames: count, seconds: (seconds > 0.0).then_some(seconds) }))
 }
 
 /// A frame without transparency.

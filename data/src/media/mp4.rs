@@ -24,12 +24,12 @@ pub(super) fn is_mp4(bytes: &[u8]) -> bool {
     bytes.get(4..8).is_some_and(|kind| [b"ftyp", b"moov", b"mdat", b"wide", b"free"].iter().any(|known| *known == kind))
 }
 
-/// Shows the frames that are wanted, in the order in which they are seen, and gives how many there are. Parts of the film that
+/// Shows the frames that are wanted, in the order in which they are seen, and gives how many there are and how many seconds they take. Parts of the film that
 /// hold none of them are not decoded, and what is decoded together lies between two frames from which decoding can begin.
-pub(super) fn walk(bytes: &[u8], upright: bool, see: &mut See<'_>) -> Any<usize> {
+pub(super) fn walk(bytes: &[u8], upright: bool, see: &mut See<'_>) -> Any<(usize, Option<f64>)> {
     let mp4 = Mp4::read_bytes(bytes).map_err(|error| format!("not a whole MP4 file: {error}"))?;
     let track = mp4.tracks().values().find(|track| track.kind == Some(TrackKind::Video) && !track.samples.is_empty());
-    let Some(track) = track else { return Ok(0) };
+    let Some(track) = track else { return Ok((0, None)) };
     let trak = mp4
         .moov
         .traks
@@ -79,7 +79,9 @@ pub(super) fn walk(bytes: &[u8], upright: bool, see: &mut See<'_>) -> Any<usize>
             }
         }
     }
-    Ok(track.samples.len())
+    let units: u64 = track.samples.iter().map(|sample| sample.duration).fold(0, u64::saturating_add);
+    let seconds = (units > 0 && track.timescale > 0).then(|| units as f64 / track.timescale as f64);
+    Ok((track.samples.len(), seconds))
 }
 
 /// The coded pictures of a track, in the order of decoding.

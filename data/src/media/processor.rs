@@ -136,6 +136,70 @@ pub fn normalised(picture: &Picture, mean: [f32; 3], std: [f32; 3], device: &Dev
     Ok(Tensor::from_vec(values, &[3, picture.height, picture.width], device)?)
 }
 
+/// transformers' `SiglipImageProcessor`: a picture at one size, whatever its shape.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SiglipImageProcessor {
+    /// Height and width in pixels.
+    pub size: [usize; 2],
+    /// How it is resized.
+    pub resample: Filter,
+    /// Means of red, green and blue.
+    pub image_mean: [f32; 3],
+    /// Their standard deviations.
+    pub image_std: [f32; 3],
+}
+
+impl SiglipImageProcessor {
+    /// From the object of `preprocessor_config.json`; other keys are passed over.
+    ///
+    /// # Errors
+    /// When a value does not fit.
+    pub fn from_json(value: &Value) -> Result<Self> {
+        let wrong = |what: String| Error::Open { name: PREPROCESSOR_CONFIG.into(), what };
+        let side = |edge: &str| value["size"][edge].as_u64().map_or(224, |side| side as usize);
+        let numbers = |key: &str| match &value[key] {
+            Value::Null => Ok([0.5; 3]),
+            given => <[f32; 3]>::deserialize(given).map_err(|error| wrong(format!("{key}: {error}"))),
+        };
+        let processor = Self {
+            size: [side("height"), side("width")],
+            // Pillow's numbers.
+            resample: match &value["resample"] {
+                Value::Null => Filter::Bicubic,
+                number => match number.as_u64() {
+                    Some(1) => Filter::Lanczos,
+                    Some(2) => Filter::Bilinear,
+                    Some(3) => Filter::Bicubic,
+                    _ => return Err(wrong(format!("resample: expected 1, 2 or 3, got {number}"))),
+                },
+            },
+            image_mean: numbers("image_mean")?,
+            image_std: numbers("image_std")?,
+        };
+        if processor.size.contains(&0) {
+            return Err(wrong("expected a size above 0".into()));
+        }
+        Ok(processor)
+    }
+
+    /// Reads the file of a folder.
+    ///
+    /// # Errors
+    /// When it can't be read, or a value does not fit.
+    pub fn load(folder: &Path) -> Result<Self> {
+        Self::from_json(&read_json(&folder.join(PREPROCESSOR_CONFIG))?)
+    }
+
+    /// Pixels `[3, H, W]`, normalised.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn process(&self, picture: &Picture, device: &Device) -> Result<Tensor> {
+        let [height, width] = self.size;
+        normalised(&resize(picture, width, height, self.resample), self.image_mean, self.image_std, device)
+    }
+}
+
 /// transformers' `CLIPImageProcessor`: the shorter side becomes a length, and the middle is cut out.
 #[derive(Clone, PartialEq, Debug)]
 pub struct CLIPImageProcessor {

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::units::Home;
+use crate::backend::call::{Call, Upload};
 use crate::quant::{Format, QTensor};
 use crate::{DType, Device, Error, Result, Tensor, VarId};
 
@@ -74,6 +75,8 @@ struct State {
     quantised: Option<Arc<QTensor>>,
     /// The same in a wider dtype, which `value` is rounded from.
     master: Option<Tensor>,
+    /// The bytes of the value, or of the codes, where the host keeps them for its block: none on a device without data.
+    host: Option<Vec<u8>>,
     /// What to add to the version of the value's storage, so that versions go on when the value comes back elsewhere.
     version: u64,
 }
@@ -114,6 +117,18 @@ impl Param {
         let dims = *weight.dims();
         let state = State { quantised: Some(Arc::new(weight)), ..State::default() };
         Self::with(path, made_as, &dims, (dtype, dtype), device, state)
+    }
+
+    /// One that the host keeps, as the bytes of its value or its codes.
+    pub(super) fn on_host(
+        path: String,
+        made_as: MadeAs,
+        dims: &[usize],
+        dtype: DType,
+        bytes: Vec<u8>,
+        device: &Device,
+    ) -> Self {
+        Self::with(path, made_as, dims, (dtype, dtype), device, State { host: Some(bytes), ..State::default() })
     }
 
     pub(super) fn downgrade(&self) -> WeakParam {
@@ -269,6 +284,9 @@ impl Param {
         if !self.is_here() {
             return Err(self.absent());
         }
+        if self.home().is_some_and(Home::is_host) {
+            self.arrive()?;
+        }
         let state = self.lock();
         if let Some(weight) = &state.quantised {
             return weight.dequantise(self.dtype());
@@ -288,11 +306,16 @@ impl Param {
                 return Ok(());
             }
         }
+        if value.dims() != self.dims() {
+            return Err(Error::shape("copy_from", format!("{:?}", self.dims()), value.dims()));
+        }
         let mut state = self.lock();
+        if let Some(host) = &mut state.host {
+            *host = host_bytes(value, self.format(), self.dtype())?;
+            state.version = state.version.wrapping_add(1);
+            return Ok(());
+        }
         if let Some(weight) = &mut state.quantised {
-            if value.dims() != self.dims() {
-                return Err(Error::shape("copy_from", format!("{:?}", self.dims()), value.dims()));
-            }
             *weight = Arc::new(QTensor::quantise(value, weight.format(), self.device())?);
             state.version = state.version.wrapping_add(1);
             return Ok(());
@@ -343,7 +366,22 @@ impl Param {
         }
     }
 
-    /// Takes what another rank gave: a value, or codes as words.
+    /// What comes of it from the host, without the rest of its block: a value, or codes as words.
+    pub(super) fn upload(&self) -> Result<Tensor> {
+        let (dims, dtype) = match (self.format(), self.dims()) {
+            (Some(format), &[rows, columns]) => (vec![QTensor::words_of(format, [rows, columns])], DType::U32),
+            _ => (self.dims().to_vec(), self.dtype()),
+        };
+        let target = Tensor::empty(&dims, dtype, self.device())?;
+        if self.device().backend().has_data() {
+            let state = self.lock();
+            let bytes = state.host.as_ref().ok_or_else(|| self.absent())?;
+            Upload { bytes, target: &target }.run()?;
+        }
+        Ok(target)
+    }
+
+    /// Takes what came: a value, or codes as words.
     pub(super) fn take(&self, given: &Tensor) -> Result<()> {
         match self.format() {
             Some(format) => {
@@ -356,7 +394,7 @@ impl Param {
         }
     }
 
-    /// Lets go what another rank gave.
+    /// Lets go what came.
     pub(super) fn let_go(&self) {
         self.lock().quantised = None;
         // It may have been taken away meanwhile.
@@ -375,6 +413,17 @@ impl Param {
     fn absent(&self) -> Error {
         let got = if self.is_here() { "one whose value was released" } else { "one that another rank keeps" };
         Error::argument("parameter", format!("{} in memory", self.path()), got)
+    }
+}
+
+/// What the host keeps of a value.
+///
+/// # Errors
+/// When it can't be quantised, or a device fails.
+pub(super) fn host_bytes(value: &Tensor, format: Option<Format>, dtype: DType) -> Result<Vec<u8>> {
+    match format {
+        Some(format) => QTensor::quantise(value, format, &Device::cpu())?.words().own_bytes(),
+        None => value.to_dtype(dtype)?.own_bytes(),
     }
 }
 

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::param::MadeAs;
+use super::param::{MadeAs, host_bytes};
+use super::units::Home;
 use super::{AdapterSpec, Param, ParamPlan, Placement, Role, Units};
 use crate::quant::QTensor;
 use crate::safetensors::{Shards, save_sharded};
@@ -233,7 +234,8 @@ impl ParamBuilder {
         Self { file: Some(file), ..self }
     }
 
-    /// The same builder, where ranks share out the blocks: what another one keeps is neither read nor made here.
+    /// The same builder, where parameters of blocks are kept elsewhere: by ranks, so that what another one keeps is neither read nor made
+    /// here, or by the host.
     #[must_use]
     pub fn sharing(self, units: Arc<Units>) -> Self {
         Self { units: Some(units), ..self }
@@ -315,15 +317,20 @@ impl ParamBuilder {
         let kept = master.unwrap_or(compute);
         let format = format.filter(|_| self.quantisable && role == Role::Frozen);
         let block = self.block.clone().filter(|_| !self.adapter);
-        let home = self.units.as_ref().zip(block.as_ref()).and_then(|(units, block)| units.home(block, &path));
+        let home = self.units.as_ref().zip(block.as_ref());
+        let home = home.and_then(|(units, block)| units.home(block, &path, role));
         let made_as = MadeAs { role, zero_init: self.zero_init, adapter: self.adapter, block, home, format };
         if made_as.home.as_ref().is_some_and(|home| !home.is_own()) {
             return Ok(made.keep(Param::elsewhere(path, made_as, dims, (compute, kept), &self.device)));
         }
         let init = if self.zero_init && self.adaln_zero { Init::Zeros } else { init };
         let data = self.device.backend().has_data();
+        let on_host = made_as.home.as_ref().is_some_and(Home::is_host);
+        if on_host && !data {
+            return Ok(made.keep(Param::on_host(path, made_as, dims, compute, Vec::new(), &self.device)));
+        }
         // The host quantises: what is dense lies there.
-        let host = (format.is_some() && data).then(Device::cpu);
+        let host = ((format.is_some() || on_host) && data).then(Device::cpu);
         let device = host.as_ref().unwrap_or(&self.device);
         let value = match &self.file {
             Some(file) if file.dims(&path) == Some(dims) && data => file.get(&path, device, Some(kept)),
@@ -334,6 +341,10 @@ impl ParamBuilder {
         };
         let path_of_error = path.clone();
         let named = |error| Self::named(&path_of_error, error);
+        if on_host {
+            let bytes = value.and_then(|value| host_bytes(&value, format, compute)).map_err(named)?;
+            return Ok(made.keep(Param::on_host(path, made_as, dims, compute, bytes, &self.device)));
+        }
         if let Some(format) = format {
             // One tensor at a time is dense.
             let weight = value.and_then(|value| QTensor::quantise(&value, format, &self.device)).map_err(named)?;

@@ -6,172 +6,16 @@ use std::path::PathBuf;
 use flowtape_engine::nn::{ParamBuilder, Placement};
 use flowtape_engine::{DType, Device, Error as EngineError, Philox, Tensor};
 use flowtape_flowmatch::solver::OnStep;
-use flowtape_flowmatch::{
-    Batch, DataType, EulerConfig, EulerSchedule, EulerStep, Input, ModelAdapter, Sampling, Scheduler, Solver, TaskType,
-};
-use serde_json::Value;
+use flowtape_flowmatch::{Batch, DataType, EulerStep, Input, ModelAdapter, Sampling, Scheduler, TaskType};
 
 use super::guidance::{rescaled, with_norm_of};
-use super::pictures::{given_frames, reference_latents};
-use super::{ConditionImage, KeepsNorm, PipelineFolder, PromptEncoder, SoundGuidance};
+use super::pictures::{Pictures, given_frames, reference_latents};
+use super::{Asked, ConditionImage, Generated, Generation, PipelineFolder, PromptEncoder, Request, Settings, Waveform};
 use crate::checkpoint::{CONFIG, load_config};
 use crate::ltx2::{ISOLATE_MODALITIES, PERTURBED_BLOCKS};
 use crate::presets::of_checkpoint;
-use crate::vae::{self, Autoencoder, Tiling, Vocoder};
+use crate::vae::{self, Autoencoder, FrameTiling, Tiling, Vocoder};
 use crate::{Condition, Error, ModelKind, Result, Transformer, checkpoint};
-
-/// What is asked for. What is left out is the pipeline's own.
-#[derive(Clone, Debug)]
-pub struct Request<'a> {
-    /// What is shown.
-    pub prompt: &'a str,
-    /// What it is led away from.
-    pub negative_prompt: Option<&'a str>,
-    /// Pictures to edit, or the first frame of a film, or its first and last; where no size is asked for, one of them has it.
-    pub images: &'a [ConditionImage],
-    /// Height and width in pixels.
-    pub size: Option<[usize; 2]>,
-    /// Frames of a film.
-    pub frames: Option<usize>,
-    /// Steps of the solver.
-    pub steps: Option<usize>,
-    /// The scale of guidance: told to the model where it is distilled, else that of [`Self::true_cfg_scale`].
-    pub guidance_scale: Option<f64>,
-    /// The scale of guidance of a second transformer; that of the first where none is given.
-    pub guidance_scale_2: Option<f64>,
-    /// The scale of classifier-free guidance, for which the model runs a second time; 1 is none.
-    pub true_cfg_scale: Option<f64>,
-    /// A static shift of the noise levels instead of the scheduler's.
-    pub shift: Option<f64>,
-    /// How steps are taken.
-    pub sampler: Option<Solver>,
-    /// Tokens that a text is cut or padded to.
-    pub max_sequence_length: Option<usize>,
-    /// The same seed gives the same pictures.
-    pub seed: u64,
-    /// How many.
-    pub n: usize,
-    /// Latents to begin with instead of drawn ones: `[n, C, h, w]` or `[n, C, F, h, w]`.
-    pub noise: Option<Tensor>,
-    /// The same of the sound: `[n, C, L, M]`.
-    pub audio_noise: Option<Tensor>,
-    /// Guidance of films with sound.
-    pub with_sound: SoundGuidance,
-}
-
-impl<'a> Request<'a> {
-    /// One picture of a prompt.
-    pub fn new(prompt: &'a str) -> Self {
-        Self {
-            prompt,
-            negative_prompt: None,
-            images: &[],
-            size: None,
-            frames: None,
-            steps: None,
-            guidance_scale: None,
-            guidance_scale_2: None,
-            true_cfg_scale: None,
-            shift: None,
-            sampler: None,
-            max_sequence_length: None,
-            seed: 0,
-            n: 1,
-            noise: None,
-            audio_noise: None,
-            with_sound: SoundGuidance::default(),
-        }
-    }
-}
-
-/// How a pipeline goes from noise to latents: diffusers' choices as data.
-#[derive(Debug)]
-pub struct Generation {
-    /// The adapter's name in [`crate::MODELS`].
-    pub adapter: fn(&Asked<'_>) -> &'static str,
-    /// Its arguments.
-    pub kwargs: fn(&Asked<'_>) -> Value,
-    /// Height and width in pixels.
-    pub size: [usize; 2],
-    /// Frames of a film; 1 for pictures.
-    pub frames: usize,
-    /// Frames of a film in a second.
-    pub fps: f64,
-    /// Steps.
-    pub steps: usize,
-    /// The scale of guidance.
-    pub guidance_scale: f64,
-    /// Whether the model is told that scale, or runs twice for it.
-    pub told: bool,
-    /// The scale of classifier-free guidance that this scale means: Z-Image counts from 0, which is none.
-    pub cfg: fn(f64) -> f64,
-    /// What it is led away from where nothing else is asked for; without one there is no second run then.
-    pub negative_prompt: Option<&'static str>,
-    /// Which lengths a guided prediction gets back from the conditional one.
-    pub keeps_norm: KeepsNorm,
-    /// μ of a dynamic shift, from the tokens, the steps and the scheduler.
-    pub mu: fn(usize, usize, &EulerConfig) -> f64,
-    /// μ of a model whose pipeline says that it is distilled, if another.
-    pub distilled_mu: Option<f64>,
-    /// Whether noise levels are spaced as the scheduler does it by itself, not from 1 to 1 / n.
-    pub own_levels: bool,
-    /// Whether a first frame that is given stands in the film as it is, where the model has it among its latents.
-    pub keeps_first_frame: bool,
-}
-
-/// What an adapter and its arguments depend on.
-#[derive(Clone, Copy, Debug)]
-pub struct Asked<'a> {
-    /// The pipeline.
-    pub folder: &'a PipelineFolder,
-    /// The transformer's configuration.
-    pub config: &'a Value,
-    /// The scale of guidance.
-    pub guidance_scale: f64,
-    /// Pictures that it goes by.
-    pub images: usize,
-}
-
-/// What was made.
-#[derive(Clone, Debug)]
-pub struct Generated {
-    /// Pixels `[n, 3, H, W]` or `[n, 3, F, H, W]` from about -1 to 1, f32.
-    pub pixels: Tensor,
-    /// The sound, where there is some.
-    pub audio: Option<Waveform>,
-    /// Frames of a film in a second.
-    pub fps: f64,
-    /// What was asked for, complete: for the metadata of a picture.
-    pub settings: Settings,
-}
-
-/// Sound.
-#[derive(Clone, Debug)]
-pub struct Waveform {
-    /// `[n, channels, samples]` from -1 to 1, f32.
-    pub samples: Tensor,
-    /// Samples a second.
-    pub sampling_rate: usize,
-}
-
-/// The choices that led to a picture.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Steps.
-    pub steps: usize,
-    /// The scale that the model was told.
-    pub guidance_scale: Option<f64>,
-    /// The scale of classifier-free guidance, where the model ran twice.
-    pub true_cfg_scale: Option<f64>,
-    /// What it was led away from.
-    pub negative_prompt: Option<String>,
-    /// The solver.
-    pub sampler: Solver,
-    /// The static shift, where there is one.
-    pub shift: Option<f64>,
-    /// The noise levels.
-    pub schedule: EulerSchedule,
-}
 
 /// What is done to each transformer that is loaded.
 pub type OnLoad<'a> = dyn Fn(&dyn Transformer) -> Result<()> + 'a;
@@ -190,6 +34,7 @@ pub struct Generator<'a> {
     prompts: Option<&'a dyn PromptEncoder>,
     folders: BTreeMap<&'static str, PathBuf>,
     tile: Option<usize>,
+    tile_frames: Option<usize>,
 }
 
 impl<'a> Generator<'a> {
@@ -209,6 +54,7 @@ impl<'a> Generator<'a> {
             prompts: None,
             folders: BTreeMap::new(),
             tile: None,
+            tile_frames: None,
         })
     }
 
@@ -244,6 +90,13 @@ impl<'a> Generator<'a> {
     #[must_use]
     pub fn with_tile(mut self, side: Option<usize>) -> Self {
         self.tile = side;
+        self
+    }
+
+    /// With clips decoded in parts of so many frames, which share a half, where they do not pass latent by latent anyway.
+    #[must_use]
+    pub fn with_tile_frames(mut self, frames: Option<usize>) -> Self {
+        self.tile_frames = frames;
         self
     }
 
@@ -286,12 +139,13 @@ impl<'a> Generator<'a> {
             images: request.images.len(),
         };
         let kind = ModelKind::of_adapter((self.how.adapter)(&asked))?;
-        check_images(kind, self.folder.kind()?.pictures.is_some(), request.images.len())?;
+        check_images(kind, self.folder.kind()?.pictures, request.images.len())?;
         let kwargs = (self.how.kwargs)(&asked).as_object().cloned().unwrap_or_default();
         let adapter = (kind.new_adapter)(&kwargs)?;
         let patch = (kind.requirements)(&config, &kwargs)?.patch;
         let mut autoencoder = vae::load(&self.folder.part("vae")?, Some(DType::F32), &self.device)?;
         autoencoder.set_tiling(self.tile.map(Tiling::square))?;
+        autoencoder.set_frame_tiling(self.tile_frames.map(FrameTiling::of))?;
         let noise = self.noise(&*autoencoder, request, &patch, &kind.capabilities.data)?;
         let settings = self.settings(request, &noise, &patch)?;
         let sound = match kind.takes(Condition::Audio) {
@@ -300,6 +154,7 @@ impl<'a> Generator<'a> {
         };
         let mut batches =
             self.conditioning(request, &noise, &kind.capabilities.data, settings.negative_prompt.as_deref())?;
+        batches.tells_end = config["use_meanflow"].as_bool().unwrap_or(false);
         if !request.images.is_empty() {
             self.show(kind, &*autoencoder, request, &mut batches)?;
         }
@@ -455,7 +310,12 @@ impl<'a> Generator<'a> {
             Ok(batch)
         };
         let negative = negative.map(|negative| batch(negative, true)).transpose()?;
-        Ok(Conditioning { positive: batch(request.prompt, false)?, negative, task_type: TaskType::T2V })
+        Ok(Conditioning {
+            positive: batch(request.prompt, false)?,
+            negative,
+            task_type: TaskType::T2V,
+            tells_end: false,
+        })
     }
 
     /// Gives what the model is told its latents of the pictures, as often as films or pictures are made of them.
@@ -520,7 +380,12 @@ impl<'a> Generator<'a> {
             let Some((_, model)) = &loaded else { return Err(Error::config("transformer", "one", name)) };
             let sampling =
                 |batch| Sampling { adapter, model: model.get(), batch, task_type: batches.task_type, guidance: None };
-            let predict = |batch, more: &[(&str, Input)]| sampling(batch).predict(batch, x, step, more);
+            // Where the step ends, on the scale of times.
+            let end = f64::from(step.next_sigma) * self.timesteps();
+            let end = Tensor::full(&[x[0].dim(0)?], end, DType::F32, &self.device)?;
+            let told: Vec<(&str, Input)> = batches.tells_end.then(|| ("timestep_r", end.into())).into_iter().collect();
+            let predict =
+                |batch, more: &[(&str, Input)]| sampling(batch).predict(batch, x, step, &[&told, more].concat());
             let conditional = predict(&batches.positive, &[])?;
             let film = settings.true_cfg_scale.unwrap_or(1.0);
             let film = request.guidance_scale_2.filter(|_| name == TRANSFORMER_2).unwrap_or(film);
@@ -593,17 +458,22 @@ struct Conditioning {
     negative: Option<Batch>,
     /// Whether a first frame is given among the latents.
     task_type: TaskType,
+    /// Whether the model is told where each step ends (mean flows).
+    tells_end: bool,
 }
 
 /// Whether a pipeline and its model have a use for so many pictures.
-fn check_images(kind: &ModelKind, pictures: bool, images: usize) -> Result<()> {
+fn check_images(kind: &ModelKind, pictures: Option<Pictures>, images: usize) -> Result<()> {
     let any = [Condition::GivenFrames, Condition::FirstFrame, Condition::ReferenceImages];
-    if images > 0 && !(pictures && any.into_iter().any(|condition| kind.takes(condition))) {
+    if images > 0 && !(pictures.is_some() && any.into_iter().any(|condition| kind.takes(condition))) {
         let expected = format!("none: the transformer of the adapter {} goes by words alone", kind.adapter);
         return Err(Error::config("image", expected, images));
     }
     if images == 0 && kind.takes(Condition::GivenFrames) {
         return Err(Error::config("image", "the first frame of the film, or the first and the last", "none"));
+    }
+    if images == 0 && pictures == Some(Pictures::FirstFrame) {
+        return Err(Error::config("image", "the first frame of the film", "none"));
     }
     Ok(())
 }

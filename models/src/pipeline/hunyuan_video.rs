@@ -1,11 +1,13 @@
-//! The texts of diffusers' `HunyuanVideo15Pipeline`.
+//! The texts of diffusers' `HunyuanVideo15Pipeline` and `HunyuanVideo15ImageToVideoPipeline`.
 
 use std::collections::BTreeMap;
 
 use flowtape_engine::{DType, Device, Tensor};
 
 use super::part::Part;
-use super::{Encoded, PipelineFolder, PromptEncoder};
+use super::pictures::IMAGE_ENCODER;
+use super::{ConditionImage, Encoded, PipelineFolder, PromptEncoder};
+use crate::vision::SiglipVisionModel;
 use crate::{Error, Result};
 
 /// What stands around a prompt; the runs of spaces are the reference's.
@@ -28,21 +30,25 @@ const STATE_FROM_END: usize = 2;
 /// Qwen2.5-VL's text model, of which the state before the last two layers is taken, and byT5, which reads what stands in quotes.
 ///
 /// Gives `text_embeddings` `[T, D]`, `text_mask` `[T]`, `text_embeddings_2` `[T2, D2]` and `text_mask_2` `[T2]`: without padding.
-/// Of a prompt without quotes the second text is one token of zeros that is masked out.
+/// Of a prompt without quotes the second text is one token of zeros that is masked out. Of a first frame, which SigLIP sees, it gives
+/// `image_embeds` `[N, E]`.
 pub struct HunyuanPrompts {
     language: Part,
     glyphs: Part,
+    image_encoder: Option<SiglipVisionModel>,
 }
 
 impl HunyuanPrompts {
-    /// Loads both text encoders of a pipeline.
+    /// Loads both text encoders of a pipeline, and its image encoder where it has one.
     ///
     /// # Errors
     /// When a part is missing or broken.
     pub fn load(folder: &PipelineFolder, device: &Device) -> Result<Self> {
+        let encoder = folder.has(IMAGE_ENCODER).then(|| folder.part(IMAGE_ENCODER)).transpose()?;
         Ok(Self {
             language: Part::load(folder, "", MAX_SEQUENCE_LENGTH, device)?,
             glyphs: Part::load(folder, "_2", GLYPH_LENGTH, device)?,
+            image_encoder: encoder.map(|path| SiglipVisionModel::load(&path, None, device)).transpose()?,
         })
     }
 
@@ -111,6 +117,26 @@ impl PromptEncoder for HunyuanPrompts {
             ]))
         };
         prompts.iter().map(one).collect()
+    }
+
+    fn encode_with_images(
+        &self,
+        prompts: &[&str],
+        images: &[ConditionImage],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Vec<Encoded>> {
+        let mut all = self.encode(prompts, max_sequence_length)?;
+        let seen = match images {
+            [] => return Ok(all),
+            [image] => image.seen.as_ref(),
+            _ => return Err(Error::config("image", "the first frame of the film alone", images.len())),
+        };
+        let model = self.image_encoder.as_ref().zip(seen);
+        let (model, seen) = model.ok_or_else(|| Error::config(IMAGE_ENCODER, "a part of the pipeline", "none"))?;
+        let pixels = seen.values.to_device(&self.language.device)?.unsqueeze(0)?;
+        let embeds = model.forward(&pixels)?.last_hidden_state.squeeze(0)?;
+        all.iter_mut().for_each(|one| drop(one.insert("image_embeds", embeds.clone())));
+        Ok(all)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `generate` | [`Generator`]: from a prompt to pictures and films |
+//! | `generate`, `request` | [`Generator`]: from a prompt to pictures and films; what is asked of it |
 //! | `guidance` | how predictions are led away from others |
 //! | `chroma`, `flux`, `hunyuan_video`, `krea2`, `language`, `ltx2`, `qwen_image_edit`, `wan` | what prompts become in each family |
 //! | `part` | a text encoder with its tokenizer |
@@ -20,6 +20,7 @@ mod ltx2;
 mod part;
 mod pictures;
 mod qwen_image_edit;
+mod request;
 mod wan;
 
 use std::collections::BTreeMap;
@@ -35,7 +36,7 @@ use crate::{Error, Result};
 
 pub use chroma::ChromaPrompts;
 pub use flux::FluxPrompts;
-pub use generate::{Asked, Generated, Generation, Generator, Request, Settings, Waveform};
+pub use generate::Generator;
 pub use guidance::{KeepsNorm, SoundGuidance};
 pub use hunyuan_video::{HunyuanPrompts, glyph_text};
 pub use known_prompts::KnownPrompts;
@@ -44,6 +45,7 @@ pub use language::{FLUX2, FLUX2_KLEIN, LUMINA2, LanguagePrompts, QWEN_IMAGE, Sta
 pub use ltx2::LTX2Prompts;
 pub use pictures::{ConditionImage, Pictures, SeenImage, given_frames, reference_latents};
 pub use qwen_image_edit::QwenImageEditPrompts;
+pub use request::{Asked, Generated, Generation, Request, Settings, Waveform};
 pub use wan::{WanPrompts, clean_prompt};
 
 /// The file that lists a pipeline's parts.
@@ -225,15 +227,14 @@ pub const PIPELINES: &[PipelineKind] = &[
         prompt_parts: TWO_MODELS,
         prompts: |folder, device| Ok(Box::new(HunyuanPrompts::load(folder, device)?)),
         pictures: None,
-        generation: Generation {
-            adapter: |_| "hunyuan",
-            kwargs: |asked| json!({"default_image_embed_shape": [SEMANTIC_TOKENS, asked.config["image_embed_dim"]]}),
-            size: [480, 832],
-            frames: 121,
-            guidance_scale: 6.0,
-            negative_prompt: Some(""),
-            ..PICTURE
-        },
+        generation: HUNYUAN,
+    },
+    PipelineKind {
+        class: "HunyuanVideo15ImageToVideoPipeline",
+        prompt_parts: TWO_MODELS,
+        prompts: |folder, device| Ok(Box::new(HunyuanPrompts::load(folder, device)?)),
+        pictures: Some(Pictures::FirstFrame),
+        generation: HUNYUAN,
     },
     PipelineKind {
         class: "LTX2Pipeline",
@@ -329,6 +330,17 @@ const WAN: Generation = Generation {
     negative_prompt: Some(""),
     own_levels: true,
     keeps_first_frame: true,
+    ..PICTURE
+};
+
+/// What HunyuanVideo 1.5's pipelines have in common.
+const HUNYUAN: Generation = Generation {
+    adapter: |_| "hunyuan",
+    kwargs: |asked| json!({"default_image_embed_shape": [SEMANTIC_TOKENS, asked.config["image_embed_dim"]]}),
+    size: [480, 832],
+    frames: 121,
+    guidance_scale: 6.0,
+    negative_prompt: Some(""),
     ..PICTURE
 };
 

@@ -6,6 +6,9 @@ use crate::vae::Autoencoder;
 use crate::vision::qwen25_vl::Grid;
 use crate::{Error, Result};
 
+/// The part that sees given frames.
+pub(super) const IMAGE_ENCODER: &str = "image_encoder";
+
 /// What a pipeline makes of pictures.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pictures {
@@ -15,6 +18,8 @@ pub enum Pictures {
     References,
     /// They are the first frame of a film, or the first and the last (Wan).
     Frames,
+    /// One is the first frame of a film, which there is none without; a vision encoder sees it as the film has it (HunyuanVideo 1.5).
+    FirstFrame,
 }
 
 /// A picture that a pipeline goes by.

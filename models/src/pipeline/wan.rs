@@ -5,12 +5,10 @@ use std::collections::BTreeMap;
 use flowtape_engine::{Device, Tensor};
 
 use super::part::Part;
+use super::pictures::IMAGE_ENCODER;
 use super::{ConditionImage, Encoded, PipelineFolder, PromptEncoder, SeenImage};
 use crate::vision::CLIPVisionModel;
 use crate::{Error, Result};
-
-/// The part that sees given frames.
-pub(super) const IMAGE_ENCODER: &str = "image_encoder";
 
 /// The length of texts where none is asked for.
 const MAX_SEQUENCE_LENGTH: usize = 512;

@@ -1,5 +1,5 @@
-//! diffusers' `AutoencoderKLHunyuanVideo15`: the autoencoder of HunyuanVideo 1.5. A clip passes as a whole, and its first frame
-//! apart where time is folded.
+//! diffusers' `AutoencoderKLHunyuanVideo15`: the autoencoder of HunyuanVideo 1.5. A clip passes latent by latent, the first of which is
+//! one frame; nothing looks ahead, so this is what the reference makes of the whole clip.
 
 use flowtape_engine::nn::{Conv, ParamBuilder, Params};
 use flowtape_engine::ops::{ConvAxis, Padding, attention};
@@ -7,6 +7,7 @@ use flowtape_engine::{Result as EngineResult, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::pieces::{CausalConv, Memory, Seen};
 use super::tiling::{self, Tiling};
 use super::video::{FIRST, LAST, RmsNorm, Slow, channel_means, packed, repeated, unpacked};
 use super::{Autoencoder, Posterior, check_pixels};
@@ -106,10 +107,8 @@ impl AutoencoderKLHunyuanVideo15Config {
 }
 
 /// A convolution of three taps a side; what lies beyond the ends, and before the first frame, is the nearest value.
-fn causal(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<Conv> {
-    let axis = |axis: ConvAxis| (3, axis.with_padding(Padding::Replicate));
-    let space = axis(ConvAxis::same(3));
-    Conv::new(&params.sub("conv"), inputs, outputs, &[axis(ConvAxis::causal(3)), space, space])
+fn causal(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<CausalConv> {
+    CausalConv::new(&params.sub("conv"), inputs, outputs, [3; 3], Padding::Replicate)
 }
 
 fn point(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<Conv> {
@@ -120,9 +119,9 @@ fn point(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<C
 #[derive(Debug)]
 struct ResnetBlock {
     norm1: RmsNorm,
-    conv1: Conv,
+    conv1: CausalConv,
     norm2: RmsNorm,
-    conv2: Conv,
+    conv2: CausalConv,
     conv_shortcut: Option<Conv>,
 }
 
@@ -138,11 +137,11 @@ impl ResnetBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
+    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
         let mut h = self.norm1.silu(x)?;
-        h = self.conv1.forward(&h)?;
+        h = self.conv1.forward(&h, memory)?;
         h = self.norm2.silu(&h)?;
-        h = self.conv2.forward(&h)?;
+        h = self.conv2.forward(&h, memory)?;
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x)?.add(&h),
             None => x.add(&h),
@@ -172,16 +171,23 @@ impl AttnBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
+    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
         let h = self.norm.forward(x)?;
         let head = |conv: &Conv| conv.forward(&h)?.permute(&LAST)?.flatten(1, 3)?.unsqueeze(1);
-        let (q, k, v) = (head(&self.to_q)?, head(&self.to_k)?, head(&self.to_v)?);
+        let q = head(&self.to_q)?;
+        let mut seen = Tensor::cat(&[&head(&self.to_k)?, &head(&self.to_v)?], 1)?;
+        let mut before = 0;
+        if let Seen::Frames(earlier) = memory.take() {
+            before = earlier.dims()[2];
+            seen = Tensor::cat(&[&earlier, &seen], 2)?;
+        }
+        memory.put(Seen::Frames(seen.clone()));
         let &[batch, channels, frames, height, width] = x.dims() else { return Ok(h) };
         let places = height * width;
         // Frame by frame: what may be seen needs no mask.
         let frame = |i: usize| {
-            let seen = |t: &Tensor| t.narrow(2, 0, (i + 1) * places);
-            attention(&q.narrow(2, i * places, places)?, &seen(&k)?, &seen(&v)?, None, None)
+            let of = |which: usize| seen.narrow(1, which, 1)?.narrow(2, 0, before + (i + 1) * places);
+            attention(&q.narrow(2, i * places, places)?, &of(0)?, &of(1)?, None, None)
         };
         let parts = (0..frames).map(frame).collect::<EngineResult<Vec<_>>>()?;
         let h = Tensor::cat(&parts.iter().collect::<Vec<_>>(), 2)?;
@@ -203,30 +209,16 @@ impl MidBlock {
         Ok(Self { resnets: [resnet(0)?, resnet(1)?], attention })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
-        let x = self.resnets[0].forward(x)?;
-        self.resnets[1].forward(&self.attention.forward(&x)?)
+    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let x = self.resnets[0].forward(x, memory)?;
+        self.resnets[1].forward(&self.attention.forward(&x, memory)?, memory)
     }
 }
 
-/// The first frame, and the others.
-fn split_first(x: &Tensor) -> EngineResult<(Tensor, Option<Tensor>)> {
-    let frames = x.dims()[2];
-    let rest = (frames > 1).then(|| x.narrow(2, 1, frames - 1)).transpose()?;
-    Ok((x.narrow(2, 0, 1)?, rest))
-}
-
-fn joined(first: Tensor, rest: Option<Tensor>) -> EngineResult<Tensor> {
-    match rest {
-        Some(rest) => Tensor::cat(&[&first, &rest], 2),
-        None => Ok(first),
-    }
-}
-
-/// Folds neighbours into channels (`in_time`: two frames, too), beside means of them.
+/// Folds neighbours into channels (`in_time`: two frames, too, but for the clip's first one), beside means of them.
 #[derive(Debug)]
 struct Downsample {
-    conv: Conv,
+    conv: CausalConv,
     outputs: usize,
     in_time: bool,
 }
@@ -237,24 +229,22 @@ impl Downsample {
         Ok(Self { conv, outputs, in_time })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
-        let h = self.conv.forward(x)?;
-        let means = |x: &Tensor, factors| channel_means(&packed(x, factors, Slow::Place)?, self.outputs);
-        if !self.in_time {
-            return packed(&h, [1, 2, 2], Slow::Place)?.add(&means(x, [1, 2, 2])?);
+    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let h = self.conv.forward(x, memory)?;
+        let first = self.in_time && memory.is_first();
+        let factors = if self.in_time && !first { [2; 3] } else { [1, 2, 2] };
+        let mut h = packed(&h, factors, Slow::Place)?;
+        if first {
+            h = Tensor::cat(&[&h, &h], 1)?;
         }
-        let ((first, rest), (x_first, x_rest)) = (split_first(&h)?, split_first(x)?);
-        let first = packed(&first, [1, 2, 2], Slow::Place)?;
-        let first = Tensor::cat(&[&first, &first], 1)?.add(&means(&x_first, [1, 2, 2])?)?;
-        let rest = rest.zip(x_rest).map(|(h, x)| packed(&h, [2; 3], Slow::Place)?.add(&means(&x, [2; 3])?));
-        joined(first, rest.transpose()?)
+        h.add(&channel_means(&packed(x, factors, Slow::Place)?, self.outputs)?)
     }
 }
 
-/// Unfolds channels into neighbours, beside repetitions of them.
+/// Unfolds channels into neighbours (`in_time`: two frames, too, but for the clip's first one), beside repetitions of them.
 #[derive(Debug)]
 struct Upsample {
-    conv: Conv,
+    conv: CausalConv,
     repeats: usize,
     in_time: bool,
 }
@@ -266,24 +256,19 @@ impl Upsample {
         Ok(Self { conv, repeats: outputs * factor / inputs, in_time })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
-        let h = self.conv.forward(x)?;
+    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let h = self.conv.forward(x, memory)?;
         if !self.in_time {
-            return unpacked(&h, [1, 2, 2], Slow::Place)?.add(&unpacked(
-                &repeated(x, self.repeats)?,
-                [1, 2, 2],
-                Slow::Place,
-            )?);
+            let same = unpacked(&repeated(x, self.repeats)?, [1, 2, 2], Slow::Place)?;
+            return unpacked(&h, [1, 2, 2], Slow::Place)?.add(&same);
         }
-        let ((first, rest), (x_first, x_rest)) = (split_first(&h)?, split_first(x)?);
-        let first = unpacked(&first, [1, 2, 2], Slow::Place)?;
-        let first = first.narrow(1, 0, first.dims()[1] / 2)?;
-        let first = first.add(&repeated(&unpacked(&x_first, [1, 2, 2], Slow::Place)?, self.repeats / 2)?)?;
-        let rest = rest.zip(x_rest);
-        let rest = rest.map(|(h, x)| {
-            unpacked(&h, [2; 3], Slow::Place)?.add(&repeated(&unpacked(&x, [2; 3], Slow::Place)?, self.repeats)?)
-        });
-        joined(first, rest.transpose()?)
+        let first = memory.is_first();
+        let (factors, repeats) = if first { ([1, 2, 2], self.repeats / 2) } else { ([2; 3], self.repeats) };
+        let mut h = unpacked(&h, factors, Slow::Place)?;
+        if first {
+            h = h.narrow(1, 0, h.dims()[1] / 2)?;
+        }
+        h.add(&repeated(&unpacked(x, factors, Slow::Place)?, repeats)?)
     }
 }
 
@@ -297,11 +282,11 @@ fn resnets(params: &ParamBuilder, inputs: usize, outputs: usize, count: usize) -
 
 #[derive(Debug)]
 struct Encoder {
-    conv_in: Conv,
+    conv_in: CausalConv,
     down_blocks: Vec<(Vec<ResnetBlock>, Option<Downsample>)>,
     mid_block: MidBlock,
     norm_out: RmsNorm,
-    conv_out: Conv,
+    conv_out: CausalConv,
     outputs: usize,
 }
 
@@ -333,31 +318,33 @@ impl Encoder {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
-        let mut x = self.conv_in.forward(x)?;
+    /// Of the frames of a latent.
+    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        memory.next_piece();
+        let mut x = self.conv_in.forward(x, memory)?;
         for (resnets, down) in &self.down_blocks {
             for resnet in resnets {
-                x = resnet.forward(&x)?;
+                x = resnet.forward(&x, memory)?;
             }
             if let Some(down) = down {
-                x = down.forward(&x)?;
+                x = down.forward(&x, memory)?;
             }
         }
-        x = self.mid_block.forward(&x)?;
+        x = self.mid_block.forward(&x, memory)?;
         let shortcut = channel_means(&x, self.outputs)?;
         x = self.norm_out.silu(&x)?;
-        self.conv_out.forward(&x)?.add(&shortcut)
+        self.conv_out.forward(&x, memory)?.add(&shortcut)
     }
 }
 
 #[derive(Debug)]
 struct Decoder {
-    conv_in: Conv,
+    conv_in: CausalConv,
     repeats: usize,
     mid_block: MidBlock,
     up_blocks: Vec<(Vec<ResnetBlock>, Option<Upsample>)>,
     norm_out: RmsNorm,
-    conv_out: Conv,
+    conv_out: CausalConv,
 }
 
 impl Decoder {
@@ -387,19 +374,21 @@ impl Decoder {
         })
     }
 
-    fn forward(&self, z: &Tensor) -> EngineResult<Tensor> {
-        let mut x = self.conv_in.forward(z)?.add(&repeated(z, self.repeats)?)?;
-        x = self.mid_block.forward(&x)?;
+    /// Of a latent.
+    fn forward(&self, z: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        memory.next_piece();
+        let mut x = self.conv_in.forward(z, memory)?.add(&repeated(z, self.repeats)?)?;
+        x = self.mid_block.forward(&x, memory)?;
         for (resnets, up) in &self.up_blocks {
             for resnet in resnets {
-                x = resnet.forward(&x)?;
+                x = resnet.forward(&x, memory)?;
             }
             if let Some(up) = up {
-                x = up.forward(&x)?;
+                x = up.forward(&x, memory)?;
             }
         }
         x = self.norm_out.silu(&x)?;
-        self.conv_out.forward(&x)
+        self.conv_out.forward(&x, memory)
     }
 }
 
@@ -423,6 +412,26 @@ impl AutoencoderKLHunyuanVideo15 {
         let decoder = Decoder::new(&params.sub("decoder"), &config)?;
         Ok(Self { encoder, decoder, params: params.params(), config, tiling: None })
     }
+
+    /// Moments of a clip, or of a tile of it.
+    fn moments(&self, x: &Tensor) -> Result<Tensor> {
+        let time = self.config.temporal_compression_ratio;
+        let mut memory = Memory::default();
+        let part = |i: usize| {
+            let (start, count) = if i == 0 { (0, 1) } else { (1 + time * (i - 1), time) };
+            self.encoder.forward(&x.narrow(2, start, count)?, &mut memory)
+        };
+        let parts = (0..1 + (x.dims()[2] - 1) / time).map(part).collect::<EngineResult<Vec<_>>>()?;
+        Ok(Tensor::cat(&parts.iter().collect::<Vec<_>>(), 2)?)
+    }
+
+    /// Pixels of latents, or of a tile of them.
+    fn frames(&self, z: &Tensor) -> Result<Tensor> {
+        let mut memory = Memory::default();
+        let part = |i: usize| self.decoder.forward(&z.narrow(2, i, 1)?, &mut memory);
+        let parts = (0..z.dims()[2]).map(part).collect::<EngineResult<Vec<_>>>()?;
+        Ok(Tensor::cat(&parts.iter().collect::<Vec<_>>(), 2)?)
+    }
 }
 
 impl Autoencoder for AutoencoderKLHunyuanVideo15 {
@@ -443,16 +452,16 @@ impl Autoencoder for AutoencoderKLHunyuanVideo15 {
         }
         let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
         match tiles.filter(|tiles| tiling::exceeds(pixels, &tiles.pixels)) {
-            Some(tiles) => Posterior::of(&tiling::run(pixels, &tiles.pixels, |x| Ok(self.encoder.forward(x)?))?),
-            None => Posterior::of(&self.encoder.forward(pixels)?),
+            Some(tiles) => Posterior::of(&tiling::run(pixels, &tiles.pixels, |x| self.moments(x))?),
+            None => Posterior::of(&self.moments(pixels)?),
         }
     }
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let tiles = self.tiling.map(|tiling| tiling.tiles(self.config.spatial_compression_ratio)).transpose()?;
         match tiles.filter(|tiles| tiling::exceeds(latents, &tiles.latents)) {
-            Some(tiles) => tiling::run(latents, &tiles.latents, |z| Ok(self.decoder.forward(z)?)),
-            None => Ok(self.decoder.forward(latents)?),
+            Some(tiles) => tiling::run(latents, &tiles.latents, |z| self.frames(z)),
+            None => self.frames(latents),
         }
     }
 

@@ -6,7 +6,7 @@ use flowtape_engine::{Result as EngineResult, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::tiling::{self, Tiling};
+use super::tiling::{self, FrameTiling, Spare, Tiling};
 use super::video::{FIRST, LAST, Slow, channel_means, packed, patches, unpacked, unpatched};
 use super::{Autoencoder, Posterior, check_pixels};
 use crate::config::{Config, check_layers, check_sizes, config_json, truth};
@@ -500,6 +500,7 @@ pub struct AutoencoderKLLTX2Video {
     latents_mean: Param,
     latents_std: Param,
     tiling: Option<Tiling>,
+    frame_tiling: Option<FrameTiling>,
 }
 
 impl AutoencoderKLLTX2Video {
@@ -512,7 +513,42 @@ impl AutoencoderKLLTX2Video {
         let decoder = Decoder::new(&params.sub("decoder"), &config)?;
         let latents_mean = params.get("latents_mean", &[config.latent_channels], Init::Zeros)?;
         let latents_std = params.get("latents_std", &[config.latent_channels], Init::Ones)?;
-        Ok(Self { encoder, decoder, latents_mean, latents_std, params: params.params(), config, tiling: None })
+        Ok(Self {
+            encoder,
+            decoder,
+            latents_mean,
+            latents_std,
+            params: params.params(),
+            config,
+            tiling: None,
+            frame_tiling: None,
+        })
+    }
+
+    /// Moments of a clip, or of a part of it.
+    fn moments(&self, x: &Tensor) -> Result<Tensor> {
+        let ratio = self.config.space_ratio();
+        let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
+        match tiles.filter(|tiles| tiling::exceeds(x, &tiles.pixels)) {
+            Some(tiles) => {
+                let moments = tiling::run(x, &tiles.pixels, |x| Ok(self.encoder.forward(x)?))?;
+                tiling::cut(&moments, [3, 4].map(|axis| x.dims()[axis] / ratio))
+            }
+            None => Ok(self.encoder.forward(x)?),
+        }
+    }
+
+    /// Pixels of latents, or of a part of them.
+    fn frames(&self, z: &Tensor) -> Result<Tensor> {
+        let ratio = self.config.space_ratio();
+        let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
+        match tiles.filter(|tiles| tiling::exceeds(z, &tiles.latents)) {
+            Some(tiles) => {
+                let x = tiling::run(z, &tiles.latents, |z| Ok(self.decoder.forward(z)?))?;
+                tiling::cut(&x, [3, 4].map(|axis| z.dims()[axis] * ratio))
+            }
+            None => Ok(self.decoder.forward(z)?),
+        }
     }
 
     fn statistics(&self) -> EngineResult<[Tensor; 2]> {
@@ -537,25 +573,19 @@ impl Autoencoder for AutoencoderKLLTX2Video {
             let expected = format!("a multiple of {time} frames and one more");
             return Err(flowtape_engine::Error::shape("encode", expected, pixels.dims()).into());
         }
-        let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
-        match tiles.filter(|tiles| tiling::exceeds(pixels, &tiles.pixels)) {
-            Some(tiles) => {
-                let moments = tiling::run(pixels, &tiles.pixels, |x| Ok(self.encoder.forward(x)?))?;
-                Posterior::of(&tiling::cut(&moments, [3, 4].map(|axis| pixels.dims()[axis] / ratio))?)
-            }
-            None => Posterior::of(&self.encoder.forward(pixels)?),
-        }
+        let parts = self.frame_tiling.map(|tiling| tiling.tiles(time)).transpose()?.map(|[parts, _]| parts);
+        Posterior::of(&match parts.filter(|parts| pixels.dims()[2] > parts.size) {
+            Some(parts) => tiling::run_frames(pixels, &parts, Spare::First, |x| self.moments(x))?,
+            None => self.moments(pixels)?,
+        })
     }
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let ratio = self.config.space_ratio();
-        let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
-        match tiles.filter(|tiles| tiling::exceeds(latents, &tiles.latents)) {
-            Some(tiles) => {
-                let x = tiling::run(latents, &tiles.latents, |z| Ok(self.decoder.forward(z)?))?;
-                tiling::cut(&x, [3, 4].map(|axis| latents.dims()[axis] * ratio))
-            }
-            None => Ok(self.decoder.forward(latents)?),
+        let parts = self.frame_tiling.map(|tiling| tiling.tiles(self.config.time_ratio())).transpose()?;
+        match parts.map(|[_, parts]| parts).filter(|parts| latents.dims().get(2).is_some_and(|n| *n > parts.size)) {
+            // As in the reference the frames of parts behind the first stand one later than they are.
+            Some(parts) => tiling::run_frames(latents, &parts, Spare::Last, |z| self.frames(z)),
+            None => self.frames(latents),
         }
     }
 
@@ -587,6 +617,12 @@ impl Autoencoder for AutoencoderKLLTX2Video {
     fn set_tiling(&mut self, tiling: Option<Tiling>) -> Result<()> {
         tiling.map(|tiling| tiling.tiles(self.config.space_ratio())).transpose()?;
         self.tiling = tiling;
+        Ok(())
+    }
+
+    fn set_frame_tiling(&mut self, tiling: Option<FrameTiling>) -> Result<()> {
+        tiling.map(|tiling| tiling.tiles(self.config.time_ratio())).transpose()?;
+        self.frame_tiling = tiling;
         Ok(())
     }
 }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `blocks` | the encoder and decoder of pictures |
 //! | `video` | what the autoencoders of clips share |
-//! | `tiling` | pictures in tiles that are blended |
+//! | `pieces` | clips piece by piece, with what is remembered of the frames before |
+//! | `tiling` | pictures in tiles, and clips in parts, that are blended |
 //! | `autoencoder_kl` | [`AutoencoderKL`]: FLUX.1, Z-Image |
 //! | `autoencoder_kl_flux2` | [`AutoencoderKLFlux2`]: FLUX.2 |
 //! | `hunyuan_video` | [`AutoencoderKLHunyuanVideo15`]: HunyuanVideo 1.5 |
@@ -23,6 +24,7 @@ mod hunyuan_video;
 mod ltx2_audio;
 mod ltx2_video;
 mod mel;
+mod pieces;
 mod tiling;
 mod video;
 mod vocoder;
@@ -43,7 +45,7 @@ pub use self::hunyuan_video::{AutoencoderKLHunyuanVideo15, AutoencoderKLHunyuanV
 pub use self::ltx2_audio::{AutoencoderKLLTX2Audio, AutoencoderKLLTX2AudioConfig};
 pub use self::ltx2_video::{AutoencoderKLLTX2Video, AutoencoderKLLTX2VideoConfig, Flags, PaddingMode, Scaling};
 pub use self::mel::MelSpectrogram;
-pub use self::tiling::Tiling;
+pub use self::tiling::{FrameTiling, Tiling};
 pub use self::vocoder::{LTX2Vocoder, LTX2VocoderConfig, LTX2VocoderWithBWE, LTX2VocoderWithBWEConfig, Vocoder};
 pub use self::wan::{AutoencoderKLQwenImageConfig, AutoencoderKLWan, AutoencoderKLWanConfig};
 use crate::checkpoint::{CONFIG, open_weights, read_config};
@@ -89,6 +91,15 @@ pub trait Autoencoder: Debug + Send + Sync {
     /// # Errors
     /// When a tile is smaller than a latent.
     fn set_tiling(&mut self, tiling: Option<Tiling>) -> Result<()>;
+    /// Whether clips of more frames than a part are taken part by part. It has no effect where frames pass one after the other anyway, so
+    /// that memory does not grow with them.
+    ///
+    /// # Errors
+    /// When a part is no multiple of a latent's frames.
+    fn set_frame_tiling(&mut self, tiling: Option<FrameTiling>) -> Result<()> {
+        let _ = tiling;
+        Ok(())
+    }
     /// Whether a key of a checkpoint is of no use to the autoencoder and may be there.
     fn is_ignored_key(&self, key: &str) -> bool {
         let _ = key;
@@ -204,12 +215,20 @@ impl AutoencoderKind {
     }
 }
 
+/// The configuration of a folder's autoencoder, complete and checked.
+///
+/// # Errors
+/// When it can't be read, its class is unknown, or a value does not fit.
+pub fn load_config(folder: &Path) -> Result<Value> {
+    read_config(&folder.join(CONFIG), |class| Ok(AutoencoderKind::of_class(class)?.config))
+}
+
 /// Loads an autoencoder from a folder of diffusers', in `dtype` or, where none is given, in that of its first weights.
 ///
 /// # Errors
 /// When a file can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
 pub fn load(folder: &Path, dtype: Option<DType>, device: &Device) -> Result<Box<dyn Autoencoder>> {
-    let config = read_config(&folder.join(CONFIG), |class| Ok(AutoencoderKind::of_class(class)?.config))?;
+    let config = load_config(folder)?;
     let class = config["_class_name"].as_str().unwrap_or_default();
     let weights = Arc::new(open_weights(folder)?);
     let stored = weights.names().find_map(|name| match weights.dtype_name(name)?.as_str() {

@@ -1,4 +1,4 @@
-//! Pictures in tiles that overlap and are blended, as diffusers does it: memory is bounded by the size of a tile.
+//! Pictures in tiles, and clips in parts, that overlap and are blended, as diffusers does it: memory is bounded by the size of a tile.
 
 use flowtape_engine::Tensor;
 use flowtape_engine::ops::pointwise;
@@ -94,6 +94,90 @@ impl Tiling {
         }
         Ok(sides)
     }
+}
+
+/// How clips are cut along time: diffusers' `use_framewise_decoding`, with the arguments of its `enable_tiling`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FrameTiling {
+    /// Frames of a part.
+    pub tile: usize,
+    /// From one part to the next.
+    pub stride: usize,
+}
+
+impl FrameTiling {
+    /// Parts of so many frames that share a half.
+    pub fn of(frames: usize) -> Self {
+        Self { tile: frames, stride: frames / 2 }
+    }
+
+    /// From the arguments of `enable_tiling`, by their names.
+    ///
+    /// # Errors
+    /// When an argument is missing or no whole number.
+    pub fn from_json(arguments: &Value) -> Result<Self> {
+        let number = |key: &'static str| {
+            let number = arguments[key].as_u64().and_then(|n| usize::try_from(n).ok());
+            number.ok_or_else(|| Error::config(key, "a number of frames", &arguments[key]))
+        };
+        Ok(Self { tile: number("tile_sample_min_num_frames")?, stride: number("tile_sample_stride_num_frames")? })
+    }
+
+    /// Parts of frames and of latents, for an encoder that makes one latent of `ratio` frames.
+    ///
+    /// # Errors
+    /// When these are no whole latents, or parts do not go on.
+    pub(super) fn tiles(&self, ratio: usize) -> Result<[Tiles; 2]> {
+        let Self { tile, stride } = *self;
+        let whole = |frames: usize| frames > 0 && frames.is_multiple_of(ratio);
+        if !whole(tile) || !whole(stride) || stride > tile {
+            let expected = format!("parts and strides of {ratio} frames or multiples, the stride at most a part");
+            return Err(Error::config("tiling", expected, format!("{self:?}")));
+        }
+        let tiles = |size, step, to, keep| Tiles { size, step, blend: to - keep, keep };
+        let latents = [tile / ratio, stride / ratio];
+        Ok([tiles(tile, stride, latents[0], latents[1]), tiles(latents[0], latents[1], tile, stride)])
+    }
+}
+
+/// Which end of what is made of a part, but for the first one, is left out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Spare {
+    First,
+    Last,
+}
+
+/// Makes `[B, C, T, H, W]` part by part, each with a frame (or latent) more than its size, and blends each with the one before, as that is
+/// after its own blending.
+///
+/// # Errors
+/// Those of `make`.
+pub(super) fn run_frames(
+    x: &Tensor,
+    tiles: &Tiles,
+    spare: Spare,
+    make: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    const TIME: usize = 2;
+    let frames = x.dims()[TIME];
+    let (mut before, mut kept): (Option<Tensor>, Vec<Tensor>) = (None, Vec::new());
+    for start in (0..frames).step_by(tiles.step) {
+        let count = (tiles.size + 1).min(frames - start);
+        // The others have one more than they add.
+        if count == 1 && before.is_some() {
+            break;
+        }
+        let mut part = make(&x.narrow(TIME, start, count)?)?;
+        let mut keep = tiles.keep + 1;
+        if let Some(before) = &before {
+            let from = usize::from(spare == Spare::First);
+            part = blended(before, &part.narrow(TIME, from, part.dims()[TIME] - 1)?, TIME, tiles.blend)?;
+            keep = tiles.keep;
+        }
+        kept.push(part.narrow(TIME, 0, keep.min(part.dims()[TIME]))?.contiguous()?);
+        before = Some(part);
+    }
+    Ok(Tensor::cat(&kept.iter().collect::<Vec<_>>(), TIME)?)
 }
 
 /// Tiles for encoding and decoding, height then width.

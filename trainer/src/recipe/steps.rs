@@ -128,4 +128,7 @@ pub struct Performance {
     pub check_loss: bool,
     /// Whether blocks run again in backward instead of keeping their activations: less memory, the same results.
     pub activation_checkpointing: bool,
+    /// Blocks whose frozen weights lie in the host's memory, and come to the GPU while their block is computed with: less memory, the
+    /// same results.
+    pub blocks_to_swap: usize,
 }

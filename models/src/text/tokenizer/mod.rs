@@ -141,7 +141,11 @@ impl Tokenizer {
     /// # Errors
     /// When a file is missing or broken, or the class is not known without its `tokenizer.json`.
     pub fn open(folder: &Path) -> Result<Self> {
-        let config: Config = read_json(&folder.join("tokenizer_config.json"))?;
+        let path = folder.join("tokenizer_config.json");
+        let mut settings: Map<String, Value> = read_json(&path)?;
+        // Null stands for what is not said.
+        settings.retain(|_, value| !value.is_null());
+        let config = Config::deserialize(Value::Object(settings)).map_err(|e| format_error(&path, e))?;
         let (json, vocab) = (folder.join("tokenizer.json"), folder.join("vocab.json"));
         let pieces = folder.join("spiece.model");
         let described = if exists(&json)? {

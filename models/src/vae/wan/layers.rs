@@ -1,64 +1,12 @@
-//! The layers of Wan's autoencoder, and what they remember of the frames before.
+//! The layers of Wan's autoencoder.
 
 use flowtape_engine::nn::{Conv, ParamBuilder};
-use flowtape_engine::ops::{ConvAxis, attention, repeat_nearest};
+use flowtape_engine::ops::{ConvAxis, Padding, attention, repeat_nearest};
 use flowtape_engine::{Result as EngineResult, Tensor};
 
 use crate::vae::blocks::{conv2d, picture, tokens};
+use crate::vae::pieces::{CausalConv, Memory, REMEMBERED, Seen, tail};
 use crate::vae::video::{FIRST, LAST, RmsNorm, Slow, channel_means, packed, repeated, unpacked};
-
-/// Frames that a convolution along time, of three taps, remembers.
-const REMEMBERED: usize = 2;
-
-/// What one place in the network remembers of the frames before.
-#[derive(Clone, Debug, Default)]
-enum Seen {
-    #[default]
-    Nothing,
-    /// That there was a first piece.
-    First,
-    /// The last frames.
-    Frames(Tensor),
-}
-
-/// What the network remembers from piece to piece, in the order in which it asks.
-#[derive(Debug, Default)]
-pub(super) struct Memory {
-    places: Vec<Seen>,
-    at: usize,
-    pieces: usize,
-}
-
-impl Memory {
-    /// Goes on to the next piece.
-    pub(super) fn next_piece(&mut self) {
-        self.at = 0;
-        self.pieces += 1;
-    }
-
-    pub(super) fn is_first(&self) -> bool {
-        self.pieces == 1
-    }
-
-    /// What the next place remembers; `put` writes over it.
-    fn take(&mut self) -> Seen {
-        if self.at == self.places.len() {
-            self.places.push(Seen::Nothing);
-        }
-        std::mem::take(&mut self.places[self.at])
-    }
-
-    fn put(&mut self, seen: Seen) {
-        self.places[self.at] = seen;
-        self.at += 1;
-    }
-}
-
-/// The last frames of `[B, C, T, H, W]`, at most so many.
-fn tail(x: &Tensor, frames: usize) -> EngineResult<Tensor> {
-    let count = x.dims()[2];
-    x.narrow(2, count.saturating_sub(frames), frames.min(count))
-}
 
 /// Runs a function of pictures `[B T, C, H, W]` on the frames of `[B, C, T, H, W]`.
 fn by_frame(x: &Tensor, f: impl FnOnce(&Tensor) -> EngineResult<Tensor>) -> EngineResult<Tensor> {
@@ -67,37 +15,6 @@ fn by_frame(x: &Tensor, f: impl FnOnce(&Tensor) -> EngineResult<Tensor>) -> Engi
     let out = f(&pictures)?.permute(&[0, 2, 3, 1])?;
     let dims = out.dims().to_vec();
     out.reshape(&[batch, frames, dims[1], dims[2], dims[3]])?.permute(&FIRST)
-}
-
-/// A convolution whose taps along time are all at or before their place.
-#[derive(Debug)]
-pub(super) struct CausalConv(Conv);
-
-impl CausalConv {
-    pub(super) fn new(params: &ParamBuilder, inputs: usize, outputs: usize, kernel: [usize; 3]) -> EngineResult<Self> {
-        let [time, height, width] = kernel;
-        let space = |kernel: usize| (kernel, ConvAxis::same(kernel));
-        let axes = [(time, ConvAxis::causal(time)), space(height), space(width)];
-        Ok(Self(Conv::new(params, inputs, outputs, &axes)?))
-    }
-
-    /// Of a piece, after the frames that were seen: those take the place of as many zeros.
-    fn after(&self, before: &Tensor, x: &Tensor) -> EngineResult<(Tensor, Tensor)> {
-        let joined = Tensor::cat(&[before, x], 2)?;
-        let mut axes = self.0.axes().to_vec();
-        axes[0].before = axes[0].before.saturating_sub(before.dims()[2]);
-        Ok((self.0.walk(&joined, &axes)?, joined))
-    }
-
-    pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
-        let (y, seen) = match memory.take() {
-            Seen::Frames(before) => self.after(&before, x)?,
-            _ => (self.0.forward(x)?, x.clone()),
-        };
-        // A copy, so that the rest of the frames may go.
-        memory.put(Seen::Frames(tail(&seen, REMEMBERED)?.permute(&LAST)?.contiguous()?.permute(&FIRST)?));
-        Ok(y)
-    }
 }
 
 /// Norm, SiLU and convolution, twice, beside a shortcut.
@@ -115,9 +32,9 @@ impl ResidualBlock {
         let shortcut = || Conv::new(&params.sub("conv_shortcut"), inputs, outputs, &[(1, ConvAxis::default()); 3]);
         Ok(Self {
             norm1: RmsNorm::new(&params.sub("norm1"), inputs, 3)?,
-            conv1: CausalConv::new(&params.sub("conv1"), inputs, outputs, [3; 3])?,
+            conv1: CausalConv::new(&params.sub("conv1"), inputs, outputs, [3; 3], Padding::Zeros)?,
             norm2: RmsNorm::new(&params.sub("norm2"), outputs, 3)?,
-            conv2: CausalConv::new(&params.sub("conv2"), outputs, outputs, [3; 3])?,
+            conv2: CausalConv::new(&params.sub("conv2"), outputs, outputs, [3; 3], Padding::Zeros)?,
             conv_shortcut: (inputs != outputs).then(shortcut).transpose()?,
         })
     }
@@ -224,7 +141,8 @@ pub(super) struct Upsample {
 
 impl Upsample {
     pub(super) fn new(params: &ParamBuilder, channels: usize, outputs: usize, in_time: bool) -> EngineResult<Self> {
-        let time_conv = || CausalConv::new(&params.sub("time_conv"), channels, 2 * channels, [3, 1, 1]);
+        let kernel = [3, 1, 1];
+        let time_conv = || CausalConv::new(&params.sub("time_conv"), channels, 2 * channels, kernel, Padding::Zeros);
         Ok(Self {
             resample: conv2d(&params.sub("resample.1"), channels, outputs, 3)?,
             time_conv: in_time.then(time_conv).transpose()?,
@@ -246,7 +164,7 @@ impl Upsample {
                 return Ok(x.clone());
             }
             // The first frame was not looked at, and is not remembered.
-            Seen::First => (time_conv.0.forward(x)?, x.pad(2, 1, 0)?),
+            Seen::First => (time_conv.first(x)?, x.pad(2, 1, 0)?),
             Seen::Frames(before) => time_conv.after(&before, x)?,
         };
         memory.put(Seen::Frames(tail(&seen, REMEMBERED)?));

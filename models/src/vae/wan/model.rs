@@ -6,10 +6,10 @@ use flowtape_engine::{Result as EngineResult, Tensor};
 use serde_json::Value;
 
 use super::config::{AutoencoderKLQwenImageConfig, AutoencoderKLWanConfig};
-use super::layers::Memory;
 use super::network::{Decoder, Encoder};
 use crate::Result;
 use crate::config::config_json;
+use crate::vae::pieces::Memory;
 use crate::vae::tiling::{self, Tiling};
 use crate::vae::video::{patches, statistic, unpatched};
 use crate::vae::{Autoencoder, Posterior, check_pixels};

@@ -1,10 +1,12 @@
 //! Wan's encoder and decoder.
 
 use flowtape_engine::nn::ParamBuilder;
+use flowtape_engine::ops::Padding;
 use flowtape_engine::{Result as EngineResult, Tensor};
 
 use super::config::AutoencoderKLWanConfig;
-use super::layers::{AvgDown, CausalConv, Downsample, DupUp, Memory, MidBlock, ResidualBlock, Upsample};
+use super::layers::{AvgDown, Downsample, DupUp, MidBlock, ResidualBlock, Upsample};
+use crate::vae::pieces::{CausalConv, Memory};
 use crate::vae::video::RmsNorm;
 
 /// A step of the encoder.
@@ -81,11 +83,11 @@ impl Encoder {
         }
         let last = dims[dims.len() - 1];
         Ok(Self {
-            conv_in: CausalConv::new(&params.sub("conv_in"), config.in_channels, dims[0], [3; 3])?,
+            conv_in: CausalConv::new(&params.sub("conv_in"), config.in_channels, dims[0], [3; 3], Padding::Zeros)?,
             down_blocks,
             mid_block: MidBlock::new(&params.sub("mid_block"), last)?,
             norm_out: RmsNorm::new(&params.sub("norm_out"), last, 3)?,
-            conv_out: CausalConv::new(&params.sub("conv_out"), last, 2 * config.z_dim, [3; 3])?,
+            conv_out: CausalConv::new(&params.sub("conv_out"), last, 2 * config.z_dim, [3; 3], Padding::Zeros)?,
         })
     }
 
@@ -142,11 +144,11 @@ impl Decoder {
         };
         let (first, last) = (reversed[0], reversed[reversed.len() - 1]);
         Ok(Self {
-            conv_in: CausalConv::new(&params.sub("conv_in"), config.z_dim, first, [3; 3])?,
+            conv_in: CausalConv::new(&params.sub("conv_in"), config.z_dim, first, [3; 3], Padding::Zeros)?,
             mid_block: MidBlock::new(&params.sub("mid_block"), first)?,
             up_blocks: (0..reversed.len()).map(stage).collect::<EngineResult<_>>()?,
             norm_out: RmsNorm::new(&params.sub("norm_out"), last, 3)?,
-            conv_out: CausalConv::new(&params.sub("conv_out"), last, config.out_channels, [3; 3])?,
+            conv_out: CausalConv::new(&params.sub("conv_out"), last, config.out_channels, [3; 3], Padding::Zeros)?,
         })
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use flowtape_data::media::{FolderOptions, PictureItem, ReadOptions, list_pictures};
+use flowtape_data::media::{FolderOptions, MissingCaptions, PictureItem, ReadOptions, list_pictures};
 use flowtape_data::preprocess::{PictureOptions, Preprocess, Preprocessed, Progress, encoders_of};
 use flowtape_data::{
     Buckets, CacheHeader, CacheSource, Chain, NemoCache, PipelineText, PixelCodec, Source, TextEmbeddings, TextEncoder,
@@ -52,20 +52,30 @@ pub struct FolderConfig {
     #[serde(default = "quantization")]
     #[schemars(range(min = 1, max = 4096))]
     pub quantization: usize,
-    /// Frames of films (MP4 with H.264, animated GIF, PNG or WebP, folders of pictures), evenly from the first to the last; pictures
-    /// if none is given.
+    /// Frames of films (MP4 with H.264, animated GIF, PNG or WebP, folders of pictures), evenly from the first to the last, or from the
+    /// first on at 24 a second with their sound, where the pipeline makes that; pictures if none is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 16_384))]
     pub frames: Option<usize>,
     /// Whether the last frame of a film is given to the model beside the first: for Wan's image-to-video.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub last_frame: bool,
-    /// Whether films of other kinds go through an `ffmpeg` of this machine.
+    /// Whether films of other kinds, and the sound of films, go through an `ffmpeg` of this machine.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ffmpeg: bool,
+    /// Whether a film without sound is a silent one, where the model is trained on sound; else it is an error.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub silence: bool,
+    /// What stands for a caption that is missing: an error, an empty one, or the file's name.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub missing_captions: MissingCaptions,
     /// Red, green and blue of what shows through where a picture is transparent; white.
     #[serde(default = "white")]
     pub background: [u8; 3],
+}
+
+fn is_default(missing: &MissingCaptions) -> bool {
+    *missing == MissingCaptions::default()
 }
 
 fn max_pixels() -> usize {
@@ -86,7 +96,7 @@ impl FolderConfig {
     /// # Errors
     /// When a folder can't be read, or captions are missing.
     pub fn items(&self) -> Result<Vec<PictureItem>> {
-        let options = FolderOptions::default();
+        let options = FolderOptions { missing_captions: self.missing_captions, ..FolderOptions::default() };
         if self.include.is_empty() {
             return Ok(list_pictures(&self.path, &options)?);
         }
@@ -103,8 +113,8 @@ impl FolderConfig {
         let read = ReadOptions { background: Some(self.background), ..ReadOptions::default() };
         let pictures = PictureOptions { quantization: self.quantization, max_pixels: self.max_pixels, read };
         let pipeline = PipelineFolder::open(&self.pipeline)?;
-        let (frames, last_frame, ffmpeg) = (self.frames, self.last_frame, self.ffmpeg);
-        Ok(Preprocess { pipeline, pictures, frames, last_frame, ffmpeg, workers })
+        let (frames, last_frame, ffmpeg, silence) = (self.frames, self.last_frame, self.ffmpeg, self.silence);
+        Ok(Preprocess { pipeline, pictures, frames, last_frame, ffmpeg, silence, workers })
     }
 
     /// Encodes what the cache does not have yet.
