@@ -50,13 +50,16 @@ struct Squares<'a, T> {
 impl<T: Narrow> Work for Squares<'_, T> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let square = |x: &T| f64::from(x.widen()) * f64::from(x.widen());
+        let square = |x: T| f64::from(x.widen()) * f64::from(x.widen());
         let mut lanes = [0f64; LANES];
         let (whole, rest) = self.values.as_chunks::<LANES>();
         for values in whole {
-            lanes.iter_mut().zip(values).for_each(|(lane, x)| *lane += square(x));
+            // By index: of zipped iterators the compiler makes no vectors where T is f32.
+            for (i, lane) in lanes.iter_mut().enumerate() {
+                *lane += square(values[i]);
+            }
         }
-        lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane += square(x));
+        lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane += square(*x));
         *self.sum = lanes.iter().sum();
     }
 }
