@@ -9,9 +9,10 @@ use flowtape_engine::nn::{
 };
 use flowtape_engine::ops::{self, RopeLayout};
 use flowtape_engine::{DType, Device, Tape, Tensor};
+use flowtape_flowmatch::ModelInputs;
 use flowtape_models::blocks::{
-    ChannelOrder, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QkvConfig, RopePrecision,
-    RopeTables, Tokens, unpatchify,
+    ChannelOrder, CombinedTimestepTextProjEmbeddings, JointTokens, JointTransformerBlock, Modulation, QkvConfig,
+    RopePrecision, RopeTables, Tokens, unpatchify,
 };
 use flowtape_models::flux::FluxSingleTransformerBlock;
 use flowtape_models::flux2;
@@ -414,16 +415,17 @@ impl Case<'_> {
             layout: RopeLayout::Interleaved,
         };
         let (width, head) = (image.dim(2)?, rope.cos.dim(1)?);
+        let (joint, _) = JointTokens::new(&ModelInputs::new(), [text.clone(), image.clone()], &rope, None)?;
         if self.name == "flux_double_block" {
             return self.module(
                 |p| JointTransformerBlock::new(p, QkvConfig::joint(width, width / head), 4 * width),
-                |m| Ok(m.forward([text, image], temb, &Tokens::whole(), &rope, None)?.into()),
+                |m| Ok(m.forward([text, image], temb, &joint)?.into()),
             );
         }
         self.module(
             |p| FluxSingleTransformerBlock::new(p, width, width / head),
             |m| {
-                let x = m.forward(&Tensor::cat(&[text, image], 1)?, temb, &Tokens::whole(), &rope)?;
+                let x = m.forward(&Tensor::cat(&[text, image], 1)?, temb, &joint)?;
                 x.split(&[text.dim(1)?, image.dim(1)?], 1)
             },
         )

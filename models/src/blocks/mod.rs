@@ -27,6 +27,6 @@ pub use modulation::{AdaLayerNormContinuous, Modulation, ScaleShiftTable, gate, 
 pub use patch::{ChannelOrder, PatchEmbed, patchify_as, unpatchify};
 pub use rope::{RopePrecision, RopeTables, grid_positions, latent_image_ids};
 pub use sandwich::{SandwichBlock, SandwichNorms};
-pub use stream::{DoubleStream, JointTransformerBlock, SingleStream, StreamKind, gelu_feed_forward};
+pub use stream::{DoubleStream, JointTokens, JointTransformerBlock, SingleStream, StreamKind, gelu_feed_forward};
 pub use swiglu::SwiGlu;
 pub use tokens::Tokens;

@@ -3,12 +3,79 @@
 
 use flowtape_engine::nn::{Activation, FeedForward, LayerNorm, Linear, ParamBuilder};
 use flowtape_engine::{Result, Tensor};
+use flowtape_flowmatch::ModelInputs;
 
 use super::modulation::equal_parts;
 use super::{ADDED_QKV, Modulation, QKV, QkvConfig, QkvHeads, RopeTables, Tokens, gate};
 
 /// Added to the variance in a single block.
 const EPS: f64 = 1e-6;
+
+/// A text and latents that attend to each other as one sequence, the text first: their tokens, of which this rank may have a part, with
+/// their positions, and what is added to the scores.
+#[derive(Clone, Debug)]
+pub struct JointTokens {
+    tokens: Tokens,
+    rope: RopeTables,
+    mask: Option<Tensor>,
+    /// This rank's tokens of each.
+    lens: [usize; 2],
+}
+
+impl JointTokens {
+    /// Those of a text and latents `[B, L, dim]`, and what this rank has of both. Tables and mask are those of all tokens.
+    ///
+    /// # Errors
+    /// When the lengths differ, or a rank would have none of a stream.
+    pub fn new(
+        inputs: &ModelInputs,
+        [text, latents]: [Tensor; 2],
+        rope: &RopeTables,
+        mask: Option<Tensor>,
+    ) -> Result<(Self, [Tensor; 2])> {
+        let tokens = Tokens::of(inputs, &[text.dim(1)?, latents.dim(1)?])?;
+        let streams = [tokens.sequence(0).part(&text, 1)?, tokens.sequence(1).part(&latents, 1)?];
+        let lens = [streams[0].dim(1)?, streams[1].dim(1)?];
+        Ok((Self { rope: tokens.rope(rope)?, tokens, mask, lens }, streams))
+    }
+
+    /// The positions of this rank's tokens.
+    pub fn rope(&self) -> &RopeTables {
+        &self.rope
+    }
+
+    /// Attention of this rank's tokens, queries and keys rotated; see [`attend`](super::attend).
+    ///
+    /// # Errors
+    /// When the shapes do not fit, there are heads that can't be shared out, or a rank has failed.
+    pub fn attend(&self, qkv: [Tensor; 3]) -> Result<Tensor> {
+        self.tokens.attend(qkv, self.mask.as_ref())
+    }
+
+    /// This rank's latents in x `[B, L, dim]`, text and latents in one.
+    ///
+    /// # Errors
+    /// When x has another length.
+    pub fn latents(&self, x: &Tensor) -> Result<Tensor> {
+        x.narrow(1, self.lens[0], self.lens[1])
+    }
+
+    /// All latents on all ranks, from this rank's.
+    ///
+    /// # Errors
+    /// When the shape does not fit, or a rank has failed.
+    pub fn gather(&self, latents: &Tensor) -> Result<Tensor> {
+        self.tokens.sequence(1).gather(latents)
+    }
+
+    /// What belongs to latents, such as marks along an axis, of this rank's.
+    ///
+    /// # Errors
+    /// When the axis has another length.
+    pub fn part_of_latents(&self, x: &Tensor, axis: usize) -> Result<Tensor> {
+        self.tokens.sequence(1).part(x, axis)
+    }
+}
 
 /// Which stream of a double block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,8 +162,7 @@ impl DoubleStream {
     }
 
     /// Text `[B, T, dim]` and latents `[B, L, dim]`, each with its modulation `[B, 1, 6 dim]` or one per token: shift, scale
-    /// and gate of attention, then of the feed-forward layer. The sequence in attention, with the tables' positions and the
-    /// mask's keys, is the text and then the latents: `tokens`. Returns both streams.
+    /// and gate of attention, then of the feed-forward layer. Returns both streams.
     ///
     /// # Errors
     /// When a shape does not fit.
@@ -104,17 +170,14 @@ impl DoubleStream {
         &self,
         [text, latents]: [&Tensor; 2],
         modulation: [&Tensor; 2],
-        tokens: &Tokens,
-        rope: &RopeTables,
-        mask: Option<&Tensor>,
+        joint: &JointTokens,
     ) -> Result<[Tensor; 2]> {
         let [m_text, m_latents] = [Vectors::new(modulation[0])?, Vectors::new(modulation[1])?];
-        let (t, l) = (text.dim(1)?, latents.dim(1)?);
+        let ([t, l], rope) = (joint.lens, &joint.rope);
         let of_text = self.text.before_attention(text, &m_text, &rope.narrow(0, t)?)?;
         let of_latents = self.latents.before_attention(latents, &m_latents, &rope.narrow(t, l)?)?;
         let join = |i: usize| Tensor::cat(&[&of_text[i], &of_latents[i]], 2);
-        let joint = tokens.attend([join(0)?, join(1)?, join(2)?], mask)?;
-        let parts = joint.split(&[t, l], 1)?;
+        let parts = joint.attend([join(0)?, join(1)?, join(2)?])?.split(&joint.lens, 1)?;
         Ok([
             self.text.after_attention(text, &parts[0], &m_text)?,
             self.latents.after_attention(latents, &parts[1], &m_latents)?,
@@ -154,22 +217,13 @@ impl JointTransformerBlock {
         })
     }
 
-    /// Text and latents `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both. Text comes first in the tables,
-    /// and in the mask, which is added to the scores.
+    /// Text and latents `[B, L, dim]`, with the embedding `temb` `[B, dim]`; returns both.
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn forward(
-        &self,
-        [text, latents]: [&Tensor; 2],
-        temb: &Tensor,
-        tokens: &Tokens,
-        rope: &RopeTables,
-        mask: Option<&Tensor>,
-    ) -> Result<[Tensor; 2]> {
+    pub fn forward(&self, streams: [&Tensor; 2], temb: &Tensor, joint: &JointTokens) -> Result<[Tensor; 2]> {
         let [m_text, m_latents] = &self.modulation;
-        let modulation = [&m_text.together(temb)?, &m_latents.together(temb)?];
-        self.streams.forward([text, latents], modulation, tokens, rope, mask)
+        self.streams.forward(streams, [&m_text.together(temb)?, &m_latents.together(temb)?], joint)
     }
 }
 
@@ -197,22 +251,15 @@ impl SingleStream {
         })
     }
 
-    /// x `[B, L, dim]`, text first, with its modulation `[B, 1, 3 dim]`: shift, scale and gate. The mask is added to the scores.
+    /// x `[B, L, dim]`, text first, with its modulation `[B, 1, 3 dim]`: shift, scale and gate.
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        modulation: &Tensor,
-        tokens: &Tokens,
-        rope: &RopeTables,
-        mask: Option<&Tensor>,
-    ) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, modulation: &Tensor, joint: &JointTokens) -> Result<Tensor> {
         let [shift, scale, of_gate] = equal_parts(modulation, 2)?;
         let h = self.norm.modulated(x, &shift, &scale)?;
         let mlp = Activation::GeluTanh.forward(&self.proj_mlp.forward(&h)?)?;
-        let attention = tokens.attend(self.qkv.forward(&h, Some(rope))?, mask)?;
+        let attention = joint.attend(self.qkv.forward(&h, Some(&joint.rope))?)?;
         gate(x, &of_gate, &self.proj_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
     }
 }

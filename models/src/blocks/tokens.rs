@@ -42,16 +42,6 @@ impl Tokens {
         Ok(tokens)
     }
 
-    /// Those of a text and latents `[B, L, D]`, and what this rank has of both streams.
-    ///
-    /// # Errors
-    /// When a rank would have none of a stream.
-    pub fn of_streams(inputs: &ModelInputs, [text, latents]: [Tensor; 2]) -> Result<(Self, [Tensor; 2])> {
-        let tokens = Self::of(inputs, &[text.dim(1)?, latents.dim(1)?])?;
-        let streams = [tokens.sequence(0).part(&text, 1)?, tokens.sequence(1).part(&latents, 1)?];
-        Ok((tokens, streams))
-    }
-
     /// One of the sequences by itself.
     #[must_use]
     pub fn sequence(&self, i: usize) -> Self {

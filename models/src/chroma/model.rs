@@ -9,7 +9,7 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::ChromaConfig;
 use crate::Transformer;
 use crate::blocks::{
-    DoubleStream, QkvConfig, RopeTables, SingleStream, StreamKind, Tokens, equal_parts, gelu_feed_forward, key_mask,
+    DoubleStream, JointTokens, QkvConfig, RopeTables, SingleStream, StreamKind, equal_parts, gelu_feed_forward, key_mask,
     time_proj,
 };
 use crate::config::config_json;
@@ -168,23 +168,21 @@ impl FlowModel for ChromaTransformer2DModel {
         let modulation = self.modulation(inputs)?;
         let rope = RopeTables::of_ids(inputs, &["txt_ids", "img_ids"], &self.config.axes_dims_rope, THETA)?;
         let mask = inputs.optional("attention_mask").map(key_mask).transpose()?;
-        let (tokens, streams) = Tokens::of_streams(inputs, [text, image])?;
-        let (rope, of_image) = (tokens.rope(&rope)?, tokens.sequence(1));
-        let shared = (tokens.clone(), rope.clone(), mask.clone());
+        let (joint, streams) = JointTokens::new(inputs, [text, image], &rope, mask)?;
+        let [double, single] = [joint.clone(), joint.clone()];
         let [text, image] =
             self.transformer_blocks.run(streams, [&modulation], move |layer, streams, [modulation]| {
                 let [of_text, of_image] =
                     [vectors(modulation, layer.rows[0], 6)?, vectors(modulation, layer.rows[1], 6)?];
-                layer.block.forward(streams, [&of_text, &of_image], &shared.0, &shared.1, shared.2.as_ref())
+                layer.block.forward(streams, [&of_text, &of_image], &double)
             })?;
-        let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
         let x = Tensor::cat(&[&text, &image], 1)?;
         let [x] = self.single_transformer_blocks.run([x], [&modulation], move |layer, [x], [modulation]| {
-            Ok([layer.block.forward(x, &vectors(modulation, layer.rows[0], 3)?, &tokens, &rope, mask.as_ref())?])
+            Ok([layer.block.forward(x, &vectors(modulation, layer.rows[0], 3)?, &single)?])
         })?;
         let [shift, scale] = equal_parts(&vectors(&modulation, self.config.modulation_rows() - 2, 2)?, 2)?;
-        let image = x.narrow(1, text_len, image_len)?;
-        Ok(of_image.gather(&self.proj_out.forward(&self.norm_out.modulated(&image, &shift, &scale)?)?)?.into())
+        let image = self.norm_out.modulated(&joint.latents(&x)?, &shift, &scale)?;
+        Ok(joint.gather(&self.proj_out.forward(&image)?)?.into())
     }
 }
 

@@ -7,8 +7,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTransformerBlock, Modulation, QkvConfig,
-    RopeTables, SingleStream, Tokens, time_proj,
+    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTokens, JointTransformerBlock, Modulation,
+    QkvConfig, RopeTables, SingleStream, time_proj,
 };
 use crate::config::config_json;
 
@@ -39,8 +39,8 @@ impl FluxSingleTransformerBlock {
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn forward(&self, x: &Tensor, temb: &Tensor, tokens: &Tokens, rope: &RopeTables) -> Result<Tensor> {
-        self.stream.forward(x, &self.modulation.together(temb)?, tokens, rope, None)
+    pub fn forward(&self, x: &Tensor, temb: &Tensor, joint: &JointTokens) -> Result<Tensor> {
+        self.stream.forward(x, &self.modulation.together(temb)?, joint)
     }
 }
 
@@ -119,19 +119,17 @@ impl FlowModel for FluxTransformer2DModel {
             self.temb(inputs)?,
             RopeTables::of_ids(inputs, &["txt_ids", "img_ids"], &self.config.axes_dims_rope, THETA)?,
         );
-        let (tokens, streams) = Tokens::of_streams(inputs, [text, image])?;
-        let (rope, of_image) = (tokens.rope(&rope)?, tokens.sequence(1));
-        let shared = (tokens.clone(), rope.clone());
-        let [text, image] = self.transformer_blocks.run(streams, [&temb], move |block, streams, [temb]| {
-            block.forward(streams, temb, &shared.0, &shared.1, None)
-        })?;
-        let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
+        let (joint, streams) = JointTokens::new(inputs, [text, image], &rope, None)?;
+        let [double, single] = [joint.clone(), joint.clone()];
+        let [text, image] = self
+            .transformer_blocks
+            .run(streams, [&temb], move |block, streams, [temb]| block.forward(streams, temb, &double))?;
         let x = Tensor::cat(&[&text, &image], 1)?;
         let [x] = self
             .single_transformer_blocks
-            .run([x], [&temb], move |block, [x], [temb]| Ok([block.forward(x, temb, &tokens, &rope)?]))?;
-        let image = x.narrow(1, text_len, image_len)?;
-        Ok(of_image.gather(&self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?)?.into())
+            .run([x], [&temb], move |block, [x], [temb]| Ok([block.forward(x, temb, &single)?]))?;
+        let image = self.norm_out.forward(&joint.latents(&x)?, &temb)?;
+        Ok(joint.gather(&self.proj_out.forward(&image)?)?.into())
     }
 }
 

@@ -10,7 +10,7 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::Flux2Config;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, Tokens, gate, split_heads,
+    AdaLayerNormContinuous, DoubleStream, JointTokens, Modulation, QkvConfig, RopeTables, StreamKind, gate, split_heads,
     time_proj,
 };
 use crate::config::config_json;
@@ -80,14 +80,14 @@ impl Flux2SingleTransformerBlock {
     ///
     /// # Errors
     /// When a shape does not fit.
-    pub fn forward(&self, x: &Tensor, modulation: &Tensor, tokens: &Tokens, rope: &RopeTables) -> Result<Tensor> {
-        let m = modulation.chunk(3, 2)?;
+    pub fn forward(&self, x: &Tensor, modulation: &Tensor, joint: &JointTokens) -> Result<Tensor> {
+        let (m, rope) = (modulation.chunk(3, 2)?, joint.rope());
         let h = self.norm.modulated(x, &m[0], &m[1])?;
         let parts = self.to_qkv_mlp_proj.forward(&h)?.split(&self.widths, 2)?;
         let heads = |i: usize| split_heads(&parts[i], self.heads);
         let rotated = |norm: &RmsNorm, x| norm.rotated(&x, &rope.cos, &rope.sin, rope.layout);
         let (q, k) = (rotated(&self.norm_q, heads(0)?)?, rotated(&self.norm_k, heads(1)?)?);
-        let attention = tokens.attend([q.transpose(1, 2)?, k.transpose(1, 2)?, heads(2)?.transpose(1, 2)?], None)?;
+        let attention = joint.attend([q.transpose(1, 2)?, k.transpose(1, 2)?, heads(2)?.transpose(1, 2)?])?;
         let mlp = Activation::SwigluGateFirst.forward(&parts[3])?;
         gate(x, &m[2], &self.to_out.forward(&Tensor::cat(&[&attention, &mlp], 2)?)?)
     }
@@ -195,20 +195,18 @@ impl FlowModel for Flux2Transformer2DModel {
         let text = self.context_embedder.forward(inputs.tensor("encoder_hidden_states")?)?;
         let m_text = self.double_stream_modulation_txt.together(&temb)?;
         let m_image = self.double_stream_modulation_img.together(&temb)?;
-        let (tokens, streams) = Tokens::of_streams(inputs, [text, image])?;
-        let (rope, of_image) = (tokens.rope(&rope)?, tokens.sequence(1));
-        let (shared, modulation) = ((tokens.clone(), rope.clone()), [&m_text, &m_image]);
-        let [text, image] = self.transformer_blocks.run(streams, modulation, move |block, streams, modulation| {
-            block.forward(streams, modulation, &shared.0, &shared.1, None)
-        })?;
-        let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
+        let (joint, streams) = JointTokens::new(inputs, [text, image], &rope, None)?;
+        let [double, single] = [joint.clone(), joint.clone()];
+        let [text, image] = self
+            .transformer_blocks
+            .run(streams, [&m_text, &m_image], move |block, streams, m| block.forward(streams, m, &double))?;
         let x = Tensor::cat(&[&text, &image], 1)?;
         let m = self.single_stream_modulation.together(&temb)?;
         let [x] = self
             .single_transformer_blocks
-            .run([x], [&m], move |block, [x], [m]| Ok([block.forward(x, m, &tokens, &rope)?]))?;
-        let image = x.narrow(1, text_len, image_len)?;
-        Ok(of_image.gather(&self.proj_out.forward(&self.norm_out.forward(&image, &temb)?)?)?.into())
+            .run([x], [&m], move |block, [x], [m]| Ok([block.forward(x, m, &single)?]))?;
+        let image = self.norm_out.forward(&joint.latents(&x)?, &temb)?;
+        Ok(joint.gather(&self.proj_out.forward(&image)?)?.into())
     }
 }
 

@@ -8,7 +8,7 @@ use super::HunyuanVideo15Config;
 use super::context::{Context, TimeEmbedding};
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, ChannelOrder, JointTransformerBlock, PatchEmbed, Tokens, key_mask, unpatchify,
+    AdaLayerNormContinuous, ChannelOrder, JointTokens, JointTransformerBlock, PatchEmbed, key_mask, unpatchify,
 };
 use crate::config::config_json;
 
@@ -80,12 +80,12 @@ impl FlowModel for HunyuanVideo15Transformer3DModel {
         // No latent is padding: nothing is added to their scores.
         let mask = key_mask(&mask)?.pad(3, 0, x.dim(1)?)?;
         let rope = self.config.rope(context.dim(1)?, grid, latents.device())?;
-        let (tokens, streams) = Tokens::of_streams(inputs, [context, x])?;
-        let (rope, of_latents) = (tokens.rope(&rope)?, tokens.sequence(1));
-        let [_, x] = self.transformer_blocks.run(streams, [&temb], move |block, streams, [temb]| {
-            block.forward(streams, temb, &tokens, &rope, Some(&mask))
-        })?;
-        let x = of_latents.gather(&self.proj_out.forward(&self.norm_out.forward(&x, &temb)?)?)?;
+        let (joint, streams) = JointTokens::new(inputs, [context, x], &rope, Some(mask))?;
+        let of_blocks = joint.clone();
+        let [_, x] = self
+            .transformer_blocks
+            .run(streams, [&temb], move |block, streams, [temb]| block.forward(streams, temb, &of_blocks))?;
+        let x = joint.gather(&self.proj_out.forward(&self.norm_out.forward(&x, &temb)?)?)?;
         Ok(unpatchify(&x, &grid, &self.config.patch(), ChannelOrder::Slowest)?.into())
     }
 }

@@ -10,8 +10,7 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 
 use super::QwenImageConfig;
 use crate::blocks::{
-    AdaLayerNormContinuous, CHANNELS, DoubleStream, Modulation, QkvConfig, RopeTables, StreamKind, Tokens, key_mask,
-    time_proj,
+    AdaLayerNormContinuous, CHANNELS, DoubleStream, JointTokens, Modulation, QkvConfig, StreamKind, key_mask, time_proj,
 };
 use crate::config::config_json;
 use crate::{Error, Transformer};
@@ -23,10 +22,7 @@ const TIME_SCALE: f32 = 1000.0;
 /// What all blocks share.
 #[derive(Clone, Debug)]
 struct Shared {
-    tokens: Tokens,
-    rope: RopeTables,
-    /// Added to the scores, where the text has a mask.
-    mask: Option<Tensor>,
+    joint: JointTokens,
     /// f32 `[1, L, 1]`: 1 at the tokens of reference images, where they have a time of their own.
     is_reference: Option<Tensor>,
 }
@@ -73,7 +69,7 @@ impl QwenImageTransformerBlock {
             }
         };
         let modulation = [&self.txt_mod.together(&now)?, &m_image];
-        self.streams.forward([text, image], modulation, &shared.tokens, &shared.rope, shared.mask.as_ref())
+        self.streams.forward([text, image], modulation, &shared.joint)
     }
 }
 
@@ -169,10 +165,13 @@ impl QwenImageTransformer2DModel {
         Ok(first)
     }
 
-    /// Positions, masks and which tokens belong to reference images.
-    fn shared(&self, inputs: &ModelInputs) -> flowtape_flowmatch::Result<Shared> {
-        let (latents, text) = (inputs.tensor("hidden_states")?, inputs.tensor("encoder_hidden_states")?);
-        let (tokens, device) = (latents.dim(1)?, latents.device());
+    /// Positions, masks and which tokens belong to reference images; and what this rank has of text and image `[B, L, dim]`.
+    fn shared(
+        &self,
+        inputs: &ModelInputs,
+        [text, image]: [Tensor; 2],
+    ) -> flowtape_flowmatch::Result<(Shared, [Tensor; 2])> {
+        let (tokens, device) = (image.dim(1)?, image.device());
         let images = self.images(inputs, tokens)?;
         // No place of an image is padding: nothing is added to their scores.
         let mask = inputs.optional("encoder_hidden_states_mask");
@@ -182,14 +181,11 @@ impl QwenImageTransformer2DModel {
             let marks: Vec<f32> = (0..tokens).map(|i| if i < target { 0.0 } else { 1.0 }).collect();
             Tensor::from_vec(marks, &[1, tokens, 1], device)
         };
-        let all = Tokens::of(inputs, &[text.dim(1)?, tokens])?;
         let marks = self.config.zero_cond_t.then(is_reference).transpose()?;
-        Ok(Shared {
-            rope: all.rope(&self.config.rope(text.dim(1)?, images, device)?)?,
-            mask,
-            is_reference: marks.map(|marks| all.sequence(1).part(&marks, 1)).transpose()?,
-            tokens: all,
-        })
+        let rope = self.config.rope(text.dim(1)?, images, device)?;
+        let (joint, streams) = JointTokens::new(inputs, [text, image], &rope, mask)?;
+        let is_reference = marks.map(|marks| joint.part_of_latents(&marks, 1)).transpose()?;
+        Ok((Shared { joint, is_reference }, streams))
     }
 }
 
@@ -204,17 +200,17 @@ impl FlowModel for QwenImageTransformer2DModel {
         if self.config.zero_cond_t {
             times = Tensor::cat(&[&times, &times.mul_scalar(0.0)?], 0)?;
         }
-        let shared = self.shared(inputs)?;
         let temb = self.time_text_embed.forward(inputs, &times, latents.dtype())?;
         let image = self.img_in.forward(latents)?;
         let text = self.txt_in.forward(&self.txt_norm.forward(inputs.tensor("encoder_hidden_states")?)?)?;
-        let (tokens, streams) = Tokens::of_streams(inputs, [text, image])?;
+        let (shared, streams) = self.shared(inputs, [text, image])?;
+        let joint = shared.joint.clone();
         let [_, image] = self
             .transformer_blocks
             .run(streams, [&temb], move |block, streams, [temb]| block.forward(streams, temb, &shared))?;
         let now = temb.narrow(0, 0, latents.dim(0)?)?;
         let predicted = self.proj_out.forward(&self.norm_out.forward(&image, &now)?)?;
-        Ok(tokens.sequence(1).gather(&predicted)?.into())
+        Ok(joint.gather(&predicted)?.into())
     }
 }
 
