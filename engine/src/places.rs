@@ -107,6 +107,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use proptest::prelude::*;
+    use smallvec::smallvec;
 
     use super::*;
 
@@ -151,7 +152,7 @@ mod tests {
 
     #[test]
     fn what_exceeds_numbers_is_said() {
-        let huge = Layout { dims: vec![usize::MAX, 3], strides: vec![usize::MAX, 1], offset: 0 };
+        let huge = Layout { dims: smallvec![usize::MAX, 3], strides: smallvec![usize::MAX, 1], offset: 0 };
         assert!(huge.end().is_none() && huge.meets(&Layout::contiguous(&[1])));
     }
 }

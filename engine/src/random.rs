@@ -11,7 +11,7 @@ use crate::platform::sin_cos;
 use crate::{DType, Device, Element, Result, Tensor};
 
 /// Numbers of one parallel piece: a multiple of a block's four.
-const PIECE: usize = 16 * 1024;
+const PIECE: usize = 1024;
 
 /// A generator. Each block of four numbers is a function of (seed, counter).
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,14 +1,19 @@
 //! Layouts: sizes, strides and the arithmetic of views.
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::{Error, Result};
+
+/// A number for each axis. Those of up to six axes lie in the value itself: a step makes thousands of views.
+pub type Axes = SmallVec<[usize; 6]>;
 
 /// How a view walks its storage. Strides and offset count elements; stride 0 repeats.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Sizes of the axes.
-    pub dims: Vec<usize>,
+    pub dims: Axes,
     /// Elements between neighbours of each axis.
-    pub strides: Vec<usize>,
+    pub strides: Axes,
     /// Index of the first element.
     pub offset: usize,
 }
@@ -16,13 +21,13 @@ pub struct Layout {
 impl Layout {
     /// Row-major without gaps.
     pub fn contiguous(dims: &[usize]) -> Self {
-        let mut strides = vec![0; dims.len()];
+        let mut strides: Axes = smallvec![0; dims.len()];
         let mut step = 1usize;
         for (stride, dim) in strides.iter_mut().zip(dims).rev() {
             *stride = step;
             step = step.saturating_mul(*dim);
         }
-        Self { dims: dims.to_vec(), strides, offset: 0 }
+        Self { dims: dims.into(), strides, offset: 0 }
     }
 
     /// Number of elements of the view.
@@ -32,19 +37,12 @@ impl Layout {
 
     /// Whether the elements lie row-major without gaps.
     pub fn is_contiguous(&self) -> bool {
-        let mut step = 1usize;
-        for (&dim, &stride) in self.dims.iter().zip(&self.strides).rev() {
-            if dim != 1 && stride != step {
-                return false;
-            }
-            step = step.saturating_mul(dim);
-        }
-        true
+        is_contiguous(&self.dims, &self.strides)
     }
 
     /// The axes in another order.
     pub fn permute(&self, axes: &[usize]) -> Result<Self> {
-        let mut seen = vec![false; self.dims.len()];
+        let mut seen: SmallVec<[bool; 6]> = smallvec![false; self.dims.len()];
         let fits = axes.len() == self.dims.len()
             && axes.iter().all(|&a| a < seen.len() && !std::mem::replace(&mut seen[a], true));
         if !fits {
@@ -77,7 +75,7 @@ impl Layout {
         let wrong = || Error::shape("expand", format!("sizes that broadcast to {dims:?}"), &self.dims);
         let lead = dims.len().checked_sub(self.dims.len()).ok_or_else(wrong)?;
         numel("expand", dims)?;
-        let mut strides = vec![0; dims.len()];
+        let mut strides: Axes = smallvec![0; dims.len()];
         for (axis, (&from, &stride)) in self.dims.iter().zip(&self.strides).enumerate() {
             match dims[lead + axis] {
                 to if to == from => strides[lead + axis] = stride,
@@ -85,7 +83,7 @@ impl Layout {
                 _ => return Err(wrong()),
             }
         }
-        Ok(Self { dims: dims.to_vec(), strides, offset: self.offset })
+        Ok(Self { dims: dims.into(), strides, offset: self.offset })
     }
 
     /// Where the elements lie, row-major.
@@ -108,7 +106,7 @@ impl Layout {
         // Walk both shapes from the left in groups of equal products; a group must be one run.
         let old: Vec<(usize, usize)> =
             self.dims.iter().zip(&self.strides).filter(|(d, _)| **d != 1).map(|(&d, &s)| (d, s)).collect();
-        let mut strides = vec![0; dims.len()];
+        let mut strides: Axes = smallvec![0; dims.len()];
         let (mut i, mut j) = (0, 0);
         while j < dims.len() {
             if dims[j] == 1 {
@@ -137,8 +135,20 @@ impl Layout {
                 step *= dims[axis];
             }
         }
-        Some(Self { dims: dims.to_vec(), strides, offset: self.offset })
+        Some(Self { dims: dims.into(), strides, offset: self.offset })
     }
+}
+
+/// Whether elements lie row-major without gaps.
+pub(crate) fn is_contiguous(dims: &[usize], strides: &[usize]) -> bool {
+    let mut step = 1usize;
+    for (&dim, &stride) in dims.iter().zip(strides).rev() {
+        if dim != 1 && stride != step {
+            return false;
+        }
+        step = step.saturating_mul(dim);
+    }
+    true
 }
 
 /// Number of elements of sizes that a tensor may have: their product without zeros fits the address space, so no walk over

@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::smallvec;
+
 use crate::backend::call::{Call, CopyTo, Upload};
 use crate::backend::{Device, Pending, Storage};
 use crate::expr::Function;
@@ -83,7 +85,7 @@ impl Tensor {
 
     /// A view that repeats the one element of `self`: for what only needs dims and dtype.
     pub(crate) fn shape_only(&self, dims: &[usize]) -> Self {
-        self.view(Layout { dims: dims.to_vec(), strides: vec![0; dims.len()], offset: 0 })
+        self.view(Layout { dims: dims.into(), strides: smallvec![0; dims.len()], offset: 0 })
     }
 
     pub(crate) fn tracked(mut self, var: Option<VarId>, tape: Option<Tape>) -> Self {

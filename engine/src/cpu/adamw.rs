@@ -8,7 +8,6 @@ use super::isa::{Isa, Work, dispatch};
 use super::math::Real;
 use super::team::{spread, threads};
 use crate::DType;
-use crate::shape::Layout;
 
 /// Elements that a thread has in its first cache at once.
 const BLOCK: usize = 1024;
@@ -37,8 +36,7 @@ pub(super) unsafe fn adamw(isa: Isa, inputs: &[View<'_>], scalars: &[f64], outpu
         && !in_place.iter().any(|x| std::ptr::eq(x.ptr, gradient.ptr))
         && kept.iter().zip(&in_place).all(|(out, x)| out.is_like(x) && x.dtype == parameter.dtype)
         && rounded.is_none_or(|v| narrow(&v) && parameter.dtype == DType::F32);
-    let dense = |v: &View<'_>| Layout { dims: v.dims.to_vec(), strides: v.strides.to_vec(), offset: 0 }.is_contiguous();
-    if !known || !in_place.iter().chain([&gradient]).chain(&rounded).all(dense) {
+    if !known || !in_place.iter().chain([&gradient]).chain(&rounded).all(View::is_contiguous) {
         return false;
     }
     let n: usize = parameter.dims.iter().product();

@@ -23,6 +23,8 @@ mod team;
 use std::any::Any;
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use self::isa::{Isa, isa};
 pub use self::limits::peak_flops;
 pub(crate) use self::pool::ALIGN;
@@ -37,6 +39,7 @@ use crate::ops::{
 };
 use crate::pool::{Pool, PoolUsage};
 use crate::quant::Dequantise;
+use crate::shape::is_contiguous;
 use crate::{DType, Error, Result, Tensor};
 
 /// The CPU. Work runs on the current rayon pool, or the calling thread and the global pool; results do not depend on its size.
@@ -77,6 +80,11 @@ pub(crate) struct View<'a> {
 }
 
 impl View<'_> {
+    /// Whether its elements lie row-major without gaps.
+    fn is_contiguous(&self) -> bool {
+        is_contiguous(self.dims, self.strides)
+    }
+
     /// Whether both are the same elements in the same order.
     fn is_like(&self, other: &Self) -> bool {
         std::ptr::eq(self.ptr, other.ptr)
@@ -104,7 +112,7 @@ fn view(tensor: &Tensor) -> Result<View<'_>> {
     Ok(View { ptr, dtype: tensor.dtype(), dims: &layout.dims, strides: &layout.strides })
 }
 
-fn views<'a>(tensors: &[&'a Tensor]) -> Result<Vec<View<'a>>> {
+fn views<'a>(tensors: &[&'a Tensor]) -> Result<SmallVec<[View<'a>; 6]>> {
     tensors.iter().map(|t| view(t)).collect()
 }
 

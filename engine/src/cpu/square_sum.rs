@@ -4,7 +4,6 @@ use super::gemm::{Narrow, with_narrow};
 use super::isa::{Isa, Work, dispatch};
 use super::{View, team};
 use crate::DType;
-use crate::shape::Layout;
 
 /// Elements whose squares are one chain of sums for each lane.
 const BLOCK: usize = 16 * 1024;
@@ -17,9 +16,8 @@ const LANES: usize = 32;
 /// # Safety
 /// The views lie in memory that nobody else uses meanwhile, and do not overlap.
 pub(super) unsafe fn square_sum(isa: Isa, input: &View<'_>, output: &View<'_>) -> bool {
-    let layout = Layout { dims: input.dims.to_vec(), strides: input.strides.to_vec(), offset: 0 };
     let total = output.dims.iter().all(|size| *size == 1);
-    if !total || !layout.is_contiguous() || !matches!(input.dtype, DType::F32 | DType::BF16 | DType::F16) {
+    if !total || !input.is_contiguous() || !matches!(input.dtype, DType::F32 | DType::BF16 | DType::F16) {
         return false;
     }
     let n: usize = input.dims.iter().product();

@@ -1,6 +1,8 @@
 //! Embeddings of a time.
 
 use super::{Activation, Linear, ParamBuilder};
+use rayon::prelude::*;
+
 use crate::expr::Function;
 use crate::ops::pointwise::run_pointwise;
 use crate::platform::sin_cos;
@@ -56,14 +58,14 @@ pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Resul
     }
     let times_host = plain.to_vec::<f32>()?;
     let mut out = vec![0f32; times_host.len() * options.dim];
-    for (row, t) in out.chunks_mut(options.dim.max(1)).zip(&times_host) {
+    out.par_chunks_mut(options.dim.max(1)).zip(&times_host).for_each(|(row, t)| {
         for (i, frequency) in frequencies.iter().enumerate() {
             let (sin, cos) = sin_cos(t * frequency * options.scale);
             let (first, second) = if options.flip_sin_to_cos { (cos, sin) } else { (sin, cos) };
             row[i] = first;
             row[half + i] = second;
         }
-    }
+    });
     Ok(Tensor::from_vec(out, &[times_host.len(), options.dim], device)?.on_tape_of(times))
 }
 

@@ -4,6 +4,8 @@
 //! places are runs of memory; operations element by element keep that order. Every tap of the kernel is then a product of a
 //! strided view with a matrix: that is the composition. The CPU's kernel takes the taps of a row at once (`cpu/gemm/conv.rs`).
 
+use smallvec::smallvec;
+
 use crate::backend::call::{self, Call, has_dims, has_dtype, is_float};
 use crate::backend::{FusedCall, Ran, common_device, operands, run_fused};
 use crate::expr::{Function, Reduce};
@@ -247,13 +249,14 @@ fn windows(layout: &Layout, axes: &[ConvAxis], tap: &[usize], sizes: &[usize], g
     let (width, last) = (layout.dims[1] / groups, axes.len() - 1);
     let strides: Vec<usize> = (0..=last).map(|i| axes[i].stride * steps[i]).collect();
     Layout {
-        dims: [&layout.dims[..1], &sizes[..last], &[groups, sizes[last], width]].concat(),
+        dims: [&layout.dims[..1], &sizes[..last], &[groups, sizes[last], width]].concat().into(),
         strides: [
             &layout.strides[..1],
             &strides[..last],
             &[width * layout.strides[1], strides[last], layout.strides[1]],
         ]
-        .concat(),
+        .concat()
+        .into(),
         offset,
     }
 }
@@ -263,8 +266,8 @@ fn matrices(weight: &Tensor, groups: usize, tap: &[usize], lead: &[usize]) -> Re
     let Layout { dims, strides, offset } = weight.layout();
     let (outputs, width) = (dims[0] / groups, dims[1]);
     let one = Layout {
-        dims: vec![groups, width, outputs],
-        strides: vec![outputs * strides[0], strides[1], strides[0]],
+        dims: smallvec![groups, width, outputs],
+        strides: smallvec![outputs * strides[0], strides[1], strides[0]],
         offset: offset + tap.iter().zip(&strides[2..]).map(|(at, step)| at * step).sum::<usize>(),
     };
     Ok(weight.view(one.expand(&[lead, &[width, outputs]].concat())?))

@@ -204,7 +204,7 @@ fn of_tokens(table: &Tensor) -> Result<Tensor> {
     let layout = table.layout();
     let (dims, strides) =
         ([&layout.dims[..1], &[1], &layout.dims[1..]], [&layout.strides[..1], &[0], &layout.strides[1..]]);
-    Ok(table.view(Layout { dims: dims.concat(), strides: strides.concat(), offset: layout.offset }))
+    Ok(table.view(Layout { dims: dims.concat().into(), strides: strides.concat().into(), offset: layout.offset }))
 }
 
 impl NormRopeForward<'_> {

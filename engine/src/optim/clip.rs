@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use smallvec::smallvec;
+
 use crate::backend::call::{Call, Reduction};
 use crate::backend::common_device;
 use crate::comm::Comm;
@@ -60,7 +62,7 @@ impl PlacedSums {
             return Ok(());
         }
         let axes = inputs.first().map_or(0, |input| input.rank());
-        let place = |i: usize| Layout { dims: vec![1; axes], strides: vec![0; axes], offset: i * count + place };
+        let place = |i: usize| Layout { dims: smallvec![1; axes], strides: smallvec![0; axes], offset: i * count + place };
         let places: Vec<Tensor> = (0..outputs).map(|i| self.sums.view(place(i))).collect();
         let outputs: Vec<&Tensor> = places.iter().collect();
         Reduction { program: &self.program, kind: Reduce::Sum, inputs, scalars, outputs: &outputs }.run()

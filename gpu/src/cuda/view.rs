@@ -38,13 +38,13 @@ impl View {
         let layout = tensor.layout();
         let base = *buffer(gpu, tensor.storage().buffer())?.0.block();
         let address = base + (layout.offset * tensor.dtype().size()) as u64;
-        Ok(Self { address, dtype: tensor.dtype(), dims: layout.dims.clone(), strides: layout.strides.clone() })
+        Ok(Self { address, dtype: tensor.dtype(), dims: layout.dims.to_vec(), strides: layout.strides.to_vec() })
     }
 
     /// Row-major without gaps.
     pub fn dense(address: u64, dtype: DType, dims: &[usize]) -> Self {
         let layout = flowtape_engine::shape::Layout::contiguous(dims);
-        Self { address, dtype, dims: layout.dims, strides: layout.strides }
+        Self { address, dtype, dims: layout.dims.to_vec(), strides: layout.strides.to_vec() }
     }
 
     pub fn numel(&self) -> usize {

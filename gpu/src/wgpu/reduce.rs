@@ -109,7 +109,7 @@ pub(super) fn run(
         let mut dims = kept.dims.clone();
         dims.push(1);
         let strides = [&kept.strides[ins.len() + m][..], &[0]].concat();
-        let output = View { dims, strides, ..outputs[m].clone() };
+        let output = View { dims: dims.into(), strides: strides.into(), ..outputs[m].clone() };
         run(gpu, &identity(), kind, std::slice::from_ref(view), &[], &[output])?;
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use flowtape_engine::backend::Buffer;
 use flowtape_engine::ops::RopeLayout;
-use flowtape_engine::shape::Layout;
+use flowtape_engine::shape::{Axes, Layout};
 use flowtape_engine::{DType, Error, Result, Tensor};
 
 use super::memory::{Block, WgpuBuffer};
@@ -16,8 +16,8 @@ use super::queue::Gpu;
 pub(super) struct View {
     pub(super) block: Arc<Block>,
     pub(super) dtype: DType,
-    pub(super) dims: Vec<usize>,
-    pub(super) strides: Vec<usize>,
+    pub(super) dims: Axes,
+    pub(super) strides: Axes,
     pub(super) offset: usize,
 }
 
@@ -51,7 +51,7 @@ impl View {
 
     /// Any window of a block.
     pub(super) fn strided(block: &Arc<Block>, dtype: DType, dims: &[usize], strides: &[usize]) -> Self {
-        Self { block: block.clone(), dtype, dims: dims.to_vec(), strides: strides.to_vec(), offset: 0 }
+        Self { block: block.clone(), dtype, dims: dims.into(), strides: strides.into(), offset: 0 }
     }
 
     /// Whether `count` neighbours along an axis always begin at a multiple of `count`, side by side.
