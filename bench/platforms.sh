@@ -135,7 +135,7 @@ platform() {
         python wasmtime==50.0.1
         target=wasm32-wasip1 linker=wasm-ld-22 strip=true std=build panic=panic_abort
         flags="-C target-feature=+simd128 -C link-self-contained=no -L /usr/lib/wasm32-wasi -C link-arg=/usr/lib/wasm32-wasi/crt1-command.o"
-        run=("$kept/python/bin/python" bench/wasi.py) how=wasmtime
+        run=("$kept/python/bin/python" bench/wasi.py) how=wasmtime same=yes
         ;;
     *)
         echo "unknown platform $1: expected one of ${all[*]}" >&2
