@@ -26,7 +26,7 @@ pub struct Threads {
 /// What a rank brings to a meeting.
 #[derive(Clone, Debug)]
 enum Post {
-    Collective(Collective),
+    Collective(Box<Collective>),
     Barrier,
     /// Of all ranks.
     Colors(Vec<usize>),
@@ -117,6 +117,9 @@ impl Threads {
     }
 
     /// Runs `work` as each of so many ranks, on threads of their own, and gives what they came to. One that fails stops all.
+    ///
+    /// # Panics
+    /// Where a rank does, and where no thread can be started ([`HAS_THREADS`](crate::platform::HAS_THREADS)).
     pub fn run<T: Send, E: Display + Send>(
         world_size: usize,
         device: &Device,
@@ -192,7 +195,7 @@ impl Threads {
     /// This rank's share of a collective.
     fn share(&self, all: &[Post]) -> Result<()> {
         let collective = |post: &Post| match post {
-            Post::Collective(collective) => Some(collective.clone()),
+            Post::Collective(collective) => Some(Collective::clone(collective)),
             _ => None,
         };
         let all: Vec<Collective> = all.iter().filter_map(collective).collect();
@@ -261,7 +264,7 @@ impl Comm for Threads {
     }
 
     fn start(&self, collective: Collective) -> Result<Box<dyn Work>> {
-        let all = self.agree(Post::Collective(collective))?;
+        let all = self.agree(Post::Collective(Box::new(collective)))?;
         if let Err(error) = self.share(&all) {
             self.abort(&error.to_string());
             return Err(error);
