@@ -126,7 +126,7 @@ platform() {
         printf '#!/bin/sh\nPATH=%s:$PATH exec cargo-zigbuild zig cc -- -target x86_64-linux-gnu.2.31 "$@"\n' "$kept/python/bin" >"$kept/zig/cc"
         chmod +x "$kept/zig/cc"
         target=here linker=$kept/zig strip=strip
-        libraries=$(.ci/glibc.sh)
+        libraries=$(bench/glibc.sh)
         run=("$libraries/ld-2.31.so" --library-path "$libraries")
         how="natively, glibc 2.31" like= same=yes
         ;;

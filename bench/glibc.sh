@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetches the glibc of Debian 11 and prints the folder of its libraries. Of a PROGRAM that this machine's linker made, it also looks
 # whether that glibc has each function that the program takes from one, by name; by version it is a linker that must know it
-# (docs/PLATFORMS.md). Usage: .ci/glibc.sh [PROGRAM]
+# (docs/PLATFORMS.md). Usage: bench/glibc.sh [PROGRAM]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${FLOWTAPE_PLATFORMS:-target/platforms}
