@@ -92,7 +92,7 @@ pub fn compose(
 ) -> Result<Vec<PathBuf>> {
     let fold = |model: &dyn Transformer| -> flowtape_models::Result<()> {
         for (path, factor) in options.loras {
-            let (weights, unused) = load_any(path, model.params())?;
+            let (weights, unused) = load_any(path, model.params(), &model.class())?;
             check_used(path, &unused, weights.0.is_empty(), options.allow_unused)
                 .map_err(|error| flowtape_models::Error::Model { model: "adapter".into(), source: Box::new(error) })?;
             weights.merge_into(model.params(), *factor)?;
