@@ -165,6 +165,11 @@ impl Trainer {
             builder = builder.sharing(swap::units(&recipe, shapes.params(), groups.is_some() && shares_weights)?);
         }
         let mut model = start.model(builder)?;
+        // Of shared weights each rank has some, which make no whole file.
+        let cache = recipe.peft.as_ref().and_then(|peft| peft.quantize_cache_dir.as_ref());
+        if let Some(folder) = cache.filter(|_| groups.is_none() || !shares_weights) {
+            builder = builder.keeping_codes(folder);
+        }
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
         model.set_gradient_checkpointing(recipe.performance.activation_checkpointing);
         if sharing.tokens.is_some() && !model.shares_tokens() {
