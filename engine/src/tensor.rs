@@ -401,6 +401,13 @@ impl Later {
         Ok(self.plain.converted(&self.pending.wait()?))
     }
 
+    /// Waits for them: a tensor on the host.
+    pub(crate) fn on_host(self) -> Result<Tensor> {
+        let (plain, bytes) = (self.plain, self.pending.wait()?);
+        let bytes = plain.dtype.little_endian(bytes.into());
+        Tensor::from_bytes(&bytes, plain.dims(), plain.dtype, &Device::cpu())
+    }
+
     /// Waits for the one value.
     ///
     /// # Errors
