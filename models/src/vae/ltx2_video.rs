@@ -6,6 +6,7 @@ use flowtape_engine::{Result as EngineResult, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::rows::{conv_rows, in_rows, over_rows};
 use super::tiling::{self, FrameTiling, Spare, Tiling};
 use super::video::{FIRST, LAST, Slow, channel_means, packed, patches, unpacked, unpatched};
 use super::{Autoencoder, Posterior, check_pixels};
@@ -269,6 +270,11 @@ fn norm_silu(x: &Tensor) -> EngineResult<Tensor> {
     rms_norm(&x.permute(&LAST)?, None, EPS)?.permute(&FIRST)?.silu()
 }
 
+/// Norm, SiLU and convolution.
+fn norm_conv(conv: &Conv, x: &Tensor) -> EngineResult<Tensor> {
+    in_rows(x, 1, |rows| conv_rows(conv, x, rows, norm_silu))
+}
+
 /// Norm, SiLU and convolution, twice, beside a shortcut.
 #[derive(Debug)]
 struct ResnetBlock {
@@ -291,15 +297,15 @@ impl ResnetBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
-        let mut h = norm_silu(x)?;
-        h = self.conv1.forward(&h)?;
-        h = norm_silu(&h)?;
-        h = self.conv2.forward(&h)?;
-        match &self.shortcut {
-            Some((norm, conv)) => conv.forward(&norm.forward(&x.permute(&LAST)?)?.permute(&FIRST)?)?.add(&h),
-            None => x.add(&h),
-        }
+    fn forward(&self, x: Tensor) -> EngineResult<Tensor> {
+        let h = norm_conv(&self.conv1, &x)?;
+        over_rows(x, |x, rows| {
+            let h = conv_rows(&self.conv2, &h, rows, norm_silu)?;
+            match &self.shortcut {
+                Some((norm, conv)) => conv.forward(&norm.forward(&x.permute(&LAST)?)?.permute(&FIRST)?)?.add(&h),
+                None => x.add(&h),
+            }
+        })
     }
 }
 
@@ -316,7 +322,7 @@ fn resnets(
 
 fn run(resnets: &[ResnetBlock], mut x: Tensor) -> EngineResult<Tensor> {
     for resnet in resnets {
-        x = resnet.forward(&x)?;
+        x = resnet.forward(x)?;
     }
     Ok(x)
 }
@@ -414,7 +420,7 @@ impl Encoder {
             }
         }
         x = run(&self.mid_block, x)?;
-        x = self.conv_out.forward(&norm_silu(&x)?)?;
+        x = norm_conv(&self.conv_out, &x)?;
         // One logarithm of a variance is that of all channels.
         let logvar = x.narrow(1, self.latents, 1)?;
         Tensor::cat(&[&[&x][..], &vec![&logvar; self.latents - 1]].concat(), 1)
@@ -479,14 +485,14 @@ impl Decoder {
         let mut x = run(&self.mid_block, self.conv_in.forward(z)?)?;
         for up in &self.up_blocks {
             if let Some(conv_in) = &up.conv_in {
-                x = conv_in.forward(&x)?;
+                x = conv_in.forward(x)?;
             }
             if let Some(upsampler) = &up.upsampler {
                 x = upsampler.forward(&x)?;
             }
             x = run(&up.resnets, x)?;
         }
-        unpatched(&self.conv_out.forward(&norm_silu(&x)?)?, self.patch)
+        unpatched(&norm_conv(&self.conv_out, &x)?, self.patch)
     }
 }
 
