@@ -139,7 +139,8 @@ impl CausalConv {
             })
         })?;
         let before = before.filter(|_| x.dims()[2] < REMEMBERED);
-        let last = make(&tail(x, REMEMBERED)?)?;
+        let last = tail(x, REMEMBERED)?;
+        let last = in_rows(&last, 1, |rows| make(&last.narrow(3, rows.start, rows.len())?))?;
         memory.put(match before {
             Some(before) => remembered(&Tensor::cat(&[&before, &last], 2)?, REMEMBERED)?,
             None => remembered(&last, REMEMBERED)?,
