@@ -9,38 +9,45 @@
 # runs operations and one model alone; and it runs no tests of the engine.
 #
 # It wants Debian 12 and fetches what is missing: Debian's own Rust (rustc-web), since it has the sources of the standard library and
-# builds of it for other machines; cross compilers; qemu; wasmtime; zig. What it builds lies in target/platforms, or in
-# FLOWTAPE_PLATFORMS; FLOWTAPE_PLATFORMS_PROFILE names another profile of Cargo's, such as `dist` for the size of what is handed out.
+# builds of it for other machines; cross compilers; qemu; wasmtime; zig. What it fetches and builds lies in target/platforms, or in
+# FLOWTAPE_PLATFORMS. Each run has a folder of its own there for all else, which stays where something failed.
+# FLOWTAPE_PLATFORMS_PROFILE names another profile of Cargo's, such as `dist` for the size of what is handed out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=$PWD
 all=(i686 aarch64 armv7 s390x musl glibc wasip1)
 short=
 [ "${1-}" != --short ] || { short=yes && shift; }
-[ $# -gt 0 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 [ "$1" != all ] || set -- "${all[@]}"
 
-out=${FLOWTAPE_PLATFORMS:-$here/target/platforms}
+export FLOWTAPE_PLATFORMS=${FLOWTAPE_PLATFORMS:-$here/target/platforms}
+kept=$FLOWTAPE_PLATFORMS
 profile=${FLOWTAPE_PLATFORMS_PROFILE:-platform}
-mkdir -p "$out"
+mkdir -p "$kept"
+out=$(mktemp -d "$kept/run.XXXXXX")
+trap '[ $? -eq 0 ] && rm -rf "$out" || echo "what failed lies in $out" >&2' EXIT
+# Runs fetch and build one after another; each takes the programs with it.
+exec {turn}>"$kept/lock"
 need() { # PACKAGE…
     local missing=()
     for package in "$@"; do dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package"); done
     [ ${#missing[@]} -eq 0 ] || { apt-get update -q && apt-get install --yes --no-install-recommends "${missing[@]}"; } >&2
 }
+flock "$turn"
 need rustc-web cargo-web rust-web-src curl ca-certificates
 
 goldens=(tests/goldens tests/own_goldens) few=("${goldens[@]}")
 if [ "$short" ]; then
     goldens=("$out"/short/{goldens,own_goldens}) few=("$out/few")
-    rm -rf "$out/short" "$out/few" && mkdir "$out/short" "$out/few"
+    mkdir "$out/short" "$out/few"
     cp -r tests/{goldens,own_goldens} "$out/short"
     rm "$out"/short/goldens/pipeline_math/sigma_statistics.*
     cp -r tests/goldens/{ops,flux_step} "$out/few"
 fi
-# A model that is small enough for an emulator; not all platforms have threads that read ahead.
+# A model that is small enough for an emulator.
 settings=(model.num_layers=1 model.num_single_layers=1 step_scheduler.local_batch_size=4 step_scheduler.max_steps=20
-    data.num_workers=0 sampling.num_inference_steps=2 report.samples_per_class=1)
+    sampling.num_inference_steps=2 report.samples_per_class=1)
 weights=checkpoints/step_000020/diffusion_pytorch_model.safetensors
 # Losses are as another machine's where no step's differs by more than this share: they are those of different orders of rounding.
 near=1e-4
@@ -49,42 +56,36 @@ near=1e-4
 cargo build --quiet --workspace --example platform
 native=$out/here.program
 cp "${CARGO_TARGET_DIR:-target}/debug/examples/platform" "$native"
+flock --unlock "$turn"
 "$native" write "$out/here.safetensors"
 for set in $("$native" sets); do
-    rm -rf "$out/here.$set.run"
     FLOWTAPE_ISA=$set "$native" train "$out/here.$set.run" "${settings[@]}" >"$out/here.$set.steps"
 done
 
-download() { # FILE URL [SHA256]
-    [ -f "$1" ] && return
-    curl --silent --show-error --fail --output "$1.partial" "$2"
-    [ -z "${3-}" ] || sha256sum --check --quiet <<<"$3  $1.partial"
-    mv "$1.partial" "$1"
-}
-
-unpacked() { # FOLDER URL [SHA256]: what lies in a package of Debian's, without installing it
-    [ -d "$1" ] && return
-    download "$1.deb" "${@:2}"
-    dpkg -x "$1.deb" "$1.partial" && mv "$1.partial" "$1"
-}
-
-debian_std() { # ARCHITECTURE: the folder of a standard library that Debian has built for it
-    local folder=$out/std-$1 uri
+debian_std() { # ARCHITECTURE: the folder of a standard library that Debian has built for it, of the compiler's own version
+    local uri folder
     uri=$(apt-get download --print-uris libstd-rust-web-dev | cut -d"'" -f2)
-    unpacked "$folder" "${uri/_amd64.deb/_$1.deb}"
+    uri=${uri/_amd64.deb/_$1.deb}
+    folder=$kept/$(basename "$uri" .deb)
+    if ! [ -d "$folder" ]; then
+        curl --silent --show-error --fail --output "$out/deb" "$uri"
+        rm -rf "$folder.partial"
+        dpkg -x "$out/deb" "$folder.partial" && mv "$folder.partial" "$folder"
+    fi
     echo "$folder"/usr/lib/rustlib/*/lib
 }
 
 python() { # PACKAGE…: into an environment of its own
     need python3-venv
-    [ -d "$out/python" ] || python3 -m venv "$out/python"
-    "$out/python/bin/pip" install --quiet "$@"
+    [ -d "$kept/python" ] || python3 -m venv "$kept/python"
+    "$kept/python/bin/pip" install --quiet "$@"
 }
 
 # NAME: sets target (`here` for the parts that this machine's program is made of), linker (for those a folder with a `cc`), std
 # (Debian's architecture, or `build`), flags of the compiler, how a program is run, what takes symbols out of it, whether the engine's
-# tests are run, and whether the run happens in a folder without any other file as the system's root. The run is laid beside this machine's with the instruction set `like` (its own, if that is empty), which rounds a multiply-add
-# as often; `same` wants the same bits of all weights.
+# tests are run, and whether the run happens in a folder without any other file as the system's root. The run is laid beside this
+# machine's with the instruction set `like` (its own, if that is empty), which rounds a multiply-add as often; `same` wants the same
+# bits of all weights.
 platform() {
     engine= alone= flags= panic=panic_unwind like=portable same= strip=
     case $1 in
@@ -112,22 +113,21 @@ platform() {
         need musl-tools binutils
         target=x86_64-unknown-linux-musl linker=musl-gcc strip=strip std=build run=(env) how="natively, without any other file" alone=yes like= same=yes
         # The unwinder is GCC's, which asks glibc for what musl does not have.
-        mkdir -p "$out/musl"
-        cp "$(gcc --print-file-name=libgcc_eh.a)" "$out/musl/libunwind.a"
-        echo 'int _dl_find_object(void *pc, void *result) { return -1; }' | gcc -c -x c -o "$out/musl/found.o" -
-        ar r "$out/musl/libunwind.a" "$out/musl/found.o" 2>/dev/null
-        flags="-C link-self-contained=no -C relocation-model=static -L native=$out/musl"
+        mkdir -p "$kept/musl"
+        cp "$(gcc --print-file-name=libgcc_eh.a)" "$kept/musl/libunwind.a"
+        echo 'int _dl_find_object(void *pc, void *result) { return -1; }' | gcc -c -x c -o "$kept/musl/found.o" -
+        ar r "$kept/musl/libunwind.a" "$kept/musl/found.o" 2>/dev/null
+        flags="-C link-self-contained=no -C relocation-model=static -L native=$kept/musl"
         ;;
     glibc)
         # Linked by zig, which knows what each glibc has; run with Debian 11's.
         python cargo-zigbuild==0.24.1 ziglang==0.17.1
-        mkdir -p "$out/zig"
-        printf '#!/bin/sh\nPATH=%s:$PATH exec cargo-zigbuild zig cc -- -target x86_64-linux-gnu.2.31 "$@"\n' "$out/python/bin" >"$out/zig/cc"
-        chmod +x "$out/zig/cc"
-        unpacked "$out/glibc-2.31" https://deb.debian.org/debian/pool/main/g/glibc/libc6_2.31-13+deb11u11_amd64.deb \
-            05f7264da867b37f4c5ce49266b558ea1e81e05a9464f623152fca70f3550282
-        target=here linker=$out/zig strip=strip
-        run=("$out"/glibc-2.31/lib/x86_64-linux-gnu/ld-2.31.so --library-path "$out/glibc-2.31/lib/x86_64-linux-gnu")
+        mkdir -p "$kept/zig"
+        printf '#!/bin/sh\nPATH=%s:$PATH exec cargo-zigbuild zig cc -- -target x86_64-linux-gnu.2.31 "$@"\n' "$kept/python/bin" >"$kept/zig/cc"
+        chmod +x "$kept/zig/cc"
+        target=here linker=$kept/zig strip=strip
+        libraries=$(.ci/glibc.sh)
+        run=("$libraries/ld-2.31.so" --library-path "$libraries")
         how="natively, glibc 2.31" like= same=yes
         ;;
     wasip1)
@@ -135,7 +135,7 @@ platform() {
         python wasmtime==50.0.1
         target=wasm32-wasip1 linker=wasm-ld-22 strip=true std=build panic=panic_abort
         flags="-C target-feature=+simd128 -C link-self-contained=no -L /usr/lib/wasm32-wasi -C link-arg=/usr/lib/wasm32-wasi/crt1-command.o"
-        run=("$out/python/bin/python" bench/wasi.py) how=wasmtime
+        run=("$kept/python/bin/python" bench/wasi.py) how=wasmtime same=yes
         ;;
     *)
         echo "unknown platform $1: expected one of ${all[*]}" >&2
@@ -148,15 +148,15 @@ with_cargo() { # cargo's arguments: Debian's compiler, whatever the project's is
     local std_flags=() rustflags=$flags upper=${target^^}
     upper=CARGO_TARGET_${upper//-/_}
     if [ "$std" = build ]; then std_flags=("-Zbuild-std=std,$panic"); else rustflags+=" -L $(debian_std "$std")"; fi
-    env PATH="/usr/bin:$PATH" RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR="$out" RUSTFLAGS="$rustflags" \
+    env PATH="/usr/bin:$PATH" RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR="$kept" RUSTFLAGS="$rustflags" \
         "${upper}_LINKER=$linker" "${upper}_RUNNER=${run[*]}" \
         cargo "$1" --quiet --profile "$profile" --target "$target" "${std_flags[@]}" "${@:2}" >&2
 }
 
-link_here() { # SOURCE PROGRAM ARGUMENT…: a program of this machine's parts, by another `cc`, for which cargo builds no part again
+link_here() { # SOURCE PROGRAM FILE ARGUMENT…: a program of this machine's parts, by another `cc`, for which cargo builds no part again
     touch "$1"
-    PATH=$linker:$PATH cargo build --quiet --workspace "${@:3}" >&2
-    mv "${CARGO_TARGET_DIR:-target}/debug/$2" "$out/$name/"
+    PATH=$linker:$PATH cargo build --quiet --workspace "${@:4}" >&2
+    mv "${CARGO_TARGET_DIR:-target}/debug/$2" "$3"
     touch "$1" # so that the next build links it as ever
 }
 
@@ -180,21 +180,23 @@ beside() {
 rows=()
 failed=0
 for name in "$@"; do
+    flock "$turn"
     platform "$name"
     before=$SECONDS
+    program=$out/$name.program
     if [ "$target" = here ]; then
-        rm -rf "$out/$name" "$out/$name.run" && mkdir "$out/$name"
-        link_here tests/examples/platform.rs examples/platform --example platform
-        program=$out/$name/platform
+        link_here tests/examples/platform.rs examples/platform "$program" --example platform
         # The program that people have trains there, too.
-        link_here cli/src/main.rs flowtape --bin flowtape
-        "${run[@]}" "$out/$name/flowtape" train digits --quiet "${settings[@]/#/--set=}" --set "run_dir=$out/$name.run" >&2
+        link_here cli/src/main.rs flowtape "$out/flowtape" --bin flowtape
+        "${run[@]}" "$out/flowtape" train digits --quiet "${settings[@]/#/--set=}" --set "run_dir=$out/$name.run" >&2
     else
         with_cargo build --package flowtape-tests --no-default-features --features trainer --example platform
-        program=$out/$target/$profile/examples/platform
-        [ -f "$program" ] || program+=.wasm
+        made=$kept/$target/$profile/examples/platform
+        [ -f "$made" ] || made+=.wasm
+        cp "$made" "$program"
     fi
     built=$((SECONDS - before))
+    flock --unlock "$turn"
     cp "$program" "$out/stripped"
     "${strip:-${linker%-gcc}-strip}" "$out/stripped"
     size=$(($(stat --format %s "$out/stripped") / 1000))
@@ -212,7 +214,6 @@ for name in "$@"; do
         "${run[@]}" "$program" goldens "${folders[@]}" >"$log.log" 2>&1 || grep FAILED "$log.log" | head -n 20 >&2 || true
         counts=$(grep -E '^[0-9]+ passed, ' "$log.log" || echo "FAILED: $(tail -n 1 "$log.log")")
         took=$((SECONDS - before))
-        rm -rf "$log.run"
         if [ "$alone" ]; then
             rm -rf "$out/empty" && mkdir "$out/empty" && cp "$program" "$out/empty/platform"
             chroot "$out/empty" /platform train /run "${settings[@]}" >"$log.steps" && mv "$out/empty/run" "$log.run"

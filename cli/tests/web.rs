@@ -92,6 +92,8 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     // To the end.
     browser.eval("document.getElementById('run').click()");
     browser.until("document.getElementById('state').textContent === 'finished'");
+    let at = browser.eval("document.getElementById('at').textContent");
+    assert!(at.as_str().unwrap().starts_with("step 60,"), "{at}");
     assert_eq!(browser.complaints(), Vec::<String>::new());
     let sent: Vec<String> = browser.requests().into_iter().filter(|url| !url.starts_with("blob:")).collect();
     assert_eq!(sent.len(), 1, "{sent:?}");

@@ -6,13 +6,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use flowtape_engine::Philox;
 use flowtape_engine::cpu::alone;
+use flowtape_engine::platform::HAS_THREADS;
 
 use crate::{BatchPlan, Cursor, Error, Pick, Rank, Result, Sample, Sampler, Source};
 
 /// How a loader reads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LoaderOptions {
-    /// Threads that read; none: the caller's reads when it asks for a batch. What comes does not depend on it.
+    /// Threads that read; none, or where the platform has none: the caller's reads when it asks for a batch. What comes does not
+    /// depend on it.
     pub num_workers: usize,
     /// Whole batches that are read ahead at least; more where the threads would have nothing to do.
     pub prefetch: usize,
@@ -87,8 +89,11 @@ impl Loader {
         rank: Rank,
         seed: u64,
         at: Cursor,
-        options: LoaderOptions,
+        mut options: LoaderOptions,
     ) -> Result<Self> {
+        if !HAS_THREADS {
+            options.num_workers = 0;
+        }
         let (work, ready) = (Condvar::new(), Condvar::new());
         let reader = Arc::new(Reader { source, random: Philox::new(seed), queue: Mutex::default(), work, ready });
         for _ in 0..options.num_workers {

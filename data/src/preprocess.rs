@@ -140,7 +140,8 @@ impl Preprocess {
     /// rest is left for another time.
     ///
     /// # Errors
-    /// When the pipeline can't be loaded, or the cache holds samples that were encoded otherwise or can't be written.
+    /// When the pipeline can't be loaded, the cache holds samples that were encoded otherwise or can't be written, or no thread can be
+    /// started.
     pub fn run(
         &self,
         items: &[PictureItem],
@@ -163,7 +164,8 @@ impl Preprocess {
             let (send, received) = sync_channel(AT_ONCE + self.workers);
             for _ in 0..self.workers.max(1) {
                 let (send, next, known, buckets, given) = (send.clone(), &next, &known, &buckets, &given);
-                scope.spawn(move || {
+                let thread = std::thread::Builder::new().name("preprocess".into());
+                let work = move || {
                     loop {
                         let index = next.fetch_add(1, Ordering::Relaxed);
                         let Some(item) = items.get(index).filter(|_| !stop.load(Ordering::Relaxed)) else { return };
@@ -172,7 +174,8 @@ impl Preprocess {
                             return;
                         }
                     }
-                });
+                };
+                thread.spawn_scoped(scope, work).map_err(Error::Thread)?;
             }
             drop(send);
             // Loaded when the first picture needs them.

@@ -1,6 +1,6 @@
-//! What platforms differ in, in one place each: the clock, how the bytes of a file come to memory, and the last digit of a sine.
+//! What platforms differ in, in one place each: the clock, threads, how the bytes of a file come to memory, and the last digit of a sine.
 //!
-//! Threads are those of `cpu::awake`; instruction sets those of the CPU backend.
+//! What threads do together is in `cpu::awake`; instruction sets are the CPU backend's.
 
 use std::io::Result;
 use std::ops::Deref;
@@ -8,6 +8,9 @@ use std::path::Path;
 
 /// The standard library's clocks, and the page's where a browser is the machine: `std::time::Instant::now` panics there.
 pub use web_time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// Whether a program can start threads: one of WebAssembly has the thread that it is called on, and no other.
+pub const HAS_THREADS: bool = !cfg!(target_family = "wasm");
 
 /// Sine and cosine, the same bits on every platform: by those of f64, whose last digits are rounded away. C's libraries differ in the
 /// last digit of one f32 in eighty.

@@ -20,25 +20,38 @@ use flowtape_trainer::hooks::on_step;
 
 type Any<T> = Result<T, Box<dyn std::error::Error>>;
 
-/// Debian's libc for WASI is older than what the standard library expects of it: that there are no threads is said as newer ones say it.
+/// Debian's libc for WASI is older than what the standard library expects of it. That there are no threads is said as newer ones say it.
 #[cfg(target_os = "wasi")]
-mod without_threads {
+mod missing {
+    use std::ffi::c_char;
+
     const ENOSYS: i32 = 52;
     macro_rules! missing {
-        ($($name:ident($($argument:ty),*))*) => {$(
+        ($($name:ident($($argument:ty),*) = $answer:expr;)*) => {$(
             #[unsafe(no_mangle)]
             extern "C" fn $name($(_: $argument),*) -> i32 {
-                ENOSYS
+                $answer
             }
         )*};
     }
     missing! {
-        pthread_create(usize, usize, usize, usize)
-        pthread_join(usize, usize)
-        pthread_detach(usize)
-        pthread_attr_init(usize)
-        pthread_attr_destroy(usize)
-        pthread_attr_setstacksize(usize, usize)
+        pthread_create(usize, usize, usize, usize) = ENOSYS;
+        pthread_join(usize, usize) = ENOSYS;
+        pthread_detach(usize) = ENOSYS;
+        pthread_attr_init(usize) = 0;
+        pthread_attr_destroy(usize) = 0;
+        pthread_attr_setstacksize(usize, usize) = 0;
+    }
+
+    unsafe extern "C" {
+        fn strdup(text: *const c_char) -> *mut c_char;
+    }
+
+    /// The path as it is: nobody asks it to write into memory of its own.
+    #[unsafe(no_mangle)]
+    extern "C" fn realpath(path: *const c_char, _: *mut c_char) -> *mut c_char {
+        // SAFETY: the standard library hands over a C string, and frees the copy.
+        unsafe { strdup(path) }
     }
 }
 

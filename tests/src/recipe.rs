@@ -196,6 +196,13 @@ impl Saved<'_> {
         Ok(self.folder.join(format!("step_{:06}", step + 1)))
     }
 
+    /// What a link of the folder leads to; where the standard library makes none, the file in its place has the name.
+    fn linked(&self, link: &str) -> Any<PathBuf> {
+        let link = self.folder.join(link);
+        let named = if cfg!(unix) { link } else { self.folder.join(std::fs::read_to_string(link)?) };
+        Ok(named)
+    }
+
     /// Which checkpoints there are, which is the latest, and what in each is for other programs.
     fn listed(&self, checkpoints: &[&str], out: &mut Vec<Outcome>) -> Any<()> {
         let mut wanted = checkpoints.iter().map(|name| self.ours(name)).collect::<Any<Vec<_>>>()?;
@@ -207,7 +214,7 @@ impl Saved<'_> {
         for file in list(self.case, "checkpoint_files")? {
             let path = text(file, "path")?;
             if let Some(target) = file["symlink_to"].as_str() {
-                let same = std::fs::canonicalize(self.folder.join(path))? == std::fs::canonicalize(self.ours(target)?)?;
+                let same = std::fs::canonicalize(self.linked(path)?)? == std::fs::canonicalize(self.ours(target)?)?;
                 out.push(exact(format!("checkpoint {path}"), same, target));
                 continue;
             }
@@ -235,7 +242,7 @@ impl Saved<'_> {
     /// The last checkpoint's weights.
     fn compare(&self, dir: &Path, out: &mut Vec<Outcome>) -> Any<()> {
         let bound = number(&self.case["tolerance"]["final"], "atol")?;
-        let last = self.folder.join("LATEST");
+        let last = self.linked("LATEST")?;
         let weights = if self.adapters { peft::ADAPTER_WEIGHTS } else { "diffusion_pytorch_model.safetensors" };
         let weights = SafeTensors::open(last.join(weights))?;
         let file = if self.adapters { "checkpoint_adapter_model" } else { "final_parameters_sample" };

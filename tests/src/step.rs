@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use flowtape_engine::comm::{Comm, Threads};
+use flowtape_engine::platform::HAS_THREADS;
 use flowtape_engine::{DType, Device, Gradients, Tape, Tensor};
 use flowtape_flowmatch::{
     Batch, DataType, FlowMatchingConfig, FlowMatchingPipeline, FlowModel, ModelAdapter, ModelInputs, ModelOutput,
@@ -199,6 +200,13 @@ fn compare_shared_tokens(
     }
     let world = ranks_for(&model.config())?;
     let suffix = &format!(" (tokens on {world} ranks)");
+    if !HAS_THREADS {
+        out.push(Outcome::skipped(
+            format!("step{suffix}"),
+            "ranks are threads, of which this platform has no more than one",
+        ));
+        return Ok(());
+    }
     let ranks = Threads::run(world, device, |comm| {
         Run::among(Some(comm), case, model, files, BTreeMap::new()).map_err(|error| error.to_string())
     });

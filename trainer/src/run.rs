@@ -27,6 +27,7 @@ use serde::de::DeserializeOwned;
 
 use crate::checkpoints::{Checkpoints, Unfinished, remove};
 use crate::error::io;
+use crate::platform::process;
 use crate::ranks::{is_first, shared_path};
 use crate::record::StepRecord;
 use crate::train::Summary;
@@ -174,7 +175,7 @@ impl RunFolder {
             Err(TryLockError::Error(e)) => return Err(io(path)(e)),
         }
         // The number is for people; on a full disk the lock holds without it.
-        let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+        let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", process()));
         self.lock = Some(Arc::new(file));
         Ok(())
     }

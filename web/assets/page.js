@@ -82,7 +82,8 @@ const heard = {
     seconds = [...seconds.slice(-19), took];
     const mean = seconds.reduce((a, b) => a + b) / seconds.length, left = (steps - step) * mean;
     $("loss").textContent = curve.mean[curve.mean.length - 1].toFixed(3);
-    $("numbers").textContent = `step ${step} of ${steps} · ${mean.toFixed(2)} s a step · ${left > 90 ? Math.round(left / 60) + " min" : Math.round(left) + " s"} left`;
+    const rest = step < steps ? ` · ${left > 90 ? Math.round(left / 60) + " min" : Math.round(left) + " s"} left` : "";
+    $("numbers").textContent = `step ${step} of ${steps} · ${mean.toFixed(2)} s a step${rest}`;
     $("progress").value = step / steps;
     if (run) state("training");
     redraw();
@@ -102,6 +103,7 @@ const heard = {
   ended() {
     ran(false);
     $("run").disabled = true;
+    $("run").textContent = "Trained";
     state("finished");
   },
   weights({ bytes, step }) {

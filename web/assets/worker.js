@@ -27,7 +27,7 @@ function turn() {
     done = step;
     post("step", { step, loss, lr, seconds });
     // A tenth of the time at most goes to pictures.
-    if (isMark(step)) sample(step);
+    if (isMark(step) || step >= digits.steps) sample(step);
     else if (performance.now() - last.sampledAt > 10 * last.cost) sample(null);
     if (step >= digits.steps) {
       running = false;

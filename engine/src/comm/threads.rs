@@ -117,6 +117,9 @@ impl Threads {
     }
 
     /// Runs `work` as each of so many ranks, on threads of their own, and gives what they came to. One that fails stops all.
+    ///
+    /// # Panics
+    /// Where a rank does, and where no thread can be started ([`HAS_THREADS`](crate::platform::HAS_THREADS)).
     pub fn run<T: Send, E: Display + Send>(
         world_size: usize,
         device: &Device,

@@ -1,9 +1,8 @@
 //! Checkpoints.
 
-use std::thread::JoinHandle;
-
 use super::{Event, Hook, due};
 use crate::error::io;
+use crate::platform::Aside;
 use crate::ranks::shared_text;
 use crate::state::TrainProgress;
 use crate::train::Session;
@@ -20,7 +19,7 @@ pub struct Checkpoint {
     /// The least validation loss so far.
     best: Option<f64>,
     /// What finishes the one of this step.
-    finishing: Option<(u64, JoinHandle<Result<()>>)>,
+    finishing: Option<(u64, Aside<Result<()>>)>,
 }
 
 impl Checkpoint {
@@ -51,8 +50,8 @@ impl Checkpoint {
         run.emit(Event::Busy("saving a checkpoint"))?;
         let begun = run.folder().begin_save(run.trainer())?;
         let keep = run.trainer().recipe().checkpoint.max_recent_checkpoints;
-        let thread = std::thread::Builder::new().name("checkpoint".into());
-        let finishing = thread.spawn(move || begun.finish(keep, best)).map_err(io(run.folder().path()))?;
+        let finishing =
+            Aside::begin("checkpoint", move || begun.finish(keep, best)).map_err(io(run.folder().path()))?;
         self.saved = step;
         self.finishing = Some((step, finishing));
         Ok(())

@@ -9,6 +9,8 @@ use std::path::Path;
 
 use flowtape_engine::platform::{SystemTime, UNIX_EPOCH};
 
+use crate::platform::process;
+
 /// What a step is told with: one value by its tag.
 #[derive(Clone)]
 pub(super) enum Summary {
@@ -31,7 +33,7 @@ impl EventFile {
     pub fn create(folder: &Path, from: u64) -> std::io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         // Files are read in the order of their names, and one second may have seen two processes.
-        let name = format!("events.out.tfevents.{:010}.{}.flowtape", now() as u64, std::process::id());
+        let name = format!("events.out.tfevents.{:010}.{}.flowtape", now() as u64, process());
         let mut out = Self { file: File::create(folder.join(name))? };
         out.record(&event(0).bytes(3, b"brain.Event:2"))?;
         let started = Message::default().varint(1, 1);
