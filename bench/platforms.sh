@@ -102,7 +102,7 @@ platform() {
     armv7)
         need gcc-arm-linux-gnueabihf libc6-dev-armhf-cross qemu-user
         target=armv7-unknown-linux-gnueabihf linker=arm-linux-gnueabihf-gcc std=armhf
-        run=(qemu-arm -cpu max -L /usr/arm-linux-gnueabihf) how=qemu
+        run=(qemu-arm -cpu max -L /usr/arm-linux-gnueabihf) how=qemu same=yes
         ;;
     s390x)
         need gcc-s390x-linux-gnu libc6-dev-s390x-cross qemu-user

@@ -55,6 +55,13 @@ pub struct Preprocess {
     /// Take films without sound as silent ones, where the pipeline makes films with sound.
     #[arg(long)]
     silence: bool,
+    /// Sides in pixels of tiles in which pictures are encoded, so that memory is bounded.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16_384))]
+    tile: Option<u16>,
+    /// Frames of parts in which films are encoded where they do not pass one after the other anyway (LTX-2: multiples of 16), so that memory
+    /// is bounded.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16_384))]
+    tile_frames: Option<u16>,
     /// Threads that read and resize.
     #[arg(long, default_value_t = 2)]
     workers: usize,
@@ -83,6 +90,8 @@ pub fn run(args: &Preprocess) -> Result<ExitCode> {
         last_frame: args.last_frame,
         ffmpeg: args.ffmpeg,
         silence: args.silence,
+        tile: args.tile.map(usize::from),
+        tile_frames: args.tile_frames.map(usize::from),
         missing_captions: args.missing_captions,
         background,
     };

@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 use flowtape_trainer::Trained;
-use flowtape_trainer::compose::{Options, Request, SOLVERS, Solver, SoundGuidance, compose, has_pipeline, is_pipeline};
+use flowtape_trainer::compose::{
+    Options, Request, SOLVERS, Solver, SoundGuidance, TileSizes, compose, has_pipeline, is_pipeline,
+};
 use flowtape_trainer::generate::{MAX_GUIDANCE_SCALE, MAX_INFERENCE_STEPS, MAX_SAMPLES};
 use flowtape_trainer::generation::GenerationFile;
 use flowtape_trainer::picture::{beside, check_path, load_grey, save_grey, save_samples};
@@ -268,8 +270,7 @@ fn of_pipeline(from: &Path, args: &Sample, loras: &[(PathBuf, f64)]) -> Result<E
         loras,
         allow_unused: args.allow_unused,
         images: &asked.images,
-        tile: asked.tile,
-        tile_frames: asked.tile_frames,
+        tiles: TileSizes { side: asked.tile, frames: asked.tile_frames },
         fps: None,
         out: &args.out,
     };

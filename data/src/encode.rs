@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::Batch;
 use flowtape_models::pipeline::PipelineFolder;
-use flowtape_models::vae::{self, Autoencoder, MelSpectrogram};
+use flowtape_models::vae::{self, Autoencoder, MelSpectrogram, TileSizes};
 use serde_json::Value;
 
 use crate::collate::padded;
@@ -96,6 +96,15 @@ impl VaeCodec {
     pub fn load(pipeline: &PipelineFolder, device: &Device) -> Result<Self> {
         let vae = vae::load(&pipeline.part("vae")?, Some(DType::F32), device)?;
         Ok(Self { vae, device: device.clone() })
+    }
+
+    /// With pictures taken in tiles and clips in parts.
+    ///
+    /// # Errors
+    /// When a tile or part is no whole number of latents.
+    pub fn with_tiles(mut self, tiles: TileSizes) -> Result<Self> {
+        tiles.apply(&mut *self.vae)?;
+        Ok(self)
     }
 
     /// The autoencoder.

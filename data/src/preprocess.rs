@@ -9,6 +9,7 @@ use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::pipeline::{
     Asked, ConditionImage, Pictures, PipelineFolder, PromptEncoder, given_frames, reference_latents,
 };
+use flowtape_models::vae::TileSizes;
 use flowtape_models::{Condition, ModelKind};
 use serde_json::Value;
 
@@ -58,6 +59,8 @@ pub struct Preprocess {
     pub ffmpeg: bool,
     /// Whether a film without sound is a silent one, where the pipeline makes films with sound; else it is an error.
     pub silence: bool,
+    /// How much of a picture or film the autoencoder takes at once, where memory is to be bounded: latents are near those of the whole.
+    pub tiles: TileSizes,
     /// Threads that read and resize.
     pub workers: usize,
 }
@@ -100,16 +103,34 @@ struct Pixels {
 }
 
 impl Preprocess {
+    /// Pictures of the usual sizes, each encoded whole, with one thread that reads.
+    pub fn new(pipeline: PipelineFolder) -> Self {
+        Self {
+            pipeline,
+            pictures: PictureOptions::default(),
+            frames: None,
+            last_frame: false,
+            ffmpeg: false,
+            silence: false,
+            tiles: TileSizes::default(),
+            workers: 1,
+        }
+    }
+
     /// What the cache's header says of samples that are encoded so.
     ///
     /// # Errors
-    /// When a part of the pipeline is missing or can't be read.
+    /// When a part of the pipeline is missing or can't be read, or it does not make what is asked for.
     pub fn header(&self) -> Result<CacheHeader> {
         // Everything that changes what is made of a file.
+        let given = self.given()?;
         let films = self.frames.map(|frames| format!(" {frames} frames")).unwrap_or_default();
         let last = if self.last_frame { " last frame" } else { "" };
-        let sound = self.sound()?.map(|sound| format!(" {} a second with sound", sound.fps)).unwrap_or_default();
-        let settings = format!("{:?} mean bf16{films}{last}{sound}", self.pictures);
+        let sound = given.sound.map(|sound| format!(" {} a second with sound", sound.fps)).unwrap_or_default();
+        let beside = given.processor.map(|processor| format!(" {processor:?}")).unwrap_or_default();
+        let whole = self.tiles == TileSizes::default();
+        let tiles = if whole { String::new() } else { format!(" {:?}", self.tiles) };
+        let settings = format!("{:?} mean bf16{films}{last}{sound}{beside}{tiles}", self.pictures);
         let weights = encoders_of(&self.pipeline)?;
         let header = CacheHeader::new(self.pipeline.class(), weights.and(settings.as_bytes()));
         Ok(CacheHeader { weights: Some(weights), ..header })
@@ -163,7 +184,7 @@ impl Preprocess {
             let mut encode =
                 |group: Vec<(usize, Pixels)>, size: Resolution, keys: &[Option<Fingerprint>]| -> Result<usize> {
                     if encoders.is_none() {
-                        encoders = Some(Encoders::load(&self.pipeline, &given, device)?);
+                        encoders = Some(self.encoders(&given, device)?);
                     }
                     let Some(encoders) = &encoders else { return Ok(0) };
                     let captions: Vec<&str> = group.iter().map(|(index, _)| &*items[*index].caption).collect();
@@ -225,23 +246,23 @@ impl Preprocess {
         Ok(result)
     }
 
+    /// Loads what encodes.
+    fn encoders(&self, given: &Given, device: &Device) -> Result<Encoders> {
+        let codec = VaeCodec::load(&self.pipeline, device)?.with_tiles(self.tiles)?;
+        let sound = given.sound.as_ref().map(|_| SoundCodec::load(&self.pipeline, device)).transpose()?;
+        Ok(Encoders { codec, prompts: self.pipeline.prompts(device)?, pictures: given.pictures, sound })
+    }
+
     /// What the pipeline's model is given beside a sample.
     fn given(&self) -> Result<Given> {
         let kind = self.pipeline.kind()?;
         let asked = Asked { folder: &self.pipeline, config: &Value::Null, guidance_scale: 1.0, images: 1 };
         let model = ModelKind::of_adapter((kind.generation.adapter)(&asked))?;
-        let between = model.takes(Condition::GivenFrames);
-        if self.last_frame && !between {
+        if self.last_frame && !model.takes(Condition::GivenFrames) {
             let what = format!("{} makes no films between two frames: leave --last-frame out", self.pipeline.class());
             return Err(Error::Open { name: self.pipeline.path().display().to_string(), what });
         }
-        // A first frame that is no more than a latent frame is there already.
-        let wanted = |pictures: &Pictures| match pictures {
-            Pictures::FirstFrame => true,
-            Pictures::Frames => between,
-            Pictures::Seen | Pictures::References => model.takes(Condition::ReferenceImages),
-        };
-        let pictures = kind.pictures.filter(wanted);
+        let pictures = kind.pictures.filter(|pictures| model.takes(pictures.condition()));
         let processor = pictures.map(|_| ConditionProcessor::load(&self.pipeline)).transpose()?;
         let processor = processor.map(|processor| processor.with_most_pixels(self.pictures.max_pixels));
         Ok(Given { pictures, processor, sound: self.sound()? })
@@ -386,7 +407,7 @@ struct Sound {
 impl Given {
     /// Whether those are the sample's reference images, and not frames of the sample itself.
     fn references(&self) -> bool {
-        matches!(self.pictures, Some(Pictures::Seen | Pictures::References))
+        self.pictures.is_some_and(|pictures| pictures.condition() == Condition::ReferenceImages)
     }
 }
 
@@ -414,12 +435,6 @@ struct Encoders {
 }
 
 impl Encoders {
-    fn load(pipeline: &PipelineFolder, given: &Given, device: &Device) -> Result<Self> {
-        let codec = VaeCodec::load(pipeline, device)?;
-        let sound = given.sound.as_ref().map(|_| SoundCodec::load(pipeline, device)).transpose()?;
-        Ok(Self { codec, prompts: pipeline.prompts(device)?, pictures: given.pictures, sound })
-    }
-
     /// A sample for each picture of pixels `[B, 3, H, W]` and its caption, on the host. Pictures and sound beside them are those of all.
     fn encode(
         &self,

@@ -10,6 +10,7 @@ use flowtape_data::{CacheSource, LatentCodec, Media, Sample, Source, Text, VaeCo
 use flowtape_engine::safetensors::SafeTensors;
 use flowtape_engine::{Device, Philox, Tensor};
 use flowtape_models::pipeline::PipelineFolder;
+use flowtape_models::vae::TileSizes;
 
 fn emoji() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("emoji")
@@ -34,15 +35,8 @@ fn pictures(names: &[&str]) -> tempfile::TempDir {
 
 fn run(folder: &Path, cache: &Path, workers: usize, max_pixels: usize) -> flowtape_data::Result<Preprocessed> {
     let pipeline = PipelineFolder::open(&emoji().join("pipeline"))?;
-    let preprocess = Preprocess {
-        pipeline,
-        pictures: PictureOptions { max_pixels, ..PictureOptions::default() },
-        frames: None,
-        last_frame: false,
-        ffmpeg: false,
-        silence: false,
-        workers,
-    };
+    let pictures = PictureOptions { max_pixels, ..PictureOptions::default() };
+    let preprocess = Preprocess { pictures, workers, ..Preprocess::new(pipeline) };
     let items = list_pictures(folder, &FolderOptions::default())?;
     let mut last = Progress::default();
     let done = preprocess.run(&items, cache, &Device::cpu(), &AtomicBool::new(false), &mut |at| last = at)?;
@@ -99,6 +93,64 @@ fn a_damaged_picture_is_named_and_other_settings_are_refused() {
     assert!(error.contains("name another folder"), "{error}");
 }
 
+#[test]
+fn tiles_are_encoded_by_themselves_in_a_cache_of_their_own() {
+    let folder = pictures(&["apple.png"]);
+    let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
+    let encoded = |cache: &Path, side: Option<usize>| {
+        let pictures = PictureOptions { max_pixels: 4096, ..PictureOptions::default() };
+        let whole = Preprocess::new(PipelineFolder::open(&emoji().join("pipeline")).unwrap());
+        let preprocess = Preprocess { pictures, tiles: TileSizes { side, frames: None }, ..whole };
+        preprocess.run(&items, cache, &Device::cpu(), &AtomicBool::new(false), &mut |_| {})?;
+        match CacheSource::open(cache)?.read(0, &mut Philox::new(0))?.media {
+            Media::Latents(latents) => Ok::<_, flowtape_data::Error>(latents),
+            _ => panic!("encoded"),
+        }
+    };
+    let caches = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let whole = encoded(caches[0].path(), None).unwrap();
+    let tiled = encoded(caches[1].path(), Some(whole.dims()[1] * 8 / 2)).unwrap();
+    assert_eq!(tiled.dims(), whole.dims());
+    let (tiled, whole) = (tiled.to_vec::<f32>().unwrap(), whole.to_vec::<f32>().unwrap());
+    let off: f32 = tiled.iter().zip(&whole).map(|(a, b)| (a - b).powi(2)).sum();
+    let size: f32 = whole.iter().map(|a| a.powi(2)).sum();
+    // Group norms see a tile alone.
+    assert!(off > 0.0 && off < 0.3 * size, "{off} of {size}");
+    let error = encoded(caches[0].path(), Some(64)).unwrap_err().to_string();
+    assert!(error.contains("name another folder"), "{error}");
+    let cache = tempfile::tempdir().unwrap();
+    let error = encoded(cache.path(), Some(4)).unwrap_err().to_string();
+    assert!(error.contains("at least 8 pixels"), "{error}");
+}
+
+#[test]
+fn what_is_made_of_pictures_beside_a_sample_tells_caches_apart() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/own_goldens/pipe_hunyuan15_i2v/pipeline");
+    let folder = tempfile::tempdir().unwrap();
+    copy_folder(&golden, folder.path());
+    let header = || Preprocess::new(PipelineFolder::open(folder.path()).unwrap()).header().unwrap();
+    let before = header();
+    assert_eq!(before, header());
+    let path = folder.path().join("feature_extractor/preprocessor_config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["image_mean"] = serde_json::json!([0.25, 0.5, 0.5]);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let after = header();
+    assert!(after.fingerprint != before.fingerprint && after.weights == before.weights);
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        match path.is_dir() {
+            true => copy_folder(&path, &target),
+            false => drop(std::fs::copy(&path, &target).unwrap()),
+        }
+    }
+}
+
 /// Films through Wan's autoencoder, and pictures through Qwen-Image's, which is one of films.
 #[test]
 fn films_and_pictures_go_through_autoencoders_of_films() {
@@ -119,13 +171,9 @@ fn films_and_pictures_go_through_autoencoders_of_films() {
     ] {
         let cache = tempfile::tempdir().unwrap();
         let preprocess = Preprocess {
-            pipeline: PipelineFolder::open(&goldens.join(pipeline).join("pipeline")).unwrap(),
             pictures: PictureOptions { quantization: 16, max_pixels: 32 * 48, ..PictureOptions::default() },
             frames,
-            last_frame: false,
-            ffmpeg: false,
-            silence: false,
-            workers: 1,
+            ..Preprocess::new(PipelineFolder::open(&goldens.join(pipeline).join("pipeline")).unwrap())
         };
         let stop = AtomicBool::new(false);
         let done = preprocess.run(&items, cache.path(), &Device::cpu(), &stop, &mut |_| {}).unwrap();
@@ -167,13 +215,8 @@ fn reference_images_are_encoded_beside_what_was_made_of_them() {
     std::fs::write(folder.path().join("metadata.jsonl"), line).unwrap();
     let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
     let preprocess = Preprocess {
-        pipeline: PipelineFolder::open(&golden.join("pipeline")).unwrap(),
         pictures: PictureOptions { quantization: 16, max_pixels: 112 * 96, ..PictureOptions::default() },
-        frames: None,
-        last_frame: false,
-        ffmpeg: false,
-        silence: false,
-        workers: 1,
+        ..Preprocess::new(PipelineFolder::open(&golden.join("pipeline")).unwrap())
     };
     let cache = tempfile::tempdir().unwrap();
     let run =
@@ -204,13 +247,10 @@ fn film_sample(golden: &Path, size: [usize; 2], last_frame: bool) -> Sample {
     std::fs::write(folder.path().join("film.txt"), "a film").unwrap();
     let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
     let preprocess = Preprocess {
-        pipeline: PipelineFolder::open(&golden.join("pipeline")).unwrap(),
         pictures: PictureOptions { quantization: 8, max_pixels: size[0] * size[1], ..PictureOptions::default() },
         frames: Some(5),
         last_frame,
-        ffmpeg: false,
-        silence: false,
-        workers: 1,
+        ..Preprocess::new(PipelineFolder::open(&golden.join("pipeline")).unwrap())
     };
     let cache = tempfile::tempdir().unwrap();
     let done = preprocess.run(&items, cache.path(), &Device::cpu(), &AtomicBool::new(false), &mut |_| {}).unwrap();
@@ -257,13 +297,10 @@ fn films_are_encoded_with_their_sound() {
     std::fs::copy(golden.join("film.wav"), folder.path().join("loud.wav")).unwrap();
     let items = list_pictures(folder.path(), &FolderOptions::default()).unwrap();
     let preprocess = |frames, silence| Preprocess {
-        pipeline: PipelineFolder::open(&pipeline).unwrap(),
         pictures: PictureOptions { quantization: 16, max_pixels: 32 * 48, ..PictureOptions::default() },
         frames,
-        last_frame: false,
-        ffmpeg: false,
         silence,
-        workers: 1,
+        ..Preprocess::new(PipelineFolder::open(&pipeline).unwrap())
     };
     let cache = tempfile::tempdir().unwrap();
     let run = |frames, silence| {

@@ -249,7 +249,12 @@ impl Tensor {
 
     /// Whether nobody else has its memory, and each element has a place of its own in it: it may be written in place.
     pub(crate) fn is_sole_owner(&self) -> bool {
-        Arc::strong_count(&self.storage) == 1 && self.layout.is_contiguous()
+        Arc::strong_count(&self.storage) == 1 && !self.layout.repeats()
+    }
+
+    /// Whether nothing is or could be recorded of it: it has no variable and no tape, and was not made from a parameter without one.
+    pub fn is_plain(&self) -> bool {
+        self.var.is_none() && self.tape.is_none() && !self.unrecorded
     }
 
     /// The variable of a leaf, a parameter or a recorded output.
@@ -401,6 +406,13 @@ impl Later {
     /// When the device fails.
     pub fn wait<T: Element>(self) -> Result<Vec<T>> {
         Ok(self.plain.converted(&self.pending.wait()?))
+    }
+
+    /// Waits for them: a tensor on the host.
+    pub(crate) fn on_host(self) -> Result<Tensor> {
+        let (plain, bytes) = (self.plain, self.pending.wait()?);
+        let bytes = plain.dtype.little_endian(bytes.into());
+        Tensor::from_bytes(&bytes, plain.dims(), plain.dtype, &Device::cpu())
     }
 
     /// Waits for the one value.

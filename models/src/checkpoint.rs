@@ -107,11 +107,13 @@ pub fn load_with(folder: &Path, params: ParamBuilder) -> Result<Box<dyn Transfor
 /// # Errors
 /// When weights can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
 pub fn load_weights(weights: Arc<Shards>, config: &Value, params: ParamBuilder) -> Result<Box<dyn Transformer>> {
-    let model = create_model(config, &params.reading(weights.clone()))?;
+    let params = params.reading(weights.clone());
+    let model = create_model(config, &params)?;
     model.params().base().check_keys(&weights, |name| model.is_ignored_key(name)).map_err(|error| {
         let class = model.config()["_class_name"].as_str().unwrap_or("model").to_owned();
         Error::Model { model: class, source: Box::new(error) }
     })?;
+    params.finish_codes();
     Ok(model)
 }
 

@@ -68,6 +68,10 @@ pub trait Transformer: FlowModel {
     fn params(&self) -> &Params;
     /// The configuration, as `config.json` holds it.
     fn config(&self) -> serde_json::Value;
+    /// Its class of diffusers.
+    fn class(&self) -> String {
+        self.config()["_class_name"].as_str().unwrap_or_default().to_owned()
+    }
     /// Where the parameters begin that the loss does not reach from these inputs: what makes something of an input that is
     /// missing, or that nothing reads.
     fn paths_without_gradient(&self, inputs: &ModelInputs) -> Vec<String> {

@@ -26,6 +26,14 @@ fn wan() -> Value {
     })
 }
 
+fn hunyuan() -> Value {
+    json!({
+        "_class_name": "HunyuanVideo15Transformer3DModel", "in_channels": 5, "out_channels": 2, "num_layers": 1,
+        "num_refiner_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "text_embed_dim": 8,
+        "text_embed_2_dim": 6, "image_embed_dim": 10, "rope_axes_dim": [2, 4, 6],
+    })
+}
+
 /// A model whose adapters of a kind stand beside some layers, with random values.
 fn adapted(config: &Value, kind: AdapterKind, chosen: impl Fn(&str) -> bool) -> (Params, AdapterWeights) {
     let plain = create_model(config, &ParamBuilder::new(0, DType::F32, &Meta::default().device())).unwrap();
@@ -50,8 +58,10 @@ fn keys(path: &std::path::Path) -> Vec<String> {
 fn every_form_holds_what_it_says_it_holds() {
     use AdapterKind::{Dora, Loha, Lokr, Lora};
     use SaveFormat::{Comfyui, Diffusers, Peft};
-    for config in [flux(), wan()] {
+    for config in [flux(), wan(), hunyuan()] {
         let class = config["_class_name"].as_str().unwrap();
+        // Of layers that are one in ComfyUI without a name for each.
+        let has_fused = class.starts_with("Hunyuan");
         for kind in [Lora, Dora, Loha, Lokr { factor: None }, Lokr { factor: Some(2) }] {
             let (params, weights) = adapted(&config, kind, |module| module != "proj_out_");
             for form in [Peft, Diffusers, Comfyui] {
@@ -60,11 +70,11 @@ fn every_form_holds_what_it_says_it_holds() {
                 let refused = match form {
                     Peft => false,
                     Diffusers => !matches!(kind, Lora | Dora),
-                    Comfyui => kind == Dora,
+                    Comfyui => kind == Dora || (has_fused && kind != Lora),
                 };
                 assert_eq!(saved.is_err(), refused, "{class} {kind:?} {form:?}: {:?}", saved.err());
                 if !refused {
-                    let (read, unused) = load_any(folder.path(), &params).unwrap();
+                    let (read, unused) = load_any(folder.path(), &params, class).unwrap();
                     assert!(unused.is_empty() && read.0.len() == weights.0.len());
                 }
             }
@@ -85,6 +95,11 @@ fn keys_are_those_that_other_programs_look_for() {
     assert_eq!(comfyui, with("lora_transformer_transformer_blocks_0_attn_to_out_0"));
     let comfyui = written(&wan(), "blocks.0.ffn.net.0.proj", SaveFormat::Comfyui);
     assert_eq!(comfyui, with("lora_unet_blocks_0_ffn_0"));
+    // Of three layers that ComfyUI has as one: rows of the others stay as they are.
+    let comfyui = written(&hunyuan(), "transformer_blocks.0.attn.to_k", SaveFormat::Comfyui);
+    assert_eq!(comfyui, with("lora_unet_double_blocks_0_img_attn_qkv"));
+    let comfyui = written(&hunyuan(), "transformer_blocks.0.ff.net.2", SaveFormat::Comfyui);
+    assert_eq!(comfyui, with("lora_unet_double_blocks_0_img_mlp_2"));
     let diffusers = written(&flux(), "transformer_blocks.0.attn.to_q", SaveFormat::Diffusers);
     let layer = "transformer.transformer_blocks.0.attn.to_q";
     assert_eq!(diffusers, [format!("{layer}.lora_A.weight"), format!("{layer}.lora_B.weight")]);
@@ -114,7 +129,7 @@ fn layers_of_the_original_model_are_taken_apart() {
     let text = layer("lora_unet_double_blocks_0_txt_mlp_2", [width, 4 * width]);
     tensors.push(("lora_te1_text_model.alpha".into(), Tensor::full(&[], 1.0, DType::F32, &Device::cpu()).unwrap()));
     save(&path, &tensors, &BTreeMap::new()).unwrap();
-    let (weights, unused) = load_any(&path, &params).unwrap();
+    let (weights, unused) = load_any(&path, &params, "FluxTransformer2DModel").unwrap();
     assert_eq!(unused, ["lora_te1_text_model.alpha"]);
     // The change of one row, by its definition.
     let row = |(down, up): &(Vec<f64>, Vec<f64>), row: usize, inputs: usize| -> Vec<f64> {

@@ -1,12 +1,13 @@
 //! Whole runs of the digits recipe on a GPU: what they submit and read, and what is left when the device fails.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
+use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use flowtape_engine::backend::call::{Checked, Upload};
-use flowtape_engine::backend::{Backend, Decorator};
+use flowtape_engine::backend::{Backend, Buffer, Decorator, Pending};
 use flowtape_engine::nn::{Role, Units};
 use flowtape_engine::{Device, Error, Tensor};
 use flowtape_gpu::wgpu::{Counts, Wgpu, WgpuOptions};
@@ -185,11 +186,20 @@ fn the_digits_train_in_halves() {
     }
 }
 
-/// Counts the bytes that go to a device.
+/// Counts the bytes that go to a device, and those that come from it.
 #[derive(Debug)]
 struct Counted {
     inner: Device,
-    bytes: Arc<AtomicUsize>,
+    there: Arc<AtomicUsize>,
+    back: Arc<AtomicUsize>,
+}
+
+impl Counted {
+    fn on(device: &Device) -> (Device, [Arc<AtomicUsize>; 2]) {
+        let (there, back) = (Arc::default(), Arc::default());
+        let counted = Self { inner: device.clone(), there: Arc::clone(&there), back: Arc::clone(&back) };
+        (Device::new(counted), [there, back])
+    }
 }
 
 impl Decorator for Counted {
@@ -198,18 +208,29 @@ impl Decorator for Counted {
     }
 
     fn upload(&self, call: Checked<Upload<'_>>) -> flowtape_engine::Result<()> {
-        self.bytes.fetch_add(call.bytes.len(), Ordering::Relaxed);
+        self.there.fetch_add(call.bytes.len(), Ordering::Relaxed);
         self.inner().upload(call)
     }
+
+    fn read_later(&self, buffer: &dyn Buffer, bytes: Range<usize>) -> flowtape_engine::Result<Box<dyn Pending>> {
+        self.back.fetch_add(bytes.len(), Ordering::Relaxed);
+        self.inner().read_later(buffer, bytes)
+    }
+}
+
+/// Whose turn it is: a device's memory is measured.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A recipe of single samples whose model is small: many blocks count here, not wide ones.
+fn narrow(steps: u64, more: &[&str]) -> Recipe {
+    let small = ["model.num_attention_heads=1", "data.num_workers=0", "step_scheduler.local_batch_size=1"];
+    recipe(Path::new("unused"), steps, &[&small, more].concat())
 }
 
 /// Steps of adapters beside a frozen model: the adapters, the bytes that went to the device in each step, and its memory behind them.
 fn adapted(device: &Device, swapped: usize) -> (Vec<Vec<u8>>, Vec<usize>, u64, Vec<usize>) {
-    let (inner, bytes) = (device.clone(), Arc::new(AtomicUsize::new(0)));
-    let counted = Device::new(Counted { inner, bytes: bytes.clone() });
-    let swap = format!("performance.blocks_to_swap={swapped}");
-    let mut recipe =
-        recipe(Path::new("unused"), 4, &[&swap, "data.num_workers=0", "step_scheduler.local_batch_size=1"]);
+    let (counted, [bytes, _]) = Counted::on(device);
+    let mut recipe = narrow(4, &[&format!("performance.blocks_to_swap={swapped}")]);
     // Beside weights as they start, which no recipe's text asks for.
     let peft = json!({ "dim": 2, "alpha": 4, "target_modules": ["*attn.to_q", "*.proj_mlp"] });
     recipe.peft = serde_json::from_value(peft).unwrap();
@@ -235,6 +256,7 @@ fn adapted(device: &Device, swapped: usize) -> (Vec<Vec<u8>>, Vec<usize>, u64, V
 /// way, but that the last one of a way is there for the next.
 #[test]
 fn blocks_of_the_host_change_no_bit() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     for device in gpus() {
         let (expected, plain, all, blocks) = adapted(device, 0);
         let some = if is_slow(device) { vec![] } else { vec![3] };
@@ -250,5 +272,40 @@ fn blocks_of_the_host_change_no_bit() {
             let away = (sum - chosen[0] - chosen[1]) as f64;
             assert!((all - used) as f64 > 0.8 * away, "{used} of {all}, without {away}");
         }
+    }
+}
+
+/// Steps of a model whose optimiser remembers on the device or on the host: weights and what is remembered, the bytes that went and
+/// came in each step, and the device's memory behind them.
+fn remembering(device: &Device, offload: bool) -> (Vec<Vec<u8>>, Vec<[usize; 2]>, u64, usize) {
+    let (counted, counts) = Counted::on(device);
+    let recipe = narrow(4, &[&format!("performance.optimizer_cpu_offload={offload}")]);
+    let before = device.backend().memory().used;
+    let mut trainer = Trainer::on(&counted, &recipe).unwrap();
+    let now = || counts.each_ref().map(|count| count.load(Ordering::Relaxed));
+    let mut moved = Vec::new();
+    for _ in 0..3 {
+        let [there, back] = now();
+        trainer.step().unwrap();
+        let [after, back_after] = now();
+        moved.push([after - there, back_after - back]);
+    }
+    let params = trainer.model().params();
+    let weights = params.tensors().unwrap().iter().map(|(_, t)| t.to_bytes().unwrap()).collect();
+    (weights, moved, device.backend().memory().used - before, 4 * params.numel() as usize)
+}
+
+/// What AdamW remembers on the host: the bits of steps on a device that has it, in less of its memory. It comes once for each update but
+/// the first, which makes it, and goes once.
+#[test]
+fn an_optimiser_that_remembers_on_the_host_changes_no_bit() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    for device in gpus() {
+        let (expected, plain, all, weights) = remembering(device, false);
+        let (got, moved, used, _) = remembering(device, true);
+        assert!(got == expected, "on {}", device.backend().name());
+        let more = |i: usize| [moved[i][0] - plain[i][0], moved[i][1] - plain[i][1]];
+        assert_eq!([0, 1, 2].map(more), [[0, 2 * weights], [2 * weights; 2], [2 * weights; 2]]);
+        assert!((all - used) as f64 > 0.8 * 2.0 * weights as f64, "{used} of {all}, without {}", 2 * weights);
     }
 }

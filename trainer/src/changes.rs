@@ -18,6 +18,7 @@ const FREE: &[&str] = &[
     "step_scheduler.num_epochs",
     "step_scheduler.ckpt_every_steps",
     "step_scheduler.save_checkpoint_every_epoch",
+    "peft.quantize_cache_dir",
     "performance",
     "fsdp",
     "checkpoint",

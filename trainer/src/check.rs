@@ -368,12 +368,17 @@ fn alternatives(
     let shared = ranks > 1 && recipe.fsdp.as_ref().is_some_and(Fsdp::shares_weights);
     let blocks = if device.backend().is_host() || shared { 0 } else { step.swappable_blocks };
     let swap = move |r: &mut Recipe| std::mem::replace(&mut r.performance.blocks_to_swap, blocks) < blocks;
-    let changes: [Change<'_>; 7] = [
+    let offload = !device.backend().is_host() && (ranks == 1 || recipe.fsdp.is_none());
+    let changes: [Change<'_>; 8] = [
         (
             "performance.activation_checkpointing=true".into(),
             Box::new(|r| !std::mem::replace(&mut r.performance.activation_checkpointing, true)),
         ),
         (format!("performance.blocks_to_swap={blocks}"), Box::new(swap)),
+        (
+            "performance.optimizer_cpu_offload=true".into(),
+            Box::new(move |r| offload && !std::mem::replace(&mut r.performance.optimizer_cpu_offload, true)),
+        ),
         (
             "step_scheduler.local_batch_size=1".into(),
             Box::new(|r| {

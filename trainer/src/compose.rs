@@ -14,6 +14,7 @@ use flowtape_models::pipeline::{
 
 pub use flowtape_flowmatch::solver::{SOLVERS, Solver};
 pub use flowtape_models::pipeline::{MODEL_INDEX, Request, SoundGuidance};
+pub use flowtape_models::vae::TileSizes;
 
 use crate::builtin::pictures::cached;
 use crate::checkpoints::Content;
@@ -40,10 +41,8 @@ pub struct Options<'a> {
     pub allow_unused: bool,
     /// Pictures to edit, or the first frame of a film, or its first and last.
     pub images: &'a [PathBuf],
-    /// Sides in pixels of tiles in which pictures are decoded, where memory is to be bounded.
-    pub tile: Option<usize>,
-    /// Frames of parts in which films are decoded, likewise.
-    pub tile_frames: Option<usize>,
+    /// Tiles in which pictures, and parts in which films are decoded, where memory is to be bounded.
+    pub tiles: TileSizes,
     /// Frames of a film in a second, if others than the pipeline's.
     pub fps: Option<f64>,
     /// The PNG to write; several get numbers before the ending.
@@ -92,7 +91,7 @@ pub fn compose(
 ) -> Result<Vec<PathBuf>> {
     let fold = |model: &dyn Transformer| -> flowtape_models::Result<()> {
         for (path, factor) in options.loras {
-            let (weights, unused) = load_any(path, model.params())?;
+            let (weights, unused) = load_any(path, model.params(), &model.class())?;
             check_used(path, &unused, weights.0.is_empty(), options.allow_unused)
                 .map_err(|error| flowtape_models::Error::Model { model: "adapter".into(), source: Box::new(error) })?;
             weights.merge_into(model.params(), *factor)?;
@@ -104,8 +103,7 @@ pub fn compose(
         let images = images(folder, options.images, request.size)?;
         let request = Request { images: &images, ..request.clone() };
         let made = awake(options.device, || {
-            let generator = generator.with_tile(options.tile).with_tile_frames(options.tile_frames);
-            generator.on_load(&fold).generate(&request, &mut |step, _| {
+            generator.with_tiles(options.tiles).on_load(&fold).generate(&request, &mut |step, _| {
                 on_step(step.index + 1);
                 Ok(())
             })

@@ -6,7 +6,7 @@ use flowtape_engine::{DType, Device};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::compose::{Options, Request, compose};
+use crate::compose::{Options, Request, TileSizes, compose};
 use crate::error::io;
 use crate::recipe::read_yaml;
 use crate::start::{pipeline_folder, trained_folder};
@@ -209,8 +209,7 @@ impl GenerationFile {
                 loras: &loras,
                 allow_unused: false,
                 images: &[],
-                tile: self.vae.enable_tiling.then_some(TILE),
-                tile_frames: None,
+                tiles: TileSizes { side: self.vae.enable_tiling.then_some(TILE), frames: None },
                 fps: self.output.fps,
                 out: &out.join(format!("sample_{i:03}.png")),
             };

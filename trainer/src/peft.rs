@@ -50,7 +50,7 @@ impl PeftConfig {
     /// Gives a model's new adapters the values of `init_from`, if there is one.
     pub(crate) fn start(&self, model: &dyn Transformer, adapters: &BTreeMap<String, AdapterSpec>) -> Result<()> {
         let Some(path) = &self.init_from else { return Ok(()) };
-        let (weights, unused) = load_any(path, model.params())?;
+        let (weights, unused) = load_any(path, model.params(), &model.class())?;
         check_used(path, &unused, weights.0.is_empty(), false)?;
         for (module, own) in &weights.0 {
             let asked = adapters.get(module).filter(|spec| {

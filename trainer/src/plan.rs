@@ -17,7 +17,7 @@ use crate::{Recipe, Result};
 pub struct StepPlan {
     /// Parameters, with their wider copies and their average.
     pub weights: u64,
-    /// What the optimiser remembers.
+    /// What the optimiser remembers on the device.
     pub optimizer: u64,
     /// Gradients that are kept until all are there, for their norm or over micro-batches; 0 where each is used at once.
     pub gradients: u64,
@@ -87,7 +87,8 @@ impl StepPlan {
         let kept = saved.iter().map(|param| (param.numel() * param.kept_dtype().size()) as u64);
         let averages = if recipe.ema.is_some() { saved.numel() * 4 } else { 0 };
         // Files have what all ranks remember.
-        let remembered = if trainer.is_shared_out() { optimizer.saturating_mul(ranks as u64) } else { optimizer };
+        let remembered = optimizer + trainer.offloaded();
+        let remembered = if trainer.is_shared_out() { remembered.saturating_mul(ranks as u64) } else { remembered };
         let checkpoint = remembered + averages + kept.sum::<u64>();
         let swappable_blocks = Units::swappable(all).len();
         Ok(Self {

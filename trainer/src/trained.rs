@@ -60,7 +60,7 @@ impl Trained {
     /// When a file can't be read or does not fit the model.
     pub fn add_adapters(&self, adapters: &[(PathBuf, f64)], allow_unused: bool) -> Result<()> {
         for (path, factor) in adapters {
-            let (weights, unused) = load_any(path, self.model.params())?;
+            let (weights, unused) = load_any(path, self.model.params(), &self.model.class())?;
             check_used(path, &unused, weights.0.is_empty(), allow_unused)?;
             weights.merge_into(self.model.params(), *factor)?;
         }

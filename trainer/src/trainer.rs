@@ -160,9 +160,15 @@ impl Trainer {
             builder = builder.sharing(Units::new(groups.group().clone(), owners));
         }
         swap::check_device(&recipe, device)?;
+        swap::check_ranks(&recipe, groups.is_some())?;
         if recipe.performance.blocks_to_swap > 0 {
             let shapes = start.model(params(&Meta::default().device()))?;
             builder = builder.sharing(swap::units(&recipe, shapes.params(), groups.is_some() && shares_weights)?);
+        }
+        // Of shared weights each rank has some, which make no whole file.
+        let cache = recipe.peft.as_ref().and_then(|peft| peft.quantize_cache_dir.as_ref());
+        if let Some(folder) = cache.filter(|_| groups.is_none() || !shares_weights) {
+            builder = builder.keeping_codes(folder);
         }
         let mut model = start.model(builder)?;
         recipe.peft.as_ref().map_or(Ok(()), |config| config.start(&*model, &adapters))?;
@@ -211,7 +217,10 @@ impl Trainer {
             collator,
             held_out,
             state: TrainState {
-                optimizer: optimizer.build()?.with_rounding(recipe.dtype.rounding(recipe.seed)),
+                optimizer: optimizer
+                    .build()?
+                    .with_rounding(recipe.dtype.rounding(recipe.seed))
+                    .with_cpu_offload(recipe.performance.optimizer_cpu_offload),
                 ema,
                 loss_scale: recipe.dtype.loss_scale(recipe.loss_scale, device)?,
                 progress: TrainProgress {
@@ -344,6 +353,11 @@ impl Trainer {
     /// When the data has none.
     pub fn sample_dims(&self) -> Result<Vec<usize>> {
         self.data.sample_dims()
+    }
+
+    /// Bytes of what the optimiser remembers in the host's memory, instead of the device's.
+    pub(crate) fn offloaded(&self) -> u64 {
+        self.state.optimizer.offloaded()
     }
 
     /// Whether all ranks are needed for a snapshot.

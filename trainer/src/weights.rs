@@ -7,7 +7,7 @@ use flowtape_engine::safetensors::{self, SafeTensors, Shards};
 use flowtape_engine::{DType, Device};
 use flowtape_models::checkpoint::{self, open_weights};
 use flowtape_models::peft::{self, Extracted, load_any, save_as};
-use flowtape_models::{ModelKind, Transformer, original};
+use flowtape_models::{Transformer, original};
 use serde_json::json;
 
 pub use flowtape_models::checkpoint::MAX_SHARD_SIZE;
@@ -54,8 +54,10 @@ impl Written {
         if !self.is_file(out)? {
             return Ok(checkpoint::save(model, out, self.max_shard_size)?);
         }
-        let tensors = if self.original { original::tensors(model)? } else { checkpoint::tensors(model)? };
-        let text = Params::text();
+        let (tensors, text) = match self.original {
+            true => (original::tensors(model)?, original::text(model)),
+            false => (checkpoint::tensors(model)?, Params::text()),
+        };
         let save = if self.float8 { safetensors::save_float8 } else { safetensors::save };
         Ok(save(out, &tensors, &text)?)
     }
@@ -108,7 +110,7 @@ pub fn merge(
     let model = open(base, written.dtype)?;
     let mut all_unused = Vec::new();
     for (path, factor) in adapters {
-        let (weights, unused) = load_any(path, model.params())?;
+        let (weights, unused) = load_any(path, model.params(), &model.class())?;
         check_used(path, &unused, weights.0.is_empty(), allow_unused)?;
         weights.merge_into(model.params(), *factor)?;
         all_unused.extend(unused);
@@ -150,10 +152,8 @@ pub fn extract(base: &Path, tuned: &Path, rank: usize, out: &Path, forms: &[Save
     if found.weights.0.is_empty() {
         return refused(out, "the two checkpoints have the same linear layers: there is nothing to extract");
     }
-    let config = base.config();
-    let class = ModelKind::of_class(config["_class_name"].as_str().unwrap_or_default())?.class;
     for form in forms {
-        save_as(*form, &found.weights, base.params(), class, out)?;
+        save_as(*form, &found.weights, base.params(), &base.class(), out)?;
     }
     Ok(found)
 }

@@ -199,6 +199,27 @@ fn weights_of_blocks_on_the_host_are_none_of_the_device() {
     assert!(told.contains("performance.blocks_to_swap: all weights are trained"), "{told}");
 }
 
+#[test]
+fn what_an_optimiser_remembers_on_the_host_is_none_of_the_device() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let card = Device::new(Card(Device::cpu()));
+    let check = |offload: bool, device: &Device| {
+        let (mut recipe, data) = twelve_billion();
+        recipe.performance.activation_checkpointing = true;
+        recipe.performance.optimizer_cpu_offload = offload;
+        Check::with_data(&recipe, device, data, Depth::Handful)
+    };
+    let (there, here) = (check(true, &card).unwrap().step, check(false, &card).unwrap());
+    // Two moments in f32 of twelve billion parameters.
+    assert!(there.optimizer < 1_000_000_000 && here.step.optimizer > 95_000_000_000, "{there:?}");
+    assert!(there.peak < here.step.peak - 90_000_000_000, "{there:?}");
+    assert!(there.checkpoint.abs_diff(here.step.checkpoint) < here.step.checkpoint / 20, "{there:?}");
+    let told = here.alternatives.iter().find(|a| a.settings == ["performance.optimizer_cpu_offload=true"]).unwrap();
+    assert_eq!(told.peak, there.peak);
+    let refused = check(true, &Device::cpu()).unwrap_err().to_string();
+    assert!(refused.contains("performance.optimizer_cpu_offload") && refused.contains("choose a GPU"), "{refused}");
+}
+
 /// Eight ranks that share out the updates, or the weights too.
 #[test]
 fn ranks_take_less_of_twelve_billion_the_more_they_share_out() {

@@ -19,8 +19,9 @@ const START: [u8; 4] = [0, 0, 0, 1];
 /// The kind of a unit from which decoding can begin: a slice that refers to nothing before it.
 const IDR: u8 = 5;
 
-/// Shows the frames that are wanted, in the order in which they are seen, and gives how many there are and how many seconds they take. Parts of the film that
-/// hold none of them are not decoded, and what is decoded together lies between two frames from which decoding can begin.
+/// Shows the frames that are wanted, in the order in which they are seen, and gives how many there are and how many seconds they
+/// take. Parts of the film that hold none of them are not decoded, and what is decoded together lies between two frames from which
+/// decoding can begin.
 pub(super) fn walk(bytes: &[u8], upright: bool, see: &mut See<'_>) -> Any<(usize, Option<f64>)> {
     let mp4 = Mp4::read_bytes(bytes).map_err(|error| format!("not a whole MP4 file: {error}"))?;
     let track = mp4.tracks().values().find(|track| track.kind == Some(TrackKind::Video) && !track.samples.is_empty());

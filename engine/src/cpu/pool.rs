@@ -105,7 +105,10 @@ mod tests {
         let blocks = (0..PAGE / ALIGN).map(|_| pool.alloc(LARGE)).collect::<Result<Vec<_>>>()?;
         // The system gives a few of them places of another kind.
         let places: BTreeSet<usize> = blocks.iter().map(|block| block.as_ptr() as usize % PAGE).collect();
-        assert!(places.len() > PAGE / ALIGN / 4 && places.iter().all(|place| place.is_multiple_of(ALIGN)), "{places:?}");
+        assert!(
+            places.len() > PAGE / ALIGN / 4 && places.iter().all(|place| place.is_multiple_of(ALIGN)),
+            "{places:?}"
+        );
         for block in &blocks {
             // SAFETY: the block is the test's own.
             unsafe { std::slice::from_raw_parts_mut(block.as_ptr(), LARGE) }.fill(1);

@@ -1,8 +1,10 @@
 //! The layers of convolutional networks.
 
+use std::ops::Range;
+
 use super::{Init, Param, ParamBuilder};
-use crate::ops::{self, ConvAxis};
-use crate::{Result, Tensor};
+use crate::ops::{self, ChannelScale, ConvAxis};
+use crate::{Error, Result, Tensor};
 
 /// Convolution in one to three dimensions; parameters `weight` `[out, in / groups, k..]` and maybe `bias` `[out]`.
 #[derive(Clone, Debug)]
@@ -60,6 +62,31 @@ impl Conv {
         ops::conv(x, &self.weight.value()?, bias.as_ref(), axes, self.groups)
     }
 
+    /// Some places of the result on one axis (counted without samples and channels) of a walk along `axes`, for an x with `size`
+    /// places there: `input` makes those places of x that they see.
+    ///
+    /// # Errors
+    /// Those of `input`; when there is no such axis or place, what is added is no less than the kernel sees, or shape or dtype do not fit.
+    pub fn part(
+        &self,
+        axes: &[ConvAxis],
+        axis: usize,
+        size: usize,
+        places: Range<usize>,
+        input: impl FnOnce(Range<usize>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let window = axes.get(axis).zip(self.kernel().get(axis));
+        let window = window.and_then(|(walk, kernel)| walk.window(size, *kernel, places.clone()));
+        let (seen, walk) = window.ok_or_else(|| {
+            let expected =
+                format!("places on one of the axes {axes:?} of {size} places, padded by less than the kernel");
+            Error::argument("conv", expected, (axis, places))
+        })?;
+        let mut axes = axes.to_vec();
+        axes[axis] = walk;
+        self.walk(&input(seen)?, &axes)
+    }
+
     /// The layer's own walk.
     pub fn axes(&self) -> &[ConvAxis] {
         &self.axes
@@ -96,6 +123,17 @@ impl GroupNorm {
     /// When the shape does not fit.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::group_norm(x, self.groups, &self.weight.value()?, &self.bias.value()?, self.eps)
+    }
+
+    /// A function that makes the same as [`Self::forward_silu`] of parts of x. Where x is recorded it takes all of x alone.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn silu_of<'a>(&'a self, x: &Tensor) -> Result<impl Fn(&Tensor) -> Result<Tensor> + use<'a>> {
+        let (weight, bias) = (self.weight.value()?, self.bias.value()?);
+        let scale = || ChannelScale::of(x, self.groups, &weight, &bias, self.eps, true);
+        let scale = x.is_plain().then(scale).transpose()?;
+        Ok(move |part: &Tensor| scale.as_ref().map_or_else(|| self.forward_silu(part), |scale| scale.apply(part)))
     }
 
     /// The SiLU of that, in one pass.

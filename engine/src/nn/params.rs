@@ -1,13 +1,13 @@
 //! Parameters by path name: how they are made, loaded, saved and checked.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::param::{MadeAs, host_bytes};
 use super::units::Home;
 use super::{AdapterSpec, Param, ParamPlan, Placement, Role, Units};
-use crate::quant::QTensor;
+use crate::quant::{CodeStore, QTensor};
 use crate::safetensors::{Shards, save_sharded};
 use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
 
@@ -200,6 +200,9 @@ pub struct ParamBuilder {
     /// The path of the block that is made here.
     block: Option<Arc<str>>,
     units: Option<Arc<Units>>,
+    /// Where codes are kept, and those of the file that is read.
+    codes_in: Option<PathBuf>,
+    codes: Option<Arc<CodeStore>>,
     made: Arc<Mutex<Params>>,
 }
 
@@ -223,6 +226,8 @@ impl ParamBuilder {
             quantisable: false,
             block: None,
             units: None,
+            codes_in: None,
+            codes: None,
             made: Arc::default(),
         }
     }
@@ -231,7 +236,20 @@ impl ParamBuilder {
     /// does not fit gets no memory: check [`Params::check_keys`] before use.
     #[must_use]
     pub fn reading(self, file: Arc<Shards>) -> Self {
-        Self { file: Some(file), ..self }
+        let codes = self.codes_in.as_ref().map(|folder| Arc::new(CodeStore::new(folder, &file)));
+        Self { file: Some(file), codes, ..self }
+    }
+
+    /// The same builder, where the codes of what is read and quantised are kept in a folder, and found there the next time
+    /// ([`CodeStore`]). Whoever reads all of the file ends it with [`ParamBuilder::finish_codes`].
+    #[must_use]
+    pub fn keeping_codes(self, folder: &Path) -> Self {
+        Self { codes_in: Some(folder.into()), ..self }
+    }
+
+    /// Keeps the codes that were made: all parameters are there.
+    pub fn finish_codes(&self) {
+        self.codes.iter().for_each(|codes| codes.finish());
     }
 
     /// The same builder, where parameters of blocks are kept elsewhere: by ranks, so that what another one keeps is neither read nor made
@@ -272,7 +290,7 @@ impl ParamBuilder {
 
     /// A builder of what an adapter adds: held as its specification says, and never found in the model's file.
     pub(super) fn adapter(&self, placement: Placement) -> Self {
-        Self { plan: Arc::new(placement), file: None, zero_init: false, adapter: true, ..self.clone() }
+        Self { plan: Arc::new(placement), file: None, codes: None, zero_init: false, adapter: true, ..self.clone() }
     }
 
     /// A number for what is drawn under a name of this path.
@@ -332,23 +350,34 @@ impl ParamBuilder {
         // The host quantises: what is dense lies there.
         let host = ((format.is_some() || on_host) && data).then(Device::cpu);
         let device = host.as_ref().unwrap_or(&self.device);
-        let value = match &self.file {
+        let value = || match &self.file {
             Some(file) if file.dims(&path) == Some(dims) && data => file.get(&path, device, Some(kept)),
             None if data => self.start(&path, dims, init, kept, device),
             Some(file) if file.dims(&path) == Some(dims) => Tensor::empty(dims, kept, &self.device),
             None => Tensor::empty(dims, kept, &self.device),
             Some(_) => Tensor::zeros(&[], kept, &self.device).map(|one| one.shape_only(dims)),
         };
-        let path_of_error = path.clone();
-        let named = |error| Self::named(&path_of_error, error);
-        if on_host {
-            let bytes = value.and_then(|value| host_bytes(&value, format, compute)).map_err(named)?;
-            return Ok(made.keep(Param::on_host(path, made_as, dims, compute, bytes, &self.device)));
-        }
+        let named = |error| Self::named(&path, error);
         if let Some(format) = format {
             // One tensor at a time is dense.
-            let weight = value.and_then(|value| QTensor::quantise(&value, format, &self.device)).map_err(named)?;
+            let lies = if on_host { device } else { &self.device };
+            let weight = match (&self.codes, dims) {
+                (Some(codes), &[rows, columns]) if data => {
+                    codes.get(&path, (format, kept), [rows, columns], lies, value)
+                }
+                _ => value().and_then(|value| QTensor::quantise(&value, format, lies)),
+            };
+            let weight = weight.map_err(named)?;
+            if on_host {
+                let bytes = weight.words().own_bytes()?;
+                return Ok(made.keep(Param::on_host(path, made_as, dims, compute, bytes, &self.device)));
+            }
             return Ok(made.keep(Param::quantised(path, made_as, weight, compute, &self.device)));
+        }
+        let value = value();
+        if on_host {
+            let bytes = value.and_then(|value| host_bytes(&value, None, compute)).map_err(named)?;
+            return Ok(made.keep(Param::on_host(path, made_as, dims, compute, bytes, &self.device)));
         }
         let both = value.and_then(|value| Ok((value.to_dtype(compute)?, value)));
         let (value, wide) = both.map_err(named)?;

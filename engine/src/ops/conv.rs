@@ -4,6 +4,8 @@
 //! places are runs of memory; operations element by element keep that order. Every tap of the kernel is then a product of a
 //! strided view with a matrix: that is the composition. The CPU's kernel takes the taps of a row at once (`cpu/gemm/conv.rs`).
 
+use std::ops::Range;
+
 use smallvec::smallvec;
 
 use crate::backend::call::{self, Call, has_dims, has_dtype, is_float};
@@ -97,6 +99,21 @@ impl ConvAxis {
             return None;
         }
         Some(self.full(size)?.checked_sub(reach)? / self.stride + 1)
+    }
+
+    /// The places of an axis of `size` that some places of the result see, and the walk along these alone. Nothing where what is
+    /// added is no less than the kernel sees (or half of it, where that is a reflection), since there a part would not do.
+    pub(crate) fn window(&self, size: usize, kernel: usize, places: Range<usize>) -> Option<(Range<usize>, Self)> {
+        let reach = kernel.checked_sub(1)? * self.dilation + 1;
+        let added = self.before.max(self.after) * if self.padding == Padding::Reflect { 2 } else { 1 };
+        if added >= reach || places.is_empty() || places.end > self.output(size, kernel)? {
+            return None;
+        }
+        // Both in the padded axis.
+        let (first, end) = (places.start * self.stride, (places.end - 1) * self.stride + reach);
+        let seen = first.saturating_sub(self.before)..(end - self.before).min(size);
+        let (before, after) = (self.before.saturating_sub(first), end.saturating_sub(self.before + size));
+        Some((seen, Self { before, after, ..*self }))
     }
 
     /// Where the value at place `at` of the padded axis comes from: a place of the axis, or nothing for a zero.

@@ -45,6 +45,74 @@ impl GroupNorm {
         let rstd = map(wide, [&variance], |[v]| (v + eps).rsqrt())?;
         Ok((mean, rstd))
     }
+
+    /// One multiply-add for each element: what is of a channel is put together.
+    fn scale(&self, x: &Tensor, [mean, rstd, weight, bias]: [&Tensor; 4]) -> Result<ChannelScale> {
+        let (weight, bias) = (column(weight, x)?, column(bias, x)?);
+        let factor = map(rstd.dtype(), [rstd, &weight], |[s, w]| s * w)?;
+        let offset = map(rstd.dtype(), [mean, &factor, &bias], |[m, f, b]| b - m * f)?;
+        Ok(ChannelScale { factor, offset, silu: self.silu })
+    }
+
+    fn check(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<()> {
+        let (name, channels) = (self.name(), x.dims().get(1).copied().unwrap_or(0));
+        let fits = x.rank() >= 2 && self.groups > 0 && channels.is_multiple_of(self.groups);
+        if !fits || weight.dims() != [channels] || bias.dims() != [channels] {
+            let expected = format!("x [B, C, s..] with C a multiple of {}, weight and bias [C]", self.groups);
+            return Err(Error::shape(name, expected, (x.dims(), weight.dims(), bias.dims())));
+        }
+        common_device(name, &[x, weight, bias])?;
+        match [x, weight, bias].into_iter().find(|t| !t.dtype().is_float()) {
+            Some(other) => Err(Error::DType { op: name, expected: "floats".into(), got: other.dtype().to_string() }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A group norm of x whose statistics are known, so that parts of x can go through it one by one; maybe with the SiLU behind it.
+#[derive(Debug)]
+pub struct ChannelScale {
+    /// Of each sample's channels, `[B, C, 1..]` in f32 (f64 for f64).
+    factor: Tensor,
+    offset: Tensor,
+    silu: bool,
+}
+
+impl ChannelScale {
+    /// That of [`group_norm`] with these arguments, or of [`group_norm_silu`]. It is not recorded.
+    ///
+    /// # Errors
+    /// When the shapes do not fit, or one of the tensors needs a gradient.
+    pub fn of(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps: f64, silu: bool) -> Result<Self> {
+        let op = GroupNorm { groups, eps, silu };
+        op.check(x, weight, bias)?;
+        let constant = |name, tensor: &Tensor| tensor.constant("group_norm", name);
+        let (x, weight, bias) = (constant("x", x)?, constant("weight", weight)?, constant("bias", bias)?);
+        let (mean, rstd) = op.statistics(&x)?;
+        op.scale(&x, [&mean, &rstd, &weight, &bias])
+    }
+
+    /// What becomes of some places of x, in the dtype of x.
+    ///
+    /// # Errors
+    /// When these are not of so many samples and channels, or need a gradient.
+    pub fn apply(&self, part: &Tensor) -> Result<Tensor> {
+        let part = part.constant("group_norm", "x")?;
+        if part.rank() != self.factor.rank() || part.dims()[..2] != self.factor.dims()[..2] {
+            return Err(Error::shape("group_norm", format!("{:?} and places", &self.factor.dims()[..2]), part.dims()));
+        }
+        let y = Tensor::empty_like(&part, part.dims(), part.dtype())?;
+        self.write(&part, &y)?;
+        Ok(y)
+    }
+
+    fn write(&self, x: &Tensor, y: &Tensor) -> Result<()> {
+        let function = match self.silu {
+            true => Function::build(|[x, f, o]| [(x * f + o).silu()]),
+            false => Function::build(|[x, f, o]| [x * f + o]),
+        };
+        run_pointwise(&function, &[x, &self.factor, &self.offset], &[], &[y])
+    }
 }
 
 /// The axes beside samples and channels.
@@ -69,15 +137,7 @@ impl Op for GroupNorm {
             return Ok(vec![y]);
         }
         let (mean, rstd) = self.statistics(x)?;
-        let (weight, bias) = (column(&inputs[1], x)?, column(&inputs[2], x)?);
-        // One multiply-add for each element: what is of a channel is put together before.
-        let factor = map(rstd.dtype(), [&rstd, &weight], |[s, w]| s * w)?;
-        let offset = map(rstd.dtype(), [&mean, &factor, &bias], |[m, f, b]| b - m * f)?;
-        let function = match self.silu {
-            true => Function::build(|[x, f, o]| [(x * f + o).silu()]),
-            false => Function::build(|[x, f, o]| [x * f + o]),
-        };
-        run_pointwise(&function, &[x, &factor, &offset], &[], &[&y])?;
+        self.scale(x, [&mean, &rstd, &inputs[1], &inputs[2]])?.write(x, &y)?;
         let kept = [("x", x), ("mean", &mean), ("rstd", &rstd), ("weight", &inputs[1]), ("bias", &inputs[2])];
         kept.into_iter().for_each(|(name, tensor)| cx.save(name, tensor));
         Ok(vec![y])
@@ -118,17 +178,7 @@ impl Op for GroupNorm {
 }
 
 fn normalised(x: &Tensor, weight: &Tensor, bias: &Tensor, op: GroupNorm) -> Result<Tensor> {
-    let name = op.name();
-    let channels = x.dims().get(1).copied().unwrap_or(0);
-    let fits = x.rank() >= 2 && op.groups > 0 && channels.is_multiple_of(op.groups);
-    if !fits || weight.dims() != [channels] || bias.dims() != [channels] {
-        let expected = format!("x [B, C, s..] with C a multiple of {}, weight and bias [C]", op.groups);
-        return Err(Error::shape(name, expected, (x.dims(), weight.dims(), bias.dims())));
-    }
-    common_device(name, &[x, weight, bias])?;
-    if let Some(other) = [x, weight, bias].into_iter().find(|t| !t.dtype().is_float()) {
-        return Err(Error::DType { op: name, expected: "floats".into(), got: other.dtype().to_string() });
-    }
+    op.check(x, weight, bias)?;
     apply_one(op, &[x, weight, bias])
 }
 

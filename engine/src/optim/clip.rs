@@ -62,7 +62,8 @@ impl PlacedSums {
             return Ok(());
         }
         let axes = inputs.first().map_or(0, |input| input.rank());
-        let place = |i: usize| Layout { dims: smallvec![1; axes], strides: smallvec![0; axes], offset: i * count + place };
+        let place =
+            |i: usize| Layout { dims: smallvec![1; axes], strides: smallvec![0; axes], offset: i * count + place };
         let places: Vec<Tensor> = (0..outputs).map(|i| self.sums.view(place(i))).collect();
         let outputs: Vec<&Tensor> = places.iter().collect();
         Reduction { program: &self.program, kind: Reduce::Sum, inputs, scalars, outputs: &outputs }.run()

@@ -4,6 +4,7 @@ mod clip;
 mod config;
 mod ema;
 mod loss_scale;
+mod offload;
 mod optimizer;
 mod ranks;
 mod reduce;

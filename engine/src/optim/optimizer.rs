@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::clip::PlacedSums;
+use super::offload::{Offload, brought};
 use super::rules::{At, Direction, Operands, Rule, Slot, Whole, scalar_count};
 use super::updates::{COMPENSATION, Kind, Programs, Rounding, Update};
 use crate::expr::{Function, Program};
@@ -69,14 +70,15 @@ impl ParamGroup {
     }
 }
 
+/// What is remembered of a parameter: on its device, or between updates on the host.
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     /// Updates of this parameter so far: one without a gradient is skipped.
     steps: u64,
     /// In the order of [`Rule::slots`], and what its roundings lost.
-    slots: Vec<Tensor>,
+    pub slots: Vec<Tensor>,
     /// In the order of [`Rule::whole_slots`].
-    whole: Vec<Tensor>,
+    pub whole: Vec<Tensor>,
 }
 
 /// An optimiser. It updates the wider copies of the parameters where there are such ([`Placement::with_master`]), and
@@ -86,7 +88,7 @@ struct State {
 /// [`Placement::with_master`]: crate::nn::Placement::with_master
 #[derive(Debug)]
 pub struct Optimizer {
-    rule: Box<dyn Rule>,
+    pub(super) rule: Box<dyn Rule>,
     groups: Vec<ParamGroup>,
     rounding: Rounding,
     /// By kind.
@@ -96,7 +98,9 @@ pub struct Optimizer {
     /// The numbers that all parameters share, and those of the step before.
     shared: Vec<f64>,
     before: Vec<f64>,
-    state: HashMap<VarId, State>,
+    pub(super) state: HashMap<VarId, State>,
+    /// Where that lies on the host.
+    pub(super) offload: Option<Offload>,
     gated: Option<Gated>,
 }
 
@@ -139,6 +143,7 @@ impl Optimizer {
             before: shared.clone(),
             shared,
             state: HashMap::new(),
+            offload: None,
             gated: None,
         }
     }
@@ -179,6 +184,7 @@ impl Optimizer {
     /// # Errors
     /// When a gradient has another shape than its parameter or is not of a float dtype.
     pub fn step(&mut self, params: &Params, gradients: &Gradients, rates: Rates, clip: Option<&Tensor>) -> Result<()> {
+        self.arrive()?;
         // Where the host has it, it is a scalar.
         let (clip, scalar) = match clip {
             Some(clip) if self.on_host(clip) => (None, self.finite(clip.item()?)?),
@@ -186,12 +192,17 @@ impl Optimizer {
         };
         let sums = self.sums(params, gradients, rates, scalar)?;
         self.advance(rates, &sums);
-        let updates: Vec<Update> = params
-            .iter()
-            .filter_map(|param| Some((gradients.get(param.var()?)?, param)))
-            .filter_map(|(gradient, param)| self.prepare(param, gradient, rates, (scalar, clip)).transpose())
-            .collect::<Result<_>>()?;
-        self.run(&updates, clip)
+        let all = params.iter().filter_map(|param| Some((param, gradients.get(param.var()?)?))).collect();
+        for together in self.together(all) {
+            let updates: Vec<Update> = together
+                .iter()
+                .filter_map(|(param, gradient)| self.prepare(param, gradient, rates, (scalar, clip)).transpose())
+                .collect::<Result<_>>()?;
+            self.run(&updates, clip)?;
+            drop(updates);
+            together.iter().try_for_each(|(param, _)| self.leave(param))?;
+        }
+        self.arrive()
     }
 
     /// The same, where a coefficient of NaN is no error: nothing is updated then, and no update is counted.
@@ -233,6 +244,7 @@ impl Optimizer {
         if self.needs_all() {
             return Err(Error::argument(self.rule.name(), "all gradients together", "one after the other"));
         }
+        self.arrive()?;
         self.advance(rates, &[]);
         Ok(())
     }
@@ -251,8 +263,9 @@ impl Optimizer {
             let state = state_of(rule, &self.rounding, &mut self.state, param, &kept)?;
             let mut scalars = rule.scalars(&At { rates, step: state.steps + 1, before: shared, shared });
             scalars.insert(0, clip);
-            let slots = &state.slots[..rule.slots().len()];
-            let inputs: Vec<&Tensor> = [&kept, gradient].into_iter().chain(slots).collect();
+            let slots = state.slots[..rule.slots().len()].iter().map(|slot| brought(slot, kept.device()));
+            let slots = slots.collect::<Result<Vec<_>>>()?;
+            let inputs: Vec<&Tensor> = [&kept, gradient].into_iter().chain(&slots).collect();
             sums.add(place, &inputs, &scalars)?;
         }
         sums.totals()
@@ -261,9 +274,10 @@ impl Optimizer {
     /// One update of one parameter, after [`Optimizer::begin`].
     pub(super) fn step_one(&mut self, param: &Param, gradient: &Tensor, rates: Rates) -> Result<()> {
         match self.prepare(param, gradient, rates, (1.0, None))? {
-            Some(update) => self.run(&[update], None),
-            None => Ok(()),
+            Some(update) => self.run(&[update], None)?,
+            None => return Ok(()),
         }
+        self.leave(param)
     }
 
     /// Takes back the counts of the last update if it was gated.
@@ -306,6 +320,7 @@ impl Optimizer {
         let kept = master.clone().unwrap_or_else(|| value.clone());
         let (rule, kind) = (&*self.rule, Kind::of(&self.rounding, kept.dtype(), master.is_some()));
         let state = state_of(rule, &self.rounding, &mut self.state, param, &kept)?;
+        state.bring(kept.device())?;
         state.steps += 1;
         let (mut gradient, mut factor, mut gate) = (gradient.detach(), clip.0, None);
         if !state.whole.is_empty() {
@@ -368,13 +383,15 @@ impl Optimizer {
     /// Those of `work`, and of the device.
     pub fn evaluated<R, E: From<Error>>(&self, params: &Params, work: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
         let Some(function) = self.evaluation() else { return work() };
+        self.check_arrived()?;
         let mut own = Vec::new();
         for param in params.iter() {
             let Some(state) = param.var().and_then(|var| self.state.get(&var)) else { continue };
             let kept = param.kept()?;
             let (saved, value) = (copied(&kept)?, Tensor::empty(kept.dims(), kept.dtype(), kept.device())?);
-            let inputs: Vec<&Tensor> =
-                [&saved, &saved].into_iter().chain(&state.slots[..self.rule.slots().len()]).collect();
+            let slots = state.slots[..self.rule.slots().len()].iter().map(|slot| brought(slot, kept.device()));
+            let slots = slots.collect::<Result<Vec<_>>>()?;
+            let inputs: Vec<&Tensor> = [&saved, &saved].into_iter().chain(&slots).collect();
             run_pointwise(&function, &inputs, &[], &[&value])?;
             own.push((param, saved));
             param.copy_from(&value)?;
@@ -427,6 +444,7 @@ impl Optimizer {
             Some(gated) if gated.clip.item()?.is_nan() => Some(gated),
             _ => None,
         };
+        self.check_arrived()?;
         let mut all = Vec::new();
         for p in params.iter() {
             let name = p.path();
@@ -468,7 +486,7 @@ impl Optimizer {
             let (Some(var), Some(_)) = (p.var(), file.dims(&step)) else { continue };
             let mut values = Vec::new();
             for (slot, dims, dtype) in self.remembered(p, &kept) {
-                let value = file.get(&format!("{slot}.{name}"), p.device(), Some(dtype))?;
+                let value = file.get(&format!("{slot}.{name}"), &self.home(p), Some(dtype))?;
                 if value.dims() != dims {
                     mismatched.push(format!("{name} expected {dims:?}, got {:?}", value.dims()));
                 }

@@ -85,6 +85,7 @@ impl StepSink for Step<'_> {
             ranks.all_reduce_sums(self.squares(first.device())?)?;
         }
         let squares = self.squares.take();
+        self.optimizer.arrive()?;
         squares.ok_or_else(|| Error::argument("optimizer step", "at least one gradient", 0))?.norm().map(Some)
     }
 }

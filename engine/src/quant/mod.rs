@@ -13,10 +13,12 @@
 //! | `codes` | how numbers become codes, on the host |
 //! | `dequantise` | where codes and scales lie, and the call that makes a panel of them dense |
 //! | `linear` | the product |
+//! | `store` | codes of a checkpoint on the disk |
 
 mod codes;
 mod dequantise;
 mod linear;
+mod store;
 
 use std::ops::Range;
 
@@ -25,6 +27,7 @@ use serde::{Deserialize, Serialize};
 pub use self::dequantise::{Dequantise, Parts};
 pub use self::linear::linear;
 pub(crate) use self::linear::linear_of;
+pub use self::store::CodeStore;
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// How a matrix is quantised.

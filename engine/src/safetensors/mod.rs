@@ -150,6 +150,16 @@ impl SafeTensors {
         self.read(name, info.dtype, dims, &bytes[row * width..][..width], device)
     }
 
+    /// The header, as it stands in the file.
+    pub(crate) fn header(&self) -> &[u8] {
+        &self.bytes[..self.start]
+    }
+
+    /// The bytes of a tensor, if there is one of that name.
+    pub(crate) fn raw(&self, name: &str) -> Option<&[u8]> {
+        self.stored(name).ok().map(|(_, bytes)| bytes)
+    }
+
     /// What the header says of a tensor, and its bytes.
     fn stored(&self, name: &str) -> Result<(&TensorInfo, &[u8])> {
         let Some(info) = self.metadata.info(name) else {

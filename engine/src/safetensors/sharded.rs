@@ -186,6 +186,11 @@ impl Shards {
         &self.path
     }
 
+    /// The files.
+    pub(crate) fn files(&self) -> &[Arc<SafeTensors>] {
+        &self.files
+    }
+
     /// The names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.at.keys().map(String::as_str)

@@ -9,8 +9,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::ChromaConfig;
 use crate::Transformer;
 use crate::blocks::{
-    DoubleStream, JointTokens, QkvConfig, RopeTables, SingleStream, StreamKind, equal_parts, gelu_feed_forward, key_mask,
-    time_proj,
+    DoubleStream, JointTokens, QkvConfig, RopeTables, SingleStream, StreamKind, equal_parts, gelu_feed_forward,
+    key_mask, time_proj,
 };
 use crate::config::config_json;
 

@@ -7,8 +7,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::FluxConfig;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTokens, JointTransformerBlock, Modulation,
-    QkvConfig, RopeTables, SingleStream, time_proj,
+    AdaLayerNormContinuous, CHANNELS, CombinedTimestepTextProjEmbeddings, JointTokens, JointTransformerBlock,
+    Modulation, QkvConfig, RopeTables, SingleStream, time_proj,
 };
 use crate::config::config_json;
 

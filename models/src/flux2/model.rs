@@ -10,8 +10,8 @@ use flowtape_flowmatch::{FlowModel, ModelInputs, ModelOutput};
 use super::Flux2Config;
 use crate::Transformer;
 use crate::blocks::{
-    AdaLayerNormContinuous, DoubleStream, JointTokens, Modulation, QkvConfig, RopeTables, StreamKind, gate, split_heads,
-    time_proj,
+    AdaLayerNormContinuous, DoubleStream, JointTokens, Modulation, QkvConfig, RopeTables, StreamKind, gate,
+    split_heads, time_proj,
 };
 use crate::config::config_json;
 

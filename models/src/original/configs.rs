@@ -129,6 +129,41 @@ pub(super) fn qwen_config(weights: &Shards) -> Option<Value> {
     }))
 }
 
+/// What LTX-2's own files say of themselves, under `config`: programs take from there what sizes do not tell, by the names of
+/// `ltx-core`. `config` is diffusers'.
+pub(super) fn ltx2_text(config: &Value) -> Value {
+    let is = |key: &str| config[key] == true;
+    json!({ "transformer": {
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "num_layers": config["num_layers"],
+        "num_attention_heads": config["num_attention_heads"],
+        "attention_head_dim": config["attention_head_dim"],
+        "cross_attention_dim": config["cross_attention_dim"],
+        "audio_in_channels": config["audio_in_channels"],
+        "audio_out_channels": config["audio_out_channels"],
+        "audio_num_attention_heads": config["audio_num_attention_heads"],
+        "audio_attention_head_dim": config["audio_attention_head_dim"],
+        "audio_cross_attention_dim": config["audio_cross_attention_dim"],
+        "caption_channels": config["caption_channels"],
+        "caption_proj_before_connector": !is("use_prompt_embeddings"),
+        "caption_projection_first_linear": is("use_prompt_embeddings"),
+        "cross_attention_adaln": is("cross_attn_mod"),
+        "apply_gated_attention": is("gated_attn"),
+        "norm_eps": config["norm_eps"],
+        "norm_elementwise_affine": config["norm_elementwise_affine"],
+        "positional_embedding_theta": config["rope_theta"],
+        "positional_embedding_max_pos": [config["pos_embed_max_pos"], config["base_height"], config["base_width"]],
+        "audio_positional_embedding_max_pos": [config["audio_pos_embed_max_pos"]],
+        "rope_type": config["rope_type"],
+        "frequencies_precision": if is("rope_double_precision") { "float64" } else { "float32" },
+        "causal_temporal_positioning": config["causal_offset"] == 1,
+        "use_middle_indices_grid": true,
+        "timestep_scale_multiplier": config["timestep_scale_multiplier"],
+        "av_ca_timestep_scale_multiplier": config["cross_attn_timestep_scale_multiplier"],
+    }})
+}
+
 /// Where sizes do not tell it: the configuration is to be given.
 pub(super) fn not_told(_: &Shards) -> Option<Value> {
     None

@@ -10,7 +10,7 @@ use flowtape_engine::safetensors::{Rows, Shards};
 use flowtape_engine::{DType, Tensor};
 use serde_json::Value;
 
-use self::configs::qwen_config;
+use self::configs::{ltx2_text, qwen_config};
 use self::tables::{FLAT, LAYOUTS, Layout, SWAPPED};
 use crate::{Error, Result, Transformer, checkpoint, create_model};
 
@@ -92,6 +92,45 @@ pub fn config(weights: &Shards) -> Option<Value> {
     Layout::of(weights).and_then(|layout| (layout.config)(weights)).or_else(|| qwen_config(weights))
 }
 
+/// A linear layer of an original layout, and those of diffusers whose rows it holds, one after the other.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Layer {
+    /// Its path there.
+    pub original: String,
+    /// diffusers' paths.
+    pub modules: Vec<String>,
+    /// Whether its two halves stand the other way round (scale and shift).
+    pub swapped: bool,
+}
+
+/// A model's linear layers in the layouts of its class, the one that is written first, and by diffusers' own names.
+pub(crate) fn linears(class: &str, params: &Params) -> Vec<Layer> {
+    let modules: HashSet<&String> = params.linears().iter().collect();
+    let of_weight = |name: &String| name.strip_suffix(".weight").map(str::to_owned);
+    let layer = |held: Held| {
+        let parts = held.parameters.iter().map(of_weight).collect::<Option<Vec<_>>>()?;
+        let is_linear = parts.iter().all(|part| modules.contains(part));
+        let original = of_weight(&held.original)?;
+        is_linear.then_some(Layer { original, modules: parts, swapped: held.swapped })
+    };
+    let layouts = LAYOUTS.iter().filter(|layout| layout.class == class);
+    let alike = params.linears().iter().map(|name| Layer {
+        original: name.clone(),
+        modules: vec![name.clone()],
+        swapped: false,
+    });
+    layouts.flat_map(|layout| layout.held(params)).filter_map(layer).chain(alike).collect()
+}
+
+/// What stands in a file of that layout beside its tensors.
+pub fn text(model: &dyn Transformer) -> BTreeMap<String, String> {
+    let mut text = Params::text();
+    if model.class() == "LTX2VideoTransformer3DModel" {
+        text.insert("config".into(), ltx2_text(&model.config()).to_string());
+    }
+    text
+}
+
 /// The class whose authors' names are diffusers' own.
 const SAME: &str = "QwenImageTransformer2DModel";
 
@@ -100,9 +139,8 @@ const SAME: &str = "QwenImageTransformer2DModel";
 /// # Errors
 /// When that layout is not known here, or the device fails.
 pub fn tensors(model: &dyn Transformer) -> Result<Vec<(String, Tensor)>> {
-    let class = model.config()["_class_name"].as_str().unwrap_or_default().to_owned();
+    let class = model.class();
     let params = &model.params().base();
-    let kept = |name: &str| params.get(name).map(|param| param.kept()).transpose();
     let Some(layout) = LAYOUTS.iter().find(|layout| layout.class == class) else {
         if class != SAME {
             let known = LAYOUTS.iter().map(|layout| layout.class).chain([SAME]).collect::<Vec<_>>().join(", ");
@@ -114,6 +152,12 @@ pub fn tensors(model: &dyn Transformer) -> Result<Vec<(String, Tensor)>> {
         }
         return checkpoint::tensors(model);
     };
+    written(layout, params)
+}
+
+/// Tensors in a layout.
+fn written(layout: &Layout, params: &Params) -> Result<Vec<(String, Tensor)>> {
+    let kept = |name: &str| params.get(name).map(|param| param.kept()).transpose();
     let mut all = Vec::new();
     for held in layout.held(params) {
         let parts = held.parameters.iter().filter_map(|name| kept(name).transpose()).collect::<Result<Vec<_>, _>>()?;
@@ -218,11 +262,14 @@ mod tests {
         let path = folder.path().join("m.safetensors");
         for (i, given) in models().iter().enumerate() {
             let model = create_model(given, &ParamBuilder::new(i as u64, DType::F32, &Device::cpu())).unwrap();
-            let tensors = tensors(&*model).unwrap();
-            let elements: u64 = tensors.iter().map(|(_, tensor)| tensor.numel() as u64).sum();
-            assert_eq!(elements, model.params().numel(), "{given}: every parameter, once");
+            let others = LAYOUTS.iter().filter(|layout| layout.class == model.class()).skip(1);
+            let others = others.map(|layout| written(layout, model.params()).unwrap());
+            let all: Vec<_> = [tensors(&*model).unwrap()].into_iter().chain(others).collect();
             // As ComfyUI ships them, too.
-            for prefix in ["", "model.diffusion_model."] {
+            for (tensors, prefix) in all.iter().flat_map(|tensors| [(tensors, ""), (tensors, "model.diffusion_model.")])
+            {
+                let elements: u64 = tensors.iter().map(|(_, tensor)| tensor.numel() as u64).sum();
+                assert_eq!(elements, model.params().numel(), "{given}: every parameter, once");
                 let mut named: Vec<(String, Tensor)> =
                     tensors.iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone())).collect();
                 if !prefix.is_empty() {

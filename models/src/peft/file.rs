@@ -9,9 +9,9 @@ use flowtape_engine::{DType, Device, Error as EngineError, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::format::rank;
-use super::names::{Names, Part, Piece, comfyui, split};
+use super::names::{ForComfyui, Names, Part, Piece, comfyui, rows, split};
 use super::{AdapterWeights, ModuleAdapter, format};
-use crate::Result;
+use crate::{Result, original};
 
 /// A form in which adapters are written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -72,11 +72,11 @@ pub fn save_as(
             return Ok(path);
         }
         SaveFormat::Diffusers => for_diffusers(weights)?,
-        SaveFormat::Comfyui => for_comfyui(weights, class)?,
+        SaveFormat::Comfyui => for_comfyui(weights, params, class)?,
     };
     std::fs::create_dir_all(folder).map_err(|source| EngineError::Io { path: folder.into(), source })?;
     save_tensors(&path, &tensors, &Params::text())?;
-    let (read, _) = load_file(&path, params)?;
+    let (read, _) = load_file(&path, params, class)?;
     check(weights, &read, params, &path)?;
     Ok(path)
 }
@@ -98,17 +98,14 @@ fn for_diffusers(weights: &AdapterWeights) -> Result<Vec<(String, Tensor)>> {
     Ok(tensors)
 }
 
-fn for_comfyui(weights: &AdapterWeights, class: &str) -> Result<Vec<(String, Tensor)>> {
+fn for_comfyui(weights: &AdapterWeights, params: &Params, class: &str) -> Result<Vec<(String, Tensor)>> {
+    let Some(layers) = comfyui(class, params) else {
+        return refused("a class whose layers ComfyUI's loader is known to find; write diffusers' keys instead", class);
+    };
     let mut tensors = Vec::new();
-    for (module, own) in &weights.0 {
-        let Some(layer) = comfyui(class, module) else {
-            return refused(
-                "a layer that ComfyUI's loader finds by its own name; write diffusers' keys instead",
-                module,
-            );
-        };
+    let mut write = |layer: &str, own: &ModuleAdapter| -> Result<()> {
         if own.spec.kind == AdapterKind::Dora {
-            return refused("no DoRA, which ComfyUI computes with the length of the unchanged weight", module);
+            return refused("no DoRA, which ComfyUI computes with the length of the unchanged weight", layer);
         }
         for (name, part) in &own.parts {
             let end = match &**name {
@@ -120,20 +117,70 @@ fn for_comfyui(weights: &AdapterWeights, class: &str) -> Result<Vec<(String, Ten
         }
         let alpha = Tensor::full(&[], format::alpha(own), DType::F32, &Device::cpu())?;
         tensors.push((format!("{layer}.alpha"), alpha));
+        Ok(())
+    };
+    for layer in layers {
+        match layer {
+            ForComfyui::One(name, module) => weights.0.get(&module).map_or(Ok(()), |own| write(&name, own))?,
+            ForComfyui::Fused(name, layer) => {
+                if let Some(own) = fused(weights, params, &layer)? {
+                    write(&name, &own)?;
+                }
+            }
+        }
     }
     Ok(tensors)
+}
+
+/// The LoRAs of layers that are rows of one as a LoRA of that one: their ranks side by side, each with the rows that are its own.
+fn fused(weights: &AdapterWeights, params: &Params, layer: &original::Layer) -> Result<Option<ModuleAdapter>> {
+    let outputs: usize = layer.modules.iter().map(|module| rows(params, module)).sum();
+    let (mut a, mut b, mut start) = (Vec::new(), Vec::new(), 0);
+    for module in &layer.modules {
+        let count = rows(params, module);
+        if let Some(own) = weights.0.get(module) {
+            if own.spec.kind != AdapterKind::Lora {
+                return refused("LoRA for a layer that is one with others in ComfyUI; write peft instead", module);
+            }
+            let part = |name: &str| {
+                let part = own.parts.get(name).map(|part| part.to_dtype(DType::F32)).transpose()?;
+                part.ok_or_else(|| EngineError::argument("adapter file", name, module))
+            };
+            let up = part("lora_B.weight")?.mul_scalar(own.spec.scale())?;
+            let zeros = |n: usize| Tensor::zeros(&[n, up.dim(1)?], DType::F32, &Device::cpu());
+            a.push(part("lora_A.weight")?);
+            b.push(Tensor::cat(&[&zeros(start)?, &up, &zeros(outputs - start - count)?], 0)?);
+        }
+        start += count;
+    }
+    if a.is_empty() {
+        return Ok(None);
+    }
+    let (a, b) = (Tensor::cat(&a.iter().collect::<Vec<_>>(), 0)?, Tensor::cat(&b.iter().collect::<Vec<_>>(), 1)?);
+    let b = if layer.swapped { halves_swapped(&b)? } else { b };
+    let dim = a.dim(0)?;
+    let spec = AdapterSpec::lora(dim, dim as f64, Placement::frozen(DType::F32));
+    Ok(Some(ModuleAdapter { spec, parts: [("lora_A.weight".into(), a), ("lora_B.weight".into(), b)].into() }))
+}
+
+fn halves_swapped(rows: &Tensor) -> Result<Tensor> {
+    let halves = rows.chunk(2, 0)?;
+    Ok(Tensor::cat(&[&halves[1], &halves[0]], 0)?)
 }
 
 /// Whether what was read changes each layer as what was written.
 fn check(written: &AdapterWeights, read: &AdapterWeights, params: &Params, path: &Path) -> Result<()> {
     let sizes: BTreeMap<String, [usize; 2]> = sizes(params)?.into_iter().collect();
     let wrong = |what: String| EngineError::Format { path: path.into(), what };
-    if !written.0.keys().eq(read.0.keys()) {
-        return Err(wrong("does not hold the layers that were written".into()).into());
-    }
-    for (module, own) in &written.0 {
+    // A layer that holds several is written for all of them: what no adapter was for is unchanged.
+    let others = read.0.keys().filter(|module| !written.0.contains_key(*module));
+    for module in written.0.keys().chain(others) {
         let size = sizes.get(module).ok_or_else(|| wrong(format!("{module} is no linear layer of the model")))?;
-        let (want, got) = (own.change(*size)?.to_vec::<f64>()?, read.0[module].change(*size)?.to_vec::<f64>()?);
+        let change = |of: &AdapterWeights| -> Result<Option<Vec<f64>>> {
+            of.0.get(module).map(|own| Ok(own.change(*size)?.to_vec()?)).transpose()
+        };
+        let got = change(read)?.ok_or_else(|| wrong("does not hold the layers that were written".into()))?;
+        let want = change(written)?.unwrap_or_else(|| vec![0.0; got.len()]);
         let most = want.iter().fold(0.0, |most: f64, v| most.max(v.abs()));
         let off = want
             .iter()
@@ -161,19 +208,19 @@ impl ModuleAdapter {
     }
 }
 
-/// Reads adapters for a model from a file of any of the known names, or from PEFT's folder: the adapters, and the keys that were
-/// of no use.
+/// Reads adapters for a model of a class of diffusers from a file of any of the known names, or from PEFT's folder: the adapters, and
+/// the keys that were of no use.
 ///
 /// # Errors
 /// When the file can't be read, or a layer's tensors do not belong together.
-pub fn load_any(path: &Path, params: &Params) -> Result<(AdapterWeights, Vec<String>)> {
+pub fn load_any(path: &Path, params: &Params, class: &str) -> Result<(AdapterWeights, Vec<String>)> {
     if path.is_dir() {
         for form in [SaveFormat::Peft, SaveFormat::Diffusers, SaveFormat::Comfyui] {
             if form == SaveFormat::Peft && path.join(format::ADAPTER_CONFIG).exists() {
                 return Ok((format::load(path)?, Vec::new()));
             }
             if path.join(form.file()).exists() {
-                return load_file(&path.join(form.file()), params);
+                return load_file(&path.join(form.file()), params, class);
             }
         }
     }
@@ -184,7 +231,7 @@ pub fn load_any(path: &Path, params: &Params) -> Result<(AdapterWeights, Vec<Str
     {
         return Ok((format::load(folder)?, Vec::new()));
     }
-    load_file(path, params)
+    load_file(path, params, class)
 }
 
 /// Tensors of one layer of a file.
@@ -194,9 +241,9 @@ struct Layer {
     alpha: Option<f64>,
 }
 
-fn load_file(path: &Path, params: &Params) -> Result<(AdapterWeights, Vec<String>)> {
+fn load_file(path: &Path, params: &Params, class: &str) -> Result<(AdapterWeights, Vec<String>)> {
     let file = SafeTensors::open(path)?;
-    let names = Names::of(&sizes(params)?);
+    let names = Names::of(class, params);
     let (mut layers, mut unused) = (BTreeMap::<String, Layer>::new(), Vec::new());
     for key in file.names() {
         let Some((text, part)) = split(&key).filter(|(text, _)| names.find(text).is_some()) else {
@@ -255,10 +302,7 @@ impl ModuleAdapter {
         let b = b.ok_or_else(|| EngineError::argument("adapter file", "lora_B", &piece.module))?;
         let rows = match piece.rows {
             Some((start, count)) => b.narrow(0, start, count)?.contiguous()?,
-            None => {
-                let halves = b.chunk(2, 0)?;
-                Tensor::cat(&[&halves[1], &halves[0]], 0)?
-            }
+            None => halves_swapped(&b)?,
         };
         own.parts.insert("lora_B.weight".into(), rows);
         Ok(own)

@@ -3,7 +3,11 @@
 //! A key is a layer and a part. Layers are written as paths with dots behind a prefix, or with underscores behind another one;
 //! their names are diffusers' or those of the original model, some of whose layers hold several of diffusers'.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+
+use flowtape_engine::nn::Params;
+
+use crate::original::{self, Layer};
 
 /// Prefixes of paths with dots.
 const DOTTED: [&str; 5] = ["transformer.", "diffusion_model.", "base_model.model.", "unet.base_model.model.", ""];
@@ -35,9 +39,6 @@ const PARTS: [(&str, &str); 20] = [
 ];
 /// The end of a layer's alpha.
 const ALPHA: &str = ".alpha";
-
-/// Wan's output projection; FLUX's has the same name with diffusers and another one with its authors.
-const WAN_HEAD: &str = "head.head";
 
 /// What a key names beside its layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,30 +72,19 @@ pub(super) struct Piece {
 pub(super) struct Names(HashMap<String, Vec<Piece>>);
 
 impl Names {
-    /// Of a model's linear layers, `[out, in]` by path.
-    pub fn of(linears: &[(String, [usize; 2])]) -> Self {
+    /// Of a model's linear layers: diffusers' names, and those of the layouts of its class.
+    pub fn of(class: &str, params: &Params) -> Self {
         let mut names = HashMap::<String, Vec<Piece>>::new();
-        for (module, [outputs, _]) in linears {
-            let whole = Piece { module: module.clone(), rows: None, swapped: false };
-            names.insert(module.clone(), vec![whole.clone()]);
-            if module == "proj_out" {
-                names.insert(WAN_HEAD.into(), vec![whole]);
-            }
-            let Some((original, place)) = original(module) else { continue };
-            let rows = (place != Place::Whole && place != Place::Swapped).then_some((0, *outputs));
-            let piece = Piece { module: module.clone(), rows, swapped: place == Place::Swapped };
-            names.entry(original).or_default().push(piece);
-        }
-        // Pieces stand in their order, one behind the other.
-        for pieces in names.values_mut().filter(|pieces| pieces.len() > 1) {
-            pieces.sort_by_key(|piece| original(&piece.module).map_or(0, |(_, place)| place as usize));
+        for layer in original::linears(class, params) {
+            let several = layer.modules.len() > 1;
             let mut start = 0;
-            for (from, count) in
-                pieces.iter_mut().filter_map(|piece| piece.rows.as_mut()).map(|rows| (&mut rows.0, rows.1))
-            {
-                *from = start;
+            let pieces = layer.modules.into_iter().map(|module| {
+                let count = rows(params, &module);
+                let rows = several.then_some((start, count));
                 start += count;
-            }
+                Piece { module, rows, swapped: layer.swapped }
+            });
+            names.entry(layer.original).or_insert_with(|| pieces.collect());
         }
         let with_underscores = names.iter().map(|(name, pieces)| (name.replace('.', "_"), pieces.clone()));
         let all: Vec<_> = with_underscores.collect();
@@ -109,132 +99,95 @@ impl Names {
     }
 }
 
-/// Where a layer stands within the original's.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Place {
-    Q,
-    K,
-    V,
-    Mlp,
-    Whole,
-    Swapped,
+/// Rows of a linear layer's weight.
+pub(super) fn rows(params: &Params, module: &str) -> usize {
+    params.get(&format!("{module}.weight")).and_then(|weight| weight.dims().first().copied()).unwrap_or(0)
 }
 
-/// The original model's layer that holds one of diffusers', for FLUX (black-forest-labs' `flux`) and Wan.
-fn original(module: &str) -> Option<(String, Place)> {
-    use Place::{K, Mlp, Q, Swapped, V, Whole};
-    let basic = [
-        ("x_embedder", "img_in", Whole),
-        ("context_embedder", "txt_in", Whole),
-        ("time_text_embed.timestep_embedder.linear_1", "time_in.in_layer", Whole),
-        ("time_text_embed.timestep_embedder.linear_2", "time_in.out_layer", Whole),
-        ("time_text_embed.text_embedder.linear_1", "vector_in.in_layer", Whole),
-        ("time_text_embed.text_embedder.linear_2", "vector_in.out_layer", Whole),
-        ("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer", Whole),
-        ("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer", Whole),
-        ("norm_out.linear", "final_layer.adaLN_modulation.1", Swapped),
-        ("proj_out", "final_layer.linear", Whole),
-        // Wan.
-        ("condition_embedder.text_embedder.linear_1", "text_embedding.0", Whole),
-        ("condition_embedder.text_embedder.linear_2", "text_embedding.2", Whole),
-        ("condition_embedder.time_embedder.linear_1", "time_embedding.0", Whole),
-        ("condition_embedder.time_embedder.linear_2", "time_embedding.2", Whole),
-        ("condition_embedder.time_proj", "time_projection.1", Whole),
-        ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1", Whole),
-        ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3", Whole),
-    ];
-    if let Some((_, original, place)) = basic.iter().find(|(diffusers, ..)| *diffusers == module) {
-        return Some(((*original).to_owned(), *place));
-    }
-    let double = [
-        ("attn.to_q", "img_attn.qkv", Q),
-        ("attn.to_k", "img_attn.qkv", K),
-        ("attn.to_v", "img_attn.qkv", V),
-        ("attn.add_q_proj", "txt_attn.qkv", Q),
-        ("attn.add_k_proj", "txt_attn.qkv", K),
-        ("attn.add_v_proj", "txt_attn.qkv", V),
-        ("attn.to_out.0", "img_attn.proj", Whole),
-        ("attn.to_add_out", "txt_attn.proj", Whole),
-        ("norm1.linear", "img_mod.lin", Whole),
-        ("norm1_context.linear", "txt_mod.lin", Whole),
-        ("ff.net.0.proj", "img_mlp.0", Whole),
-        ("ff.net.2", "img_mlp.2", Whole),
-        ("ff_context.net.0.proj", "txt_mlp.0", Whole),
-        ("ff_context.net.2", "txt_mlp.2", Whole),
-        // FLUX.2.
-        ("ff.linear_in", "img_mlp.0", Whole),
-        ("ff.linear_out", "img_mlp.2", Whole),
-        ("ff_context.linear_in", "txt_mlp.0", Whole),
-        ("ff_context.linear_out", "txt_mlp.2", Whole),
-    ];
-    let single = [
-        ("attn.to_q", "linear1", Q),
-        ("attn.to_k", "linear1", K),
-        ("attn.to_v", "linear1", V),
-        ("proj_mlp", "linear1", Mlp),
-        ("proj_out", "linear2", Whole),
-        ("norm.linear", "modulation.lin", Whole),
-        // FLUX.2.
-        ("attn.to_qkv_mlp_proj", "linear1", Whole),
-        ("attn.to_out", "linear2", Whole),
-    ];
-    let wan = [
-        ("attn1.to_q", "self_attn.q", Whole),
-        ("attn1.to_k", "self_attn.k", Whole),
-        ("attn1.to_v", "self_attn.v", Whole),
-        ("attn1.to_out.0", "self_attn.o", Whole),
-        ("attn2.to_q", "cross_attn.q", Whole),
-        ("attn2.to_k", "cross_attn.k", Whole),
-        ("attn2.to_v", "cross_attn.v", Whole),
-        ("attn2.to_out.0", "cross_attn.o", Whole),
-        ("attn2.add_k_proj", "cross_attn.k_img", Whole),
-        ("attn2.add_v_proj", "cross_attn.v_img", Whole),
-        ("ffn.net.0.proj", "ffn.0", Whole),
-        ("ffn.net.2", "ffn.2", Whole),
-    ];
-    let blocks: [(&str, &str, &[_]); 3] = [
-        ("transformer_blocks.", "double_blocks.", &double),
-        ("single_transformer_blocks.", "single_blocks.", &single),
-        ("blocks.", "blocks.", &wan),
-    ];
-    blocks.iter().find_map(|(diffusers, prefix, layers)| {
-        let (number, rest) = module.strip_prefix(diffusers)?.split_once('.')?;
-        let (_, original, place) = layers.iter().find(|(layer, ..)| *layer == rest)?;
-        Some((format!("{prefix}{number}.{original}"), *place))
-    })
+/// How ComfyUI finds the layers of a class (`comfy/lora.py`, `model_lora_keys_unet`).
+struct InComfyui {
+    class: &'static str,
+    /// What stands before diffusers' names, with underscores, where it knows those: they name rows of its own layers, too.
+    diffusers: Option<&'static str>,
+    /// How those of diffusers' names begin that it does not know.
+    unknown: &'static [&'static str],
 }
 
-/// How ComfyUI finds a layer, if it does: it maps OneTrainer's names of FLUX's layers as diffusers has them, and kohya's of the
-/// layers of its own models, which are the original ones; those of Qwen-Image, and of LTX's blocks, are diffusers'
-/// (`comfy/lora.py`, `model_lora_keys_unet`).
-pub(super) fn comfyui(class: &str, module: &str) -> Option<String> {
-    let underscored = |prefix: &str, path: &str| Some(format!("{prefix}{}", path.replace('.', "_")));
-    match class {
-        // Its map of FLUX's layers is the one above.
-        "FluxTransformer2DModel" | "Flux2Transformer2DModel" => {
-            original(module).and_then(|_| underscored("lora_transformer_", module))
+/// The classes whose adapters ComfyUI loads. It finds every layer of its own models, whose names are those of the original layout.
+const COMFYUI: [InComfyui; 9] = [
+    InComfyui { class: "FluxTransformer2DModel", diffusers: Some("lora_transformer_"), unknown: &[] },
+    InComfyui {
+        class: "Flux2Transformer2DModel",
+        diffusers: Some("lora_transformer_"),
+        unknown: &["time_guidance_embed.", "double_stream_modulation_", "single_stream_modulation."],
+    },
+    InComfyui {
+        class: "ChromaTransformer2DModel",
+        diffusers: Some("lora_transformer_"),
+        unknown: &["distilled_guidance_layer."],
+    },
+    InComfyui { class: "ZImageTransformer2DModel", diffusers: Some("lycoris_"), unknown: &[] },
+    InComfyui { class: "HunyuanVideo15Transformer3DModel", diffusers: None, unknown: &[] },
+    InComfyui { class: "LTX2VideoTransformer3DModel", diffusers: None, unknown: &[] },
+    InComfyui { class: "Lumina2Transformer2DModel", diffusers: None, unknown: &[] },
+    InComfyui { class: "QwenImageTransformer2DModel", diffusers: None, unknown: &[] },
+    InComfyui { class: "WanTransformer3DModel", diffusers: None, unknown: &[] },
+];
+
+/// What ComfyUI calls layers of diffusers.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum ForComfyui {
+    /// One by a name.
+    One(String, String),
+    /// Several that are rows of one of its own, or whose rows are in another order there.
+    Fused(String, Layer),
+}
+
+/// The layers of a model as ComfyUI finds them, each of diffusers' once; none of a class that it does not know.
+pub(super) fn comfyui(class: &str, params: &Params) -> Option<Vec<ForComfyui>> {
+    let known = COMFYUI.iter().find(|known| known.class == class)?;
+    let named = |prefix: &str, path: &str| format!("{prefix}{}", path.replace('.', "_"));
+    let (mut all, mut done) = (Vec::new(), HashSet::new());
+    for layer in original::linears(class, params) {
+        if layer.modules.iter().any(|module| done.contains(module)) {
+            continue;
         }
-        "WanTransformer3DModel" if module == "proj_out" => underscored("lora_unet_", WAN_HEAD),
-        "WanTransformer3DModel" => underscored("lora_unet_", &original(module)?.0),
-        "QwenImageTransformer2DModel" => underscored("lora_unet_", module),
-        "LTX2VideoTransformer3DModel" if module.starts_with("transformer_blocks.") => underscored("lora_unet_", module),
-        _ => None,
+        done.extend(layer.modules.iter().cloned());
+        let is_known = |module: &String| !known.unknown.iter().any(|start| module.starts_with(start));
+        let own = named("lora_unet_", &layer.original);
+        match (known.diffusers.filter(|_| layer.modules.iter().all(is_known)), &layer.modules[..]) {
+            (Some(prefix), modules) => {
+                all.extend(modules.iter().map(|module| ForComfyui::One(named(prefix, module), module.clone())));
+            }
+            (None, [module]) if !layer.swapped => all.push(ForComfyui::One(own, module.clone())),
+            (None, _) => all.push(ForComfyui::Fused(own, layer)),
+        }
     }
+    Some(all)
 }
 
 #[cfg(test)]
 mod tests {
+    use flowtape_engine::DType;
+    use flowtape_engine::meta::Meta;
+    use flowtape_engine::nn::ParamBuilder;
+    use serde_json::json;
+
     use super::*;
+    use crate::create_model;
 
     #[test]
     fn names_of_other_programs_are_found() {
-        let linears = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"].map(|layer| {
-            (format!("single_transformer_blocks.1.{layer}"), [if layer == "proj_mlp" { 8 } else { 2 }, 2])
+        let config = json!({
+            "_class_name": "FluxTransformer2DModel", "in_channels": 4, "num_layers": 1, "num_single_layers": 2,
+            "attention_head_dim": 4, "num_attention_heads": 1, "joint_attention_dim": 4, "pooled_projection_dim": 4,
+            "axes_dims_rope": [0, 2, 2],
         });
-        let names = Names::of(&linears);
+        let model = create_model(&config, &ParamBuilder::new(0, DType::F32, &Meta::default().device())).unwrap();
+        let names = Names::of("FluxTransformer2DModel", model.params());
         for text in ["lora_unet_single_blocks_1_linear1", "diffusion_model.single_blocks.1.linear1"] {
             let rows: Vec<_> = names.find(text).unwrap().iter().map(|piece| piece.rows.unwrap()).collect();
-            assert_eq!(rows, [(0, 2), (2, 2), (4, 2), (6, 8)]);
+            assert_eq!(rows, [(0, 4), (4, 4), (8, 4), (12, 16)]);
         }
         for text in [
             "transformer.single_transformer_blocks.1.attn.to_k",
@@ -249,8 +202,5 @@ mod tests {
         assert_eq!(split("a.b.lora_up.weight"), Some(("a.b", Part::Tensor("lora_B.weight"))));
         assert_eq!(split("a_b.alpha"), Some(("a_b", Part::Alpha)));
         assert_eq!(split("a.weight"), None);
-        let wan = comfyui("WanTransformer3DModel", "blocks.3.attn1.to_out.0");
-        assert_eq!(wan.as_deref(), Some("lora_unet_blocks_3_self_attn_o"));
-        assert_eq!(comfyui("HunyuanVideo15Transformer3DModel", "transformer_blocks.0.attn.to_q"), None);
     }
 }

@@ -14,7 +14,7 @@ use super::{Asked, ConditionImage, Generated, Generation, PipelineFolder, Prompt
 use crate::checkpoint::{CONFIG, load_config};
 use crate::ltx2::{ISOLATE_MODALITIES, PERTURBED_BLOCKS};
 use crate::presets::of_checkpoint;
-use crate::vae::{self, Autoencoder, FrameTiling, Tiling, Vocoder};
+use crate::vae::{self, Autoencoder, TileSizes, Vocoder};
 use crate::{Condition, Error, ModelKind, Result, Transformer, checkpoint};
 
 /// What is done to each transformer that is loaded.
@@ -33,8 +33,7 @@ pub struct Generator<'a> {
     transformer: Option<&'a dyn Transformer>,
     prompts: Option<&'a dyn PromptEncoder>,
     folders: BTreeMap<&'static str, PathBuf>,
-    tile: Option<usize>,
-    tile_frames: Option<usize>,
+    tiles: TileSizes,
 }
 
 impl<'a> Generator<'a> {
@@ -53,8 +52,7 @@ impl<'a> Generator<'a> {
             transformer: None,
             prompts: None,
             folders: BTreeMap::new(),
-            tile: None,
-            tile_frames: None,
+            tiles: TileSizes::default(),
         })
     }
 
@@ -86,17 +84,10 @@ impl<'a> Generator<'a> {
         self
     }
 
-    /// With pictures decoded in tiles of so many pixels a side, so that memory is bounded.
+    /// With an autoencoder that takes pictures in tiles and clips in parts.
     #[must_use]
-    pub fn with_tile(mut self, side: Option<usize>) -> Self {
-        self.tile = side;
-        self
-    }
-
-    /// With clips decoded in parts of so many frames, which share a half, where they do not pass latent by latent anyway.
-    #[must_use]
-    pub fn with_tile_frames(mut self, frames: Option<usize>) -> Self {
-        self.tile_frames = frames;
+    pub fn with_tiles(mut self, tiles: TileSizes) -> Self {
+        self.tiles = tiles;
         self
     }
 
@@ -144,8 +135,7 @@ impl<'a> Generator<'a> {
         let adapter = (kind.new_adapter)(&kwargs)?;
         let patch = (kind.requirements)(&config, &kwargs)?.patch;
         let mut autoencoder = vae::load(&self.folder.part("vae")?, Some(DType::F32), &self.device)?;
-        autoencoder.set_tiling(self.tile.map(Tiling::square))?;
-        autoencoder.set_frame_tiling(self.tile_frames.map(FrameTiling::of))?;
+        self.tiles.apply(&mut *autoencoder)?;
         let noise = self.noise(&*autoencoder, request, &patch, &kind.capabilities.data)?;
         let settings = self.settings(request, &noise, &patch)?;
         let sound = match kind.takes(Condition::Audio) {

@@ -119,24 +119,14 @@ impl PromptEncoder for HunyuanPrompts {
         prompts.iter().map(one).collect()
     }
 
-    fn encode_with_images(
-        &self,
-        prompts: &[&str],
-        images: &[ConditionImage],
-        max_sequence_length: Option<usize>,
-    ) -> Result<Vec<Encoded>> {
-        let mut all = self.encode(prompts, max_sequence_length)?;
-        let seen = match images {
-            [] => return Ok(all),
-            [image] => image.seen.as_ref(),
-            _ => return Err(Error::config("image", "the first frame of the film alone", images.len())),
+    fn image_embeds(&self, images: &[ConditionImage]) -> Result<Tensor> {
+        let [image] = images else {
+            return Err(Error::config("image", "the first frame of the film alone", images.len()));
         };
-        let model = self.image_encoder.as_ref().zip(seen);
+        let model = self.image_encoder.as_ref().zip(image.seen.as_ref());
         let (model, seen) = model.ok_or_else(|| Error::config(IMAGE_ENCODER, "a part of the pipeline", "none"))?;
         let pixels = seen.values.to_device(&self.language.device)?.unsqueeze(0)?;
-        let embeds = model.forward(&pixels)?.last_hidden_state.squeeze(0)?;
-        all.iter_mut().for_each(|one| drop(one.insert("image_embeds", embeds.clone())));
-        Ok(all)
+        Ok(model.forward(&pixels)?.last_hidden_state.squeeze(0)?)
     }
 }
 

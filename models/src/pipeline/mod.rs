@@ -79,7 +79,7 @@ pub trait PromptEncoder: Send + Sync {
         Ok(self.encode(&[prompt], max_sequence_length)?.into_iter().next().unwrap_or_default())
     }
 
-    /// The same of prompts that speak of pictures, which come first.
+    /// The same of prompts that speak of pictures, which come first; where the text encoder sees none, with [`Self::image_embeds`].
     ///
     /// # Errors
     /// As above, and when the pipeline takes no pictures or lacks one.
@@ -89,10 +89,20 @@ pub trait PromptEncoder: Send + Sync {
         images: &[ConditionImage],
         max_sequence_length: Option<usize>,
     ) -> Result<Vec<Encoded>> {
-        match images.len() {
-            0 => self.encode(prompts, max_sequence_length),
-            n => Err(Error::config("image", "none: this pipeline makes pictures of words alone", n)),
+        let embeds = if images.is_empty() { None } else { Some(self.image_embeds(images)?) };
+        let mut all = self.encode(prompts, max_sequence_length)?;
+        if let Some(embeds) = embeds {
+            all.iter_mut().for_each(|one| drop(one.insert("image_embeds", embeds.clone())));
         }
+        Ok(all)
+    }
+
+    /// What a vision encoder makes of given frames: `[N, E]`.
+    ///
+    /// # Errors
+    /// When the pipeline takes no pictures or lacks one, or the model fails.
+    fn image_embeds(&self, images: &[ConditionImage]) -> Result<Tensor> {
+        Err(Error::config("image", "none: this pipeline makes pictures of words alone", images.len()))
     }
 }
 

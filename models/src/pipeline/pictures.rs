@@ -4,7 +4,7 @@ use flowtape_engine::{Device, Tensor};
 
 use crate::vae::Autoencoder;
 use crate::vision::qwen25_vl::Grid;
-use crate::{Error, Result};
+use crate::{Condition, Error, Result};
 
 /// The part that sees given frames.
 pub(super) const IMAGE_ENCODER: &str = "image_encoder";
@@ -41,6 +41,15 @@ pub struct SeenImage {
 }
 
 impl Pictures {
+    /// As what a model takes them. A model for which a first frame is no more than one of its own latent frames does without.
+    pub fn condition(self) -> Condition {
+        match self {
+            Self::Seen | Self::References => Condition::ReferenceImages,
+            Self::Frames => Condition::GivenFrames,
+            Self::FirstFrame => Condition::FirstFrame,
+        }
+    }
+
     /// Height and width of what is made where none are asked for.
     pub(super) fn size(self, images: &[ConditionImage]) -> Option<[usize; 2]> {
         let image = if self == Self::Seen { images.last() } else { images.first() };

@@ -6,7 +6,7 @@ use flowtape_engine::{Device, Tensor};
 
 use super::part::Part;
 use super::pictures::IMAGE_ENCODER;
-use super::{ConditionImage, Encoded, PipelineFolder, PromptEncoder, SeenImage};
+use super::{ConditionImage, Encoded, PipelineFolder, PromptEncoder};
 use crate::vision::CLIPVisionModel;
 use crate::{Error, Result};
 
@@ -34,19 +34,6 @@ impl WanPrompts {
             image_encoder: encoder.map(|path| CLIPVisionModel::load(&path, None, device)).transpose()?,
         })
     }
-
-    fn image_embeds(&self, images: &[ConditionImage]) -> Result<Tensor> {
-        let seen: Vec<&SeenImage> = images.iter().filter_map(|image| image.seen.as_ref()).collect();
-        let model = self.image_encoder.as_ref();
-        let model = model.ok_or_else(|| Error::config(IMAGE_ENCODER, "a part of the pipeline", "none"))?;
-        let values: Vec<Tensor> = seen
-            .iter()
-            .map(|image| image.values.to_device(&self.text.device))
-            .collect::<flowtape_engine::Result<_>>()?;
-        let states = model.forward(&Tensor::stack(&values.iter().collect::<Vec<_>>(), 0)?)?;
-        let state = states.iter().nth_back(1).ok_or_else(|| Error::config(IMAGE_ENCODER, "at least one layer", 0))?;
-        Ok(state.flatten(0, 1)?)
-    }
 }
 
 /// A prompt as Wan's pipelines clean it where `ftfy` is not installed: character references resolved twice, runs of white space
@@ -70,17 +57,14 @@ impl PromptEncoder for WanPrompts {
         prompts.iter().map(one).collect()
     }
 
-    fn encode_with_images(
-        &self,
-        prompts: &[&str],
-        images: &[ConditionImage],
-        max_sequence_length: Option<usize>,
-    ) -> Result<Vec<Encoded>> {
-        let mut all = self.encode(prompts, max_sequence_length)?;
-        if !images.is_empty() {
-            let embeds = self.image_embeds(images)?;
-            all.iter_mut().for_each(|one| drop(one.insert("image_embeds", embeds.clone())));
-        }
-        Ok(all)
+    fn image_embeds(&self, images: &[ConditionImage]) -> Result<Tensor> {
+        let model = self.image_encoder.as_ref();
+        let model = model.ok_or_else(|| Error::config(IMAGE_ENCODER, "a part of the pipeline", "none"))?;
+        let seen = images.iter().filter_map(|image| image.seen.as_ref());
+        let values = seen.map(|image| image.values.to_device(&self.text.device));
+        let values = values.collect::<flowtape_engine::Result<Vec<Tensor>>>()?;
+        let states = model.forward(&Tensor::stack(&values.iter().collect::<Vec<_>>(), 0)?)?;
+        let state = states.iter().nth_back(1).ok_or_else(|| Error::config(IMAGE_ENCODER, "at least one layer", 0))?;
+        Ok(state.flatten(0, 1)?)
     }
 }

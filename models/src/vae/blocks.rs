@@ -1,10 +1,11 @@
 //! The encoder and decoder of pictures that AutoencoderKL's family shares (Rombach et al. 2022), by diffusers' names.
 
 use flowtape_engine::nn::{Conv, GroupNorm, Linear, ParamBuilder};
-use flowtape_engine::ops::{ConvAxis, attention, repeat_nearest};
+use flowtape_engine::ops::{ConvAxis, attention};
 use flowtape_engine::{Result as EngineResult, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::rows::{conv_rows, norm_conv, over_rows, upsampled};
 use crate::config::{check_layers, check_sizes};
 use crate::{Error, Result};
 
@@ -48,15 +49,16 @@ impl ResnetBlock2D {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
-        let mut h = self.norm1.forward_silu(x)?;
-        h = self.conv1.forward(&h)?;
-        h = self.norm2.forward_silu(&h)?;
-        h = self.conv2.forward(&h)?;
-        match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)?.add(&h),
-            None => x.add(&h),
-        }
+    fn forward(&self, x: Tensor) -> EngineResult<Tensor> {
+        let h = norm_conv(&self.norm1, &self.conv1, &x)?;
+        let norm = self.norm2.silu_of(&h)?;
+        over_rows(x, |x, rows| {
+            let h = conv_rows(&self.conv2, &h, rows, &norm)?;
+            match &self.conv_shortcut {
+                Some(shortcut) => shortcut.forward(x)?.add(&h),
+                None => x.add(&h),
+            }
+        })
     }
 }
 
@@ -105,12 +107,12 @@ impl MidBlock {
         Ok(Self { resnets: [resnet(0)?, resnet(1)?], attention: with_attention.then(attention).transpose()? })
     }
 
-    fn forward(&self, x: &Tensor) -> EngineResult<Tensor> {
+    fn forward(&self, x: Tensor) -> EngineResult<Tensor> {
         let mut x = self.resnets[0].forward(x)?;
         if let Some(attention) = &self.attention {
             x = attention.forward(&x)?;
         }
-        self.resnets[1].forward(&x)
+        self.resnets[1].forward(x)
     }
 }
 
@@ -138,7 +140,7 @@ impl Stage {
 
     fn run(&self, mut x: Tensor) -> EngineResult<Tensor> {
         for resnet in &self.resnets {
-            x = resnet.forward(&x)?;
+            x = resnet.forward(x)?;
         }
         Ok(x)
     }
@@ -215,9 +217,7 @@ impl Encoder {
                 x = down.forward(&x)?;
             }
         }
-        x = self.mid_block.forward(&x)?;
-        x = self.conv_norm_out.forward_silu(&x)?;
-        self.conv_out.forward(&x)
+        norm_conv(&self.conv_norm_out, &self.conv_out, &self.mid_block.forward(x)?)
     }
 }
 
@@ -252,16 +252,13 @@ impl Decoder {
     }
 
     pub fn forward(&self, z: &Tensor) -> EngineResult<Tensor> {
-        let mut x = self.conv_in.forward(z)?;
-        x = self.mid_block.forward(&x)?;
+        let mut x = self.mid_block.forward(self.conv_in.forward(z)?)?;
         for stage in &self.up_blocks {
             x = stage.run(x)?;
             if let Some(up) = &stage.resample {
-                x = repeat_nearest(&x, &[2, 2])?;
-                x = up.forward(&x)?;
+                x = upsampled(up, &x)?;
             }
         }
-        x = self.conv_norm_out.forward_silu(&x)?;
-        self.conv_out.forward(&x)
+        norm_conv(&self.conv_norm_out, &self.conv_out, &x)
     }
 }

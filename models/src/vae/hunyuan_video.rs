@@ -7,7 +7,7 @@ use flowtape_engine::{Result as EngineResult, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::pieces::{CausalConv, Memory, Seen};
+use super::pieces::{CausalConv, Memory, ResidualBlock, Seen};
 use super::tiling::{self, Tiling};
 use super::video::{FIRST, LAST, RmsNorm, Slow, channel_means, packed, repeated, unpacked};
 use super::{Autoencoder, Posterior, check_pixels};
@@ -111,44 +111,6 @@ fn causal(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<
     CausalConv::new(&params.sub("conv"), inputs, outputs, [3; 3], Padding::Replicate)
 }
 
-fn point(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<Conv> {
-    Conv::new(params, inputs, outputs, &[(1, ConvAxis::default()); 3])
-}
-
-/// Norm, SiLU and convolution, twice, beside a shortcut.
-#[derive(Debug)]
-struct ResnetBlock {
-    norm1: RmsNorm,
-    conv1: CausalConv,
-    norm2: RmsNorm,
-    conv2: CausalConv,
-    conv_shortcut: Option<Conv>,
-}
-
-impl ResnetBlock {
-    fn new(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<Self> {
-        let shortcut = || point(&params.sub("conv_shortcut"), inputs, outputs);
-        Ok(Self {
-            norm1: RmsNorm::new(&params.sub("norm1"), inputs, 3)?,
-            conv1: causal(&params.sub("conv1"), inputs, outputs)?,
-            norm2: RmsNorm::new(&params.sub("norm2"), outputs, 3)?,
-            conv2: causal(&params.sub("conv2"), outputs, outputs)?,
-            conv_shortcut: (inputs != outputs).then(shortcut).transpose()?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
-        let mut h = self.norm1.silu(x)?;
-        h = self.conv1.forward(&h, memory)?;
-        h = self.norm2.silu(&h)?;
-        h = self.conv2.forward(&h, memory)?;
-        match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)?.add(&h),
-            None => x.add(&h),
-        }
-    }
-}
-
 /// Attention over all places of this frame and those before, with one head of all channels.
 #[derive(Debug)]
 struct AttnBlock {
@@ -161,7 +123,7 @@ struct AttnBlock {
 
 impl AttnBlock {
     fn new(params: &ParamBuilder, channels: usize) -> EngineResult<Self> {
-        let conv = |name: &str| point(&params.sub(name), channels, channels);
+        let conv = |name: &str| Conv::new(&params.sub(name), channels, channels, &[(1, ConvAxis::default()); 3]);
         Ok(Self {
             norm: RmsNorm::new(&params.sub("norm"), channels, 3)?,
             to_q: conv("to_q")?,
@@ -198,20 +160,20 @@ impl AttnBlock {
 
 #[derive(Debug)]
 struct MidBlock {
-    resnets: [ResnetBlock; 2],
+    resnets: [ResidualBlock; 2],
     attention: AttnBlock,
 }
 
 impl MidBlock {
     fn new(params: &ParamBuilder, channels: usize) -> EngineResult<Self> {
-        let resnet = |i: usize| ResnetBlock::new(&params.sub("resnets").sub(i), channels, channels);
+        let resnet = |i: usize| ResidualBlock::new(&params.sub("resnets").sub(i), channels, channels, causal);
         let attention = AttnBlock::new(&params.sub("attentions").sub(0), channels)?;
         Ok(Self { resnets: [resnet(0)?, resnet(1)?], attention })
     }
 
-    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+    fn forward(&self, x: Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
         let x = self.resnets[0].forward(x, memory)?;
-        self.resnets[1].forward(&self.attention.forward(&x, memory)?, memory)
+        self.resnets[1].forward(self.attention.forward(&x, memory)?, memory)
     }
 }
 
@@ -272,10 +234,10 @@ impl Upsample {
     }
 }
 
-fn resnets(params: &ParamBuilder, inputs: usize, outputs: usize, count: usize) -> EngineResult<Vec<ResnetBlock>> {
+fn resnets(params: &ParamBuilder, inputs: usize, outputs: usize, count: usize) -> EngineResult<Vec<ResidualBlock>> {
     let resnet = |i: usize| {
         let inputs = if i == 0 { inputs } else { outputs };
-        ResnetBlock::new(&params.sub("resnets").sub(i), inputs, outputs)
+        ResidualBlock::new(&params.sub("resnets").sub(i), inputs, outputs, causal)
     };
     (0..count).map(resnet).collect()
 }
@@ -283,7 +245,7 @@ fn resnets(params: &ParamBuilder, inputs: usize, outputs: usize, count: usize) -
 #[derive(Debug)]
 struct Encoder {
     conv_in: CausalConv,
-    down_blocks: Vec<(Vec<ResnetBlock>, Option<Downsample>)>,
+    down_blocks: Vec<(Vec<ResidualBlock>, Option<Downsample>)>,
     mid_block: MidBlock,
     norm_out: RmsNorm,
     conv_out: CausalConv,
@@ -324,16 +286,14 @@ impl Encoder {
         let mut x = self.conv_in.forward(x, memory)?;
         for (resnets, down) in &self.down_blocks {
             for resnet in resnets {
-                x = resnet.forward(&x, memory)?;
+                x = resnet.forward(x, memory)?;
             }
             if let Some(down) = down {
                 x = down.forward(&x, memory)?;
             }
         }
-        x = self.mid_block.forward(&x, memory)?;
-        let shortcut = channel_means(&x, self.outputs)?;
-        x = self.norm_out.silu(&x)?;
-        self.conv_out.forward(&x, memory)?.add(&shortcut)
+        x = self.mid_block.forward(x, memory)?;
+        self.conv_out.of(&x, |x| self.norm_out.silu(x), memory)?.add(&channel_means(&x, self.outputs)?)
     }
 }
 
@@ -342,7 +302,7 @@ struct Decoder {
     conv_in: CausalConv,
     repeats: usize,
     mid_block: MidBlock,
-    up_blocks: Vec<(Vec<ResnetBlock>, Option<Upsample>)>,
+    up_blocks: Vec<(Vec<ResidualBlock>, Option<Upsample>)>,
     norm_out: RmsNorm,
     conv_out: CausalConv,
 }
@@ -378,17 +338,16 @@ impl Decoder {
     fn forward(&self, z: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
         memory.next_piece();
         let mut x = self.conv_in.forward(z, memory)?.add(&repeated(z, self.repeats)?)?;
-        x = self.mid_block.forward(&x, memory)?;
+        x = self.mid_block.forward(x, memory)?;
         for (resnets, up) in &self.up_blocks {
             for resnet in resnets {
-                x = resnet.forward(&x, memory)?;
+                x = resnet.forward(x, memory)?;
             }
             if let Some(up) = up {
                 x = up.forward(&x, memory)?;
             }
         }
-        x = self.norm_out.silu(&x)?;
-        self.conv_out.forward(&x, memory)
+        self.conv_out.of(&x, |x| self.norm_out.silu(x), memory)
     }
 }
 

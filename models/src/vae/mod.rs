@@ -5,6 +5,7 @@
 //! | `blocks` | the encoder and decoder of pictures |
 //! | `video` | what the autoencoders of clips share |
 //! | `pieces` | clips piece by piece, with what is remembered of the frames before |
+//! | `rows` | what is made some rows at a time |
 //! | `tiling` | pictures in tiles, and clips in parts, that are blended |
 //! | `autoencoder_kl` | [`AutoencoderKL`]: FLUX.1, Z-Image |
 //! | `autoencoder_kl_flux2` | [`AutoencoderKLFlux2`]: FLUX.2 |
@@ -25,6 +26,7 @@ mod ltx2_audio;
 mod ltx2_video;
 mod mel;
 mod pieces;
+mod rows;
 mod tiling;
 mod video;
 mod vocoder;
@@ -45,7 +47,7 @@ pub use self::hunyuan_video::{AutoencoderKLHunyuanVideo15, AutoencoderKLHunyuanV
 pub use self::ltx2_audio::{AutoencoderKLLTX2Audio, AutoencoderKLLTX2AudioConfig};
 pub use self::ltx2_video::{AutoencoderKLLTX2Video, AutoencoderKLLTX2VideoConfig, Flags, PaddingMode, Scaling};
 pub use self::mel::MelSpectrogram;
-pub use self::tiling::{FrameTiling, Tiling};
+pub use self::tiling::{FrameTiling, TileSizes, Tiling};
 pub use self::vocoder::{LTX2Vocoder, LTX2VocoderConfig, LTX2VocoderWithBWE, LTX2VocoderWithBWEConfig, Vocoder};
 pub use self::wan::{AutoencoderKLQwenImageConfig, AutoencoderKLWan, AutoencoderKLWanConfig};
 use crate::checkpoint::{CONFIG, open_weights, read_config};

@@ -1,10 +1,13 @@
 //! Clips that pass through a causal network piece by piece: what its layers remember of the frames before.
 
+use std::ops::Range;
+
 use flowtape_engine::nn::{Conv, ParamBuilder};
 use flowtape_engine::ops::{ConvAxis, Padding};
 use flowtape_engine::{Result as EngineResult, Tensor};
 
-use super::video::{FIRST, LAST};
+use super::rows::{in_rows, over_rows};
+use super::video::{FIRST, LAST, RmsNorm};
 
 /// Frames that a convolution along time, of three taps, remembers.
 pub(super) const REMEMBERED: usize = 2;
@@ -59,6 +62,11 @@ pub(super) fn tail(x: &Tensor, frames: usize) -> EngineResult<Tensor> {
     x.narrow(2, count.saturating_sub(frames), frames.min(count))
 }
 
+/// What is remembered of these frames: a copy of the last ones, so that the others may go.
+pub(super) fn remembered(x: &Tensor, frames: usize) -> EngineResult<Seen> {
+    Ok(Seen::Frames(tail(x, frames)?.permute(&LAST)?.contiguous()?.permute(&FIRST)?))
+}
+
 /// A convolution whose taps along time are all at or before their place.
 #[derive(Debug)]
 pub(super) struct CausalConv(Conv);
@@ -93,12 +101,91 @@ impl CausalConv {
 
     /// Of the next piece.
     pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
-        let (y, seen) = match memory.take() {
-            Seen::Frames(before) => self.after(&before, x)?,
-            _ => (self.0.forward(x)?, x.clone()),
+        self.of(x, |x| Ok(x.clone()), memory)
+    }
+
+    /// Of what `make` makes of the next piece, place by place.
+    pub(super) fn of(
+        &self,
+        x: &Tensor,
+        make: impl Fn(&Tensor) -> EngineResult<Tensor>,
+        memory: &mut Memory,
+    ) -> EngineResult<Tensor> {
+        self.by_rows(x, make, memory, |rows| in_rows(x, 1, rows))
+    }
+
+    /// The same where `join` joins the rows, which it asks for.
+    fn by_rows(
+        &self,
+        x: &Tensor,
+        make: impl Fn(&Tensor) -> EngineResult<Tensor>,
+        memory: &mut Memory,
+        join: impl FnOnce(&dyn Fn(Range<usize>) -> EngineResult<Tensor>) -> EngineResult<Tensor>,
+    ) -> EngineResult<Tensor> {
+        let before = match memory.take() {
+            Seen::Frames(before) => Some(before),
+            _ => None,
         };
-        // A copy, so that the rest of the frames may go.
-        memory.put(Seen::Frames(tail(&seen, REMEMBERED)?.permute(&LAST)?.contiguous()?.permute(&FIRST)?));
+        let mut axes = self.0.axes().to_vec();
+        axes[0].before = axes[0].before.saturating_sub(before.as_ref().map_or(0, |before| before.dims()[2]));
+        let y = join(&|rows: Range<usize>| {
+            self.0.part(&axes, 1, x.dims()[3], rows, |seen| {
+                let rows = |x: &Tensor| x.narrow(3, seen.start, seen.len());
+                let made = make(&rows(x)?)?;
+                match &before {
+                    Some(before) => Tensor::cat(&[&rows(before)?, &made], 2),
+                    None => Ok(made),
+                }
+            })
+        })?;
+        let before = before.filter(|_| x.dims()[2] < REMEMBERED);
+        let last = tail(x, REMEMBERED)?;
+        let last = in_rows(&last, 1, |rows| make(&last.narrow(3, rows.start, rows.len())?))?;
+        memory.put(match before {
+            Some(before) => remembered(&Tensor::cat(&[&before, &last], 2)?, REMEMBERED)?,
+            None => remembered(&last, REMEMBERED)?,
+        });
         Ok(y)
+    }
+}
+
+/// Norm, SiLU and convolution, twice, beside a shortcut.
+#[derive(Debug)]
+pub(super) struct ResidualBlock {
+    norm1: RmsNorm,
+    conv1: CausalConv,
+    norm2: RmsNorm,
+    conv2: CausalConv,
+    conv_shortcut: Option<Conv>,
+}
+
+impl ResidualBlock {
+    /// `conv` makes a convolution of three taps on each axis.
+    pub(super) fn new(
+        params: &ParamBuilder,
+        inputs: usize,
+        outputs: usize,
+        conv: fn(&ParamBuilder, usize, usize) -> EngineResult<CausalConv>,
+    ) -> EngineResult<Self> {
+        let shortcut = || Conv::new(&params.sub("conv_shortcut"), inputs, outputs, &[(1, ConvAxis::default()); 3]);
+        Ok(Self {
+            norm1: RmsNorm::new(&params.sub("norm1"), inputs, 3)?,
+            conv1: conv(&params.sub("conv1"), inputs, outputs)?,
+            norm2: RmsNorm::new(&params.sub("norm2"), outputs, 3)?,
+            conv2: conv(&params.sub("conv2"), outputs, outputs)?,
+            conv_shortcut: (inputs != outputs).then(shortcut).transpose()?,
+        })
+    }
+
+    /// Of the next piece.
+    pub(super) fn forward(&self, x: Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+        let h = self.conv1.of(&x, |x| self.norm1.silu(x), memory)?;
+        let join = |h: &dyn Fn(Range<usize>) -> EngineResult<Tensor>| {
+            over_rows(x, |x, rows| match &self.conv_shortcut {
+                Some(shortcut) => shortcut.forward(x)?.add(&h(rows)?),
+                None => x.add(&h(rows)?),
+            })
+        };
+        self.conv2.by_rows(&h, |h| self.norm2.silu(h), memory, join)
     }
 }

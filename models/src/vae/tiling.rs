@@ -4,6 +4,7 @@ use flowtape_engine::Tensor;
 use flowtape_engine::ops::pointwise;
 use serde_json::Value;
 
+use super::Autoencoder;
 use crate::{Error, Result};
 
 /// How pictures are cut, with the arguments of diffusers' `enable_tiling`.
@@ -137,6 +138,26 @@ impl FrameTiling {
         let tiles = |size, step, to, keep| Tiles { size, step, blend: to - keep, keep };
         let latents = [tile / ratio, stride / ratio];
         Ok([tiles(tile, stride, latents[0], latents[1]), tiles(latents[0], latents[1], tile, stride)])
+    }
+}
+
+/// How much of a picture or film an autoencoder takes at once, so that memory is bounded; all of it where nothing is said.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TileSizes {
+    /// Pixels a side of tiles, which share a quarter.
+    pub side: Option<usize>,
+    /// Frames of parts, which share a half, where frames do not pass one after the other anyway.
+    pub frames: Option<usize>,
+}
+
+impl TileSizes {
+    /// Lets an autoencoder work so.
+    ///
+    /// # Errors
+    /// When a tile or part is no whole number of its latents.
+    pub fn apply(self, autoencoder: &mut dyn Autoencoder) -> Result<()> {
+        autoencoder.set_tiling(self.side.map(Tiling::square))?;
+        autoencoder.set_frame_tiling(self.frames.map(FrameTiling::of))
     }
 }
 

@@ -49,6 +49,9 @@ pub struct PeftConfig {
     /// How the weights of the model's own linear layers are held, to take less memory: `int8`, `fp8` or `nf4`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantize_base: Option<Format>,
+    /// A folder where they are kept as they were quantised, so that the next run finds them; if it is left out each run quantises them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantize_cache_dir: Option<PathBuf>,
     /// An adapter to go on from, in any known form; a new one if it is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
@@ -140,6 +143,7 @@ impl Default for PeftConfig {
             lora_a_init: LoraInit::default(),
             lora_dtype: None,
             quantize_base: None,
+            quantize_cache_dir: None,
             init_from: None,
             save_formats: vec![SaveFormat::Peft],
             use_memory_efficient_lora: None,
@@ -158,6 +162,11 @@ impl PeftConfig {
         }
         if self.factor.is_some() && self.algorithm != Algorithm::Lokr {
             problems.push("peft.factor: only the algorithm lokr has one".into());
+        }
+        if self.quantize_cache_dir.is_some() && self.quantize_base.is_none() {
+            problems.push(
+                "peft.quantize_cache_dir: nothing is quantised: say how (`quantize_base`), or leave it out".into(),
+            );
         }
         problems.extend(self.modules().check().err().map(|error| format!("peft.{error}")));
         problems

@@ -131,4 +131,7 @@ pub struct Performance {
     /// Blocks whose frozen weights lie in the host's memory, and come to the GPU while their block is computed with: less memory, the
     /// same results.
     pub blocks_to_swap: usize,
+    /// Whether what the optimiser remembers lies in the host's memory, and comes to the GPU for the update of its parameter: less memory,
+    /// the same results.
+    pub optimizer_cpu_offload: bool,
 }

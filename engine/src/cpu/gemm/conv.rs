@@ -168,6 +168,11 @@ impl Conv<'_> {
         self.channels.div_ceil(self.cut).max(1)
     }
 
+    /// All cuts by number, with their channels.
+    pub fn each_cut(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        (0..self.cuts()).map(|cut| (cut, cut * self.cut..self.channels.min((cut + 1) * self.cut)))
+    }
+
     /// Packed weights of a group: by cut, frame of the kernel and row of the kernel, or number of its transform.
     pub fn packed_at(&self, group: usize, cut: usize, frame: usize, row: usize) -> usize {
         let [frames, rows, _] = &self.axes;
@@ -239,36 +244,43 @@ impl Conv<'_> {
         spread(whole * parts, work);
     }
 
+    /// A weight of a group's result and channel at a place of the kernel; 0 where there is no such result or channel.
+    ///
+    /// Safety: the weight is readable, and holds `T`.
+    #[inline(always)]
+    pub unsafe fn weight_at<T: Narrow>(&self, group: usize, output: usize, channel: usize, tap: [usize; 3]) -> f32 {
+        if output >= self.outputs || channel >= self.channels {
+            return 0.0;
+        }
+        let [of_output, of_channel] = [self.weight.strides[0], self.weight.strides[1]];
+        let at = (group * self.outputs + output) * of_output + channel * of_channel;
+        let taps: usize = tap.iter().zip(&self.axes).map(|(at, axis)| at * axis.steps[1]).sum();
+        // SAFETY: the caller's promise; this weight exists.
+        unsafe { (*self.weight.ptr.cast::<T>().wrapping_add(at + taps)).widen() }
+    }
+
     /// Packs a panel of a group's weights, `nr` results wide, for all cuts: k in the order of the panels of x.
     ///
     /// Safety: the weight is readable, and `out` has room for all packed weights.
     unsafe fn pack_weights<T: Narrow>(&self, group: usize, panel: usize, out: *mut f32) {
         let (nr, [frames, rows, columns]) = (self.set.nr, &self.axes);
-        let live = nr.min(self.outputs - panel * nr);
-        let steps = self.weight.strides;
-        let from = self.weight.ptr.cast::<T>().wrapping_add((group * self.outputs + panel * nr) * steps[0]);
-        for (cut, first) in (0..self.channels).step_by(self.cut).enumerate() {
-            let channels = self.cut.min(self.channels - first);
-            let padded = channels.next_multiple_of(self.per);
+        for (cut, channels) in self.each_cut() {
+            let padded = channels.len().next_multiple_of(self.per);
+            let words = columns.kernel * padded / self.per;
             for channel in 0..padded {
                 for (frame, row) in (0..frames.kernel).flat_map(|f| (0..rows.kernel).map(move |r| (f, r))) {
-                    let at = (first + channel) * steps[1] + frame * frames.steps[1] + row * rows.steps[1];
-                    let words = columns.kernel * padded / self.per;
                     let to = out.wrapping_add(self.packed_at(group, cut, frame, row) + panel * nr * words);
-                    for tap in 0..columns.kernel {
-                        let from = from.wrapping_add(at + tap * columns.steps[1]);
+                    for (tap, lane) in (0..columns.kernel).flat_map(|tap| (0..nr).map(move |lane| (tap, lane))) {
                         let k = tap * padded + channel;
-                        for lane in 0..nr {
-                            // SAFETY: the caller's promise; only weights that exist are read.
-                            unsafe {
-                                let exists = lane < live && channel < channels;
-                                let value = exists.then(|| *from.add(lane * steps[0]));
-                                if self.per == 1 {
-                                    *to.add(k * nr + lane) = value.map_or(0.0, T::widen);
-                                } else {
-                                    let pair = to.add(k / 2 * nr + lane).cast::<half::bf16>();
-                                    *pair.add(k % 2) = half::bf16::round(value.map_or(0.0, T::widen));
-                                }
+                        // SAFETY: the caller's promise.
+                        unsafe {
+                            let at = channels.start + channel;
+                            let value = self.weight_at::<T>(group, panel * nr + lane, at, [frame, row, tap]);
+                            if self.per == 1 {
+                                *to.add(k * nr + lane) = value;
+                            } else {
+                                let pair = to.add(k / 2 * nr + lane).cast::<half::bf16>();
+                                *pair.add(k % 2) = half::bf16::round(value);
                             }
                         }
                     }
@@ -289,12 +301,11 @@ impl Conv<'_> {
         let width = results.next_multiple_of(nr);
         let sums = (!direct).then(|| Scratch::take(high * wide * width));
         let mut first_piece = true;
-        for (cut, first) in (0..self.channels.max(1)).step_by(self.cut).enumerate() {
-            let channels = self.cut.min(self.channels - first);
-            let words = channels.div_ceil(self.per);
+        for (cut, channels) in self.each_cut() {
+            let words = channels.len().div_ceil(self.per);
             for (i, tap) in seen.iter().enumerate() {
                 let to = panel.ptr().wrapping_add(i * panel_rows * panel_wide * words);
-                self.gather(part, *tap, first..first + channels, [panel_rows, panel_wide], to);
+                self.gather(part, *tap, channels.clone(), [panel_rows, panel_wide], to);
             }
             let runs = columns.kernel / self.run;
             for (i, tap, row) in

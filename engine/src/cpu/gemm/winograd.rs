@@ -69,6 +69,33 @@ impl Grid {
     }
 }
 
+/// What is done to tiles for some lanes side by side, which are channels or results.
+trait Transform {
+    /// Tiles, and lanes of each.
+    fn size(&self) -> [usize; 2];
+
+    /// Safety: what it reads and writes is there, `L` lanes of the tile from `lane` on.
+    unsafe fn lanes<const L: usize>(&self, tile: usize, lane: usize);
+}
+
+/// All tiles and lanes of a transform, whose memory is there.
+struct All<T>(T);
+
+impl<T: Transform> Work for All<T> {
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let [tiles, lanes] = self.0.size();
+        let whole = lanes / 16 * 16;
+        for tile in 0..tiles {
+            // SAFETY: whoever made it gave memory for these tiles and lanes.
+            unsafe {
+                (0..whole).step_by(16).for_each(|lane| self.0.lanes::<16>(tile, lane));
+                (whole..lanes).for_each(|lane| self.0.lanes::<1>(tile, lane));
+            }
+        }
+    }
+}
+
 /// `B^T d B` of tiles of a panel, for all channels.
 struct Forward {
     grid: Grid,
@@ -79,8 +106,11 @@ struct Forward {
     out: *mut f32,
 }
 
-impl Forward {
-    /// Safety: panel and result are there, and `L` channels from `channel` on.
+impl Transform for Forward {
+    fn size(&self) -> [usize; 2] {
+        [self.grid.tiles(), self.channels]
+    }
+
     #[inline(always)]
     unsafe fn lanes<const L: usize>(&self, tile: usize, channel: usize) {
         let (y, x) = (tile / self.grid.right, tile % self.grid.right);
@@ -103,20 +133,6 @@ impl Forward {
     }
 }
 
-impl Work for Forward {
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let whole = self.channels / 16 * 16;
-        for tile in 0..self.grid.tiles() {
-            // SAFETY: whoever made it gave panel and result for these tiles and channels.
-            unsafe {
-                (0..whole).step_by(16).for_each(|channel| self.lanes::<16>(tile, channel));
-                (whole..self.channels).for_each(|channel| self.lanes::<1>(tile, channel));
-            }
-        }
-    }
-}
-
 /// `A^T m A` of tiles, and the bias: places of the result.
 struct Back<'a> {
     grid: Grid,
@@ -130,8 +146,11 @@ struct Back<'a> {
     steps: [usize; 2],
 }
 
-impl Back<'_> {
-    /// Safety: sums and results are there, and `L` results from `at` on.
+impl Transform for Back<'_> {
+    fn size(&self) -> [usize; 2] {
+        [self.grid.tiles(), self.results]
+    }
+
     #[inline(always)]
     unsafe fn lanes<const L: usize>(&self, tile: usize, at: usize) {
         let (top, left) = (SIDE * (tile / self.grid.right), SIDE * (tile % self.grid.right));
@@ -155,45 +174,23 @@ impl Back<'_> {
     }
 }
 
-impl Work for Back<'_> {
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let whole = self.results / 16 * 16;
-        for tile in 0..self.grid.tiles() {
-            // SAFETY: whoever made it gave sums and results for these tiles.
-            unsafe {
-                (0..whole).step_by(16).for_each(|at| self.lanes::<16>(tile, at));
-                (whole..self.results).for_each(|at| self.lanes::<1>(tile, at));
-            }
-        }
-    }
-}
-
 impl Conv<'_> {
     /// Packs the transforms of a panel of a group's weights, `nr` results wide, for all cuts.
     ///
     /// Safety: the weight is readable, and `out` has room for all packed weights.
     pub(super) unsafe fn pack_transforms<T: Narrow>(&self, group: usize, panel: usize, out: *mut f32) {
-        let (nr, [frames, rows, columns]) = (self.set.nr, &self.axes);
-        let live = nr.min(self.outputs - panel * nr);
-        let steps = self.weight.strides;
-        let from = self.weight.ptr.cast::<T>().wrapping_add((group * self.outputs + panel * nr) * steps[0]);
-        for (cut, first) in (0..self.channels).step_by(self.cut).enumerate() {
-            let channels = self.cut.min(self.channels - first);
-            for (channel, frame) in (0..channels).flat_map(|c| (0..frames.kernel).map(move |f| (c, f))) {
-                let at = (first + channel) * steps[1] + frame * frames.steps[1];
+        let (nr, frames) = (self.set.nr, self.axes[0].kernel);
+        for (cut, channels) in self.each_cut() {
+            for (channel, frame) in channels.clone().flat_map(|c| (0..frames).map(move |f| (c, f))) {
+                let first = panel * nr * channels.len() + (channel - channels.start) * nr;
                 for lane in 0..nr {
-                    let from = from.wrapping_add(at + lane * steps[0]);
-                    let tap = |y: usize, x: usize| match lane < live {
-                        // SAFETY: the caller's promise; only weights that exist are read.
-                        true => unsafe { (*from.wrapping_add(y * rows.steps[1] + x * columns.steps[1])).widen() },
-                        false => 0.0,
-                    };
+                    // SAFETY: the caller's promise.
+                    let tap = |y, x| unsafe { self.weight_at::<T>(group, panel * nr + lane, channel, [frame, y, x]) };
                     let weight = std::array::from_fn(|y| std::array::from_fn(|x| tap(y, x)));
                     for (number, value) in transformed_weight(weight).as_flattened().iter().enumerate() {
-                        let to = self.packed_at(group, cut, frame, number) + panel * nr * channels + channel * nr;
+                        let to = self.packed_at(group, cut, frame, number) + first + lane;
                         // SAFETY: the caller's promise.
-                        unsafe { *out.add(to + lane) = *value };
+                        unsafe { *out.add(to) = *value };
                     }
                 }
             }
@@ -214,11 +211,11 @@ impl Conv<'_> {
         let results = part.columns.len();
         let sums = Scratch::take(NUMBERS * tiles * results);
         let mut first_piece = true;
-        for (cut, first) in (0..self.channels).step_by(self.cut).enumerate() {
-            let channels = self.cut.min(self.channels - first);
+        for (cut, range) in self.each_cut() {
+            let channels = range.len();
             for tap in &seen {
-                self.gather(part, *tap, first..first + channels, seen_size, panel.ptr());
-                dispatch(self.isa, Forward { grid, channels, panel: panel.ptr(), out: numbers.ptr() });
+                self.gather(part, *tap, range.clone(), seen_size, panel.ptr());
+                dispatch(self.isa, All(Forward { grid, channels, panel: panel.ptr(), out: numbers.ptr() }));
                 for number in 0..NUMBERS {
                     let packed = weights.wrapping_add(self.packed_at(part.group, cut, *tap, number));
                     for column in part.columns.clone().step_by(nr) {
@@ -253,7 +250,7 @@ impl Conv<'_> {
         let target = self.target(part);
         let back = |to, steps| {
             let sums = sums.ptr().cast_const();
-            dispatch(self.isa, Back { grid, results, sums, bias, size, to, steps });
+            dispatch(self.isa, All(Back { grid, results, sums, bias, size, to, steps }));
         };
         if self.y.dtype == DType::F32 && self.y.strides[1] == 1 {
             return back(target.ptr.cast(), [rows.steps[2], columns.steps[2]]);

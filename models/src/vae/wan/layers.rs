@@ -1,11 +1,12 @@
 //! The layers of Wan's autoencoder.
 
 use flowtape_engine::nn::{Conv, ParamBuilder};
-use flowtape_engine::ops::{ConvAxis, Padding, attention, repeat_nearest};
+use flowtape_engine::ops::{ConvAxis, Padding, attention};
 use flowtape_engine::{Result as EngineResult, Tensor};
 
 use crate::vae::blocks::{conv2d, picture, tokens};
-use crate::vae::pieces::{CausalConv, Memory, REMEMBERED, Seen, tail};
+use crate::vae::pieces::{CausalConv, Memory, REMEMBERED, ResidualBlock, Seen, remembered, tail};
+use crate::vae::rows::upsampled;
 use crate::vae::video::{FIRST, LAST, RmsNorm, Slow, channel_means, packed, repeated, unpacked};
 
 /// Runs a function of pictures `[B T, C, H, W]` on the frames of `[B, C, T, H, W]`.
@@ -17,38 +18,9 @@ fn by_frame(x: &Tensor, f: impl FnOnce(&Tensor) -> EngineResult<Tensor>) -> Engi
     out.reshape(&[batch, frames, dims[1], dims[2], dims[3]])?.permute(&FIRST)
 }
 
-/// Norm, SiLU and convolution, twice, beside a shortcut.
-#[derive(Debug)]
-pub(super) struct ResidualBlock {
-    norm1: RmsNorm,
-    conv1: CausalConv,
-    norm2: RmsNorm,
-    conv2: CausalConv,
-    conv_shortcut: Option<Conv>,
-}
-
-impl ResidualBlock {
-    pub(super) fn new(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<Self> {
-        let shortcut = || Conv::new(&params.sub("conv_shortcut"), inputs, outputs, &[(1, ConvAxis::default()); 3]);
-        Ok(Self {
-            norm1: RmsNorm::new(&params.sub("norm1"), inputs, 3)?,
-            conv1: CausalConv::new(&params.sub("conv1"), inputs, outputs, [3; 3], Padding::Zeros)?,
-            norm2: RmsNorm::new(&params.sub("norm2"), outputs, 3)?,
-            conv2: CausalConv::new(&params.sub("conv2"), outputs, outputs, [3; 3], Padding::Zeros)?,
-            conv_shortcut: (inputs != outputs).then(shortcut).transpose()?,
-        })
-    }
-
-    pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
-        let mut h = self.norm1.silu(x)?;
-        h = self.conv1.forward(&h, memory)?;
-        h = self.norm2.silu(&h)?;
-        h = self.conv2.forward(&h, memory)?;
-        match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)?.add(&h),
-            None => x.add(&h),
-        }
-    }
+/// A convolution of three taps on each axis; zeros lie beyond the ends.
+pub(super) fn causal(params: &ParamBuilder, inputs: usize, outputs: usize) -> EngineResult<CausalConv> {
+    CausalConv::new(params, inputs, outputs, [3; 3], Padding::Zeros)
 }
 
 /// Attention over the places of each frame, with one head of all channels.
@@ -90,14 +62,14 @@ pub(super) struct MidBlock {
 
 impl MidBlock {
     pub(super) fn new(params: &ParamBuilder, channels: usize) -> EngineResult<Self> {
-        let resnet = |i: usize| ResidualBlock::new(&params.sub("resnets").sub(i), channels, channels);
+        let resnet = |i: usize| ResidualBlock::new(&params.sub("resnets").sub(i), channels, channels, causal);
         let attention = AttentionBlock::new(&params.sub("attentions").sub(0), channels)?;
         Ok(Self { resnets: [resnet(0)?, resnet(1)?], attention })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+    pub(super) fn forward(&self, x: Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
         let x = self.resnets[0].forward(x, memory)?;
-        self.resnets[1].forward(&self.attention.forward(&x)?, memory)
+        self.resnets[1].forward(self.attention.forward(&x)?, memory)
     }
 }
 
@@ -127,7 +99,7 @@ impl Downsample {
             // The first frame stays as it is.
             _ => x.clone(),
         };
-        memory.put(Seen::Frames(tail(&x, 1)?));
+        memory.put(remembered(&x, 1)?);
         Ok(y)
     }
 }
@@ -154,7 +126,7 @@ impl Upsample {
             Some(time_conv) => Self::twice(time_conv, x, memory)?,
             None => x.clone(),
         };
-        by_frame(&x, |x| self.resample.forward(&repeat_nearest(x, &[2, 2])?))
+        by_frame(&x, |x| upsampled(&self.resample, x))
     }
 
     fn twice(time_conv: &CausalConv, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
@@ -167,7 +139,7 @@ impl Upsample {
             Seen::First => (time_conv.first(x)?, x.pad(2, 1, 0)?),
             Seen::Frames(before) => time_conv.after(&before, x)?,
         };
-        memory.put(Seen::Frames(tail(&seen, REMEMBERED)?));
+        memory.put(remembered(&seen, REMEMBERED)?);
         // The halves of the channels are neighbours in time.
         let y = y.permute(&LAST)?;
         let &[batch, frames, height, width, both] = y.dims() else { return Ok(y) };

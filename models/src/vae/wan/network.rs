@@ -1,12 +1,11 @@
 //! Wan's encoder and decoder.
 
 use flowtape_engine::nn::ParamBuilder;
-use flowtape_engine::ops::Padding;
 use flowtape_engine::{Result as EngineResult, Tensor};
 
 use super::config::AutoencoderKLWanConfig;
-use super::layers::{AvgDown, Downsample, DupUp, MidBlock, ResidualBlock, Upsample};
-use crate::vae::pieces::{CausalConv, Memory};
+use super::layers::{AvgDown, Downsample, DupUp, MidBlock, Upsample, causal};
+use crate::vae::pieces::{CausalConv, Memory, ResidualBlock};
 use crate::vae::video::RmsNorm;
 
 /// A step of the encoder.
@@ -23,19 +22,19 @@ enum Down {
 }
 
 impl Down {
-    fn forward(&self, x: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
+    fn forward(&self, mut x: Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
         match self {
             Self::Resnet(resnet) => resnet.forward(x, memory),
-            Self::Sample(down) => down.forward(x, memory),
+            Self::Sample(down) => down.forward(&x, memory),
             Self::Stage { resnets, downsampler, shortcut } => {
-                let mut h = x.clone();
+                let short = shortcut.forward(&x)?;
                 for resnet in resnets {
-                    h = resnet.forward(&h, memory)?;
+                    x = resnet.forward(x, memory)?;
                 }
                 if let Some(down) = downsampler {
-                    h = down.forward(&h, memory)?;
+                    x = down.forward(&x, memory)?;
                 }
-                h.add(&shortcut.forward(x)?)
+                x.add(&short)
             }
         }
     }
@@ -60,7 +59,7 @@ impl Encoder {
             let (inputs, outputs) = (pair[0], pair[1]);
             let in_time = config.temperal_downsample.get(i).copied();
             let resnet = |params: &ParamBuilder, j: usize| {
-                ResidualBlock::new(params, if j == 0 { inputs } else { outputs }, outputs)
+                ResidualBlock::new(params, if j == 0 { inputs } else { outputs }, outputs, causal)
             };
             if config.is_residual {
                 let params = blocks.sub(i);
@@ -83,11 +82,11 @@ impl Encoder {
         }
         let last = dims[dims.len() - 1];
         Ok(Self {
-            conv_in: CausalConv::new(&params.sub("conv_in"), config.in_channels, dims[0], [3; 3], Padding::Zeros)?,
+            conv_in: causal(&params.sub("conv_in"), config.in_channels, dims[0])?,
             down_blocks,
             mid_block: MidBlock::new(&params.sub("mid_block"), last)?,
             norm_out: RmsNorm::new(&params.sub("norm_out"), last, 3)?,
-            conv_out: CausalConv::new(&params.sub("conv_out"), last, 2 * config.z_dim, [3; 3], Padding::Zeros)?,
+            conv_out: causal(&params.sub("conv_out"), last, 2 * config.z_dim)?,
         })
     }
 
@@ -95,11 +94,10 @@ impl Encoder {
         memory.next_piece();
         let mut x = self.conv_in.forward(x, memory)?;
         for block in &self.down_blocks {
-            x = block.forward(&x, memory)?;
+            x = block.forward(x, memory)?;
         }
-        x = self.mid_block.forward(&x, memory)?;
-        x = self.norm_out.silu(&x)?;
-        self.conv_out.forward(&x, memory)
+        x = self.mid_block.forward(x, memory)?;
+        self.conv_out.of(&x, |x| self.norm_out.silu(x), memory)
     }
 }
 
@@ -132,7 +130,7 @@ impl Decoder {
             let inputs = if i > 0 && !config.is_residual { before / 2 } else { before };
             let resnet = |j: usize| {
                 let inputs = if j == 0 { inputs } else { outputs };
-                ResidualBlock::new(&params.sub("resnets").sub(j), inputs, outputs)
+                ResidualBlock::new(&params.sub("resnets").sub(j), inputs, outputs, causal)
             };
             let resnets = (0..=config.num_res_blocks).map(resnet).collect::<EngineResult<_>>()?;
             let in_time = in_time.get(i).copied();
@@ -144,22 +142,21 @@ impl Decoder {
         };
         let (first, last) = (reversed[0], reversed[reversed.len() - 1]);
         Ok(Self {
-            conv_in: CausalConv::new(&params.sub("conv_in"), config.z_dim, first, [3; 3], Padding::Zeros)?,
+            conv_in: causal(&params.sub("conv_in"), config.z_dim, first)?,
             mid_block: MidBlock::new(&params.sub("mid_block"), first)?,
             up_blocks: (0..reversed.len()).map(stage).collect::<EngineResult<_>>()?,
             norm_out: RmsNorm::new(&params.sub("norm_out"), last, 3)?,
-            conv_out: CausalConv::new(&params.sub("conv_out"), last, config.out_channels, [3; 3], Padding::Zeros)?,
+            conv_out: causal(&params.sub("conv_out"), last, config.out_channels)?,
         })
     }
 
     pub(super) fn forward(&self, z: &Tensor, memory: &mut Memory) -> EngineResult<Tensor> {
         memory.next_piece();
-        let mut x = self.conv_in.forward(z, memory)?;
-        x = self.mid_block.forward(&x, memory)?;
+        let mut x = self.mid_block.forward(self.conv_in.forward(z, memory)?, memory)?;
         for Up { resnets, upsample, shortcut } in &self.up_blocks {
             let short = shortcut.as_ref().map(|shortcut| shortcut.forward(&x, memory.is_first())).transpose()?;
             for resnet in resnets {
-                x = resnet.forward(&x, memory)?;
+                x = resnet.forward(x, memory)?;
             }
             if let Some(upsample) = upsample {
                 x = upsample.forward(&x, memory)?;
@@ -168,7 +165,6 @@ impl Decoder {
                 x = x.add(&short)?;
             }
         }
-        x = self.norm_out.silu(&x)?;
-        self.conv_out.forward(&x, memory)
+        self.conv_out.of(&x, |x| self.norm_out.silu(x), memory)
     }
 }

@@ -15,6 +15,7 @@ use flowtape_data::{
 use flowtape_engine::Device;
 use flowtape_engine::files::exists;
 use flowtape_models::pipeline::PipelineFolder;
+use flowtape_models::vae::TileSizes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -66,6 +67,15 @@ pub struct FolderConfig {
     /// Whether a film without sound is a silent one, where the model is trained on sound; else it is an error.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub silence: bool,
+    /// Sides in pixels of tiles in which pictures are encoded, so that memory is bounded; the whole picture if none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_384))]
+    pub tile: Option<usize>,
+    /// Frames of parts in which films are encoded where they do not pass one after the other anyway (LTX-2: multiples of 16), so that memory
+    /// is bounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_384))]
+    pub tile_frames: Option<usize>,
     /// What stands for a caption that is missing: an error, an empty one, or the file's name.
     #[serde(default, skip_serializing_if = "is_default")]
     pub missing_captions: MissingCaptions,
@@ -114,7 +124,8 @@ impl FolderConfig {
         let pictures = PictureOptions { quantization: self.quantization, max_pixels: self.max_pixels, read };
         let pipeline = PipelineFolder::open(&self.pipeline)?;
         let (frames, last_frame, ffmpeg, silence) = (self.frames, self.last_frame, self.ffmpeg, self.silence);
-        Ok(Preprocess { pipeline, pictures, frames, last_frame, ffmpeg, silence, workers })
+        let tiles = TileSizes { side: self.tile, frames: self.tile_frames };
+        Ok(Preprocess { pipeline, pictures, frames, last_frame, ffmpeg, silence, tiles, workers })
     }
 
     /// Encodes what the cache does not have yet.

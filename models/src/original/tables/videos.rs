@@ -1,0 +1,250 @@
+//! Models of films.
+
+use super::{Line, SWAPPED};
+
+/// Wan (`wan/modules/model.py`). Its norms run in the order 1, 3, 2.
+pub(super) const WAN: &[Line] = &[
+    ("patch_embedding", &["patch_embedding"]),
+    ("time_embedding.0", &["condition_embedder.time_embedder.linear_1"]),
+    ("time_embedding.2", &["condition_embedder.time_embedder.linear_2"]),
+    ("text_embedding.0", &["condition_embedder.text_embedder.linear_1"]),
+    ("text_embedding.2", &["condition_embedder.text_embedder.linear_2"]),
+    ("time_projection.1", &["condition_embedder.time_proj"]),
+    ("img_emb.proj.0", &["condition_embedder.image_embedder.norm1"]),
+    ("img_emb.proj.1", &["condition_embedder.image_embedder.ff.net.0.proj"]),
+    ("img_emb.proj.3", &["condition_embedder.image_embedder.ff.net.2"]),
+    ("img_emb.proj.4", &["condition_embedder.image_embedder.norm2"]),
+    ("img_emb.emb_pos", &["condition_embedder.image_embedder.pos_embed"]),
+    ("blocks.{}.modulation", &["blocks.{}.scale_shift_table"]),
+    ("blocks.{}.norm3", &["blocks.{}.norm2"]),
+    ("blocks.{}.self_attn.q", &["blocks.{}.attn1.to_q"]),
+    ("blocks.{}.self_attn.k", &["blocks.{}.attn1.to_k"]),
+    ("blocks.{}.self_attn.v", &["blocks.{}.attn1.to_v"]),
+    ("blocks.{}.self_attn.o", &["blocks.{}.attn1.to_out.0"]),
+    ("blocks.{}.self_attn.norm_q", &["blocks.{}.attn1.norm_q"]),
+    ("blocks.{}.self_attn.norm_k", &["blocks.{}.attn1.norm_k"]),
+    ("blocks.{}.cross_attn.q", &["blocks.{}.attn2.to_q"]),
+    ("blocks.{}.cross_attn.k", &["blocks.{}.attn2.to_k"]),
+    ("blocks.{}.cross_attn.v", &["blocks.{}.attn2.to_v"]),
+    ("blocks.{}.cross_attn.o", &["blocks.{}.attn2.to_out.0"]),
+    ("blocks.{}.cross_attn.norm_q", &["blocks.{}.attn2.norm_q"]),
+    ("blocks.{}.cross_attn.norm_k", &["blocks.{}.attn2.norm_k"]),
+    ("blocks.{}.cross_attn.k_img", &["blocks.{}.attn2.add_k_proj"]),
+    ("blocks.{}.cross_attn.v_img", &["blocks.{}.attn2.add_v_proj"]),
+    ("blocks.{}.cross_attn.norm_k_img", &["blocks.{}.attn2.norm_added_k"]),
+    ("blocks.{}.ffn.0", &["blocks.{}.ffn.net.0.proj"]),
+    ("blocks.{}.ffn.2", &["blocks.{}.ffn.net.2"]),
+    ("head.modulation", &["scale_shift_table"]),
+    ("head.head", &["proj_out"]),
+];
+
+/// What HunyuanVideo-1.5 has in both of its layouts.
+pub(super) const HUNYUAN_VIDEO_15: &[Line] = &[
+    ("img_in.proj", &["x_embedder.proj"]),
+    ("txt_in.individual_token_refiner.blocks.{}.norm1", &["context_embedder.token_refiner.refiner_blocks.{}.norm1"]),
+    ("txt_in.individual_token_refiner.blocks.{}.norm2", &["context_embedder.token_refiner.refiner_blocks.{}.norm2"]),
+    ("byt5_in.layernorm", &["context_embedder_2.norm"]),
+    ("byt5_in.fc1", &["context_embedder_2.linear_1"]),
+    ("byt5_in.fc2", &["context_embedder_2.linear_2"]),
+    ("byt5_in.fc3", &["context_embedder_2.linear_3"]),
+    ("vision_in.proj.0", &["image_embedder.norm_in"]),
+    ("vision_in.proj.1", &["image_embedder.linear_1"]),
+    ("vision_in.proj.3", &["image_embedder.linear_2"]),
+    ("vision_in.proj.4", &["image_embedder.norm_out"]),
+    ("cond_type_embedding", &["cond_type_embed"]),
+    ("final_layer.adaLN_modulation.1", SWAPPED),
+    ("final_layer.linear", &["proj_out"]),
+];
+
+/// The rest of it as its authors call it (`hyvideo`'s transformer).
+pub(super) const HUNYUAN_VIDEO_15_AUTHORS: &[Line] = &[
+    ("time_in.mlp.0", &["time_embed.timestep_embedder.linear_1"]),
+    ("time_in.mlp.2", &["time_embed.timestep_embedder.linear_2"]),
+    ("time_r_in.mlp.0", &["time_embed.timestep_embedder_r.linear_1"]),
+    ("time_r_in.mlp.2", &["time_embed.timestep_embedder_r.linear_2"]),
+    ("txt_in.t_embedder.mlp.0", &["context_embedder.time_text_embed.timestep_embedder.linear_1"]),
+    ("txt_in.t_embedder.mlp.2", &["context_embedder.time_text_embed.timestep_embedder.linear_2"]),
+    ("txt_in.c_embedder.linear_1", &["context_embedder.time_text_embed.text_embedder.linear_1"]),
+    ("txt_in.c_embedder.linear_2", &["context_embedder.time_text_embed.text_embedder.linear_2"]),
+    ("txt_in.input_embedder", &["context_embedder.proj_in"]),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.self_attn_qkv",
+        &[
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_q",
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_k",
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_v",
+        ],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.self_attn_proj",
+        &["context_embedder.token_refiner.refiner_blocks.{}.attn.to_out.0"],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.mlp.fc1",
+        &["context_embedder.token_refiner.refiner_blocks.{}.ff.net.0.proj"],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.mlp.fc2",
+        &["context_embedder.token_refiner.refiner_blocks.{}.ff.net.2"],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.adaLN_modulation.1",
+        &["context_embedder.token_refiner.refiner_blocks.{}.norm_out.linear"],
+    ),
+    ("double_blocks.{}.img_mod.linear", &["transformer_blocks.{}.norm1.linear"]),
+    ("double_blocks.{}.txt_mod.linear", &["transformer_blocks.{}.norm1_context.linear"]),
+    ("double_blocks.{}.img_attn_q", &["transformer_blocks.{}.attn.to_q"]),
+    ("double_blocks.{}.img_attn_k", &["transformer_blocks.{}.attn.to_k"]),
+    ("double_blocks.{}.img_attn_v", &["transformer_blocks.{}.attn.to_v"]),
+    ("double_blocks.{}.img_attn_q_norm", &["transformer_blocks.{}.attn.norm_q"]),
+    ("double_blocks.{}.img_attn_k_norm", &["transformer_blocks.{}.attn.norm_k"]),
+    ("double_blocks.{}.img_attn_proj", &["transformer_blocks.{}.attn.to_out.0"]),
+    ("double_blocks.{}.txt_attn_q", &["transformer_blocks.{}.attn.add_q_proj"]),
+    ("double_blocks.{}.txt_attn_k", &["transformer_blocks.{}.attn.add_k_proj"]),
+    ("double_blocks.{}.txt_attn_v", &["transformer_blocks.{}.attn.add_v_proj"]),
+    ("double_blocks.{}.txt_attn_q_norm", &["transformer_blocks.{}.attn.norm_added_q"]),
+    ("double_blocks.{}.txt_attn_k_norm", &["transformer_blocks.{}.attn.norm_added_k"]),
+    ("double_blocks.{}.txt_attn_proj", &["transformer_blocks.{}.attn.to_add_out"]),
+    ("double_blocks.{}.img_mlp.fc1", &["transformer_blocks.{}.ff.net.0.proj"]),
+    ("double_blocks.{}.img_mlp.fc2", &["transformer_blocks.{}.ff.net.2"]),
+    ("double_blocks.{}.txt_mlp.fc1", &["transformer_blocks.{}.ff_context.net.0.proj"]),
+    ("double_blocks.{}.txt_mlp.fc2", &["transformer_blocks.{}.ff_context.net.2"]),
+];
+
+/// The rest of it in ComfyUI, which takes the three projections of an attention for one tensor and knows no other names.
+pub(super) const HUNYUAN_VIDEO_15_COMFYUI: &[Line] = &[
+    (
+        "double_blocks.{}.img_attn.qkv",
+        &["transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"],
+    ),
+    (
+        "double_blocks.{}.txt_attn.qkv",
+        &[
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.self_attn.qkv",
+        &[
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_q",
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_k",
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_v",
+        ],
+    ),
+    ("time_in.in_layer", &["time_embed.timestep_embedder.linear_1"]),
+    ("time_in.out_layer", &["time_embed.timestep_embedder.linear_2"]),
+    ("time_r_in.in_layer", &["time_embed.timestep_embedder_r.linear_1"]),
+    ("time_r_in.out_layer", &["time_embed.timestep_embedder_r.linear_2"]),
+    ("txt_in.t_embedder.in_layer", &["context_embedder.time_text_embed.timestep_embedder.linear_1"]),
+    ("txt_in.t_embedder.out_layer", &["context_embedder.time_text_embed.timestep_embedder.linear_2"]),
+    ("txt_in.c_embedder.in_layer", &["context_embedder.time_text_embed.text_embedder.linear_1"]),
+    ("txt_in.c_embedder.out_layer", &["context_embedder.time_text_embed.text_embedder.linear_2"]),
+    ("txt_in.input_embedder", &["context_embedder.proj_in"]),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.self_attn.proj",
+        &["context_embedder.token_refiner.refiner_blocks.{}.attn.to_out.0"],
+    ),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.mlp.0",
+        &["context_embedder.token_refiner.refiner_blocks.{}.ff.net.0.proj"],
+    ),
+    ("txt_in.individual_token_refiner.blocks.{}.mlp.2", &["context_embedder.token_refiner.refiner_blocks.{}.ff.net.2"]),
+    (
+        "txt_in.individual_token_refiner.blocks.{}.adaLN_modulation.1",
+        &["context_embedder.token_refiner.refiner_blocks.{}.norm_out.linear"],
+    ),
+    ("double_blocks.{}.img_mod.lin", &["transformer_blocks.{}.norm1.linear"]),
+    ("double_blocks.{}.txt_mod.lin", &["transformer_blocks.{}.norm1_context.linear"]),
+    ("double_blocks.{}.img_attn.norm.query_norm", &["transformer_blocks.{}.attn.norm_q"]),
+    ("double_blocks.{}.img_attn.norm.key_norm", &["transformer_blocks.{}.attn.norm_k"]),
+    ("double_blocks.{}.img_attn.proj", &["transformer_blocks.{}.attn.to_out.0"]),
+    ("double_blocks.{}.txt_attn.norm.query_norm", &["transformer_blocks.{}.attn.norm_added_q"]),
+    ("double_blocks.{}.txt_attn.norm.key_norm", &["transformer_blocks.{}.attn.norm_added_k"]),
+    ("double_blocks.{}.txt_attn.proj", &["transformer_blocks.{}.attn.to_add_out"]),
+    ("double_blocks.{}.img_mlp.0", &["transformer_blocks.{}.ff.net.0.proj"]),
+    ("double_blocks.{}.img_mlp.2", &["transformer_blocks.{}.ff.net.2"]),
+    ("double_blocks.{}.txt_mlp.0", &["transformer_blocks.{}.ff_context.net.0.proj"]),
+    ("double_blocks.{}.txt_mlp.2", &["transformer_blocks.{}.ff_context.net.2"]),
+];
+
+/// LTX-2, and 2.3 and 2.5 with it (`ltx-core`); what is not here has diffusers' names.
+pub(super) const LTX2: &[Line] = &[
+    ("patchify_proj", &["proj_in"]),
+    ("audio_patchify_proj", &["audio_proj_in"]),
+    ("adaln_single.emb.timestep_embedder.linear_1", &["time_embed.emb.timestep_embedder.linear_1"]),
+    ("adaln_single.emb.timestep_embedder.linear_2", &["time_embed.emb.timestep_embedder.linear_2"]),
+    ("adaln_single.linear", &["time_embed.linear"]),
+    ("audio_adaln_single.emb.timestep_embedder.linear_1", &["audio_time_embed.emb.timestep_embedder.linear_1"]),
+    ("audio_adaln_single.emb.timestep_embedder.linear_2", &["audio_time_embed.emb.timestep_embedder.linear_2"]),
+    ("audio_adaln_single.linear", &["audio_time_embed.linear"]),
+    ("prompt_adaln_single.emb.timestep_embedder.linear_1", &["prompt_adaln.emb.timestep_embedder.linear_1"]),
+    ("prompt_adaln_single.emb.timestep_embedder.linear_2", &["prompt_adaln.emb.timestep_embedder.linear_2"]),
+    ("prompt_adaln_single.linear", &["prompt_adaln.linear"]),
+    (
+        "audio_prompt_adaln_single.emb.timestep_embedder.linear_1",
+        &["audio_prompt_adaln.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "audio_prompt_adaln_single.emb.timestep_embedder.linear_2",
+        &["audio_prompt_adaln.emb.timestep_embedder.linear_2"],
+    ),
+    ("audio_prompt_adaln_single.linear", &["audio_prompt_adaln.linear"]),
+    (
+        "av_ca_video_scale_shift_adaln_single.emb.timestep_embedder.linear_1",
+        &["av_cross_attn_video_scale_shift.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "av_ca_video_scale_shift_adaln_single.emb.timestep_embedder.linear_2",
+        &["av_cross_attn_video_scale_shift.emb.timestep_embedder.linear_2"],
+    ),
+    ("av_ca_video_scale_shift_adaln_single.linear", &["av_cross_attn_video_scale_shift.linear"]),
+    (
+        "av_ca_a2v_gate_adaln_single.emb.timestep_embedder.linear_1",
+        &["av_cross_attn_video_a2v_gate.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "av_ca_a2v_gate_adaln_single.emb.timestep_embedder.linear_2",
+        &["av_cross_attn_video_a2v_gate.emb.timestep_embedder.linear_2"],
+    ),
+    ("av_ca_a2v_gate_adaln_single.linear", &["av_cross_attn_video_a2v_gate.linear"]),
+    (
+        "av_ca_audio_scale_shift_adaln_single.emb.timestep_embedder.linear_1",
+        &["av_cross_attn_audio_scale_shift.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "av_ca_audio_scale_shift_adaln_single.emb.timestep_embedder.linear_2",
+        &["av_cross_attn_audio_scale_shift.emb.timestep_embedder.linear_2"],
+    ),
+    ("av_ca_audio_scale_shift_adaln_single.linear", &["av_cross_attn_audio_scale_shift.linear"]),
+    (
+        "av_ca_v2a_gate_adaln_single.emb.timestep_embedder.linear_1",
+        &["av_cross_attn_audio_v2a_gate.emb.timestep_embedder.linear_1"],
+    ),
+    (
+        "av_ca_v2a_gate_adaln_single.emb.timestep_embedder.linear_2",
+        &["av_cross_attn_audio_v2a_gate.emb.timestep_embedder.linear_2"],
+    ),
+    ("av_ca_v2a_gate_adaln_single.linear", &["av_cross_attn_audio_v2a_gate.linear"]),
+    (
+        "transformer_blocks.{}.scale_shift_table_a2v_ca_video",
+        &["transformer_blocks.{}.video_a2v_cross_attn_scale_shift_table"],
+    ),
+    (
+        "transformer_blocks.{}.scale_shift_table_a2v_ca_audio",
+        &["transformer_blocks.{}.audio_a2v_cross_attn_scale_shift_table"],
+    ),
+    ("transformer_blocks.{}.attn1.q_norm", &["transformer_blocks.{}.attn1.norm_q"]),
+    ("transformer_blocks.{}.attn1.k_norm", &["transformer_blocks.{}.attn1.norm_k"]),
+    ("transformer_blocks.{}.attn2.q_norm", &["transformer_blocks.{}.attn2.norm_q"]),
+    ("transformer_blocks.{}.attn2.k_norm", &["transformer_blocks.{}.attn2.norm_k"]),
+    ("transformer_blocks.{}.audio_attn1.q_norm", &["transformer_blocks.{}.audio_attn1.norm_q"]),
+    ("transformer_blocks.{}.audio_attn1.k_norm", &["transformer_blocks.{}.audio_attn1.norm_k"]),
+    ("transformer_blocks.{}.audio_attn2.q_norm", &["transformer_blocks.{}.audio_attn2.norm_q"]),
+    ("transformer_blocks.{}.audio_attn2.k_norm", &["transformer_blocks.{}.audio_attn2.norm_k"]),
+    ("transformer_blocks.{}.audio_to_video_attn.q_norm", &["transformer_blocks.{}.audio_to_video_attn.norm_q"]),
+    ("transformer_blocks.{}.audio_to_video_attn.k_norm", &["transformer_blocks.{}.audio_to_video_attn.norm_k"]),
+    ("transformer_blocks.{}.video_to_audio_attn.q_norm", &["transformer_blocks.{}.video_to_audio_attn.norm_q"]),
+    ("transformer_blocks.{}.video_to_audio_attn.k_norm", &["transformer_blocks.{}.video_to_audio_attn.norm_k"]),
+];
