@@ -11,7 +11,7 @@ use flowtape_engine::{DType, Tensor};
 use serde_json::Value;
 
 use self::configs::{ltx2_text, qwen_config};
-use self::tables::{FLAT, LAYOUTS, Layout, SWAPPED};
+use self::tables::{FLAT, LAYOUTS, Layout, SWAPPED, Table};
 use crate::{Error, Result, Transformer, checkpoint, create_model};
 
 mod configs;
@@ -33,20 +33,22 @@ impl Layout {
     /// The lines with all numbers and endings that a model has; parameters that are in none have the same name.
     fn held(&self, params: &Params) -> Vec<Held> {
         let mut all = Vec::new();
-        for (original, parts) in self.lines.iter().copied().flatten() {
+        let placed =
+            |(places, lines): &Table| places.iter().flat_map(|place| lines.iter().map(move |line| (place, line)));
+        for ((theirs, ours), (original, parts)) in self.tables.iter().copied().flatten().flat_map(placed) {
             for n in 0.. {
-                let fill = |name: &str| name.replace("{}", &n.to_string());
+                let fill = |place: &str, name: &str| format!("{place}{name}").replace("{}", &n.to_string());
                 let found: Vec<Held> = ["", ".weight", ".bias"]
                     .iter()
                     .map(|end| Held {
-                        original: fill(original) + end,
-                        parameters: parts.iter().map(|part| fill(part) + end).collect(),
+                        original: fill(theirs, original) + end,
+                        parameters: parts.iter().map(|part| fill(ours, part) + end).collect(),
                         swapped: *parts == SWAPPED,
                         flat: *parts == FLAT,
                     })
                     .filter(|held| held.parameters.iter().all(|name| params.get(name).is_some()))
                     .collect();
-                let more = !found.is_empty() && original.contains("{}");
+                let more = !found.is_empty() && [theirs, original].iter().any(|name| name.contains("{}"));
                 all.extend(found);
                 if !more {
                     break;

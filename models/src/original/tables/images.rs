@@ -1,276 +1,270 @@
 //! Models of pictures.
 
-use super::{FLAT, Line, SWAPPED};
+use super::{DOUBLE, FLAT, HERE, SINGLE, SWAPPED, Table};
 
 /// The attention of Black Forest Labs' blocks with two streams.
-pub(super) const DOUBLE_ATTENTION: &[Line] = &[
-    (
-        "double_blocks.{}.img_attn.qkv",
-        &["transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"],
-    ),
-    (
-        "double_blocks.{}.txt_attn.qkv",
-        &[
-            "transformer_blocks.{}.attn.add_q_proj",
-            "transformer_blocks.{}.attn.add_k_proj",
-            "transformer_blocks.{}.attn.add_v_proj",
-        ],
-    ),
-    ("double_blocks.{}.img_attn.norm.query_norm.scale", &["transformer_blocks.{}.attn.norm_q.weight"]),
-    ("double_blocks.{}.img_attn.norm.key_norm.scale", &["transformer_blocks.{}.attn.norm_k.weight"]),
-    ("double_blocks.{}.txt_attn.norm.query_norm.scale", &["transformer_blocks.{}.attn.norm_added_q.weight"]),
-    ("double_blocks.{}.txt_attn.norm.key_norm.scale", &["transformer_blocks.{}.attn.norm_added_k.weight"]),
-    ("double_blocks.{}.img_attn.proj", &["transformer_blocks.{}.attn.to_out.0"]),
-    ("double_blocks.{}.txt_attn.proj", &["transformer_blocks.{}.attn.to_add_out"]),
-];
+pub(super) const DOUBLE_ATTENTION: &[Table] = &[(
+    DOUBLE,
+    &[
+        ("img_attn.qkv", &["attn.to_q", "attn.to_k", "attn.to_v"]),
+        ("txt_attn.qkv", &["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]),
+        ("img_attn.norm.query_norm.scale", &["attn.norm_q.weight"]),
+        ("img_attn.norm.key_norm.scale", &["attn.norm_k.weight"]),
+        ("txt_attn.norm.query_norm.scale", &["attn.norm_added_q.weight"]),
+        ("txt_attn.norm.key_norm.scale", &["attn.norm_added_k.weight"]),
+        ("img_attn.proj", &["attn.to_out.0"]),
+        ("txt_attn.proj", &["attn.to_add_out"]),
+    ],
+)];
 
 /// What the blocks of FLUX.1 and Chroma have beside their attention and their modulation.
-pub(super) const FLUX_BLOCKS: &[Line] = &[
-    ("double_blocks.{}.img_mlp.0", &["transformer_blocks.{}.ff.net.0.proj"]),
-    ("double_blocks.{}.img_mlp.2", &["transformer_blocks.{}.ff.net.2"]),
-    ("double_blocks.{}.txt_mlp.0", &["transformer_blocks.{}.ff_context.net.0.proj"]),
-    ("double_blocks.{}.txt_mlp.2", &["transformer_blocks.{}.ff_context.net.2"]),
+pub(super) const FLUX_BLOCKS: &[Table] = &[
     (
-        "single_blocks.{}.linear1",
+        DOUBLE,
         &[
-            "single_transformer_blocks.{}.attn.to_q",
-            "single_transformer_blocks.{}.attn.to_k",
-            "single_transformer_blocks.{}.attn.to_v",
-            "single_transformer_blocks.{}.proj_mlp",
+            ("img_mlp.0", &["ff.net.0.proj"]),
+            ("img_mlp.2", &["ff.net.2"]),
+            ("txt_mlp.0", &["ff_context.net.0.proj"]),
+            ("txt_mlp.2", &["ff_context.net.2"]),
         ],
     ),
-    ("single_blocks.{}.norm.query_norm.scale", &["single_transformer_blocks.{}.attn.norm_q.weight"]),
-    ("single_blocks.{}.norm.key_norm.scale", &["single_transformer_blocks.{}.attn.norm_k.weight"]),
-    ("single_blocks.{}.linear2", &["single_transformer_blocks.{}.proj_out"]),
+    (
+        SINGLE,
+        &[
+            ("linear1", &["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]),
+            ("norm.query_norm.scale", &["attn.norm_q.weight"]),
+            ("norm.key_norm.scale", &["attn.norm_k.weight"]),
+            ("linear2", &["proj_out"]),
+        ],
+    ),
 ];
 
 /// Black Forest Labs' FLUX.1 (`model.py`), but for [`DOUBLE_ATTENTION`] and [`FLUX_BLOCKS`].
-pub(super) const FLUX: &[Line] = &[
-    ("img_in", &["x_embedder"]),
-    ("txt_in", &["context_embedder"]),
-    ("time_in.in_layer", &["time_text_embed.timestep_embedder.linear_1"]),
-    ("time_in.out_layer", &["time_text_embed.timestep_embedder.linear_2"]),
-    ("vector_in.in_layer", &["time_text_embed.text_embedder.linear_1"]),
-    ("vector_in.out_layer", &["time_text_embed.text_embedder.linear_2"]),
-    ("guidance_in.in_layer", &["time_text_embed.guidance_embedder.linear_1"]),
-    ("guidance_in.out_layer", &["time_text_embed.guidance_embedder.linear_2"]),
-    ("double_blocks.{}.img_mod.lin", &["transformer_blocks.{}.norm1.linear"]),
-    ("double_blocks.{}.txt_mod.lin", &["transformer_blocks.{}.norm1_context.linear"]),
-    ("single_blocks.{}.modulation.lin", &["single_transformer_blocks.{}.norm.linear"]),
-    ("final_layer.adaLN_modulation.1", SWAPPED),
-    ("final_layer.linear", &["proj_out"]),
+pub(super) const FLUX: &[Table] = &[
+    (
+        HERE,
+        &[
+            ("img_in", &["x_embedder"]),
+            ("txt_in", &["context_embedder"]),
+            ("final_layer.adaLN_modulation.1", SWAPPED),
+            ("final_layer.linear", &["proj_out"]),
+        ],
+    ),
+    (
+        &[
+            ("time_in.", "time_text_embed.timestep_embedder."),
+            ("vector_in.", "time_text_embed.text_embedder."),
+            ("guidance_in.", "time_text_embed.guidance_embedder."),
+        ],
+        &[("in_layer", &["linear_1"]), ("out_layer", &["linear_2"])],
+    ),
+    (DOUBLE, &[("img_mod.lin", &["norm1.linear"]), ("txt_mod.lin", &["norm1_context.linear"])]),
+    (SINGLE, &[("modulation.lin", &["norm.linear"])]),
 ];
 
 /// Black Forest Labs' FLUX.2 (`flux2`'s `model.py`), but for [`DOUBLE_ATTENTION`].
-pub(super) const FLUX2: &[Line] = &[
-    ("img_in", &["x_embedder"]),
-    ("txt_in", &["context_embedder"]),
-    ("time_in.in_layer", &["time_guidance_embed.timestep_embedder.linear_1"]),
-    ("time_in.out_layer", &["time_guidance_embed.timestep_embedder.linear_2"]),
-    ("guidance_in.in_layer", &["time_guidance_embed.guidance_embedder.linear_1"]),
-    ("guidance_in.out_layer", &["time_guidance_embed.guidance_embedder.linear_2"]),
-    ("double_stream_modulation_img.lin", &["double_stream_modulation_img.linear"]),
-    ("double_stream_modulation_txt.lin", &["double_stream_modulation_txt.linear"]),
-    ("single_stream_modulation.lin", &["single_stream_modulation.linear"]),
-    ("double_blocks.{}.img_mlp.0", &["transformer_blocks.{}.ff.linear_in"]),
-    ("double_blocks.{}.img_mlp.2", &["transformer_blocks.{}.ff.linear_out"]),
-    ("double_blocks.{}.txt_mlp.0", &["transformer_blocks.{}.ff_context.linear_in"]),
-    ("double_blocks.{}.txt_mlp.2", &["transformer_blocks.{}.ff_context.linear_out"]),
-    ("single_blocks.{}.linear1", &["single_transformer_blocks.{}.attn.to_qkv_mlp_proj"]),
-    ("single_blocks.{}.linear2", &["single_transformer_blocks.{}.attn.to_out"]),
-    ("single_blocks.{}.norm.query_norm.scale", &["single_transformer_blocks.{}.attn.norm_q.weight"]),
-    ("single_blocks.{}.norm.key_norm.scale", &["single_transformer_blocks.{}.attn.norm_k.weight"]),
-    ("final_layer.adaLN_modulation.1", SWAPPED),
-    ("final_layer.linear", &["proj_out"]),
+pub(super) const FLUX2: &[Table] = &[
+    (
+        HERE,
+        &[
+            ("img_in", &["x_embedder"]),
+            ("txt_in", &["context_embedder"]),
+            ("double_stream_modulation_img.lin", &["double_stream_modulation_img.linear"]),
+            ("double_stream_modulation_txt.lin", &["double_stream_modulation_txt.linear"]),
+            ("single_stream_modulation.lin", &["single_stream_modulation.linear"]),
+            ("final_layer.adaLN_modulation.1", SWAPPED),
+            ("final_layer.linear", &["proj_out"]),
+        ],
+    ),
+    (
+        &[
+            ("time_in.", "time_guidance_embed.timestep_embedder."),
+            ("guidance_in.", "time_guidance_embed.guidance_embedder."),
+        ],
+        &[("in_layer", &["linear_1"]), ("out_layer", &["linear_2"])],
+    ),
+    (
+        DOUBLE,
+        &[
+            ("img_mlp.0", &["ff.linear_in"]),
+            ("img_mlp.2", &["ff.linear_out"]),
+            ("txt_mlp.0", &["ff_context.linear_in"]),
+            ("txt_mlp.2", &["ff_context.linear_out"]),
+        ],
+    ),
+    (
+        SINGLE,
+        &[
+            ("linear1", &["attn.to_qkv_mlp_proj"]),
+            ("linear2", &["attn.to_out"]),
+            ("norm.query_norm.scale", &["attn.norm_q.weight"]),
+            ("norm.key_norm.scale", &["attn.norm_k.weight"]),
+        ],
+    ),
 ];
 
 /// Z-Image; what is not here has diffusers' names.
-pub(super) const Z_IMAGE: &[Line] = &[
-    ("x_embedder", &["all_x_embedder.2-1"]),
-    ("final_layer.adaLN_modulation.1", &["all_final_layer.2-1.adaLN_modulation.1"]),
-    ("final_layer.linear", &["all_final_layer.2-1.linear"]),
-    ("layers.{}.attention.qkv", &["layers.{}.attention.to_q", "layers.{}.attention.to_k", "layers.{}.attention.to_v"]),
-    ("layers.{}.attention.out", &["layers.{}.attention.to_out.0"]),
-    ("layers.{}.attention.q_norm", &["layers.{}.attention.norm_q"]),
-    ("layers.{}.attention.k_norm", &["layers.{}.attention.norm_k"]),
+pub(super) const Z_IMAGE: &[Table] = &[
     (
-        "noise_refiner.{}.attention.qkv",
-        &["noise_refiner.{}.attention.to_q", "noise_refiner.{}.attention.to_k", "noise_refiner.{}.attention.to_v"],
-    ),
-    ("noise_refiner.{}.attention.out", &["noise_refiner.{}.attention.to_out.0"]),
-    ("noise_refiner.{}.attention.q_norm", &["noise_refiner.{}.attention.norm_q"]),
-    ("noise_refiner.{}.attention.k_norm", &["noise_refiner.{}.attention.norm_k"]),
-    (
-        "context_refiner.{}.attention.qkv",
+        HERE,
         &[
-            "context_refiner.{}.attention.to_q",
-            "context_refiner.{}.attention.to_k",
-            "context_refiner.{}.attention.to_v",
+            ("x_embedder", &["all_x_embedder.2-1"]),
+            ("final_layer.adaLN_modulation.1", &["all_final_layer.2-1.adaLN_modulation.1"]),
+            ("final_layer.linear", &["all_final_layer.2-1.linear"]),
         ],
     ),
-    ("context_refiner.{}.attention.out", &["context_refiner.{}.attention.to_out.0"]),
-    ("context_refiner.{}.attention.q_norm", &["context_refiner.{}.attention.norm_q"]),
-    ("context_refiner.{}.attention.k_norm", &["context_refiner.{}.attention.norm_k"]),
+    (
+        &[
+            ("layers.{}.", "layers.{}."),
+            ("noise_refiner.{}.", "noise_refiner.{}."),
+            ("context_refiner.{}.", "context_refiner.{}."),
+        ],
+        &[
+            ("attention.qkv", &["attention.to_q", "attention.to_k", "attention.to_v"]),
+            ("attention.out", &["attention.to_out.0"]),
+            ("attention.q_norm", &["attention.norm_q"]),
+            ("attention.k_norm", &["attention.norm_k"]),
+        ],
+    ),
 ];
 
 /// Chroma (`lodestones/Chroma`), but for [`DOUBLE_ATTENTION`] and [`FLUX_BLOCKS`].
-pub(super) const CHROMA: &[Line] = &[
-    ("img_in", &["x_embedder"]),
-    ("txt_in", &["context_embedder"]),
-    ("distilled_guidance_layer.layers.{}.in_layer", &["distilled_guidance_layer.layers.{}.linear_1"]),
-    ("distilled_guidance_layer.layers.{}.out_layer", &["distilled_guidance_layer.layers.{}.linear_2"]),
-    ("distilled_guidance_layer.norms.{}.scale", &["distilled_guidance_layer.norms.{}.weight"]),
-    ("final_layer.linear", &["proj_out"]),
-];
+pub(super) const CHROMA: &[Table] = &[(
+    HERE,
+    &[
+        ("img_in", &["x_embedder"]),
+        ("txt_in", &["context_embedder"]),
+        ("distilled_guidance_layer.layers.{}.in_layer", &["distilled_guidance_layer.layers.{}.linear_1"]),
+        ("distilled_guidance_layer.layers.{}.out_layer", &["distilled_guidance_layer.layers.{}.linear_2"]),
+        ("distilled_guidance_layer.norms.{}.scale", &["distilled_guidance_layer.norms.{}.weight"]),
+        ("final_layer.linear", &["proj_out"]),
+    ],
+)];
 
 /// Black Forest Labs' FLUX.3. Attention and feed-forward are alike in all of its blocks.
-pub(super) const FLUX3: &[Line] = &[
-    ("emb_in.image", &["x_embedders.image"]),
-    ("emb_in.image_cond", &["x_embedders.image_cond"]),
-    ("txt_in", &["context_embedder"]),
-    ("time_in.in_layer", &["timestep_embedder.linear_1"]),
-    ("time_in.out_layer", &["timestep_embedder.linear_2"]),
-    ("final_layer.image.linear", &["proj_out"]),
-    ("final_layer.image.adaLN_modulation.1", SWAPPED),
-    ("early_stream_modulations.image.lin", &["early_stream_modulations.image.linear"]),
-    ("early_stream_modulations.image_cond.lin", &["early_stream_modulations.image_cond.linear"]),
-    ("early_stream_modulations.txt.lin", &["early_stream_modulations.txt.linear"]),
-    ("single_stream_modulations.image.lin", &["single_stream_modulations.image.linear"]),
-    ("single_stream_modulations.image_cond.lin", &["single_stream_modulations.image_cond.linear"]),
-    ("single_stream_modulations.txt.lin", &["single_stream_modulations.txt.linear"]),
-    ("content_mode_blocks.image.{}.q_proj", &["mode_blocks.image.{}.attn.to_q"]),
-    ("content_mode_blocks.image.{}.k_proj", &["mode_blocks.image.{}.attn.to_k"]),
-    ("content_mode_blocks.image.{}.v_proj", &["mode_blocks.image.{}.attn.to_v"]),
-    ("content_mode_blocks.image.{}.attn_out", &["mode_blocks.image.{}.attn.to_out.0"]),
-    ("content_mode_blocks.image.{}.norm.query_norm.scale", &["mode_blocks.image.{}.attn.norm_q.weight"]),
-    ("content_mode_blocks.image.{}.norm.key_norm.scale", &["mode_blocks.image.{}.attn.norm_k.weight"]),
-    ("content_mode_blocks.image.{}.mlp_in", &["mode_blocks.image.{}.ff.linear_in"]),
-    ("content_mode_blocks.image.{}.mlp_out", &["mode_blocks.image.{}.ff.linear_out"]),
-    ("content_mode_blocks.image_cond.{}.q_proj", &["mode_blocks.image_cond.{}.attn.to_q"]),
-    ("content_mode_blocks.image_cond.{}.k_proj", &["mode_blocks.image_cond.{}.attn.to_k"]),
-    ("content_mode_blocks.image_cond.{}.v_proj", &["mode_blocks.image_cond.{}.attn.to_v"]),
-    ("content_mode_blocks.image_cond.{}.attn_out", &["mode_blocks.image_cond.{}.attn.to_out.0"]),
-    ("content_mode_blocks.image_cond.{}.norm.query_norm.scale", &["mode_blocks.image_cond.{}.attn.norm_q.weight"]),
-    ("content_mode_blocks.image_cond.{}.norm.key_norm.scale", &["mode_blocks.image_cond.{}.attn.norm_k.weight"]),
-    ("content_mode_blocks.image_cond.{}.mlp_in", &["mode_blocks.image_cond.{}.ff.linear_in"]),
-    ("content_mode_blocks.image_cond.{}.mlp_out", &["mode_blocks.image_cond.{}.ff.linear_out"]),
-    ("txt_mode_blocks.{}.q_proj", &["txt_mode_blocks.{}.attn.to_q"]),
-    ("txt_mode_blocks.{}.k_proj", &["txt_mode_blocks.{}.attn.to_k"]),
-    ("txt_mode_blocks.{}.v_proj", &["txt_mode_blocks.{}.attn.to_v"]),
-    ("txt_mode_blocks.{}.attn_out", &["txt_mode_blocks.{}.attn.to_out.0"]),
-    ("txt_mode_blocks.{}.norm.query_norm.scale", &["txt_mode_blocks.{}.attn.norm_q.weight"]),
-    ("txt_mode_blocks.{}.norm.key_norm.scale", &["txt_mode_blocks.{}.attn.norm_k.weight"]),
-    ("txt_mode_blocks.{}.mlp_in", &["txt_mode_blocks.{}.ff.linear_in"]),
-    ("txt_mode_blocks.{}.mlp_out", &["txt_mode_blocks.{}.ff.linear_out"]),
-    ("single_blocks.{}.q_proj", &["single_transformer_blocks.{}.attn.to_q"]),
-    ("single_blocks.{}.k_proj", &["single_transformer_blocks.{}.attn.to_k"]),
-    ("single_blocks.{}.v_proj", &["single_transformer_blocks.{}.attn.to_v"]),
-    ("single_blocks.{}.attn_out", &["single_transformer_blocks.{}.attn.to_out.0"]),
-    ("single_blocks.{}.norm.query_norm.scale", &["single_transformer_blocks.{}.attn.norm_q.weight"]),
-    ("single_blocks.{}.norm.key_norm.scale", &["single_transformer_blocks.{}.attn.norm_k.weight"]),
-    ("single_blocks.{}.mlp_in", &["single_transformer_blocks.{}.ff.linear_in"]),
-    ("single_blocks.{}.mlp_out", &["single_transformer_blocks.{}.ff.linear_out"]),
+pub(super) const FLUX3: &[Table] = &[
+    (
+        HERE,
+        &[
+            ("emb_in.image", &["x_embedders.image"]),
+            ("emb_in.image_cond", &["x_embedders.image_cond"]),
+            ("txt_in", &["context_embedder"]),
+            ("time_in.in_layer", &["timestep_embedder.linear_1"]),
+            ("time_in.out_layer", &["timestep_embedder.linear_2"]),
+            ("final_layer.image.linear", &["proj_out"]),
+            ("final_layer.image.adaLN_modulation.1", SWAPPED),
+            ("early_stream_modulations.image.lin", &["early_stream_modulations.image.linear"]),
+            ("early_stream_modulations.image_cond.lin", &["early_stream_modulations.image_cond.linear"]),
+            ("early_stream_modulations.txt.lin", &["early_stream_modulations.txt.linear"]),
+            ("single_stream_modulations.image.lin", &["single_stream_modulations.image.linear"]),
+            ("single_stream_modulations.image_cond.lin", &["single_stream_modulations.image_cond.linear"]),
+            ("single_stream_modulations.txt.lin", &["single_stream_modulations.txt.linear"]),
+        ],
+    ),
+    (
+        &[
+            ("content_mode_blocks.image.{}.", "mode_blocks.image.{}."),
+            ("content_mode_blocks.image_cond.{}.", "mode_blocks.image_cond.{}."),
+            ("txt_mode_blocks.{}.", "txt_mode_blocks.{}."),
+            ("single_blocks.{}.", "single_transformer_blocks.{}."),
+        ],
+        &[
+            ("q_proj", &["attn.to_q"]),
+            ("k_proj", &["attn.to_k"]),
+            ("v_proj", &["attn.to_v"]),
+            ("attn_out", &["attn.to_out.0"]),
+            ("norm.query_norm.scale", &["attn.norm_q.weight"]),
+            ("norm.key_norm.scale", &["attn.norm_k.weight"]),
+            ("mlp_in", &["ff.linear_in"]),
+            ("mlp_out", &["ff.linear_out"]),
+        ],
+    ),
 ];
 
 /// Qwen-Image-2.1 as ComfyUI ships it; what is not here has diffusers' names.
-pub(super) const QWEN_IMAGE_21: &[Line] = &[(
-    "transformer_blocks.{}.img_mlp.gate_up",
-    &["transformer_blocks.{}.img_mlp.gate_layer", "transformer_blocks.{}.img_mlp.proj"],
+pub(super) const QWEN_IMAGE_21: &[Table] = &[(
+    HERE,
+    &[(
+        "transformer_blocks.{}.img_mlp.gate_up",
+        &["transformer_blocks.{}.img_mlp.gate_layer", "transformer_blocks.{}.img_mlp.proj"],
+    )],
 )];
 
 /// Lumina-Image 2.0 (`models/model.py`); its order of heads, and of a block's modulation, is diffusers'.
-pub(super) const LUMINA2: &[Line] = &[
-    ("t_embedder.mlp.0", &["time_caption_embed.timestep_embedder.linear_1"]),
-    ("t_embedder.mlp.2", &["time_caption_embed.timestep_embedder.linear_2"]),
-    ("cap_embedder.0", &["time_caption_embed.caption_embedder.0"]),
-    ("cap_embedder.1", &["time_caption_embed.caption_embedder.1"]),
-    ("final_layer.adaLN_modulation.1", &["norm_out.linear_1"]),
-    ("final_layer.linear", &["norm_out.linear_2"]),
-    ("layers.{}.attention.qkv", &["layers.{}.attn.to_q", "layers.{}.attn.to_k", "layers.{}.attn.to_v"]),
-    ("layers.{}.attention.out", &["layers.{}.attn.to_out.0"]),
-    ("layers.{}.attention.q_norm", &["layers.{}.attn.norm_q"]),
-    ("layers.{}.attention.k_norm", &["layers.{}.attn.norm_k"]),
-    ("layers.{}.feed_forward.w1", &["layers.{}.feed_forward.linear_1"]),
-    ("layers.{}.feed_forward.w2", &["layers.{}.feed_forward.linear_2"]),
-    ("layers.{}.feed_forward.w3", &["layers.{}.feed_forward.linear_3"]),
-    ("layers.{}.attention_norm2", &["layers.{}.norm2"]),
-    ("layers.{}.attention_norm1", &["layers.{}.norm1.norm"]),
-    ("layers.{}.adaLN_modulation.1", &["layers.{}.norm1.linear"]),
+pub(super) const LUMINA2: &[Table] = &[
     (
-        "noise_refiner.{}.attention.qkv",
-        &["noise_refiner.{}.attn.to_q", "noise_refiner.{}.attn.to_k", "noise_refiner.{}.attn.to_v"],
+        HERE,
+        &[
+            ("t_embedder.mlp.0", &["time_caption_embed.timestep_embedder.linear_1"]),
+            ("t_embedder.mlp.2", &["time_caption_embed.timestep_embedder.linear_2"]),
+            ("cap_embedder.0", &["time_caption_embed.caption_embedder.0"]),
+            ("cap_embedder.1", &["time_caption_embed.caption_embedder.1"]),
+            ("final_layer.adaLN_modulation.1", &["norm_out.linear_1"]),
+            ("final_layer.linear", &["norm_out.linear_2"]),
+            ("context_refiner.{}.attention_norm1", &["context_refiner.{}.norm1"]),
+        ],
     ),
-    ("noise_refiner.{}.attention.out", &["noise_refiner.{}.attn.to_out.0"]),
-    ("noise_refiner.{}.attention.q_norm", &["noise_refiner.{}.attn.norm_q"]),
-    ("noise_refiner.{}.attention.k_norm", &["noise_refiner.{}.attn.norm_k"]),
-    ("noise_refiner.{}.feed_forward.w1", &["noise_refiner.{}.feed_forward.linear_1"]),
-    ("noise_refiner.{}.feed_forward.w2", &["noise_refiner.{}.feed_forward.linear_2"]),
-    ("noise_refiner.{}.feed_forward.w3", &["noise_refiner.{}.feed_forward.linear_3"]),
-    ("noise_refiner.{}.attention_norm2", &["noise_refiner.{}.norm2"]),
-    ("noise_refiner.{}.attention_norm1", &["noise_refiner.{}.norm1.norm"]),
-    ("noise_refiner.{}.adaLN_modulation.1", &["noise_refiner.{}.norm1.linear"]),
     (
-        "context_refiner.{}.attention.qkv",
-        &["context_refiner.{}.attn.to_q", "context_refiner.{}.attn.to_k", "context_refiner.{}.attn.to_v"],
+        &[
+            ("layers.{}.", "layers.{}."),
+            ("noise_refiner.{}.", "noise_refiner.{}."),
+            ("context_refiner.{}.", "context_refiner.{}."),
+        ],
+        &[
+            ("attention.qkv", &["attn.to_q", "attn.to_k", "attn.to_v"]),
+            ("attention.out", &["attn.to_out.0"]),
+            ("attention.q_norm", &["attn.norm_q"]),
+            ("attention.k_norm", &["attn.norm_k"]),
+            ("feed_forward.w1", &["feed_forward.linear_1"]),
+            ("feed_forward.w2", &["feed_forward.linear_2"]),
+            ("feed_forward.w3", &["feed_forward.linear_3"]),
+            ("attention_norm2", &["norm2"]),
+        ],
     ),
-    ("context_refiner.{}.attention.out", &["context_refiner.{}.attn.to_out.0"]),
-    ("context_refiner.{}.attention.q_norm", &["context_refiner.{}.attn.norm_q"]),
-    ("context_refiner.{}.attention.k_norm", &["context_refiner.{}.attn.norm_k"]),
-    ("context_refiner.{}.feed_forward.w1", &["context_refiner.{}.feed_forward.linear_1"]),
-    ("context_refiner.{}.feed_forward.w2", &["context_refiner.{}.feed_forward.linear_2"]),
-    ("context_refiner.{}.feed_forward.w3", &["context_refiner.{}.feed_forward.linear_3"]),
-    ("context_refiner.{}.attention_norm2", &["context_refiner.{}.norm2"]),
-    ("context_refiner.{}.attention_norm1", &["context_refiner.{}.norm1"]),
+    (
+        &[("layers.{}.", "layers.{}."), ("noise_refiner.{}.", "noise_refiner.{}.")],
+        &[("attention_norm1", &["norm1.norm"]), ("adaLN_modulation.1", &["norm1.linear"])],
+    ),
 ];
 
 /// Krea 2.
-pub(super) const KREA2: &[Line] = &[
-    ("first", &["img_in"]),
-    ("tmlp.0", &["time_embed.linear_1"]),
-    ("tmlp.2", &["time_embed.linear_2"]),
-    ("tproj.1", &["time_mod_proj"]),
-    ("txtmlp.0.scale", &["txt_in.norm.weight"]),
-    ("txtmlp.1", &["txt_in.linear_1"]),
-    ("txtmlp.3", &["txt_in.linear_2"]),
-    ("txtfusion.projector", &["text_fusion.projector"]),
-    ("last.linear", &["final_layer.linear"]),
-    ("last.norm.scale", &["final_layer.norm.weight"]),
-    ("last.modulation.lin", &["final_layer.scale_shift_table"]),
-    ("blocks.{}.mod.lin", FLAT),
-    ("blocks.{}.attn.wq", &["transformer_blocks.{}.attn.to_q"]),
-    ("blocks.{}.attn.wk", &["transformer_blocks.{}.attn.to_k"]),
-    ("blocks.{}.attn.wv", &["transformer_blocks.{}.attn.to_v"]),
-    ("blocks.{}.attn.wo", &["transformer_blocks.{}.attn.to_out.0"]),
-    ("blocks.{}.attn.gate", &["transformer_blocks.{}.attn.to_gate"]),
-    ("blocks.{}.attn.qknorm.qnorm.scale", &["transformer_blocks.{}.attn.norm_q.weight"]),
-    ("blocks.{}.attn.qknorm.knorm.scale", &["transformer_blocks.{}.attn.norm_k.weight"]),
-    ("blocks.{}.mlp.gate", &["transformer_blocks.{}.ff.gate"]),
-    ("blocks.{}.mlp.up", &["transformer_blocks.{}.ff.up"]),
-    ("blocks.{}.mlp.down", &["transformer_blocks.{}.ff.down"]),
-    ("blocks.{}.prenorm.scale", &["transformer_blocks.{}.norm1.weight"]),
-    ("blocks.{}.postnorm.scale", &["transformer_blocks.{}.norm2.weight"]),
-    ("txtfusion.layerwise_blocks.{}.attn.wq", &["text_fusion.layerwise_blocks.{}.attn.to_q"]),
-    ("txtfusion.layerwise_blocks.{}.attn.wk", &["text_fusion.layerwise_blocks.{}.attn.to_k"]),
-    ("txtfusion.layerwise_blocks.{}.attn.wv", &["text_fusion.layerwise_blocks.{}.attn.to_v"]),
-    ("txtfusion.layerwise_blocks.{}.attn.wo", &["text_fusion.layerwise_blocks.{}.attn.to_out.0"]),
-    ("txtfusion.layerwise_blocks.{}.attn.gate", &["text_fusion.layerwise_blocks.{}.attn.to_gate"]),
-    ("txtfusion.layerwise_blocks.{}.attn.qknorm.qnorm.scale", &["text_fusion.layerwise_blocks.{}.attn.norm_q.weight"]),
-    ("txtfusion.layerwise_blocks.{}.attn.qknorm.knorm.scale", &["text_fusion.layerwise_blocks.{}.attn.norm_k.weight"]),
-    ("txtfusion.layerwise_blocks.{}.mlp.gate", &["text_fusion.layerwise_blocks.{}.ff.gate"]),
-    ("txtfusion.layerwise_blocks.{}.mlp.up", &["text_fusion.layerwise_blocks.{}.ff.up"]),
-    ("txtfusion.layerwise_blocks.{}.mlp.down", &["text_fusion.layerwise_blocks.{}.ff.down"]),
-    ("txtfusion.layerwise_blocks.{}.prenorm.scale", &["text_fusion.layerwise_blocks.{}.norm1.weight"]),
-    ("txtfusion.layerwise_blocks.{}.postnorm.scale", &["text_fusion.layerwise_blocks.{}.norm2.weight"]),
-    ("txtfusion.refiner_blocks.{}.attn.wq", &["text_fusion.refiner_blocks.{}.attn.to_q"]),
-    ("txtfusion.refiner_blocks.{}.attn.wk", &["text_fusion.refiner_blocks.{}.attn.to_k"]),
-    ("txtfusion.refiner_blocks.{}.attn.wv", &["text_fusion.refiner_blocks.{}.attn.to_v"]),
-    ("txtfusion.refiner_blocks.{}.attn.wo", &["text_fusion.refiner_blocks.{}.attn.to_out.0"]),
-    ("txtfusion.refiner_blocks.{}.attn.gate", &["text_fusion.refiner_blocks.{}.attn.to_gate"]),
-    ("txtfusion.refiner_blocks.{}.attn.qknorm.qnorm.scale", &["text_fusion.refiner_blocks.{}.attn.norm_q.weight"]),
-    ("txtfusion.refiner_blocks.{}.attn.qknorm.knorm.scale", &["text_fusion.refiner_blocks.{}.attn.norm_k.weight"]),
-    ("txtfusion.refiner_blocks.{}.mlp.gate", &["text_fusion.refiner_blocks.{}.ff.gate"]),
-    ("txtfusion.refiner_blocks.{}.mlp.up", &["text_fusion.refiner_blocks.{}.ff.up"]),
-    ("txtfusion.refiner_blocks.{}.mlp.down", &["text_fusion.refiner_blocks.{}.ff.down"]),
-    ("txtfusion.refiner_blocks.{}.prenorm.scale", &["text_fusion.refiner_blocks.{}.norm1.weight"]),
-    ("txtfusion.refiner_blocks.{}.postnorm.scale", &["text_fusion.refiner_blocks.{}.norm2.weight"]),
+pub(super) const KREA2: &[Table] = &[
+    (
+        HERE,
+        &[
+            ("first", &["img_in"]),
+            ("tmlp.0", &["time_embed.linear_1"]),
+            ("tmlp.2", &["time_embed.linear_2"]),
+            ("tproj.1", &["time_mod_proj"]),
+            ("txtmlp.0.scale", &["txt_in.norm.weight"]),
+            ("txtmlp.1", &["txt_in.linear_1"]),
+            ("txtmlp.3", &["txt_in.linear_2"]),
+            ("txtfusion.projector", &["text_fusion.projector"]),
+            ("last.linear", &["final_layer.linear"]),
+            ("last.norm.scale", &["final_layer.norm.weight"]),
+            ("last.modulation.lin", &["final_layer.scale_shift_table"]),
+            ("blocks.{}.mod.lin", FLAT),
+        ],
+    ),
+    (
+        &[
+            ("blocks.{}.", "transformer_blocks.{}."),
+            ("txtfusion.layerwise_blocks.{}.", "text_fusion.layerwise_blocks.{}."),
+            ("txtfusion.refiner_blocks.{}.", "text_fusion.refiner_blocks.{}."),
+        ],
+        &[
+            ("attn.wq", &["attn.to_q"]),
+            ("attn.wk", &["attn.to_k"]),
+            ("attn.wv", &["attn.to_v"]),
+            ("attn.wo", &["attn.to_out.0"]),
+            ("attn.gate", &["attn.to_gate"]),
+            ("attn.qknorm.qnorm.scale", &["attn.norm_q.weight"]),
+            ("attn.qknorm.knorm.scale", &["attn.norm_k.weight"]),
+            ("mlp.gate", &["ff.gate"]),
+            ("mlp.up", &["ff.up"]),
+            ("mlp.down", &["ff.down"]),
+            ("prenorm.scale", &["norm1.weight"]),
+            ("postnorm.scale", &["norm2.weight"]),
+        ],
+    ),
 ];

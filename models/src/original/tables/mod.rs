@@ -1,4 +1,4 @@
-//! The tables: a line for each layer whose name or order is another one than diffusers'.
+//! The tables: a line for each layer whose name or order is another one than diffusers', and the places that have such lines.
 
 mod images;
 mod videos;
@@ -13,6 +13,21 @@ use super::configs::{chroma_config, flux_config, flux2_config, not_told, wan_con
 /// An original layer or tensor, and those of diffusers whose rows it holds, one after the other. `{}` is a block's number.
 pub(in crate::original) type Line = (&'static str, &'static [&'static str]);
 
+/// What stands before the names of lines: in the original, and in diffusers.
+pub(in crate::original) type Place = (&'static str, &'static str);
+
+/// Lines, and the places that have them all.
+pub(in crate::original) type Table = (&'static [Place], &'static [Line]);
+
+/// Lines whose names are whole.
+const HERE: &[Place] = &[("", "")];
+
+/// Black Forest Labs' blocks with two streams, which HunyuanVideo has, too.
+const DOUBLE: &[Place] = &[("double_blocks.{}.", "transformer_blocks.{}.")];
+
+/// Their blocks with one stream.
+const SINGLE: &[Place] = &[("single_blocks.{}.", "single_transformer_blocks.{}.")];
+
 /// The layer of diffusers' the halves of whose rows are in another order: it has scale before shift.
 pub(in crate::original) const SWAPPED: &[&str] = &["norm_out.linear"];
 
@@ -22,7 +37,7 @@ pub(in crate::original) const FLAT: &[&str] = &["transformer_blocks.{}.scale_shi
 /// A layout that is not diffusers'.
 pub(in crate::original) struct Layout {
     pub class: &'static str,
-    pub lines: &'static [&'static [Line]],
+    pub tables: &'static [&'static [Table]],
     /// Tensors that are together in no other one.
     pub signs: &'static [&'static str],
     /// The configuration of weights, as far as their sizes tell it.
@@ -33,73 +48,73 @@ pub(in crate::original) struct Layout {
 pub(in crate::original) const LAYOUTS: &[Layout] = &[
     Layout {
         class: "Flux2Transformer2DModel",
-        lines: &[FLUX2, DOUBLE_ATTENTION],
+        tables: &[FLUX2, DOUBLE_ATTENTION],
         signs: &["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"],
         config: flux2_config,
     },
     Layout {
         class: "FluxTransformer2DModel",
-        lines: &[FLUX, FLUX_BLOCKS, DOUBLE_ATTENTION],
+        tables: &[FLUX, FLUX_BLOCKS, DOUBLE_ATTENTION],
         signs: &["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "vector_in.in_layer.weight"],
         config: flux_config,
     },
     Layout {
         class: "WanTransformer3DModel",
-        lines: &[WAN],
+        tables: &[WAN],
         signs: &["blocks.0.self_attn.q.weight"],
         config: wan_config,
     },
     Layout {
         class: "ZImageTransformer2DModel",
-        lines: &[Z_IMAGE],
+        tables: &[Z_IMAGE],
         signs: &["layers.0.attention.qkv.weight", "x_pad_token"],
         config: z_image_config,
     },
     Layout {
         class: "ChromaTransformer2DModel",
-        lines: &[CHROMA, FLUX_BLOCKS, DOUBLE_ATTENTION],
+        tables: &[CHROMA, FLUX_BLOCKS, DOUBLE_ATTENTION],
         signs: &["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"],
         config: chroma_config,
     },
     Layout {
         class: "Flux3Transformer2DModel",
-        lines: &[FLUX3],
+        tables: &[FLUX3],
         signs: &["emb_in.image.weight", "content_mode_blocks.image.0.q_proj.weight"],
         config: not_told,
     },
     Layout {
         class: "QwenImage21Transformer2DModel",
-        lines: &[QWEN_IMAGE_21],
+        tables: &[QWEN_IMAGE_21],
         signs: &["transformer_blocks.0.img_mlp.gate_up.weight"],
         config: not_told,
     },
     Layout {
         class: "Lumina2Transformer2DModel",
-        lines: &[LUMINA2],
+        tables: &[LUMINA2],
         signs: &["layers.0.attention.qkv.weight", "cap_embedder.0.weight", "final_layer.linear.weight"],
         config: not_told,
     },
     Layout {
         class: "Krea2Transformer2DModel",
-        lines: &[KREA2],
+        tables: &[KREA2],
         signs: &["blocks.0.attn.wq.weight", "txtfusion.projector.weight"],
         config: not_told,
     },
     Layout {
         class: "HunyuanVideo15Transformer3DModel",
-        lines: &[HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_COMFYUI],
+        tables: &[HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_COMFYUI],
         signs: &["double_blocks.0.img_attn.qkv.weight", "byt5_in.fc1.weight"],
         config: not_told,
     },
     Layout {
         class: "HunyuanVideo15Transformer3DModel",
-        lines: &[HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_AUTHORS],
+        tables: &[HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_AUTHORS],
         signs: &["double_blocks.0.img_attn_q.weight", "byt5_in.fc1.weight"],
         config: not_told,
     },
     Layout {
         class: "LTX2VideoTransformer3DModel",
-        lines: &[LTX2],
+        tables: &[LTX2],
         signs: &["patchify_proj.weight", "audio_patchify_proj.weight"],
         config: not_told,
     },
