@@ -235,14 +235,17 @@ fn what_does_not_fit_is_said() {
     }
     let tiling = model.set_tiling(Some(Tiling::square(4))).unwrap_err().to_string();
     assert!(tiling.contains("at least 8 pixels"), "{tiling}");
-    for (key, value) in [
-        ("down_block_types", json!(["AttnDownEncoderBlock2D"])),
-        ("norm_num_groups", json!(3)),
-        ("act_fn", json!("relu")),
+    // The widths before the last stage fold, since it packs neighbours; the last one packs none.
+    let wan = json!({"_class_name": "AutoencoderKLWan", "is_residual": true});
+    for (config, key, value) in [
+        (flux(), "down_block_types", json!(["AttnDownEncoderBlock2D"])),
+        (flux(), "norm_num_groups", json!(3)),
+        (flux(), "act_fn", json!("relu")),
+        (wan, "dim_mult", json!([1, 2, 4, 8])),
     ] {
-        let mut config = flux();
+        let mut config = config;
         config[key] = value;
-        let kind = AutoencoderKind::of_class("AutoencoderKL").unwrap();
+        let kind = AutoencoderKind::of_class(config["_class_name"].as_str().unwrap()).unwrap();
         let message = kind.config.complete(&config).unwrap_err().to_string();
         assert!(message.contains(key) || message.contains("block_out_channels"), "{message}");
     }

@@ -112,6 +112,9 @@ impl Config for AutoencoderKLWanConfig {
             let expected = format!("{}, from the stages and patch_size", self.patch() << (stages - 1));
             return Err(Error::config("scale_factor_spatial", expected, format!("{:?}", self.scale_factor_spatial)));
         }
+        if self.is_residual {
+            self.check_shortcuts()?;
+        }
         for (key, values) in [("latents_mean", &self.latents_mean), ("latents_std", &self.latents_std)] {
             if values.len() != self.z_dim {
                 return Err(Error::config(key, format!("{} numbers (z_dim)", self.z_dim), values.len()));
@@ -122,6 +125,22 @@ impl Config for AutoencoderKLWanConfig {
 }
 
 impl AutoencoderKLWanConfig {
+    /// The shortcuts of stages bring whole channels together, or repeat them: diffusers' `AvgDown3D` and `DupUp3D` assert it.
+    fn check_shortcuts(&self) -> Result<()> {
+        let packed = |in_time: bool| if in_time { 8 } else { 4 };
+        let (mults, in_time) = (&self.dim_mult, &self.temperal_downsample);
+        let inputs = [1].iter().chain(mults);
+        let down = inputs.zip(mults).enumerate().map(|(i, (&x, &y))| (x, in_time.get(i).map_or(1, |t| packed(*t)), y));
+        let up = mults.windows(2).zip(in_time).map(|(pair, in_time)| (pair[0], packed(*in_time), pair[1]));
+        for (channels, packed, divisor) in down.chain(up) {
+            if !product(&[channels, packed]).is_multiple_of(divisor) {
+                let expected = format!("divisors of {packed} x {channels}, which a residual stage's shortcut folds");
+                return Err(Error::config("dim_mult", expected, divisor));
+            }
+        }
+        Ok(())
+    }
+
     /// Channels of the decoder's last stage.
     pub(super) fn decoder_dim(&self) -> usize {
         self.decoder_base_dim.unwrap_or(self.base_dim)
