@@ -1,5 +1,6 @@
 //! What all rules have in common.
 
+use super::files::STEP;
 use super::*;
 use crate::nn::{Init, ParamBuilder, Placement};
 use crate::optim::{AdamW, RULES, RuleEntry, Sgd, functions};
