@@ -2,7 +2,9 @@
 #![allow(dead_code)] // not every file of tests calls all
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
 
 pub const RECIPES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes");
 pub const RECIPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../recipes/digits.yaml");
@@ -43,4 +45,30 @@ pub fn failure(output: &Output) -> String {
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && !message.contains("panicked"), "{message}");
     message
+}
+
+/// The weights that a run has come to.
+pub fn weights(run: &Path) -> Vec<u8> {
+    std::fs::read(run.join("checkpoints/LATEST/diffusion_pytorch_model.safetensors")).unwrap()
+}
+
+/// What a run wrote for each of its steps.
+pub fn metrics(run: &Path, key: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()[key].to_string()).collect()
+}
+
+/// A run that ends by a signal alone.
+#[cfg(unix)]
+pub fn endless(run: &Path, more: &str) -> Child {
+    endless_by(Command::new(env!("CARGO_BIN_EXE_flowtape")), run, more)
+}
+
+/// The same by a command that starts the binary.
+#[cfg(unix)]
+pub fn endless_by(mut command: Command, run: &Path, more: &str) -> Child {
+    let run_dir = format!("run_dir={}", run.display());
+    let long = ["step_scheduler.max_steps=1000000", "sampling.every_steps=0", more, &run_dir];
+    command.args(["train", RECIPE]).args(SMALL.iter().chain(&long).flat_map(|s| ["--set", s]));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }

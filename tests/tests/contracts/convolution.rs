@@ -4,7 +4,7 @@ use flowtape_engine::Device;
 use flowtape_engine::backend::run_fused;
 use flowtape_engine::ops::{ConvAxis, ConvForward, Padding};
 
-use super::{ANY, OUTPUT, Odds, View, World, apart, near, number};
+use super::world::{ANY, OUTPUT, Odds, View, World, apart, near, number};
 
 /// Where the value at a place of the padded axis comes from, by the definition of each padding.
 fn source(axis: &ConvAxis, size: usize, at: i64) -> Option<usize> {
