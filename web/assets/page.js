@@ -3,6 +3,9 @@ const $ = (id) => document.getElementById(id);
 const SIDE = 8, DIGITS = 10;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let worker = null, run = false, steps = 0, seed = 1, parameters = 0, seconds = [];
+// What workers run, by the device on which they train. Each ends with its device; `kept` is what the next one goes on from, `next` its
+// device while that is asked for.
+let modules = {}, settings = [], device = "cpu", kept = null, next = null;
 let curve = { step: [], loss: [], mean: [] };
 
 function state(name, text) {
@@ -11,7 +14,7 @@ function state(name, text) {
 }
 
 function controls(on) {
-  for (const id of ["run", "restart", "guidance", "noise", "download", "load"]) $(id).disabled = !on;
+  for (const id of ["run", "restart", "devices", "guidance", "noise", "download", "load"]) $(id).disabled = !on;
 }
 
 // Rows of digits as grey pixels, -1 is black, with a pixel between them that nothing is drawn on.
@@ -59,18 +62,25 @@ function ran(on) {
 }
 
 const heard = {
-  ready(told) {
+  ready({ step, ...told }) {
     ({ steps, parameters } = told);
-    curve = { step: [], loss: [], mean: [] };
+    const count = curve.step.filter((each) => each <= step).length;
+    curve = Object.fromEntries(Object.entries(curve).map(([name, values]) => [name, values.slice(0, count)]));
+    for (const row of [...$("story").children]) if (!step || Number(row.dataset.step) > step) row.remove();
     seconds = [];
-    $("story").replaceChildren();
-    $("loss").textContent = $("at").textContent = "";
-    $("progress").value = 0;
-    $("numbers").textContent = `${parameters.toLocaleString("en")} weights, ${steps} steps`;
+    if (!step) $("loss").textContent = $("at").textContent = "";
+    $("progress").value = step / steps;
+    $("numbers").textContent = step ? `step ${step} of ${steps}` : `${parameters.toLocaleString("en")} weights, ${steps} steps`;
     controls(true);
-    ran(false);
-    state("ready");
     chart();
+    if (step >= steps) return heard.ended();
+    ran(run);
+    if (run) worker.postMessage({ call: "run", on: true });
+    state(run ? "training" : step ? "paused" : "ready");
+  },
+  kept({ bytes, step }) {
+    kept = { bytes, step };
+    if (next) begin(next);
   },
   step({ step, loss, seconds: took }) {
     const before = curve.mean.length ? curve.mean[curve.mean.length - 1] : loss;
@@ -95,6 +105,7 @@ const heard = {
     if (mark === null) return;
     const canvas = document.createElement("canvas"), row = document.createElement("li"), name = document.createElement("span");
     canvas.className = "digits";
+    row.dataset.step = mark;
     draw(canvas, pixels, 0, 1);
     name.textContent = mark ? `step ${mark}` : "untrained";
     row.append(name, canvas);
@@ -118,10 +129,15 @@ const heard = {
     $("told").textContent = `${name} is loaded`;
   },
   refused({ call, text }) {
-    if (call === "init") return heard.failed({ text });
+    if (call === "init" || next) return heard.failed({ text });
     $("told").textContent = text;
   },
   failed({ text }) {
+    if (device === "gpu") {
+      begin("cpu");
+      $("device").textContent = `The GPU gave up (${text}). The CPU goes on${kept ? ` from step ${kept.step}` : ""}.`;
+      return;
+    }
     ran(false);
     controls(false);
     state("failed");
@@ -136,20 +152,42 @@ async function unpacked(id) {
   return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
-async function main() {
-  const wasm = await unpacked("wasm");
-  const script = URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" }));
-  worker = new Worker(script);
-  worker.onmessage = ({ data }) => heard[data.kind](data);
-  worker.onerror = (event) => heard.failed({ text: event.message || "the worker could not be started" });
-  // Settings of the recipe in the address, for tests and the curious: page.html#seed=2&optimizer.lr=0.002
-  const settings = location.hash.length > 1 ? location.hash.slice(1).split("&").map(decodeURIComponent) : [];
-  worker.postMessage({ call: "init", wasm, settings }, [wasm]);
+// The GPU that the browser gives pages, or in words why there is none to train on.
+async function gpu() {
+  if (!navigator.gpu) return "this browser gives pages no GPU (it has no WebGPU)";
+  if (!WebAssembly.Suspending) return "this browser's WebAssembly can't wait for a GPU (it has no JSPI)";
+  return (await navigator.gpu.requestAdapter().catch(() => null)) || "this browser finds no GPU that pages may use";
 }
+
+// A worker that trains on a device: anew, or from what was kept.
+function begin(on) {
+  if (worker) worker.terminate();
+  [device, next] = [on, null];
+  controls(false);
+  document.querySelector(`#devices input[value=${on}]`).checked = true;
+  const { script, module } = modules[on], begun = worker = new Worker(script);
+  worker.onmessage = ({ data }) => begun === worker && heard[data.kind](data);
+  worker.onerror = (event) => begun === worker && heard.failed({ text: event.message || "the worker could not be started" });
+  worker.postMessage({ call: "init", module, settings, device, kept, view: wanted() });
+}
+
+async function main() {
+  const module = await WebAssembly.compile(await unpacked("wasm"));
+  const script = URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" }));
+  modules = { cpu: { script, module }, gpu: { script, module } };
+  // Settings of the recipe in the address, for tests and the curious: page.html#seed=2&optimizer.lr=0.002
+  settings = location.hash.length > 1 ? location.hash.slice(1).split("&").map(decodeURIComponent) : [];
+  begin("cpu");
+  const found = await gpu(), named = ({ info }) => (info && (info.description || [info.vendor, info.architecture].join(" ").trim())) || "its name is not told";
+  $("devices").hidden = typeof found === "string";
+  $("device").textContent = typeof found === "string" ? `On the CPU alone: ${found}.` : `This browser's GPU: ${named(found)}.`;
+}
+
+const wanted = () => ({ guidance: Number($("guidance").value), seed });
 
 const view = () => {
   $("scale").textContent = Number($("guidance").value).toFixed(1);
-  worker.postMessage({ call: "view", guidance: Number($("guidance").value), seed });
+  worker.postMessage({ call: "view", ...wanted() });
 };
 $("guidance").addEventListener("input", view);
 $("noise").addEventListener("click", () => {
@@ -163,8 +201,16 @@ $("run").addEventListener("click", () => {
 });
 $("restart").addEventListener("click", () => {
   controls(false);
+  ran(false);
+  kept = null;
   state("", "starting over");
   worker.postMessage({ call: "restart" });
+});
+$("devices").addEventListener("change", (event) => {
+  next = event.target.value;
+  controls(false);
+  state("", `moving to the ${next.toUpperCase()}`);
+  worker.postMessage({ call: "keep" });
 });
 $("download").addEventListener("click", () => worker.postMessage({ call: "weights" }));
 $("load").addEventListener("change", async (event) => {
