@@ -2,30 +2,39 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // the helpers of tests may panic, and say what they skip
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use browser::Browser;
-use common::{failure, flowtape, stdout};
+use browser::{Browser, Served};
+use common::{RECIPE, failure, flowtape, stdout};
 
 mod browser;
 mod common;
 
-/// The folder of the page's WebAssembly, where it was built.
-fn module() -> Option<PathBuf> {
+/// The folder of the page's WebAssembly, where it was built: with that for several `threads`, if that is asked.
+fn module(threads: bool) -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../web/pkg");
-    if folder.join("flowtape_web_bg.wasm").exists() {
+    let (name, part, build) =
+        if threads { ("web-threads", "threads", "web/build.sh threads") } else { ("web", ".", "web/build.sh") };
+    if folder.join("flowtape_web_bg.wasm").exists() && folder.join(part).join("flowtape_web_bg.wasm").exists() {
         return Some(folder);
     }
-    let required = std::env::var("FLOWTAPE_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "web"));
-    assert!(!required, "FLOWTAPE_REQUIRE=web, and web/build.sh did not run");
-    println!("skipped: web/build.sh did not run");
+    let required = std::env::var("FLOWTAPE_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == name));
+    assert!(!required, "FLOWTAPE_REQUIRE={name}, and {build} did not run");
+    println!("skipped: {build} did not run");
     None
 }
 
 /// A small model, so that a step takes a few milliseconds.
 const SMALL: &str =
     "#model.num_layers=1&model.num_single_layers=0&step_scheduler.local_batch_size=8&step_scheduler.max_steps=60";
+
+/// Waits until a download is there.
+fn wait_for(file: &Path) {
+    (0..100).take_while(|_| !file.exists()).for_each(|_| std::thread::sleep(Duration::from_millis(50)));
+}
 
 /// The pictures that stand there.
 const PIXELS: &str = "document.getElementById('samples').toDataURL()";
@@ -38,7 +47,7 @@ fn without_its_module_it_says_how_to_build_one() {
 
 #[test]
 fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
-    let (Some(module), Some(mut browser)) = (module(), Browser::start()) else { return };
+    let (Some(module), Some(mut browser)) = (module(false), Browser::start()) else { return };
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("page.html");
     stdout(&flowtape(&["web", "--module", module.to_str().unwrap(), "--out", page.to_str().unwrap()]));
@@ -54,9 +63,9 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     browser.until("document.querySelectorAll('#story li').length >= 3");
     browser.eval("document.getElementById('run').click()");
     let step = "Number(document.getElementById('numbers').textContent.split(' ')[1])";
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    std::thread::sleep(Duration::from_millis(500));
     let paused = browser.eval(step);
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    std::thread::sleep(Duration::from_millis(500));
     assert!(paused.as_f64().unwrap() >= 20.0 && browser.eval(step) == paused, "{paused}");
     // Guidance and noise change the pictures, the same ones give the same.
     let slide = |browser: &mut Browser, to: f64| {
@@ -74,7 +83,7 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     browser.until("document.getElementById('told').textContent.includes('.safetensors')");
     let name = browser.eval("document.getElementById('told').textContent.split(',')[0]").as_str().unwrap().to_owned();
     let file = folder.path().join(name);
-    (0..100).take_while(|_| !file.exists()).for_each(|_| std::thread::sleep(std::time::Duration::from_millis(50)));
+    wait_for(&file);
     browser.eval("document.getElementById('restart').click()");
     browser.until("document.getElementById('state').textContent === 'ready'");
     let fresh = slide(&mut browser, 1.0);
@@ -107,6 +116,42 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
                 "document.querySelector('#curve canvas').width > 100 && document.documentElement.scrollWidth <= {width}"
             ));
             browser.picture(&format!("web-{what}"), width, dark);
+        }
+    }
+}
+
+#[test]
+fn a_served_page_trains_on_threads_to_the_bits_of_one_and_of_the_portable_kernels() {
+    let (Some(module), Some(mut browser)) = (module(true), Browser::start()) else { return };
+    let served = Served::start(&["web", "--module", module.to_str().unwrap()]);
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let settings = SMALL.trim_start_matches('#').split('&').map(str::to_owned);
+    let settings = settings.chain([format!("run_dir={}", run.display()), "sampling.every_steps=0".into()]);
+    let arguments = ["train", RECIPE, "--threads", "1"].map(str::to_owned);
+    let arguments = arguments.into_iter().chain(settings.flat_map(|setting| ["--set".into(), setting]));
+    let mut native = Command::new(env!("CARGO_BIN_EXE_flowtape"));
+    stdout(&native.args(arguments).env("FLOWTAPE_ISA", "portable").output().unwrap());
+    let native = std::fs::read(run.join("checkpoints/LATEST/diffusion_pytorch_model.safetensors")).unwrap();
+    for (threads, told) in
+        [(1, "On one thread of the CPU."), (2, "On 2 threads of the CPU."), (3, "On 3 threads of the CPU.")]
+    {
+        let to = folder.path().join(threads.to_string());
+        std::fs::create_dir(&to).unwrap();
+        browser.call("Page.setDownloadBehavior", json!({ "behavior": "allow", "downloadPath": to }));
+        browser.open(&format!("{}?{threads}{SMALL}&threads={threads}", served.1));
+        assert_eq!(browser.eval("window.crossOriginIsolated"), true);
+        browser.until("document.getElementById('state').textContent === 'ready'");
+        assert_eq!(browser.eval("document.getElementById('threads').textContent"), told);
+        browser.eval("document.getElementById('run').click()");
+        browser.until("document.getElementById('state').textContent === 'finished'");
+        browser.eval("document.getElementById('download').click()");
+        let file = to.join("digits-step-60.safetensors");
+        wait_for(&file);
+        assert!(std::fs::read(file).unwrap() == native, "{threads} threads");
+        assert_eq!(browser.complaints(), Vec::<String>::new());
+        for asked in browser.requests() {
+            assert!(asked.starts_with(&served.1) || asked.starts_with("blob:"), "{asked}");
         }
     }
 }

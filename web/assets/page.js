@@ -3,6 +3,8 @@ const $ = (id) => document.getElementById(id);
 const SIDE = 8, DIGITS = 10;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let worker = null, run = false, steps = 0, seed = 1, parameters = 0, seconds = [];
+// What all workers run; those that there are, first the one that trains; how many have lent themselves to it.
+let script = null, module = null, workers = [], lent = 0;
 let curve = { step: [], loss: [], mean: [] };
 
 function state(name, text) {
@@ -59,6 +61,14 @@ function ran(on) {
 }
 
 const heard = {
+  // The worker's memory is there: others join it, and when all did, it begins.
+  memory({ memory, threads }) {
+    while (workers.length < threads) start().postMessage({ call: "lend", module, memory });
+  },
+  lent() {
+    lent += 1;
+    if (lent === workers.length - 1) worker.postMessage({ call: "share", threads: workers.length });
+  },
   ready(told) {
     ({ steps, parameters } = told);
     curve = { step: [], loss: [], mean: [] };
@@ -118,10 +128,12 @@ const heard = {
     $("told").textContent = `${name} is loaded`;
   },
   refused({ call, text }) {
-    if (call === "init") return heard.failed({ text });
+    if (["init", "share", "lend"].includes(call)) return heard.failed({ text });
     $("told").textContent = text;
   },
   failed({ text }) {
+    // Without one of them the others would wait for it for ever.
+    for (const each of workers) each.terminate();
     ran(false);
     controls(false);
     state("failed");
@@ -136,15 +148,40 @@ async function unpacked(id) {
   return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
+// Memory is shared by workers where the page is alone in its process, which its server can say of it, and a file can't. More than
+// eight threads would find too little in a step of the digits.
+function threads(asked) {
+  const one = document.body.dataset.from === "file" ? "a file may have no more, and flowtape web serves a page that may"
+    : document.body.dataset.from !== "threads" ? "this flowtape was built without the module for more"
+    : !window.crossOriginIsolated ? "this browser lets the page have no more" : null;
+  const count = one ? 1 : Math.min(asked || navigator.hardwareConcurrency || 1, 8);
+  $("threads").textContent = count > 1 ? `On ${count} threads of the CPU.` : `On one thread of the CPU${one ? ": " + one : ""}.`;
+  return count;
+}
+
+function start() {
+  const begun = new Worker(script);
+  begun.onmessage = ({ data }) => heard[data.kind](data);
+  begun.onerror = (event) => heard.failed({ text: event.message || "a worker could not be started" });
+  workers.push(begun);
+  return begun;
+}
+
 async function main() {
-  const wasm = await unpacked("wasm");
-  const script = URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" }));
-  worker = new Worker(script);
-  worker.onmessage = ({ data }) => heard[data.kind](data);
-  worker.onerror = (event) => heard.failed({ text: event.message || "the worker could not be started" });
-  // Settings of the recipe in the address, for tests and the curious: page.html#seed=2&optimizer.lr=0.002
-  const settings = location.hash.length > 1 ? location.hash.slice(1).split("&").map(decodeURIComponent) : [];
-  worker.postMessage({ call: "init", wasm, settings }, [wasm]);
+  // Settings of the recipe in the address, for tests and the curious: page.html#seed=2&optimizer.lr=0.002, and threads=2
+  const given = location.hash.length > 1 ? location.hash.slice(1).split("&").map(decodeURIComponent) : [];
+  const asked = given.find((setting) => /^threads=\d+$/.test(setting)), settings = given.filter((setting) => setting !== asked);
+  const count = threads(asked ? Number(asked.slice(8)) : 0);
+  const fetched = async (path) => {
+    const answer = await fetch(path);
+    if (!answer.ok) throw `${path}: ${await answer.text()}`;
+    return answer;
+  };
+  const text = count > 1 ? await (await fetched("threads.js")).text() : $("worker").textContent;
+  script = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
+  module = await WebAssembly.compile(count > 1 ? await (await fetched("threads.wasm")).arrayBuffer() : await unpacked("wasm"));
+  worker = start();
+  worker.postMessage({ call: "init", module, settings, threads: count });
 }
 
 const view = () => {

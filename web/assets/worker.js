@@ -59,10 +59,22 @@ function begin() {
 }
 
 const calls = {
-  async init({ wasm, settings: given }) {
+  async init({ module, settings: given, threads }) {
     settings = given;
-    await wasm_bindgen({ module_or_path: wasm });
+    const { memory } = await wasm_bindgen({ module_or_path: module });
+    if (threads > 1) post("memory", { memory, threads });
+    else begin();
+  },
+  // What the page tells when the other threads are there.
+  share({ threads }) {
+    wasm_bindgen.share(threads);
     begin();
+  },
+  // This worker is one of them: it hears nothing any more.
+  async lend({ module, memory }) {
+    await wasm_bindgen({ module_or_path: module, memory });
+    post("lent", {});
+    wasm_bindgen.lend();
   },
   run({ on }) {
     running = on;
