@@ -58,6 +58,9 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     browser.open(&url);
     browser.until("document.getElementById('state').textContent === 'ready'");
     browser.until("document.querySelectorAll('#story li').length === 1");
+    // This browser has no GPU, which is said.
+    browser.until("document.getElementById('device').textContent.startsWith('On the CPU alone: this browser ')");
+    assert_eq!(browser.eval("document.getElementById('devices').hidden"), true);
     // It trains, and stops where it is told to.
     browser.eval("document.getElementById('run').click()");
     browser.until("document.querySelectorAll('#story li').length >= 3");
@@ -103,7 +106,9 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     browser.until("document.getElementById('state').textContent === 'finished'");
     let at = browser.eval("document.getElementById('at').textContent");
     assert!(at.as_str().unwrap().starts_with("step 60,"), "{at}");
-    assert_eq!(browser.complaints(), Vec::<String>::new());
+    // Chromium itself remarks on the GPU that it does not have.
+    let remark = |complaint: &String| !complaint.contains("Failed to create WebGPU Context Provider");
+    assert_eq!(browser.complaints().into_iter().filter(remark).collect::<Vec<_>>(), Vec::<String>::new());
     let sent: Vec<String> = browser.requests().into_iter().filter(|url| !url.starts_with("blob:")).collect();
     assert_eq!(sent.len(), 1, "{sent:?}");
     assert_eq!(browser.eval("window.hurt"), Value::Null);
@@ -134,7 +139,7 @@ fn a_served_page_trains_on_threads_to_the_bits_of_one_and_of_the_portable_kernel
     stdout(&native.args(arguments).env("FLOWTAPE_ISA", "portable").output().unwrap());
     let native = std::fs::read(run.join("checkpoints/LATEST/diffusion_pytorch_model.safetensors")).unwrap();
     for (threads, told) in
-        [(1, "On one thread of the CPU."), (2, "On 2 threads of the CPU."), (3, "On 3 threads of the CPU.")]
+        [(1, "The CPU trains on one thread."), (2, "The CPU trains on 2 threads."), (3, "The CPU trains on 3 threads.")]
     {
         let to = folder.path().join(threads.to_string());
         std::fs::create_dir(&to).unwrap();
@@ -154,4 +159,108 @@ fn a_served_page_trains_on_threads_to_the_bits_of_one_and_of_the_portable_kernel
             assert!(asked.starts_with(&served.1) || asked.starts_with("blob:"), "{asked}");
         }
     }
+}
+
+/// Runs before the page's script: keeps what workers tell, and lets a test stop them at a step, and take their GPU away, or what waits
+/// for one (`?waitless`).
+const LISTEN: &str = r#"
+    window.told = [];
+    window.stopAt = (step) => { worker.stop = step; };
+    window.Worker = class extends Worker {
+        constructor(script) {
+            super(script);
+            window.worker = this;
+            this.addEventListener("message", ({ data }) => {
+                told.push(data);
+                if (data.kind === "step" && data.step === this.stop) document.getElementById("run").click();
+            });
+        }
+        postMessage(data, ...rest) {
+            if (data.call === "init") this.device = data.device;
+            super.postMessage(data, ...rest);
+        }
+    };
+    const waitless = () => ["Suspending", "promising", "JSTag"].forEach((name) => delete WebAssembly[name]);
+    const loses = () => {
+        const request = GPUAdapter.prototype.requestDevice;
+        GPUAdapter.prototype.requestDevice = async function (...asked) {
+            const device = await request.apply(this, asked);
+            addEventListener("message", ({ data }) => data.lose && device.destroy());
+            return device;
+        };
+    };
+    const before = location.search === "?waitless" ? waitless : window.GPUAdapter ? loses : () => {};
+    if (before === waitless) waitless();
+    window.Blob = class extends Blob {
+        constructor(parts, kind = {}) { super(kind.type === "text/javascript" ? [`(${before})();`, ...parts] : parts, kind); }
+    };
+"#;
+
+#[test]
+fn on_webgpu_the_page_trains_as_on_the_cpu_which_goes_on_when_the_gpu_is_lost() {
+    let (Some(module), Some(mut browser)) = (module(false), Browser::start_with_gpu()) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("page.html");
+    stdout(&flowtape(&["web", "--module", module.to_str().unwrap(), "--out", page.to_str().unwrap()]));
+    browser.call("Page.addScriptToEvaluateOnNewDocument", json!({ "source": LISTEN }));
+    let settings = SMALL.replace("max_steps=60", "max_steps=12") + "&model.num_attention_heads=1";
+    let text = |id: &str| format!("document.getElementById('{id}').textContent");
+    let state = |name: &str| format!("{} === '{name}'", text("state"));
+    let run = "document.getElementById('run').click()";
+    let losses = "told.filter(({ kind }) => kind === 'step').map(({ loss }) => loss)";
+    let pictures =
+        "told.filter(({ kind, step }) => kind === 'samples' && step === 12).map(({ pixels }) => Array.from(pixels))[0]";
+    browser.open(&format!("file://{}{settings}", page.display()));
+    browser.until(&format!("{}.length > 0", text("device")));
+    if browser.eval("document.getElementById('devices').hidden") == true {
+        let told = browser.eval(&text("device"));
+        let required = std::env::var("FLOWTAPE_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "webgpu"));
+        assert!(!required, "FLOWTAPE_REQUIRE=webgpu, and the page says {told}");
+        println!("skipped: no WebGPU, the page says {told}");
+        return;
+    }
+    browser.until(&state("ready"));
+    browser.eval(run);
+    browser.until(&state("finished"));
+    let (on_cpu, drawn) = (numbers(&browser.eval(losses)), numbers(&browser.eval(pictures)));
+    assert!(on_cpu.len() == 12 && drawn.len() == 30 * 64);
+    // After a few steps the GPU takes over from the CPU. It is lost after step 10, of which the page has a checkpoint: the CPU goes on.
+    browser.eval("document.getElementById('restart').click()");
+    browser.until(&state("ready"));
+    browser.eval(&format!("told.length = 0; stopAt(3); {run}"));
+    browser.until(&state("paused"));
+    browser.eval("document.querySelector('#devices input[value=gpu]').click()");
+    browser.until(&format!("worker.device === 'gpu' && {}", state("paused")));
+    browser.eval(&format!("stopAt(10); {run}"));
+    browser.until(&format!("told.some(({{ kind, step }}) => kind === 'kept' && step === 10) && {}", state("paused")));
+    browser.eval("worker.postMessage({ call: 'view', guidance: 2, seed: 1, lose: true })");
+    let by_gpu = numbers(&browser.eval(losses));
+    assert!(close(&by_gpu, &on_cpu[..by_gpu.len()], 1e-4), "{by_gpu:?} {on_cpu:?}");
+    assert!(by_gpu[..3] == on_cpu[..3] && by_gpu[3..] != on_cpu[3..by_gpu.len()], "{by_gpu:?} {on_cpu:?}");
+    browser.eval(&format!("told.length = 0; {run}"));
+    browser.until(&state("finished"));
+    let told = browser.eval(&text("device"));
+    assert!(told.as_str().unwrap().starts_with("The GPU gave up ("), "{told}");
+    assert!(told.as_str().unwrap().ends_with("The CPU goes on from step 10."), "{told}");
+    let after = numbers(&browser.eval(losses));
+    assert!(close(&after, &on_cpu[10..], 1e-4), "{after:?} {on_cpu:?}");
+    let furthest = numbers(&browser.eval(pictures)).iter().zip(&drawn).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(furthest < 1e-3, "{furthest}");
+    // Where WebAssembly can't wait for a GPU, the page says so, and trains to the same bits on the CPU.
+    browser.open(&format!("file://{}?waitless{settings}", page.display()));
+    browser.until(&format!("{}.includes('JSPI') && {}", text("device"), state("ready")));
+    browser.eval(run);
+    browser.until(&state("finished"));
+    assert_eq!(numbers(&browser.eval(losses)), on_cpu);
+    let sent: Vec<String> = browser.requests().into_iter().filter(|url| !url.starts_with("blob:")).collect();
+    assert_eq!(sent.len(), 1, "{sent:?}");
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+}
+
+/// Whether numbers are the same but for this part of them.
+fn close(a: &[f64], b: &[f64], part: f64) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= part * b.abs())
 }

@@ -2,7 +2,7 @@
 //!
 //! | feature | what it reaches |
 //! |---|---|
-//! | `wgpu` (default) | any GPU with Vulkan, Metal or DirectX 12 |
+//! | `wgpu` (default) | any GPU with Vulkan, Metal or DirectX 12; in a browser, any with WebGPU |
 //! | `cuda` | NVIDIA GPUs, through the driver alone |
 
 #[cfg(feature = "cuda")]

@@ -3,8 +3,11 @@ const $ = (id) => document.getElementById(id);
 const SIDE = 8, DIGITS = 10;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let worker = null, run = false, steps = 0, seed = 1, parameters = 0, seconds = [];
-// What all workers run; those that there are, first the one that trains; how many have lent themselves to it.
-let script = null, module = null, workers = [], lent = 0;
+// What workers run, by the device on which they train. Each ends with its device; `kept` is what the next one goes on from, `next` its
+// device while that is asked for.
+let modules = {}, settings = [], device = "cpu", kept = null, next = null;
+// All workers, first the one that trains, and how many of the others have lent themselves to it as threads.
+let workers = [], lent = 0;
 let curve = { step: [], loss: [], mean: [] };
 
 function state(name, text) {
@@ -13,7 +16,7 @@ function state(name, text) {
 }
 
 function controls(on) {
-  for (const id of ["run", "restart", "guidance", "noise", "download", "load"]) $(id).disabled = !on;
+  for (const id of ["run", "restart", "devices", "guidance", "noise", "download", "load"]) $(id).disabled = !on;
 }
 
 // Rows of digits as grey pixels, -1 is black, with a pixel between them that nothing is drawn on.
@@ -62,25 +65,33 @@ function ran(on) {
 
 const heard = {
   // The worker's memory is there: others join it, and when all did, it begins.
-  memory({ memory, threads }) {
+  memory({ memory }) {
+    const { module, threads } = modules[device];
     while (workers.length < threads) start().postMessage({ call: "lend", module, memory });
   },
   lent() {
     lent += 1;
-    if (lent === workers.length - 1) worker.postMessage({ call: "share", threads: workers.length });
+    if (lent === workers.length - 1) worker.postMessage({ call: "share", threads: workers.length, kept });
   },
-  ready(told) {
+  ready({ step, ...told }) {
     ({ steps, parameters } = told);
-    curve = { step: [], loss: [], mean: [] };
+    const count = curve.step.filter((each) => each <= step).length;
+    curve = Object.fromEntries(Object.entries(curve).map(([name, values]) => [name, values.slice(0, count)]));
+    for (const row of [...$("story").children]) if (!step || Number(row.dataset.step) > step) row.remove();
     seconds = [];
-    $("story").replaceChildren();
-    $("loss").textContent = $("at").textContent = "";
-    $("progress").value = 0;
-    $("numbers").textContent = `${parameters.toLocaleString("en")} weights, ${steps} steps`;
+    if (!step) $("loss").textContent = $("at").textContent = "";
+    $("progress").value = step / steps;
+    $("numbers").textContent = step ? `step ${step} of ${steps}` : `${parameters.toLocaleString("en")} weights, ${steps} steps`;
     controls(true);
-    ran(false);
-    state("ready");
     chart();
+    if (step >= steps) return heard.ended();
+    ran(run);
+    if (run) worker.postMessage({ call: "run", on: true });
+    state(run ? "training" : step ? "paused" : "ready");
+  },
+  kept({ bytes, step }) {
+    kept = { bytes, step };
+    if (next) begin(next);
   },
   step({ step, loss, seconds: took }) {
     const before = curve.mean.length ? curve.mean[curve.mean.length - 1] : loss;
@@ -105,6 +116,7 @@ const heard = {
     if (mark === null) return;
     const canvas = document.createElement("canvas"), row = document.createElement("li"), name = document.createElement("span");
     canvas.className = "digits";
+    row.dataset.step = mark;
     draw(canvas, pixels, 0, 1);
     name.textContent = mark ? `step ${mark}` : "untrained";
     row.append(name, canvas);
@@ -128,12 +140,16 @@ const heard = {
     $("told").textContent = `${name} is loaded`;
   },
   refused({ call, text }) {
-    if (["init", "share", "lend"].includes(call)) return heard.failed({ text });
+    if (["init", "share", "lend"].includes(call) || next) return heard.failed({ text });
     $("told").textContent = text;
   },
   failed({ text }) {
-    // Without one of them the others would wait for it for ever.
-    for (const each of workers) each.terminate();
+    if (device === "gpu") {
+      begin("cpu");
+      $("device").textContent = `The GPU gave up (${text}). The CPU goes on${kept ? ` from step ${kept.step}` : ""}.`;
+      return;
+    }
+    end();
     ran(false);
     controls(false);
     state("failed");
@@ -148,45 +164,80 @@ async function unpacked(id) {
   return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
-// Memory is shared by workers where the page is alone in its process, which its server can say of it, and a file can't. More than
-// eight threads would find too little in a step of the digits.
+// The GPU that the browser gives pages, or in words why there is none to train on.
+async function gpu() {
+  if (!navigator.gpu) return "this browser gives pages no GPU (it has no WebGPU)";
+  if (!WebAssembly.Suspending) return "this browser's WebAssembly can't wait for a GPU (it has no JSPI)";
+  return (await navigator.gpu.requestAdapter().catch(() => null)) || "this browser finds no GPU that pages may use";
+}
+
+// Threads of the CPU. Workers share memory where the page is alone in its process, which its server can say of it, and a file can't. More
+// than eight would find too little in a step of the digits.
 function threads(asked) {
   const one = document.body.dataset.from === "file" ? "a file may have no more, and flowtape web serves a page that may"
     : document.body.dataset.from !== "threads" ? "this flowtape was built without the module for more"
     : !window.crossOriginIsolated ? "this browser lets the page have no more" : null;
   const count = one ? 1 : Math.min(asked || navigator.hardwareConcurrency || 1, 8);
-  $("threads").textContent = count > 1 ? `On ${count} threads of the CPU.` : `On one thread of the CPU${one ? ": " + one : ""}.`;
+  $("threads").textContent = `The CPU trains on ${count > 1 ? count + " threads" : "one thread"}${one ? ": " + one : ""}.`;
   return count;
 }
 
+// A worker of the device. One that has ended is not heard any more.
 function start() {
-  const begun = new Worker(script);
-  begun.onmessage = ({ data }) => heard[data.kind](data);
-  begun.onerror = (event) => heard.failed({ text: event.message || "a worker could not be started" });
+  const begun = new Worker(modules[device].script), there = () => workers.includes(begun);
+  begun.onmessage = ({ data }) => there() && heard[data.kind](data);
+  begun.onerror = (event) => there() && heard.failed({ text: event.message || "a worker could not be started" });
   workers.push(begun);
   return begun;
 }
 
+// Ends all workers: threads that wait for one that broke off would wait for ever.
+function end() {
+  for (const each of workers) each.terminate();
+  [workers, lent] = [[], 0];
+}
+
+// A worker that trains on a device: anew, or from what was kept.
+function begin(on) {
+  end();
+  [device, next] = [on, null];
+  controls(false);
+  document.querySelector(`#devices input[value=${on}]`).checked = true;
+  worker = start();
+  const { module, threads } = modules[on];
+  worker.postMessage({ call: "init", module, settings, device, kept, view: wanted(), threads });
+}
+
+// What its server has beside the page.
+async function fetched(path) {
+  const answer = await fetch(path);
+  if (!answer.ok) throw `${path}: ${await answer.text()}`;
+  return answer;
+}
+
 async function main() {
+  const script = (text) => URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
+  const one = { script: script($("worker").textContent), module: await WebAssembly.compile(await unpacked("wasm")), threads: 1 };
+  modules = { cpu: one, gpu: one };
   // Settings of the recipe in the address, for tests and the curious: page.html#seed=2&optimizer.lr=0.002, and threads=2
   const given = location.hash.length > 1 ? location.hash.slice(1).split("&").map(decodeURIComponent) : [];
-  const asked = given.find((setting) => /^threads=\d+$/.test(setting)), settings = given.filter((setting) => setting !== asked);
-  const count = threads(asked ? Number(asked.slice(8)) : 0);
-  const fetched = async (path) => {
-    const answer = await fetch(path);
-    if (!answer.ok) throw `${path}: ${await answer.text()}`;
-    return answer;
-  };
-  const text = count > 1 ? await (await fetched("threads.js")).text() : $("worker").textContent;
-  script = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
-  module = await WebAssembly.compile(count > 1 ? await (await fetched("threads.wasm")).arrayBuffer() : await unpacked("wasm"));
-  worker = start();
-  worker.postMessage({ call: "init", module, settings, threads: count });
+  const asked = given.find((setting) => /^threads=\d+$/.test(setting)), count = threads(asked ? Number(asked.slice(8)) : 0);
+  settings = given.filter((setting) => setting !== asked);
+  if (count > 1) {
+    const [text, module] = [await (await fetched("threads.js")).text(), await WebAssembly.compileStreaming(fetched("threads.wasm"))];
+    modules.cpu = { script: script(text), module, threads: count };
+  }
+  begin("cpu");
+  const found = await gpu(), named = ({ info }) => (info && (info.description || [info.vendor, info.architecture].join(" ").trim())) || "its name is not told";
+  $("devices").hidden = typeof found === "string";
+  $("device").textContent = typeof found === "string" ? `On the CPU alone: ${found}.` : `This browser's GPU: ${named(found)}.`;
 }
+
+const wanted = () => ({ guidance: Number($("guidance").value), seed });
 
 const view = () => {
   $("scale").textContent = Number($("guidance").value).toFixed(1);
-  worker.postMessage({ call: "view", guidance: Number($("guidance").value), seed });
+  worker.postMessage({ call: "view", ...wanted() });
 };
 $("guidance").addEventListener("input", view);
 $("noise").addEventListener("click", () => {
@@ -200,8 +251,16 @@ $("run").addEventListener("click", () => {
 });
 $("restart").addEventListener("click", () => {
   controls(false);
+  ran(false);
+  kept = null;
   state("", "starting over");
   worker.postMessage({ call: "restart" });
+});
+$("devices").addEventListener("change", (event) => {
+  next = event.target.value;
+  controls(false);
+  state("", `moving to the ${next.toUpperCase()}`);
+  worker.postMessage({ call: "keep" });
 });
 $("download").addEventListener("click", () => worker.postMessage({ call: "weights" }));
 $("load").addEventListener("change", async (event) => {

@@ -1,7 +1,10 @@
 //! The digits, trained where WebAssembly runs: what the page's worker calls (`assets/worker.js`).
 //!
-//! It is the trainer itself, on the recipe of `flowtape train digits`, on the CPU: on one thread, or on those of several workers that share
-//! the memory of a module that is built for it. Everything stays in the page.
+//! It is the trainer itself, on the recipe of `flowtape train digits`, on the CPU or on the browser's GPU (`gpu.rs`). On the CPU it has one
+//! thread, or those of several workers that share the memory of a module that is built for it. Everything stays in the page.
+
+#[cfg(all(target_arch = "wasm32", not(target_feature = "atomics")))]
+mod gpu;
 
 use std::sync::atomic::AtomicBool;
 
@@ -66,9 +69,7 @@ impl Digits {
     /// When a setting does not fit.
     #[wasm_bindgen(constructor)]
     pub fn new(settings: Vec<String>) -> Result<Self, String> {
-        let settings: Vec<String> = SETTINGS.map(String::from).into_iter().chain(settings).collect();
-        let recipe = Recipe::from_yaml("digits.yaml".as_ref(), RECIPE.as_bytes(), &settings).map_err(text)?;
-        Ok(Self { trainer: Trainer::new(&recipe).map_err(text)? })
+        Self::on(&Device::cpu(), settings)
     }
 
     /// Steps that the recipe has.
@@ -97,7 +98,13 @@ impl Digits {
     ///
     /// # Errors
     /// When a number is outside its range.
-    pub fn samples(&mut self, rows: usize, guidance: f64, inference_steps: usize, seed: u32) -> Result<Vec<f32>, String> {
+    pub fn samples(
+        &mut self,
+        rows: usize,
+        guidance: f64,
+        inference_steps: usize,
+        seed: u32,
+    ) -> Result<Vec<f32>, String> {
         let sampling = SamplingConfig {
             num_inference_steps: Some(inference_steps),
             guidance_scale: Some(guidance),
@@ -125,6 +132,30 @@ impl Digits {
     pub fn load_weights(&mut self, bytes: Vec<u8>) -> Result<(), String> {
         self.trainer.load_weights_from_bytes(bytes).map_err(text)
     }
+
+    /// All that training goes on from, here or on another device.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn checkpoint(&self) -> Result<Vec<u8>, String> {
+        self.trainer.to_bytes().map_err(text)
+    }
+
+    /// Goes on from a checkpoint of this model.
+    ///
+    /// # Errors
+    /// When the bytes are none, or that of another model.
+    pub fn restore(&mut self, checkpoint: Vec<u8>) -> Result<(), String> {
+        self.trainer.load_from_bytes(checkpoint).map_err(text)
+    }
+}
+
+impl Digits {
+    fn on(device: &Device, settings: Vec<String>) -> Result<Self, String> {
+        let settings: Vec<String> = SETTINGS.map(String::from).into_iter().chain(settings).collect();
+        let recipe = Recipe::from_yaml("digits.yaml".as_ref(), RECIPE.as_bytes(), &settings).map_err(text)?;
+        Ok(Self { trainer: Trainer::on(device, &recipe).map_err(text)? })
+    }
 }
 
 #[cfg(test)]
@@ -144,6 +175,8 @@ mod tests {
         assert_ne!(other.samples(2, 2.0, 2, 1).unwrap(), samples);
         other.load_weights(digits.weights().unwrap()).unwrap();
         assert_eq!(other.samples(2, 2.0, 2, 1).unwrap(), samples);
+        other.restore(digits.checkpoint().unwrap()).unwrap();
+        assert_eq!(other.step().unwrap().loss, digits.step().unwrap().loss);
         assert!(other.load_weights(vec![0; 3]).unwrap_err().contains("not a whole safetensors file"));
         assert!(other.samples(1, -1.0, 2, 1).unwrap_err().contains("guidance_scale"));
         assert!(Digits::new(vec!["sed=2".into()]).err().unwrap().contains("seed"));

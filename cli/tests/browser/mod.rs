@@ -30,6 +30,18 @@ pub struct Browser {
 impl Browser {
     /// Starts it. Without Chromium nothing is tested, which is said; `FLOWTAPE_REQUIRE=chromium` makes it a failure.
     pub fn start() -> Option<Self> {
+        Self::start_with(&["--disable-gpu"])
+    }
+
+    /// The same with WebGPU, in software, which is to compile kernels as they are: with the checks that browsers add it takes four times as
+    /// long.
+    pub fn start_with_gpu() -> Option<Self> {
+        let unchecked = "--enable-dawn-features=disable_robustness,disable_workgroup_init";
+        let software = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"];
+        Self::start_with(&[&software[..], &[unchecked]].concat())
+    }
+
+    fn start_with(gpu: &[&str]) -> Option<Self> {
         let is_there = |name: &&str| Command::new(name).arg("--version").output().is_ok_and(|out| out.status.success());
         let Some(name) = NAMES.into_iter().find(is_there) else {
             let required = std::env::var("FLOWTAPE_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "chromium"));
@@ -41,13 +53,7 @@ impl Browser {
         // It reads commands from file 3 and writes answers to file 4; a shell puts our pipes there.
         let mut shell = Command::new("sh");
         shell.args(["-c", "exec \"$0\" \"$@\" 3<&0 4>&1 0</dev/null 1>/dev/null 2>&1", name]);
-        shell.args([
-            "--headless=new",
-            "--remote-debugging-pipe",
-            "--no-first-run",
-            "--hide-scrollbars",
-            "--disable-gpu",
-        ]);
+        shell.args(["--headless=new", "--remote-debugging-pipe", "--no-first-run", "--hide-scrollbars"]).args(gpu);
         shell.args(["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"]);
         shell.arg(format!("--user-data-dir={}", profile.path().display()));
         let mut child = shell.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();

@@ -1,13 +1,14 @@
 //! The adapters: what they are and what they can do.
 
 use ::wgpu::{
-    Adapter, AdapterInfo, Backends, DeviceDescriptor, DeviceType, DownlevelFlags, Features, Instance,
+    Adapter, AdapterInfo, Backend, Backends, DeviceDescriptor, DeviceType, DownlevelFlags, Features, Instance,
     InstanceDescriptor,
 };
 use flowtape_engine::{Error, Result};
 
 use super::WgpuOptions;
 use super::matmul::Cooperative;
+use super::platform::wait;
 use super::queue::{Abilities, Bounds, Gpu};
 use super::tuning::{self, Tuning};
 use crate::DeviceReport;
@@ -21,13 +22,13 @@ const WANTED: [(&str, Features); 5] = [
     ("pipeline cache", Features::PIPELINE_CACHE),
 ];
 
-/// All adapters, in wgpu's order.
-pub(super) fn adapters() -> Vec<Adapter> {
+/// All adapters, in wgpu's order. A browser gives one at most.
+pub(super) fn adapters() -> Result<Vec<Adapter>> {
     let instance = Instance::new(InstanceDescriptor {
-        backends: Backends::VULKAN | Backends::METAL | Backends::DX12,
+        backends: Backends::VULKAN | Backends::METAL | Backends::DX12 | Backends::BROWSER_WEBGPU,
         ..InstanceDescriptor::new_without_display_handle_from_env()
     });
-    pollster::block_on(instance.enumerate_adapters(Backends::all()))
+    wait(instance.enumerate_adapters(Backends::all()))
 }
 
 /// Why an adapter can't run our kernels, if it can't.
@@ -52,7 +53,7 @@ fn unavailable(device: impl ToString, reason: impl ToString) -> Error {
 
 /// A device of adapter `index`; of the first that is usable, GPUs before software, if none is named.
 pub(super) fn open(index: Option<usize>, options: WgpuOptions) -> Result<Gpu> {
-    let found = adapters();
+    let found = adapters()?;
     let rank = |adapter: &Adapter| match adapter.get_info().device_type {
         DeviceType::DiscreteGpu => 0,
         DeviceType::IntegratedGpu | DeviceType::VirtualGpu => 1,
@@ -78,15 +79,16 @@ pub(super) fn open(index: Option<usize>, options: WgpuOptions) -> Result<Gpu> {
     bounds.bindings = bounds.bindings.min(options.max_bindings.unwrap_or(usize::MAX).max(8));
     bounds.workgroups = bounds.workgroups.min(options.max_workgroups.unwrap_or(u32::MAX).max(1));
     let abilities = abilities(&info, &device, adapter);
-    // What runs on the CPU is used for tests, and is slow to measure.
-    let tune = options.tune.or_else(tuning::asked).unwrap_or(info.device_type != DeviceType::Cpu);
+    // What runs on the CPU is used for tests, and is slow to measure. A browser keeps nothing that was measured.
+    let measures = info.device_type != DeviceType::Cpu && info.backend != Backend::BrowserWebGpu;
+    let tune = options.tune.or_else(tuning::asked).unwrap_or(measures);
     let title = format!("{}, {}, {} {}", info.name, info.backend, info.driver, info.driver_info);
     let tuning = Tuning::new(tune, title.trim(), tuning::default_file());
     Gpu::new((device, queue), format!("wgpu:{index}"), bounds, abilities, tuning)
 }
 
 /// A device with all limits of its adapter, and with those features that kernels make use of.
-fn request(adapter: &Adapter) -> Result<(::wgpu::Device, ::wgpu::Queue), ::wgpu::RequestDeviceError> {
+fn request(adapter: &Adapter) -> Result<(::wgpu::Device, ::wgpu::Queue), String> {
     let ask = |features: Features| {
         let descriptor = DeviceDescriptor {
             required_limits: adapter.limits(),
@@ -96,7 +98,7 @@ fn request(adapter: &Adapter) -> Result<(::wgpu::Device, ::wgpu::Queue), ::wgpu:
             experimental_features: unsafe { ::wgpu::ExperimentalFeatures::enabled() },
             ..DeviceDescriptor::default()
         };
-        pollster::block_on(adapter.request_device(&descriptor))
+        wait(adapter.request_device(&descriptor)).map_err(|e| e.to_string())?.map_err(|e| e.to_string())
     };
     let plain = Features::SUBGROUP | Features::SHADER_F16;
     ask(plain | Features::EXPERIMENTAL_COOPERATIVE_MATRIX).or_else(|_| ask(plain)).or_else(|_| ask(Features::empty()))
@@ -174,7 +176,7 @@ fn report(index: usize, adapter: &Adapter) -> DeviceReport {
 
 /// All adapters; one line that says so where there is none.
 pub fn reports() -> Vec<DeviceReport> {
-    let found = adapters();
+    let found = adapters().unwrap_or_default();
     if found.is_empty() {
         let reason =
             "no adapter: install a driver with Vulkan, Metal or DirectX 12 (mesa-vulkan-drivers is one in software)";
@@ -194,7 +196,7 @@ mod tests {
 
     #[test]
     fn every_adapter_is_reported_once_with_its_limits() {
-        let (found, reports) = (adapters(), reports());
+        let (found, reports) = (adapters().unwrap(), reports());
         assert_eq!(reports.len(), found.len().max(1));
         for (index, (adapter, report)) in found.iter().zip(&reports).enumerate() {
             assert_eq!(report.name, format!("wgpu:{index}"));

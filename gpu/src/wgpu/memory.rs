@@ -8,6 +8,8 @@ use flowtape_engine::backend::Buffer;
 use flowtape_engine::pool::{Pool, Pooled, Raw};
 use flowtape_engine::{Error, Result};
 
+use super::platform::guarded;
+
 /// A buffer and the last batch of commands that uses it.
 #[derive(Debug)]
 pub(super) struct Block {
@@ -57,19 +59,12 @@ impl Raw for Memory {
         if taken.saturating_add(bytes as u64) > most {
             return Err(failed(format!("{taken} of {most} bytes are taken")));
         }
-        let validation = self.device.push_error_scope(ErrorFilter::Validation);
-        let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
-        let buffer = self.device.create_buffer(&BufferDescriptor {
-            label: None,
-            size: bytes as u64,
-            usage,
-            mapped_at_creation: false,
-        });
-        let errors = [pollster::block_on(memory.pop()), pollster::block_on(validation.pop())];
-        match errors.into_iter().flatten().next() {
-            Some(error) => Err(failed(error.to_string())),
-            None => {
+        let descriptor = BufferDescriptor { label: None, size: bytes as u64, usage, mapped_at_creation: false };
+        let kinds = [ErrorFilter::Validation, ErrorFilter::OutOfMemory];
+        match guarded(&self.device, &kinds, || self.device.create_buffer(&descriptor)) {
+            (_, Some(error)) => Err(failed(error.to_string())),
+            (buffer, None) => {
                 self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
                 Ok(Arc::new(Block { buffer, batch: AtomicU64::new(0) }))
             }

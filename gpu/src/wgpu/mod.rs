@@ -1,4 +1,4 @@
-//! Any GPU that wgpu reaches: Vulkan, Metal or DirectX 12.
+//! Any GPU that wgpu reaches: Vulkan, Metal or DirectX 12, and WebGPU in a browser.
 //!
 //! | file | what is in it |
 //! |---|---|
@@ -9,6 +9,7 @@
 //! | `wgsl` | what all kernels' texts share: bindings, dtypes, programs |
 //! | `tile` | products of tiles, of which `matmul` and `attention` are made |
 //! | `tuning` | measured choices among kernels, kept on disk |
+//! | `platform` | waits and errors, which are others in a browser |
 //! | `pointwise`, `reduce`, `matmul`, `index`, `norm`, `attention`, `quant`, `random` | kernels and their launchers |
 
 mod adapter;
@@ -17,6 +18,7 @@ mod index;
 mod matmul;
 mod memory;
 mod norm;
+mod platform;
 mod pointwise;
 mod quant;
 mod queue;

@@ -14,9 +14,11 @@ use ::wgpu::{
 };
 use flowtape_engine::pool::{Pool, Pooled};
 use flowtape_engine::{DType, Error, Result};
+use futures_channel::oneshot;
 
 use super::matmul::Cooperative;
 use super::memory::{Block, Memory};
+use super::platform::{guarded, wait};
 use super::pointwise::Body;
 use super::tuning::Tuning;
 use super::view::{Access, BindingLimits, View};
@@ -291,34 +293,35 @@ impl Gpu {
     }
 
     fn compile(&self, name: &str, source: &str, layout: &BindGroupLayout) -> Result<Arc<ComputePipeline>> {
-        let scope = self.device.push_error_scope(ErrorFilter::Validation);
         let text = ShaderModuleDescriptor { label: Some(name), source: ShaderSource::Wgsl(source.into()) };
         // Checks inside of kernels cost a comparison for each access to a tile and a counter for each loop.
         let unchecked =
             ShaderRuntimeChecks { bounds_checks: false, force_loop_bounding: false, ..ShaderRuntimeChecks::checked() };
-        // SAFETY: the texts are our own. Positions come from shapes, whose reach `launch` compares with the memory, or
-        // from indices that the kernels compare with the tables' sizes; every loop counts up to a size.
-        let module = unsafe { self.device.create_shader_module_trusted(text, unchecked) };
-        let layout = self.device.create_pipeline_layout(&PipelineLayoutDescriptor {
-            label: None,
-            bind_group_layouts: &[Some(layout)],
-            immediate_size: 0,
-        });
-        let pipeline = self.device.create_compute_pipeline(&ComputePipelineDescriptor {
-            label: Some(name),
-            layout: Some(&layout),
-            module: &module,
-            entry_point: Some("main"),
-            compilation_options: ::wgpu::PipelineCompilationOptions {
-                // All kernels write their workgroup memory before they read it.
-                zero_initialize_workgroup_memory: false,
-                ..Default::default()
-            },
-            cache: None,
-        });
-        match pollster::block_on(scope.pop()) {
-            Some(error) => Err(failed(&self.name, format!("the kernel {name} does not compile: {error}"))),
-            None => Ok(Arc::new(pipeline)),
+        let make = || {
+            // SAFETY: the texts are our own. Positions come from shapes, whose reach `launch` compares with the memory,
+            // or from indices that the kernels compare with the tables' sizes; every loop counts up to a size.
+            let module = unsafe { self.device.create_shader_module_trusted(text, unchecked) };
+            let layout = self.device.create_pipeline_layout(&PipelineLayoutDescriptor {
+                label: None,
+                bind_group_layouts: &[Some(layout)],
+                immediate_size: 0,
+            });
+            self.device.create_compute_pipeline(&ComputePipelineDescriptor {
+                label: Some(name),
+                layout: Some(&layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: ::wgpu::PipelineCompilationOptions {
+                    // All kernels write their workgroup memory before they read it.
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache: None,
+            })
+        };
+        match guarded(&self.device, &[ErrorFilter::Validation], make) {
+            (_, Some(error)) => Err(failed(&self.name, format!("the kernel {name} does not compile: {error}"))),
+            (pipeline, None) => Ok(Arc::new(pipeline)),
         }
     }
 
@@ -434,8 +437,12 @@ impl Gpu {
     /// Waits for all commands so far.
     pub(super) fn finish(&self) -> Result<()> {
         self.submit(&mut lock(&self.batch));
+        let (tell, told) = oneshot::channel();
+        self.queue.on_submitted_work_done(move || tell.send(()).unwrap_or_default());
         self.device.poll(PollType::wait_indefinitely()).map_err(|e| failed(&self.name, e))?;
-        self.check()
+        let done = wait(told)?;
+        self.check()?;
+        done.map_err(|e| failed(&self.name, e))
     }
 
     /// Gives the device up.
@@ -489,6 +496,7 @@ mod tests {
         assert!(matches!(read(), Err(Error::DeviceFailed { .. } | Error::OutOfMemory { .. })));
         let error = gpu.check().unwrap_err().to_string();
         assert!(error.contains("last checkpoint"), "{error}");
+        assert!(gpu.finish().is_err());
         Ok(())
     }
 

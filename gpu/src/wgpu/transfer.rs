@@ -7,8 +7,10 @@ use std::sync::{Arc, OnceLock};
 use ::wgpu::{BufferDescriptor, BufferUsages, ErrorFilter, MapMode, PollType, SubmissionIndex};
 use flowtape_engine::backend::Pending;
 use flowtape_engine::{Error, Result};
+use futures_channel::oneshot;
 
 use super::memory::Block;
+use super::platform::{guarded, wait};
 use super::queue::{Gpu, Launch, failed, lock, words};
 use super::view::Access;
 use super::wgsl;
@@ -69,14 +71,15 @@ impl Gpu {
         let start = bytes.start / 4 * 4;
         let size = ((bytes.end - start).max(1) as u64).next_multiple_of(4);
         let bytes = bytes.start - start..bytes.end - start;
-        let memory = self.device.push_error_scope(ErrorFilter::OutOfMemory);
-        let staging = self.device.create_buffer(&BufferDescriptor {
+        let descriptor = BufferDescriptor {
             label: Some("download"),
             size: size + 4,
             usage: BufferUsages::MAP_READ | BufferUsages::COPY_DST,
             mapped_at_creation: false,
-        });
-        if let Some(error) = pollster::block_on(memory.pop()) {
+        };
+        let make = || self.device.create_buffer(&descriptor);
+        let (staging, error) = guarded(&self.device, &[ErrorFilter::OutOfMemory], make);
+        if let Some(error) = error {
             return Err(Error::OutOfMemory {
                 device: self.name.clone(),
                 bytes: size as usize,
@@ -113,14 +116,15 @@ impl Pending for Read {
         if submitted.get().is_none() {
             gpu.submit(&mut lock(&gpu.batch));
         }
-        let (sender, receiver) = std::sync::mpsc::channel();
-        staging.map_async(MapMode::Read, .., move |result| drop(sender.send(result)));
+        let (tell, told) = oneshot::channel();
+        staging.map_async(MapMode::Read, .., move |result| drop(tell.send(result)));
         // For this submission alone: later ones go on.
         let until = PollType::Wait { submission_index: submitted.get().cloned(), timeout: None };
         gpu.device.poll(until).map_err(|e| wrong(&e))?;
+        // Another thread may have been told first, and still be telling us; a browser tells when it is waited for.
+        let mapped = wait(told)?;
         gpu.check()?;
-        // Another thread may have been told first, and still be telling us.
-        receiver.recv().map_err(|e| wrong(&e))?.map_err(|e| wrong(&e))?;
+        mapped.map_err(|e| wrong(&e))?.map_err(|e| wrong(&e))?;
         let values = staging.get_mapped_range(..).map_err(|e| wrong(&e))?;
         let fault: u32 = bytemuck::pod_read_unaligned(&values[values.len() - 4..]);
         if fault > 0 {

@@ -84,10 +84,10 @@ impl Tuning {
         std::fs::create_dir_all(folder)?;
         let mut all = load(file);
         all.entry(self.adapter.clone()).or_default().extend(choices.clone());
-        let mut builder = tempfile::Builder::new();
+        let builder = &mut tempfile::Builder::new();
         // The rights of any new file: the umask takes away what it must.
         #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let builder = builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let mut new = builder.tempfile_in(folder)?;
         serde_json::to_writer_pretty(&mut new, &all)?;
         new.write_all(b"\n")?;

@@ -3,9 +3,10 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use flowtape_engine::backend::Pending;
+use flowtape_engine::platform::Instant;
 use flowtape_engine::{DType, Result};
 
 use super::super::queue::Gpu;
