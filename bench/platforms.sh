@@ -9,7 +9,7 @@
 # runs operations and one model alone; and it runs no tests of the engine.
 #
 # `page` is that of `flowtape web`: it builds both modules of web/, for one thread and for several, and runs the tests that drive them in
-# headless Chromium, one of which wants the weights of both to be those of this machine's portable kernels.
+# headless Chromium, one of which wants the same weights of both.
 #
 # It wants Debian 12 and fetches what is missing: Debian's own Rust (rustc-web), since it has the sources of the standard library and
 # builds of it for other machines; cross compilers; qemu; wasmtime; zig. What it fetches and builds lies in target/platforms, or in
