@@ -3,10 +3,13 @@
 # table: goldens, files of tensors exchanged both ways with this machine, 20 steps of the digits into a run folder, whose losses and
 # weights are laid beside this machine's, time, size. docs/PLATFORMS.md has the last one.
 #
-#     bench/platforms.sh [--short] NAME…|all        names: i686 aarch64 armv7 s390x musl glibc wasip1
+#     bench/platforms.sh [--short] NAME…|all        names: i686 aarch64 armv7 s390x musl glibc wasip1 page
 #
 # --short leaves out the statistics of noise levels, which are longer than all the rest; of a platform's lesser instruction sets it
 # runs operations and one model alone; and it runs no tests of the engine.
+#
+# `page` is that of `flowtape web`: it builds both modules of web/, for one thread and for several, and runs the tests that drive them in
+# headless Chromium, one of which wants the same weights of both.
 #
 # It wants Debian 12 and fetches what is missing: Debian's own Rust (rustc-web), since it has the sources of the standard library and
 # builds of it for other machines; cross compilers; qemu; wasmtime; zig. What it fetches and builds lies in target/platforms, or in
@@ -15,10 +18,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=$PWD
-all=(i686 aarch64 armv7 s390x musl glibc wasip1)
+all=(i686 aarch64 armv7 s390x musl glibc wasip1 page)
 short=
 [ "${1-}" != --short ] || { short=yes && shift; }
-[ $# -gt 0 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
 [ "$1" != all ] || set -- "${all[@]}"
 
 export FLOWTAPE_PLATFORMS=${FLOWTAPE_PLATFORMS:-$here/target/platforms}
@@ -177,10 +180,26 @@ beside() {
         END { printf "%s x86-64 (%s) by %.0e\n", worst <= near && NR == 20 ? "within" : "FAILED: off", like, worst }'
 }
 
+page() { # a row of its own: what runs there is the page
+    local before=$SECONDS built tests=passed
+    need chromium lld-22
+    web/build.sh >&2
+    web/build.sh threads >&2
+    built=$((SECONDS - before)) before=$SECONDS
+    FLOWTAPE_REQUIRE=chromium,web,web-threads cargo test --quiet --workspace --test web >&2 || tests=FAILED failed=1
+    size=$(du --bytes --summarize --exclude threads web/pkg | awk '{ print int($1 / 1000) }')
+    rows+=("| page | headless Chromium, 1 to 3 threads | its tests $tests, in $((SECONDS - before)) s | | | $built s | $size kB |")
+}
+
 rows=()
 failed=0
 for name in "$@"; do
     flock "$turn"
+    if [ "$name" = page ]; then
+        page
+        flock --unlock "$turn"
+        continue
+    fi
     platform "$name"
     before=$SECONDS
     program=$out/$name.program

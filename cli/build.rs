@@ -2,19 +2,34 @@
 
 use std::path::PathBuf;
 
+/// What the binary holds of it; files that are not there are empty. The page's module for one thread, and that for several.
+const FILES: [&str; 2] = ["flowtape_web.js", "flowtape_web_bg.wasm"];
+const FOLDERS: [&str; 2] = ["", "threads"];
+
 fn main() {
-    println!("cargo::rustc-check-cfg=cfg(flowtape_web)");
     println!("cargo::rerun-if-env-changed=FLOWTAPE_WEB");
-    let Some(folder) = std::env::var_os("FLOWTAPE_WEB").filter(|folder| !folder.is_empty()) else { return };
+    let folder = std::env::var_os("FLOWTAPE_WEB").filter(|folder| !folder.is_empty()).map(PathBuf::from);
     // Cargo runs this in the crate's folder, its caller most often in the workspace's.
-    let folder = PathBuf::from(folder);
-    let found =
-        [folder.clone(), PathBuf::from("..").join(&folder)].into_iter().find_map(|path| path.canonicalize().ok());
-    let Some(folder) = found else {
-        println!("cargo::error=FLOWTAPE_WEB: there is no folder {}; web/build.sh makes web/pkg", folder.display());
-        return;
-    };
-    println!("cargo::rerun-if-changed={}", folder.display());
-    println!("cargo::rustc-env=FLOWTAPE_WEB_FOLDER={}", folder.display());
-    println!("cargo::rustc-cfg=flowtape_web");
+    let found = folder.as_ref().and_then(|folder| {
+        [folder.clone(), PathBuf::from("..").join(folder)].into_iter().find_map(|path| path.canonicalize().ok())
+    });
+    match (&folder, &found) {
+        (Some(folder), None) => {
+            println!("cargo::error=FLOWTAPE_WEB: there is no folder {}; web/build.sh makes web/pkg", folder.display());
+        }
+        (_, Some(found)) => println!("cargo::rerun-if-changed={}", found.display()),
+        (None, None) => {}
+    }
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default()).join("web");
+    for folder in FOLDERS {
+        for file in FILES {
+            let held =
+                found.as_ref().and_then(|found| std::fs::read(found.join(folder).join(file)).ok()).unwrap_or_default();
+            let kept = std::fs::create_dir_all(out.join(folder))
+                .and_then(|()| std::fs::write(out.join(folder).join(file), held));
+            if let Err(error) = kept {
+                println!("cargo::error={}: {error}", out.display());
+            }
+        }
+    }
 }

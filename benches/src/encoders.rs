@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::Result;
+use crate::step::process;
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -41,11 +42,16 @@ pub struct EncoderMeasurement {
     pub s_min: f64,
     /// MiB of tensors at most, weights included.
     pub tensors_mb: u64,
+    /// MiB of the process at most; of all that ran before, too.
+    pub process_mb: u64,
 }
 
 /// Layers of T5-XXL that are measured, and tokens.
 const T5_LAYERS: usize = 4;
 const T5_TOKENS: usize = 512;
+
+/// Side of what is run before, in pixels.
+const SMALL: usize = 64;
 
 /// Name, configuration, and the pixels of a sample.
 fn works() -> Vec<(&'static str, Value, Vec<usize>)> {
@@ -74,18 +80,21 @@ pub fn encoders(options: &EncoderOptions, mut report: impl FnMut(&EncoderMeasure
             continue;
         }
         let placement = Placement::frozen(options.dtype);
-        let params = ParamBuilder::with_plan(0, placement, &options.device);
+        let params = ParamBuilder::with_plan(0, placement, &options.device).lazy();
         let kind = AutoencoderKind::of_class(config["_class_name"].as_str().unwrap_or_default())?;
         let mut model = (kind.new)(&kind.config.complete(&config)?, &params)?;
         model.set_tiling(options.tile.map(Tiling::square))?;
         let normal = |dims: &[usize]| -> Result<Tensor> {
             Ok(Philox::new(1).normal(dims, &options.device)?.to_dtype(options.dtype)?)
         };
-        let (x, z) = (normal(&pixels)?, normal(&model.latent_dims(&pixels))?);
         let runs: [(&str, Run); 2] =
             [("encode", |model, x| Ok(model.encode(x)?.mean)), ("decode", |model, z| Ok(model.decode(z)?))];
-        for ((way, run), input) in runs.into_iter().zip([&x, &z]).filter(|((way, _), _)| wanted(way)) {
-            report(&measured(options, format!("{name} {way}"), shape.clone(), || run(&*model, input))?);
+        for (way, run) in runs.into_iter().filter(|(way, _)| wanted(way)) {
+            let input = |dims: &[usize]| normal(&if way == "encode" { dims.to_vec() } else { model.latent_dims(dims) });
+            // Weights come with their first use.
+            run(&*model, &input(&[&pixels[..pixels.len() - 2], &[SMALL; 2]].concat())?)?;
+            let input = input(&pixels)?;
+            report(&measured(options, format!("{name} {way}"), shape.clone(), || run(&*model, &input))?);
         }
     }
     let (name, shape) = ("t5-xxl encode".to_owned(), format!("{T5_LAYERS}x{T5_TOKENS}"));
@@ -94,8 +103,12 @@ pub fn encoders(options: &EncoderOptions, mut report: impl FnMut(&EncoderMeasure
             T5Config { d_model: 4096, d_ff: 10_240, num_heads: 64, num_layers: T5_LAYERS, ..T5Config::default() };
         let params = ParamBuilder::with_plan(0, Placement::frozen(options.dtype), &options.device);
         let model = T5EncoderModel::new(config, false, &params)?;
-        let tokens = Tensor::from_vec((0..T5_TOKENS as u32).collect::<Vec<u32>>(), &[1, T5_TOKENS], &options.device)?;
-        report(&measured(options, name, shape, || Ok(model.forward(&tokens, None)?.last_hidden_state))?);
+        let run = |tokens: usize| -> Result<Tensor> {
+            let tokens = Tensor::from_vec((0..tokens as u32).collect(), &[1, tokens], &options.device)?;
+            Ok(model.forward(&tokens, None)?.last_hidden_state)
+        };
+        run(T5_TOKENS / 32)?;
+        report(&measured(options, name, shape, || run(T5_TOKENS))?);
     }
     Ok(())
 }
@@ -122,6 +135,7 @@ fn measured(
         threads: rayon::current_num_threads(),
         s_min: fastest,
         tensors_mb: options.device.backend().memory().peak >> 20,
+        process_mb: process::peak_memory() >> 20,
     })
 }
 

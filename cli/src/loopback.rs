@@ -92,6 +92,9 @@ impl<F: Fn(&str) -> Answer> Site<F> {
             ("Referrer-Policy", "no-referrer"),
             ("X-Frame-Options", "DENY"),
             ("Cross-Origin-Resource-Policy", "same-origin"),
+            // Alone in its process, a page may share memory with its workers.
+            ("Cross-Origin-Opener-Policy", "same-origin"),
+            ("Cross-Origin-Embedder-Policy", "require-corp"),
         ];
         headers.extend(answer.tag.as_deref().map(|tag| ("ETag", tag)));
         for (name, value) in headers {

@@ -1,13 +1,12 @@
 //! The page of runs, in a real browser: `flowtape report` and `flowtape watch`.
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests may panic
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-use browser::{Browser, http};
+use browser::{Browser, Served, http};
 use common::{failure, flowtape, stdout};
 
 mod browser;
@@ -38,34 +37,6 @@ fn append(path: &Path, text: &str) {
 fn url(path: &Path) -> String {
     let path = path.to_string_lossy().replace('%', "%25").replace('#', "%23").replace('?', "%3F").replace(' ', "%20");
     format!("file://{path}")
-}
-
-/// Kept until it is dropped.
-struct Watching(Child, String);
-
-impl Watching {
-    fn start(runs: &[&Path]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_flowtape"));
-        let mut child = command.arg("watch").args(runs).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let mut address = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
-        Self(child, address.trim_end().to_owned())
-    }
-
-    fn port(&self) -> u16 {
-        self.1.trim_start_matches("http://127.0.0.1:").split('/').next().unwrap().parse().unwrap()
-    }
-
-    fn token(&self) -> &str {
-        self.1.trim_end_matches('/').rsplit('/').next().unwrap()
-    }
-}
-
-impl Drop for Watching {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]
@@ -241,9 +212,10 @@ fn a_live_page_brings_news_to_this_machine_alone() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     train(&run, &[]);
-    let watching = Watching::start(&[&run]);
+    let watch = || Served::start(&["watch", run.to_str().unwrap()]);
+    let watching = watch();
     let (port, token) = (watching.port(), watching.token().to_owned());
-    assert!(token.len() == 32 && Watching::start(&[&run]).token() != token);
+    assert!(token.len() == 32 && watch().token() != token);
     let ask = |method: &str, path: &str, host: &str| {
         let answer = http(port, &format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"));
         (answer.split(' ').nth(1).unwrap_or_default().to_owned(), answer)

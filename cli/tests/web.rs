@@ -2,30 +2,38 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // the helpers of tests may panic, and say what they skip
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use browser::Browser;
+use browser::{Browser, Served};
 use common::{failure, flowtape, stdout};
 
 mod browser;
 mod common;
 
-/// The folder of the page's WebAssembly, where it was built.
-fn module() -> Option<PathBuf> {
+/// The folder of the page's WebAssembly, where it was built: with that for several `threads`, if that is asked.
+fn module(threads: bool) -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../web/pkg");
-    if folder.join("flowtape_web_bg.wasm").exists() {
+    let (name, part, build) =
+        if threads { ("web-threads", "threads", "web/build.sh threads") } else { ("web", ".", "web/build.sh") };
+    if folder.join("flowtape_web_bg.wasm").exists() && folder.join(part).join("flowtape_web_bg.wasm").exists() {
         return Some(folder);
     }
-    let required = std::env::var("FLOWTAPE_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "web"));
-    assert!(!required, "FLOWTAPE_REQUIRE=web, and web/build.sh did not run");
-    println!("skipped: web/build.sh did not run");
+    let required = std::env::var("FLOWTAPE_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == name));
+    assert!(!required, "FLOWTAPE_REQUIRE={name}, and {build} did not run");
+    println!("skipped: {build} did not run");
     None
 }
 
 /// A small model, so that a step takes a few milliseconds.
 const SMALL: &str =
     "#model.num_layers=1&model.num_single_layers=0&step_scheduler.local_batch_size=8&step_scheduler.max_steps=60";
+
+/// Waits until a download is there.
+fn wait_for(file: &Path) {
+    (0..100).take_while(|_| !file.exists()).for_each(|_| std::thread::sleep(Duration::from_millis(50)));
+}
 
 /// The pictures that stand there.
 const PIXELS: &str = "document.getElementById('samples').toDataURL()";
@@ -38,7 +46,7 @@ fn without_its_module_it_says_how_to_build_one() {
 
 #[test]
 fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
-    let (Some(module), Some(mut browser)) = (module(), Browser::start()) else { return };
+    let (Some(module), Some(mut browser)) = (module(false), Browser::start()) else { return };
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("page.html");
     stdout(&flowtape(&["web", "--module", module.to_str().unwrap(), "--out", page.to_str().unwrap()]));
@@ -57,9 +65,9 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     browser.until("document.querySelectorAll('#story li').length >= 3");
     browser.eval("document.getElementById('run').click()");
     let step = "Number(document.getElementById('numbers').textContent.split(' ')[1])";
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    std::thread::sleep(Duration::from_millis(500));
     let paused = browser.eval(step);
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    std::thread::sleep(Duration::from_millis(500));
     assert!(paused.as_f64().unwrap() >= 20.0 && browser.eval(step) == paused, "{paused}");
     // Guidance and noise change the pictures, the same ones give the same.
     let slide = |browser: &mut Browser, to: f64| {
@@ -77,7 +85,7 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     browser.until("document.getElementById('told').textContent.includes('.safetensors')");
     let name = browser.eval("document.getElementById('told').textContent.split(',')[0]").as_str().unwrap().to_owned();
     let file = folder.path().join(name);
-    (0..100).take_while(|_| !file.exists()).for_each(|_| std::thread::sleep(std::time::Duration::from_millis(50)));
+    wait_for(&file);
     browser.eval("document.getElementById('restart').click()");
     browser.until("document.getElementById('state').textContent === 'ready'");
     let fresh = slide(&mut browser, 1.0);
@@ -114,6 +122,36 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
             browser.picture(&format!("web-{what}"), width, dark);
         }
     }
+}
+
+#[test]
+fn a_served_page_trains_on_threads_to_the_bits_of_one() {
+    let (Some(module), Some(mut browser)) = (module(true), Browser::start()) else { return };
+    let served = Served::start(&["web", "--module", module.to_str().unwrap()]);
+    let folder = tempfile::tempdir().unwrap();
+    let mut weights = Vec::new();
+    for (threads, told) in
+        [(1, "The CPU trains on one thread."), (2, "The CPU trains on 2 threads."), (3, "The CPU trains on 3 threads.")]
+    {
+        let to = folder.path().join(threads.to_string());
+        std::fs::create_dir(&to).unwrap();
+        browser.call("Page.setDownloadBehavior", json!({ "behavior": "allow", "downloadPath": to }));
+        browser.open(&format!("{}?{threads}{SMALL}&threads={threads}", served.1));
+        assert_eq!(browser.eval("window.crossOriginIsolated"), true);
+        browser.until("document.getElementById('state').textContent === 'ready'");
+        assert_eq!(browser.eval("document.getElementById('threads').textContent"), told);
+        browser.eval("document.getElementById('run').click()");
+        browser.until("document.getElementById('state').textContent === 'finished'");
+        browser.eval("document.getElementById('download').click()");
+        let file = to.join("digits-step-60.safetensors");
+        wait_for(&file);
+        weights.push(std::fs::read(file).unwrap());
+        assert_eq!(browser.complaints(), Vec::<String>::new());
+        for asked in browser.requests() {
+            assert!(asked.starts_with(&served.1) || asked.starts_with("blob:"), "{asked}");
+        }
+    }
+    assert!(weights.iter().all(|each| *each == weights[0]));
 }
 
 /// Runs before the page's script: keeps what workers tell, and lets a test stop them at a step, and take their GPU away, or what waits
@@ -153,7 +191,7 @@ const LISTEN: &str = r#"
 
 #[test]
 fn on_webgpu_the_page_trains_as_on_the_cpu_which_goes_on_when_the_gpu_is_lost() {
-    let (Some(module), Some(mut browser)) = (module(), Browser::start_with_gpu()) else { return };
+    let (Some(module), Some(mut browser)) = (module(false), Browser::start_with_gpu()) else { return };
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("page.html");
     stdout(&flowtape(&["web", "--module", module.to_str().unwrap(), "--out", page.to_str().unwrap()]));

@@ -1,22 +1,73 @@
-//! What platforms differ in, in one place each: the clock, threads, how the bytes of a file come to memory, and the last digit of a sine.
+//! What platforms differ in, in one place each: the clock, threads, how the bytes of a file come to memory, and the last digits of sines and
+//! logarithms.
 //!
 //! What threads do together is in `cpu::awake`; instruction sets are the CPU backend's.
 
 use std::io::Result;
 use std::ops::Deref;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use rayon::{ThreadBuilder, ThreadPoolBuilder};
 
 /// The standard library's clocks, and the page's where a browser is the machine: `std::time::Instant::now` panics there.
 pub use web_time::{Instant, SystemTime, UNIX_EPOCH};
 
-/// Whether a program can start threads: one of WebAssembly has the thread that it is called on, and no other.
+/// Whether a program can start threads: one of WebAssembly has the thread that it is called on, and those that are lent to it
+/// ([`lend_thread`]), which share operations alone.
 pub const HAS_THREADS: bool = !cfg!(target_family = "wasm");
+
+/// What lent threads are to become: threads of rayon's pool.
+static WANTED: Mutex<Vec<ThreadBuilder>> = Mutex::new(Vec::new());
+/// Tells them that there is something.
+static CALL: Condvar = Condvar::new();
+/// Those in the pool.
+static LENT: AtomicUsize = AtomicUsize::new(0);
+
+/// Lends the calling thread to a program that can start none itself, such as one in a page, whose workers are started by the page: it
+/// waits until [`share_lent_threads`] takes it, and works then as a thread of rayon's global pool, which lives as long as the program.
+pub fn lend_thread() {
+    let wanted = WANTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut wanted = CALL.wait_while(wanted, |wanted| wanted.is_empty()).unwrap_or_else(PoisonError::into_inner);
+    let thread = wanted.pop();
+    drop(wanted);
+    if let Some(thread) = thread {
+        thread.run();
+    }
+}
+
+/// Makes rayon's global pool of the calling thread and `others` that are lent, and waits until these are there. Operations that the
+/// calling thread starts are shared by all of them, in [`awake`](crate::cpu::awake).
+///
+/// # Errors
+/// When there is such a pool already.
+pub fn share_lent_threads(others: usize) -> Result<()> {
+    let pool = ThreadPoolBuilder::new().num_threads(1 + others).use_current_thread().spawn_handler(|thread| {
+        WANTED.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        CALL.notify_one();
+        Ok(())
+    });
+    pool.build_global().map_err(std::io::Error::other)?;
+    LENT.store(others, Ordering::Relaxed);
+    Ok(())
+}
+
+/// Cores that this program may use. Where the system does not say, one, and one for each thread that is lent.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or_else(|_| 1 + LENT.load(Ordering::Relaxed), usize::from)
+}
 
 /// Sine and cosine, the same bits on every platform: by those of f64, whose last digits are rounded away. C's libraries differ in the
 /// last digit of one f32 in eighty.
 pub fn sin_cos(x: f32) -> (f32, f32) {
     let (sin, cos) = f64::from(x).sin_cos();
     (sin as f32, cos as f32)
+}
+
+/// The natural logarithm, likewise.
+pub fn ln(x: f32) -> f32 {
+    f64::from(x).ln() as f32
 }
 
 /// The bytes of a file: mapped where the system maps files (and the feature `mmap` is on), else read to memory.

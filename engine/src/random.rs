@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::backend::call::{Call, Upload, has_dtype, is_dense};
 use crate::backend::{Distribution, FusedCall, Ran, operands, run_fused};
-use crate::platform::sin_cos;
+use crate::platform::{ln, sin_cos};
 use crate::{DType, Device, Element, Result, Tensor};
 
 /// Numbers of one parallel piece: a multiple of a block's four.
@@ -202,7 +202,7 @@ impl Philox {
 
 /// Two normal numbers; the first uniform is moved off zero by half a step, so that its logarithm is finite.
 fn box_muller(a: u32, b: u32) -> [f32; 2] {
-    let radius = (-2.0 * (unit(a) + 0.5 / 16_777_216.0).ln()).sqrt();
+    let radius = (-2.0 * ln(unit(a) + 0.5 / 16_777_216.0)).sqrt();
     let (sine, cosine) = sin_cos(std::f32::consts::TAU * unit(b));
     [radius * cosine, radius * sine]
 }

@@ -78,8 +78,9 @@ impl TimestepSampling {
     }
 }
 
+/// By the exponential of f64: that of f32 has another last digit in each of C's libraries.
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+    1.0 / (1.0 + f64::from(-x).exp() as f32)
 }
 
 /// The inverse distribution function of mode sampling, not clamped.

@@ -6,6 +6,8 @@ let worker = null, run = false, steps = 0, seed = 1, parameters = 0, seconds = [
 // What workers run, by the device on which they train. Each ends with its device; `kept` is what the next one goes on from, `next` its
 // device while that is asked for.
 let modules = {}, settings = [], device = "cpu", kept = null, next = null;
+// All workers, first the one that trains, and how many of the others have lent themselves to it as threads.
+let workers = [], lent = 0;
 let curve = { step: [], loss: [], mean: [] };
 
 function state(name, text) {
@@ -62,6 +64,15 @@ function ran(on) {
 }
 
 const heard = {
+  // The worker's memory is there: others join it, and when all did, it begins.
+  memory({ memory }) {
+    const { module, threads } = modules[device];
+    while (workers.length < threads) start().postMessage({ call: "lend", module, memory });
+  },
+  lent() {
+    lent += 1;
+    if (lent === workers.length - 1) worker.postMessage({ call: "share", threads: workers.length, kept });
+  },
   ready({ step, ...told }) {
     ({ steps, parameters } = told);
     const count = curve.step.filter((each) => each <= step).length;
@@ -129,7 +140,7 @@ const heard = {
     $("told").textContent = `${name} is loaded`;
   },
   refused({ call, text }) {
-    if (call === "init" || next) return heard.failed({ text });
+    if (["init", "share", "lend"].includes(call) || next) return heard.failed({ text });
     $("told").textContent = text;
   },
   failed({ text }) {
@@ -138,6 +149,7 @@ const heard = {
       $("device").textContent = `The GPU gave up (${text}). The CPU goes on${kept ? ` from step ${kept.step}` : ""}.`;
       return;
     }
+    end();
     ran(false);
     controls(false);
     state("failed");
@@ -159,24 +171,62 @@ async function gpu() {
   return (await navigator.gpu.requestAdapter().catch(() => null)) || "this browser finds no GPU that pages may use";
 }
 
+// Threads of the CPU. Workers share memory where the page is alone in its process, which its server can say of it, and a file can't. More
+// than eight would find too little in a step of the digits.
+function threads(asked) {
+  const one = document.body.dataset.from === "file" ? "a file may have no more, and flowtape web serves a page that may"
+    : document.body.dataset.from !== "threads" ? "this flowtape was built without the module for more"
+    : !window.crossOriginIsolated ? "this browser lets the page have no more" : null;
+  const count = one ? 1 : Math.min(asked || navigator.hardwareConcurrency || 1, 8);
+  $("threads").textContent = `The CPU trains on ${count > 1 ? count + " threads" : "one thread"}${one ? ": " + one : ""}.`;
+  return count;
+}
+
+// A worker of the device. One that has ended is not heard any more.
+function start() {
+  const begun = new Worker(modules[device].script), there = () => workers.includes(begun);
+  begun.onmessage = ({ data }) => there() && heard[data.kind](data);
+  begun.onerror = (event) => there() && heard.failed({ text: event.message || "a worker could not be started" });
+  workers.push(begun);
+  return begun;
+}
+
+// Ends all workers: threads that wait for one that broke off would wait for ever.
+function end() {
+  for (const each of workers) each.terminate();
+  [workers, lent] = [[], 0];
+}
+
 // A worker that trains on a device: anew, or from what was kept.
 function begin(on) {
-  if (worker) worker.terminate();
+  end();
   [device, next] = [on, null];
   controls(false);
   document.querySelector(`#devices input[value=${on}]`).checked = true;
-  const { script, module } = modules[on], begun = worker = new Worker(script);
-  worker.onmessage = ({ data }) => begun === worker && heard[data.kind](data);
-  worker.onerror = (event) => begun === worker && heard.failed({ text: event.message || "the worker could not be started" });
-  worker.postMessage({ call: "init", module, settings, device, kept, view: wanted() });
+  worker = start();
+  const { module, threads } = modules[on];
+  worker.postMessage({ call: "init", module, settings, device, kept, view: wanted(), threads });
+}
+
+// What its server has beside the page.
+async function fetched(path) {
+  const answer = await fetch(path);
+  if (!answer.ok) throw `${path}: ${await answer.text()}`;
+  return answer;
 }
 
 async function main() {
-  const module = await WebAssembly.compile(await unpacked("wasm"));
-  const script = URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" }));
-  modules = { cpu: { script, module }, gpu: { script, module } };
-  // Settings of the recipe in the address, for tests and the curious: page.html#seed=2&optimizer.lr=0.002
-  settings = location.hash.length > 1 ? location.hash.slice(1).split("&").map(decodeURIComponent) : [];
+  const script = (text) => URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
+  const one = { script: script($("worker").textContent), module: await WebAssembly.compile(await unpacked("wasm")), threads: 1 };
+  modules = { cpu: one, gpu: one };
+  // Settings of the recipe in the address, for tests and the curious: page.html#seed=2&optimizer.lr=0.002, and threads=2
+  const given = location.hash.length > 1 ? location.hash.slice(1).split("&").map(decodeURIComponent) : [];
+  const asked = given.find((setting) => /^threads=\d+$/.test(setting)), count = threads(asked ? Number(asked.slice(8)) : 0);
+  settings = given.filter((setting) => setting !== asked);
+  if (count > 1) {
+    const [text, module] = [await (await fetched("threads.js")).text(), await WebAssembly.compileStreaming(fetched("threads.wasm"))];
+    modules.cpu = { script: script(text), module, threads: count };
+  }
   begin("cpu");
   const found = await gpu(), named = ({ info }) => (info && (info.description || [info.vendor, info.architecture].join(" ").trim())) || "its name is not told";
   $("devices").hidden = typeof found === "string";

@@ -67,8 +67,20 @@ async function begin(kept) {
 const calls = {
   async init(given) {
     ({ settings, device, view } = given);
-    await wasm_bindgen({ module_or_path: given.module });
-    await begin(given.kept);
+    const { memory } = await wasm_bindgen({ module_or_path: given.module });
+    if (given.threads > 1) post("memory", { memory });
+    else await begin(given.kept);
+  },
+  // What the page tells when the other threads are there.
+  async share({ threads, kept }) {
+    wasm_bindgen.share(threads);
+    await begin(kept);
+  },
+  // This worker is one of them: it hears nothing any more.
+  async lend({ module, memory }) {
+    await wasm_bindgen({ module_or_path: module, memory });
+    post("lent", {});
+    wasm_bindgen.lend();
   },
   async run({ on }) {
     running = on;

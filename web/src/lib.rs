@@ -1,7 +1,7 @@
 //! The digits, trained where WebAssembly runs: what the page's worker calls (`assets/worker.js`).
 //!
-//! It is the trainer itself, on the recipe of `flowtape train digits`, on one thread of the CPU or on the browser's GPU (`gpu.rs`).
-//! Everything stays in the page.
+//! It is the trainer itself, on the recipe of `flowtape train digits`, on the CPU or on the browser's GPU (`gpu.rs`). On the CPU it has one
+//! thread, or those of several workers that share the memory of a module that is built for it. Everything stays in the page.
 
 #[cfg(all(target_arch = "wasm32", not(target_feature = "atomics")))]
 mod gpu;
@@ -9,11 +9,28 @@ mod gpu;
 use std::sync::atomic::AtomicBool;
 
 use flowtape_engine::Device;
+use flowtape_engine::cpu::awake;
+use flowtape_engine::platform::{lend_thread, share_lent_threads};
 use flowtape_trainer::builtin::digits::CAPTIONS;
 use flowtape_trainer::generate::Request;
 use flowtape_trainer::recipe::SamplingConfig;
 use flowtape_trainer::{Recipe, Trainer};
 use wasm_bindgen::prelude::wasm_bindgen;
+
+/// Lends the calling worker to the one that trains, and does not return.
+#[wasm_bindgen]
+pub fn lend() {
+    lend_thread();
+}
+
+/// Trains on `threads` threads from now on: the calling one and workers that are lent, for which it waits.
+///
+/// # Errors
+/// When it was called before.
+#[wasm_bindgen]
+pub fn share(threads: usize) -> Result<(), String> {
+    share_lent_threads(threads.saturating_sub(1)).map_err(text)
+}
 
 /// The recipe. A page has no threads that read ahead.
 const RECIPE: &str = include_str!("../../recipes/digits.yaml");
@@ -72,7 +89,7 @@ impl Digits {
     /// # Errors
     /// When the loss is no number any more.
     pub fn step(&mut self) -> Result<Step, String> {
-        let record = self.trainer.step().map_err(text)?;
+        let record = awake(&Device::cpu(), || self.trainer.step()).map_err(text)?;
         Ok(Step { step: record.step as f64, loss: record.loss, lr: record.lr, seconds: record.step_time })
     }
 
@@ -96,7 +113,7 @@ impl Digits {
         self.trainer.set_sampling(sampling).map_err(text)?;
         let prompts: Vec<&str> = CAPTIONS.iter().copied().cycle().take(rows * CAPTIONS.len()).collect();
         let request = Request { prompts: &prompts, first_frames: None, seed: seed.into() };
-        let samples = self.trainer.generate(&request, &AtomicBool::new(false)).map_err(text)?;
+        let samples = awake(&Device::cpu(), || self.trainer.generate(&request, &AtomicBool::new(false))).map_err(text)?;
         Ok(samples.map(|samples| samples.pixels).unwrap_or_default())
     }
 

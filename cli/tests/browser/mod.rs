@@ -193,6 +193,34 @@ fn decoded(text: &str) -> Vec<u8> {
     base64::prelude::BASE64_STANDARD.decode(text).unwrap()
 }
 
+/// A command that serves a page until it is dropped, and the page's address.
+pub struct Served(Child, pub String);
+
+impl Served {
+    pub fn start(arguments: &[&str]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flowtape"));
+        let mut child = command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut address = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
+        Self(child, address.trim_end().to_owned())
+    }
+
+    pub fn port(&self) -> u16 {
+        self.1.trim_start_matches("http://127.0.0.1:").split('/').next().unwrap().parse().unwrap()
+    }
+
+    pub fn token(&self) -> &str {
+        self.1.trim_end_matches('/').rsplit('/').next().unwrap()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// The whole answer to a request over a connection of its own.
 pub fn http(port: u16, request: &str) -> String {
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();

@@ -29,7 +29,7 @@ use self::isa::{Isa, isa};
 pub use self::limits::peak_flops;
 pub(crate) use self::pool::ALIGN;
 use self::pool::{CpuBuffer, Host};
-pub use self::team::{alone, awake, cores, usable_threads};
+pub use self::team::{alone, awake, usable_threads};
 use crate::backend::call::{Call, Checked, CopyTo, Gather, MatMul, Pointwise, Reduction, ScatterAdd, Upload};
 use crate::backend::{Backend, Buffer, Fused, Ran};
 use crate::expr::Reduce;
@@ -37,6 +37,7 @@ use crate::ops::{
     AttentionBackward, AttentionForward, ConvForward, ModulatedNormBackward, ModulatedNormForward, NormBackward,
     NormForward, NormRopeBackward, NormRopeForward,
 };
+pub use crate::platform::cores;
 use crate::pool::{Pool, PoolUsage};
 use crate::quant::Dequantise;
 use crate::shape::is_contiguous;

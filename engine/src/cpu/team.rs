@@ -18,7 +18,7 @@ use std::time::Duration;
 use rayon::prelude::*;
 
 use crate::Device;
-use crate::platform::Instant;
+use crate::platform::{Instant, cores};
 
 /// Set in [`Team::state`] while tasks may be taken.
 const OPEN: u64 = 1 << 31;
@@ -298,11 +298,6 @@ pub(super) fn collect<R: Send + Sync>(tasks: usize, work: impl Fn(usize) -> R + 
         let _ = results[task].set(work(task));
     });
     results.into_iter().filter_map(OnceLock::into_inner).collect()
-}
-
-/// Cores that this process may use.
-pub fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// The threads to make when `asked` are asked for: no more than there are cores, since others would only be in their way,

@@ -8,6 +8,7 @@ mod layers;
 mod param;
 mod params;
 mod plan;
+mod start;
 mod units;
 
 pub use adapter::{
@@ -19,7 +20,8 @@ pub use conv::{Conv, GroupNorm};
 pub use embedding::{TimestepEmbedding, TimestepProjection, timestep_embedding};
 pub use layers::{Activation, FeedForward, LayerNorm, Linear, RmsNorm};
 pub use param::{Operand, Param, Role};
-pub use params::{Init, ParamBuilder, Params};
+pub use params::{ParamBuilder, Params};
 pub use plan::{ParamPlan, Placement};
+pub use start::Init;
 pub use units::Units;
 pub(crate) use units::{Home, share_out};

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::start::{Start, named};
 use super::units::Home;
 use crate::backend::call::{Call, Upload};
 use crate::quant::{Format, QTensor};
@@ -71,6 +72,8 @@ struct Inner {
 struct State {
     /// What models compute with, where it is resident.
     value: Option<Tensor>,
+    /// What the value will be, where its first use brings it.
+    start: Option<Start>,
     /// The same instead, where it is quantised.
     quantised: Option<Arc<QTensor>>,
     /// The same in a wider dtype, which `value` is rounded from.
@@ -112,6 +115,18 @@ impl Param {
         Self(Arc::new(Inner { var, path, dims, dtype, kept, made_as, device, state }))
     }
 
+    /// One whose first use brings its value.
+    pub(super) fn later(
+        path: String,
+        made_as: MadeAs,
+        dims: &[usize],
+        dtype: DType,
+        device: &Device,
+        start: Start,
+    ) -> Self {
+        Self::with(path, made_as, dims, (dtype, dtype), device, State { start: Some(start), ..State::default() })
+    }
+
     /// A quantised matrix that is computed with in a dtype.
     pub(super) fn quantised(path: String, made_as: MadeAs, weight: QTensor, dtype: DType, device: &Device) -> Self {
         let dims = *weight.dims();
@@ -137,6 +152,21 @@ impl Param {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, after the value came that its first use brings. It comes without the lock, since a thread that waits inside rayon may run
+    /// another task, which asks for the same parameter: the first one stays.
+    fn begun(&self) -> Result<MutexGuard<'_, State>> {
+        let state = self.lock();
+        let Some(start) = state.start.clone() else { return Ok(state) };
+        drop(state);
+        let value = start.value(self.path(), self.dims(), self.dtype(), self.device());
+        let value = value.map_err(|error| named(self.path(), error))?;
+        let mut state = self.lock();
+        if state.start.take().is_some() {
+            state.value = Some(value);
+        }
+        Ok(state)
     }
 
     /// Its name: diffusers' key in checkpoints.
@@ -252,18 +282,19 @@ impl Param {
     /// When it is not resident.
     pub fn value(&self) -> Result<Tensor> {
         self.arrive()?;
-        let state = self.lock();
-        let value = match &state.quantised {
-            Some(weight) => weight.dequantise(self.dtype())?,
-            None => state.value.clone().ok_or_else(|| self.absent())?,
-        };
+        let state = self.begun()?;
+        let (value, quantised) = (state.value.clone(), state.quantised.clone());
         drop(state);
+        let value = match quantised {
+            Some(weight) => weight.dequantise(self.dtype())?,
+            None => value.ok_or_else(|| self.absent())?,
+        };
         Ok(value.tracked(self.var(), None).of_param(self.clone()))
     }
 
     /// The value that lies here, without those of its block; no variable.
     pub(crate) fn resident(&self) -> Result<Tensor> {
-        self.lock().value.as_ref().map(Tensor::detach).ok_or_else(|| self.absent())
+        self.begun()?.value.as_ref().map(Tensor::detach).ok_or_else(|| self.absent())
     }
 
     /// The same in a wider dtype, which the value is rounded from, where there is such: what an optimiser updates.
@@ -287,11 +318,13 @@ impl Param {
         if self.home().is_some_and(Home::is_host) {
             self.arrive()?;
         }
-        let state = self.lock();
-        if let Some(weight) = &state.quantised {
-            return weight.dequantise(self.dtype());
+        let state = self.begun()?;
+        let (value, quantised) = (state.master.clone().or_else(|| state.value.clone()), state.quantised.clone());
+        drop(state);
+        match quantised {
+            Some(weight) => weight.dequantise(self.dtype()),
+            None => value.ok_or_else(|| self.absent()),
         }
-        state.master.clone().or_else(|| state.value.clone()).ok_or_else(|| self.absent())
     }
 
     /// Overwrites the value, and the wider copy. Where ranks share out the blocks, all ranks call it, and the one that keeps the
@@ -335,7 +368,7 @@ impl Param {
     /// # Errors
     /// When it is not resident.
     pub fn release(&self) -> Result<Tensor> {
-        let mut state = self.lock();
+        let mut state = self.begun()?;
         let value = state.value.take().ok_or_else(|| self.absent())?;
         state.version = state.version.wrapping_add(value.storage().version());
         Ok(value)

@@ -5,30 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::param::{MadeAs, host_bytes};
+use super::start::{Start, named, stream};
 use super::units::Home;
-use super::{AdapterSpec, Param, ParamPlan, Placement, Role, Units};
+use super::{AdapterSpec, Init, Param, ParamPlan, Placement, Role, Units};
 use crate::quant::{CodeStore, QTensor};
 use crate::safetensors::{Shards, save_sharded};
 use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
-
-/// How a parameter starts.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub enum Init {
-    /// All zero.
-    Zeros,
-    /// All one.
-    Ones,
-    /// Uniform in `[-bound, bound)`.
-    Uniform {
-        /// The bound.
-        bound: f64,
-    },
-    /// Normal around zero.
-    Normal {
-        /// The standard deviation.
-        std: f64,
-    },
-}
 
 /// The parameters of a model, in the order in which they were made. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -197,6 +179,8 @@ pub struct ParamBuilder {
     adapter: bool,
     /// Whether what is made here is the weight of a linear layer, which may be quantised.
     quantisable: bool,
+    /// Whether values come with their first use.
+    lazy: bool,
     /// The path of the block that is made here.
     block: Option<Arc<str>>,
     units: Option<Arc<Units>>,
@@ -224,6 +208,7 @@ impl ParamBuilder {
             adaln_zero: false,
             adapter: false,
             quantisable: false,
+            lazy: false,
             block: None,
             units: None,
             codes_in: None,
@@ -238,6 +223,13 @@ impl ParamBuilder {
     pub fn reading(self, file: Arc<Shards>) -> Self {
         let codes = self.codes_in.as_ref().map(|folder| Arc::new(CodeStore::new(folder, &file)));
         Self { file: Some(file), codes, ..self }
+    }
+
+    /// The same builder, where frozen parameters are read or made when they are first used: what is never used takes no memory. Those that are
+    /// quantised, or kept elsewhere, come at once.
+    #[must_use]
+    pub fn lazy(self) -> Self {
+        Self { lazy: true, ..self }
     }
 
     /// The same builder, where the codes of what is read and quantised are kept in a folder, and found there the next time
@@ -350,14 +342,13 @@ impl ParamBuilder {
         // The host quantises: what is dense lies there.
         let host = ((format.is_some() || on_host) && data).then(Device::cpu);
         let device = host.as_ref().unwrap_or(&self.device);
-        let value = || match &self.file {
-            Some(file) if file.dims(&path) == Some(dims) && data => file.get(&path, device, Some(kept)),
-            None if data => self.start(&path, dims, init, kept, device),
-            Some(file) if file.dims(&path) == Some(dims) => Tensor::empty(dims, kept, &self.device),
-            None => Tensor::empty(dims, kept, &self.device),
-            Some(_) => Tensor::zeros(&[], kept, &self.device).map(|one| one.shape_only(dims)),
-        };
-        let named = |error| Self::named(&path, error);
+        let start = Start { file: self.file.clone(), init, random: self.random.clone() };
+        if self.lazy && role == Role::Frozen && master.is_none() && format.is_none() && made_as.home.is_none() {
+            start.check(&path)?;
+            return Ok(made.keep(Param::later(path, made_as, dims, compute, &self.device, start)));
+        }
+        let value = || start.value(&path, dims, kept, device);
+        let named = |error| named(&path, error);
         if let Some(format) = format {
             // One tensor at a time is dense.
             let lies = if on_host { device } else { &self.device };
@@ -384,39 +375,10 @@ impl ParamBuilder {
         Ok(made.keep(Param::new(path, made_as, value, master.map(|_| wide))))
     }
 
-    /// An error with the name of the parameter that memory ran out for.
-    fn named(path: &str, error: Error) -> Error {
-        match error {
-            Error::OutOfMemory { device, bytes, reason } => {
-                Error::OutOfMemory { device, bytes, reason: format!("parameter {path}: {reason}") }
-            }
-            other => other,
-        }
-    }
-
-    /// Starting values of a parameter.
-    fn start(&self, path: &str, dims: &[usize], init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
-        let mut random = self.random.fork(stream(path));
-        match init {
-            Init::Zeros => Tensor::zeros(dims, dtype, device),
-            Init::Ones => Tensor::ones(dims, dtype, device),
-            Init::Uniform { bound } => {
-                let unit = random.uniform(dims, device)?;
-                unit.mul_scalar(2.0 * bound)?.add_scalar(-bound)?.to_dtype(dtype)
-            }
-            Init::Normal { std } => random.normal(dims, device)?.mul_scalar(std)?.to_dtype(dtype),
-        }
-    }
-
     /// All parameters made so far, by this builder and those below it.
     pub fn params(&self) -> Params {
         self.made.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
-}
-
-/// A path as a number: FNV-1a, though any fixed hash would do.
-fn stream(path: &str) -> u64 {
-    path.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }
 
 #[cfg(test)]
@@ -449,6 +411,40 @@ mod tests {
             assert!(message.contains(part), "{message}");
         }
         assert_eq!(root.params().get("c").unwrap().value()?.to_vec::<f32>()?, [1.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_lazy_takes_memory_with_its_first_use() -> Result<()> {
+        let (cpu, meta) = (Device::cpu(), crate::meta::Meta::default());
+        let lazy = |device: &Device| ParamBuilder::with_plan(1, Placement::frozen(DType::F32), device).lazy();
+        let root = lazy(&meta.device());
+        let (used, _unused) = (root.get("used", &[1 << 10], Init::Ones)?, root.get("unused", &[1 << 10], Init::Ones)?);
+        assert_eq!((meta.used(), root.params().numel()), (0, 2 << 10));
+        for _ in 0..2 {
+            used.value()?;
+            assert_eq!(meta.used(), 4 << 10);
+        }
+        // The values are those that come at once else, drawn or read.
+        let eager = two()?.get("a.weight").unwrap().value()?.to_vec::<f32>()?;
+        let drawn = lazy(&cpu).sub("a").get("weight", &[2, 3], Init::Normal { std: 1.0 })?;
+        assert_eq!(drawn.value()?.to_vec::<f32>()?, eager);
+        let bytes = crate::safetensors::to_bytes(&two()?.tensors()?, &Params::text())?;
+        let reading = |bytes: Vec<u8>| -> Result<_> {
+            let file = Arc::new(Shards::from(crate::safetensors::SafeTensors::from_bytes("file", bytes)?));
+            Ok((lazy(&cpu).reading(file.clone()), file))
+        };
+        let (root, file) = reading(bytes)?;
+        assert_eq!(root.sub("a").get("weight", &[2, 3], Init::Zeros)?.release()?.to_vec::<f32>()?, eager);
+        // What does not fit is an error before any use.
+        root.sub("b").sub(0).get("bias", &[5], Init::Zeros)?;
+        root.get("c", &[1], Init::Zeros)?;
+        let message = root.params().check_keys(&file, |_| false).unwrap_err().to_string();
+        assert!(message.contains("missing: [c]") && message.contains("b.0.bias expected [5], got [4]"), "{message}");
+        let header = br#"{"w":{"dtype":"I16","shape":[1],"data_offsets":[0,2]}}"#;
+        let (root, _) = reading([&(header.len() as u64).to_le_bytes()[..], header, &[0; 2]].concat())?;
+        let message = root.get("w", &[1], Init::Zeros).unwrap_err().to_string();
+        assert!(message.contains("file") && message.contains("w: dtype I16"), "{message}");
         Ok(())
     }
 

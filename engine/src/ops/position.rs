@@ -25,17 +25,20 @@ fn bucket(distance: i64, buckets: usize, max_distance: usize) -> usize {
 /// # Errors
 /// When the table is none of at least four buckets, or `max_distance` is not beyond the buckets of single distances.
 pub fn relative_position_bias(table: &Tensor, queries: usize, keys: usize, max_distance: usize) -> Result<Tensor> {
-    let &[buckets, _] = table.dims() else {
+    let &[buckets, heads] = table.dims() else {
         return Err(Error::shape("relative_position_bias", "a table [buckets, H]", table.dims()));
     };
     if buckets < 4 || max_distance <= buckets / 4 {
         let expected = "at least 4 buckets and max_distance above a quarter of them";
         return Err(Error::argument("relative_position_bias", expected, format!("{buckets} and {max_distance}")));
     }
-    let places = (0..queries).flat_map(|q| (0..keys).map(move |k| k as i64 - q as i64));
-    let index: Vec<u32> = places.map(|distance| bucket(distance, buckets, max_distance) as u32).collect();
-    let index = Tensor::from_vec(index, &[queries, keys], table.device())?;
-    embedding(table, &index)?.permute(&[2, 0, 1])?.unsqueeze(0)
+    // All distances in a row, from the one of the last query and the first key on. That row again and again, cut into rows that are a place
+    // shorter: each begins a place earlier, and is the next query's. So each head's bias lies by itself.
+    let (first, step) = (queries.saturating_sub(1), queries + keys);
+    let distances = (0..=step).map(|i| bucket(i as i64 - first as i64, buckets, max_distance) as u32);
+    let index = Tensor::from_vec(distances.collect(), &[step + 1], table.device())?;
+    let again = embedding(table, &index)?.t()?.unsqueeze(1)?.expand(&[heads, queries, step + 1])?.flatten(1, 2)?;
+    again.narrow(1, first, queries * step)?.reshape(&[heads, queries, step])?.narrow(2, 0, keys)?.unsqueeze(0)
 }
 
 /// Gradient-check cases.

@@ -136,6 +136,14 @@ impl SafeTensors {
         dtype.map_or(Ok(tensor.clone()), |d| tensor.to_dtype(d))
     }
 
+    /// Checks that a tensor is there and of a dtype that is read, without reading it.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn check(&self, name: &str) -> Result<()> {
+        self.read(name, self.stored(name)?.0.dtype, &[0], &[], &Device::cpu()).map(|_| ())
+    }
+
     /// A row of a tensor's first axis, without that axis; the rest of the file is not read.
     ///
     /// # Errors

@@ -249,6 +249,14 @@ impl Shards {
         }
     }
 
+    /// Checks that a tensor is there and of a dtype that is read, without reading it.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn check(&self, name: &str) -> Result<()> {
+        self.file(name).map_or_else(|| Err(self.lacks(name)), |(file, stored)| file.check(&stored))
+    }
+
     fn lacks(&self, name: &str) -> Error {
         format_error(&self.path, format!("no tensor {}", printable(name)))
     }

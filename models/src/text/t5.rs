@@ -3,7 +3,7 @@
 
 use flowtape_engine::nn::{Activation, Init, Linear, ParamBuilder, Params, RmsNorm};
 use flowtape_engine::ops::{attention, embedding, relative_position_bias};
-use flowtape_engine::{Tensor, nn};
+use flowtape_engine::{DType, Tensor, nn};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -190,7 +190,10 @@ impl TextModel for T5EncoderModel {
         for block in self.blocks.iter() {
             if let Some(table) = &block.relative_attention_bias {
                 let distance = self.config.relative_attention_max_distance;
-                let own = relative_position_bias(&table.value()?, length, length, distance)?;
+                // As attention adds it: each layer would widen it again.
+                let table = table.value()?;
+                let table = table.to_dtype(DType::F32.promote(table.dtype()))?;
+                let own = relative_position_bias(&table, length, length, distance)?;
                 bias = Some(mask.as_ref().map_or(Ok(own.clone()), |mask| own.add(mask))?);
             }
             // The first block has one.

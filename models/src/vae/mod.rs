@@ -225,7 +225,8 @@ pub fn load_config(folder: &Path) -> Result<Value> {
     read_config(&folder.join(CONFIG), |class| Ok(AutoencoderKind::of_class(class)?.config))
 }
 
-/// Loads an autoencoder from a folder of diffusers', in `dtype` or, where none is given, in that of its first weights.
+/// Loads an autoencoder from a folder of diffusers', in `dtype` or, where none is given, in that of its first weights. These are read when
+/// they are first used: who only encodes has no decoder in memory.
 ///
 /// # Errors
 /// When a file can't be read, the class is unknown, or keys do not fit (one error names the class and counts them).
@@ -240,7 +241,7 @@ pub fn load(folder: &Path, dtype: Option<DType>, device: &Device) -> Result<Box<
         _ => None,
     });
     let dtype = dtype.or(stored).unwrap_or(DType::F32);
-    let params = ParamBuilder::with_plan(0, Placement::frozen(dtype), device).reading(weights.clone());
+    let params = ParamBuilder::with_plan(0, Placement::frozen(dtype), device).reading(weights.clone()).lazy();
     let model = (AutoencoderKind::of_class(class)?.new)(&config, &params)?;
     model
         .params()
