@@ -147,8 +147,8 @@ mod tests {
     #[test]
     fn a_product_is_below_the_peak_and_not_far_below() -> crate::Result<()> {
         use crate::cpu::isa::Isa;
-        if isa() == Isa::Portable {
-            // What the compiler makes of plain loops is no machine's peak.
+        if isa() == Isa::Portable || cfg!(not(target_arch = "x86_64")) {
+            // What the compiler makes of plain loops is no machine's peak, and an emulator's time says nothing of instructions.
             return Ok(());
         }
         let random = |seed| crate::Philox::new(seed).normal(&[256, 256], &crate::Device::cpu());

@@ -139,6 +139,9 @@ impl<T: Narrow> Table<T> {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { x86::avx2(&self.0, codes, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonBf16 => unsafe { arm::neon(&self.0, codes, out) },
             _ => 0,
         };
         for (to, code) in out[done..].chunks_mut(2).zip(&codes[done / 2..]) {
@@ -226,6 +229,46 @@ mod x86 {
                     let (low, high) = (_mm_shuffle_epi8(low, codes), _mm_shuffle_epi8(high, codes));
                     _mm_storeu_si128(to.add(i).cast(), _mm_unpacklo_epi8(low, high));
                     _mm_storeu_si128(to.add(i + 8).cast(), _mm_unpackhi_epi8(low, high));
+                }
+            }
+        }
+        whole
+    }
+}
+
+/// The same: NEON looks up bytes, so a number's bytes have a table each.
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use std::arch::aarch64::*;
+
+    /// Looks up whole vectors of codes; how many that were.
+    ///
+    /// Safety: elements have two or four bytes, and `codes` has half as many bytes as `out` has elements, rounded up.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub unsafe fn neon<T>(table: &[T; 16], codes: &[u8], out: &mut [T]) -> usize {
+        let whole = out.len() / 16 * 16;
+        let (codes, table, to) = (codes.as_ptr(), table.as_ptr().cast(), out.as_mut_ptr());
+        // SAFETY: the caller's promise; each step reads and writes what lies before `whole`.
+        unsafe {
+            let codes_at = |i: usize| {
+                let bytes = vld1_u8(codes.add(i / 2));
+                let (low, high) = (vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8::<4>(bytes));
+                vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high))
+            };
+            if size_of::<T>() == 4 {
+                let uint8x16x4_t(a, b, c, d) = vld4q_u8(table);
+                for i in (0..whole).step_by(16) {
+                    let codes = codes_at(i);
+                    let [a, b, c, d] = [a, b, c, d].map(|bytes| vqtbl1q_u8(bytes, codes));
+                    vst4q_u8(to.add(i).cast(), uint8x16x4_t(a, b, c, d));
+                }
+            } else {
+                let uint8x16x2_t(a, b) = vld2q_u8(table);
+                for i in (0..whole).step_by(16) {
+                    let codes = codes_at(i);
+                    let [a, b] = [a, b].map(|bytes| vqtbl1q_u8(bytes, codes));
+                    vst2q_u8(to.add(i).cast(), uint8x16x2_t(a, b));
                 }
             }
         }
