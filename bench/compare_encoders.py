@@ -1,11 +1,11 @@
-"""Autoencoders and a text encoder against diffusers' and transformers', both sides taking turns: ratios of the fastest runs, and of the memory.
+"""Autoencoders and a text encoder against diffusers' and transformers', both sides taking turns: medians of the runs and their ratios, and memory.
 
     python bench/compare_encoders.py --dtype f32 bf16 --rounds 3 [--only 512] [--threads 2]
 
 The Python that runs this needs torch and diffusers; `cargo build --release` must have run. Shapes are those of `flowtape bench
 encoders`: FLUX.1's autoencoder at 512 x 512 and 1024 x 1024 pixels, Wan 2.1's on 17 frames, four layers of T5-XXL on 512 tokens;
-weights are random. Memory is that of a
-process of its own for each measurement: ours of tensors, PyTorch's of the process less what it takes before the first run.
+weights are random. Each run is a process of its own, in which something small runs before. Memory is ours of tensors and of the whole
+process, PyTorch's of the process less what it takes before the first run; weights are in both.
 """
 
 import argparse
@@ -13,22 +13,21 @@ import json
 import multiprocessing
 import os
 import pathlib
-import resource
+import statistics
 import subprocess
 import sys
 import time
 
-FLOWTAPE = pathlib.Path(__file__).resolve().parent.parent / "target" / "release" / "flowtape"
+from flowtape import binary
 
 WORKS = [
     ("flux.1", "1x3x512x512"), ("flux.1", "1x3x1024x1024"), ("wan2.1", "1x3x17x256x256"), ("t5-xxl", "4x512"),
 ]
 
 
-def own(title, dtype, args):
+def own(title, dtype, threads):
     """What `flowtape bench encoders` measures of one run."""
-    command = [FLOWTAPE, "bench", "encoders", "--only", title, "--dtype", dtype, "--rounds", str(args.rounds), "--json",
-               "--threads", str(args.threads)]
+    command = [binary(), "bench", "encoders", "--only", title, "--dtype", dtype, "--rounds", "1", "--json", "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr)
@@ -57,21 +56,14 @@ def make(name, torch, dtype):
     return model.to(dtype).eval()
 
 
-def timed(run, model, rounds):
-    """Seconds of the fastest of some runs, and MiB that the process grew by, with the weights."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return best, peak / 1024 + weights / 2**20
+def in_memory(key):
+    """MiB that the system says this process has, or had at most."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split(key + ":")[1].split()[0]) / 1024
 
 
-def peer(job, answer):
-    """Seconds of the fastest run in PyTorch, and MiB that the process took for it."""
+def run_peer(job, answer):
+    """Seconds of a run in PyTorch, and MiB that the process grew by, with the weights."""
     import torch
 
     torch.set_num_threads(job["threads"])
@@ -79,16 +71,48 @@ def peer(job, answer):
     name, way = job["name"].split()
     model = make(name, torch, dtype)
     dims = [int(size) for size in job["shape"].split("x")]
-    with torch.no_grad():
-        if name == "t5-xxl":
-            tokens = torch.arange(dims[1])[None]
-            return answer.send(timed(lambda: model(tokens).last_hidden_state, model, job["rounds"]))
+    text = name == "t5-xxl"
+    if text:
+        small, sizes = [1, 16], [1, dims[1]]
+        run = lambda tokens: model(tokens).last_hidden_state
+    else:
+        small, sizes = [*dims[:-2], 64, 64], dims
+        run = lambda x: model.encode(x).latent_dist.mean if way == "encode" else model.decode(x).sample
+
+    def given(dims):
+        if text:
+            return torch.arange(dims[1])[None]
         if way == "decode":
             frames = [1 + (dims[2] - 1) // 4] if name == "wan2.1" else []
             dims = [1, 16, *frames, dims[-2] // 8, dims[-1] // 8]
-        x = torch.randn(dims).to(dtype)
-        run = (lambda: model.encode(x).latent_dist.mean) if way == "encode" else (lambda: model.decode(x).sample)
-        answer.send(timed(run, model, job["rounds"]))
+        return torch.randn(dims).to(dtype)
+
+    # What making the model took at most is forgotten.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = in_memory("VmRSS")
+    with torch.no_grad():
+        run(given(small))
+        x = given(sizes)
+        start = time.perf_counter()
+        run(x)
+        seconds = time.perf_counter() - start
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    answer.send((seconds, in_memory("VmHWM") - before + weights / 2**20))
+
+
+def peer(job):
+    """The same in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=run_peer, args=(job, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        sys.exit(f"PyTorch failed on {job['name']} {job['shape']}")
+    finally:
+        process.join()
 
 
 def main():
@@ -102,30 +126,25 @@ def main():
         import torch  # noqa: F401
     except ImportError:
         sys.exit("compare_encoders.py needs the Python package torch: pip install torch diffusers")
-    if not FLOWTAPE.exists():
-        sys.exit(f"{FLOWTAPE} is not there: run cargo build --release")
-    spawn = multiprocessing.get_context("spawn")
     for dtype in args.dtype:
-        print(f"\n{dtype}, {args.threads} threads: seconds and MiB, Flowtape / PyTorch, and the ratios")
+        print(f"\n{dtype}, {args.threads} threads, medians of {args.rounds}: seconds, Flowtape / PyTorch, their ratio (least to greatest); "
+              "MiB of our tensors (process) / PyTorch's, the ratio of the tensors")
         for name, shape in WORKS:
             for way in ["encode"] if name == "t5-xxl" else ["encode", "decode"]:
                 title = f"{name} {way} {shape}"
                 if args.only and args.only not in title:
                     continue
-                line = own(title, dtype, args)
-                ours, theirs = spawn.Pipe()
-                job = {**line, "dtype": dtype, "threads": args.threads, "rounds": args.rounds}
-                process = spawn.Process(target=peer, args=(job, theirs))
-                process.start()
-                theirs.close()
-                try:
-                    seconds, memory = ours.recv()
-                except EOFError:
-                    process.join()
-                    sys.exit(f"PyTorch failed on {title}")
-                process.join()
-                print(f"{title:32} {line['s_min']:8.3f} / {seconds:8.3f}  {line['s_min'] / seconds:.2f}"
-                      f"   {line['tensors_mb']:6} / {memory:6.0f}  {line['tensors_mb'] / memory:.2f}", flush=True)
+                turns = []
+                for _ in range(args.rounds):
+                    line = own(title, dtype, args.threads)
+                    turns.append((line, peer({**line, "dtype": dtype, "threads": args.threads})))
+                ratios = sorted(line["s_min"] / seconds for line, (seconds, _) in turns)
+                ours = statistics.median(line["s_min"] for line, _ in turns)
+                theirs = statistics.median(seconds for _, (seconds, _) in turns)
+                tensors, process = (max(line[key] for line, _ in turns) for key in ("tensors_mb", "process_mb"))
+                memory = statistics.median(memory for _, (_, memory) in turns)
+                print(f"{title:32} {ours:8.3f} / {theirs:8.3f}  {ours / theirs:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                      f"   {tensors} ({process}) / {memory:.0f}  {tensors / memory:.2f}", flush=True)
 
 
 if __name__ == "__main__":
