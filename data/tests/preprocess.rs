@@ -66,7 +66,7 @@ fn what_is_cached_is_skipped_and_what_changed_is_encoded() {
     let picture = flowtape_data::media::read_picture(&folder.path().join("apple.png"), &Default::default()).unwrap();
     let wanted = picture.pixels(&Device::cpu()).unwrap().to_vec::<f32>().unwrap();
     let error: f32 = decoded.to_vec::<f32>().unwrap().iter().zip(&wanted).map(|(a, b)| (a - b).powi(2)).sum();
-    let decibel = 10.0 * (4.0 * wanted.len() as f32 / error).log10();
+    let decibel = 10.0 * (4.0 * wanted.len() as f64 / f64::from(error)).log10();
     assert!(decibel > 18.0, "{decibel} dB");
 
     // Again, with other threads: nothing to do, and the order is the folder's.

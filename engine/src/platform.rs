@@ -1,5 +1,5 @@
-//! What platforms differ in, in one place each: the clock, threads, how the bytes of a file come to memory, and the last digits of sines and
-//! logarithms.
+//! What platforms differ in, in one place each: the clock, threads, how the bytes of a file come to memory, and the last digits of
+//! elementary functions.
 //!
 //! What threads do together is in `cpu::awake`; instruction sets are the CPU backend's.
 
@@ -58,16 +58,31 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or_else(|_| 1 + LENT.load(Ordering::Relaxed), usize::from)
 }
 
-/// Sine and cosine, the same bits on every platform: by those of f64, whose last digits are rounded away. C's libraries differ in the
-/// last digit of one f32 in eighty.
-pub fn sin_cos(x: f32) -> (f32, f32) {
-    let (sin, cos) = f64::from(x).sin_cos();
-    (sin as f32, cos as f32)
-}
+/// Elementary functions of f32, the same bits on every platform; `clippy.toml` forbids those of the standard library.
+///
+/// Those are the C library's, and C's libraries differ in the last digit of one sine in eighty. They differ in f64's functions too, which
+/// are used here, but rounding to f32 nearly always removes that digit.
+pub mod math {
+    /// `e^x`.
+    pub fn exp(x: f32) -> f32 {
+        f64::from(x).exp() as f32
+    }
 
-/// The natural logarithm, likewise.
-pub fn ln(x: f32) -> f32 {
-    f64::from(x).ln() as f32
+    /// The natural logarithm.
+    pub fn ln(x: f32) -> f32 {
+        f64::from(x).ln() as f32
+    }
+
+    /// `x^y`.
+    pub fn powf(x: f32, y: f32) -> f32 {
+        f64::from(x).powf(f64::from(y)) as f32
+    }
+
+    /// Sine and cosine.
+    pub fn sin_cos(x: f32) -> (f32, f32) {
+        let (sin, cos) = f64::from(x).sin_cos();
+        (sin as f32, cos as f32)
+    }
 }
 
 /// The bytes of a file: mapped where the system maps files (and the feature `mmap` is on), else read to memory.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::backend::call::{Call, Upload, has_dtype, is_dense};
 use crate::backend::{Distribution, FusedCall, Ran, operands, run_fused};
-use crate::platform::{ln, sin_cos};
+use crate::platform::math::{ln, sin_cos};
 use crate::{DType, Device, Element, Result, Tensor};
 
 /// Numbers of one parallel piece: a multiple of a block's four.

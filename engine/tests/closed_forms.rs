@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the helpers of tests may panic
 
 use flowtape_engine::gradcheck::Draw;
+use flowtape_engine::platform::math;
 use flowtape_engine::{DType, Device, Result, Tape, Tensor, ops};
 
 fn close(what: &str, a: &[f64], b: &[f64], bound: f64) {
@@ -176,14 +177,23 @@ fn integers_are_copied_to_their_last_bit() -> Result<()> {
 
 /// Where the f32 functions of C's libraries give two answers; the right ones by mpmath.
 #[test]
-fn sines_have_the_nearest_bits() {
+fn elementary_functions_have_the_nearest_bits() {
     for (x, sin, cos) in [
         (0x3ce2_0836, 0x3ce2_00de, 0x3f7f_e70e),
         (0x3cf8_5de9, 0x3cf8_542b, 0x3f7f_e1e2),
         (0x3d5b_8921, 0x3d5b_6e39, 0x3f7f_a1e4),
         (0x3d66_014d, 0x3d65_e25c, 0x3f7f_98b4),
     ] {
-        let (s, c) = flowtape_engine::platform::sin_cos(f32::from_bits(x));
+        let (s, c) = math::sin_cos(f32::from_bits(x));
         assert_eq!((s.to_bits(), c.to_bits()), (sin, cos), "{x:x}");
+    }
+    for (x, exp) in [(0xc080_f1dc, 0x3c91_ad39), (0xc04a_a0a3, 0x3d2c_ba15), (0xbf80_f1dc, 0x3eba_f81b)] {
+        assert_eq!(math::exp(f32::from_bits(x)).to_bits(), exp, "{x:x}");
+    }
+    for (x, ln) in [(0.75, 0xbe93_4b11_u32), (2.625, 0x3f77_0f8b), (6.625, 0x3ff2_0763), (7.0, 0x3ff9_1395)] {
+        assert_eq!(math::ln(x).to_bits(), ln, "{x}");
+    }
+    for (y, power) in [(0.625, 0x439e_1d27_u32), (0.03125, 0x3faa_b0d5), (0.734375, 0x4458_7db7)] {
+        assert_eq!(math::powf(10_000.0, y).to_bits(), power, "{y}");
     }
 }

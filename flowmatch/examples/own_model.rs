@@ -46,8 +46,8 @@ pub fn ring(steps: u64, n: usize) -> Result<Vec<f32>> {
     let (mut random, mut draws, mut optimizer) =
         (Philox::new(2), PhiloxDraws::new(3), OptimizerConfig::default().build()?);
     for step in 0..steps {
-        let angles = (0..256).map(|_| random.next_f64() as f32 * std::f32::consts::TAU);
-        let points = angles.flat_map(|angle| [angle.cos(), angle.sin()]);
+        let angles = (0..256).map(|_| random.next_f64() * std::f64::consts::TAU);
+        let points = angles.flat_map(|angle| [angle.cos() as f32, angle.sin() as f32]);
         let batch = Batch::new(Tensor::from_vec(points.collect(), &[256, 2, 1, 1], &cpu)?, DataType::Image);
         let tape = Tape::new();
         let out = pipeline.step(&model, &batch, step, &mut draws, &StepOptions::recorded(&tape))?;
@@ -63,7 +63,8 @@ pub fn ring(steps: u64, n: usize) -> Result<Vec<f32>> {
 #[allow(clippy::print_stdout, dead_code)] // an example shows what it does
 fn main() -> Result<()> {
     for point in ring(800, 8)?.chunks(2) {
-        println!("({:6.3}, {:6.3}), {:.3} from the middle", point[0], point[1], point[0].hypot(point[1]));
+        let [x, y] = [point[0], point[1]];
+        println!("({x:6.3}, {y:6.3}), {:.3} from the middle", (x * x + y * y).sqrt());
     }
     Ok(())
 }

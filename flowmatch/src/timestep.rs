@@ -2,7 +2,7 @@
 
 use std::f32::consts::PI;
 
-use flowtape_engine::platform::sin_cos;
+use flowtape_engine::platform::math::{exp, sin_cos};
 
 use crate::{Draws, FlowMatchingConfig, Result, SamplingStrategy};
 
@@ -78,9 +78,8 @@ impl TimestepSampling {
     }
 }
 
-/// By the exponential of f64: that of f32 has another last digit in each of C's libraries.
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + f64::from(-x).exp() as f32)
+    1.0 / (1.0 + exp(-x))
 }
 
 /// The inverse distribution function of mode sampling, not clamped.

@@ -1,5 +1,7 @@
 //! How much each sample's loss counts.
 
+use flowtape_engine::platform::math::exp;
+
 use crate::{Error, Result};
 
 /// The weight of a sample's loss as a function of its σ.
@@ -86,7 +88,7 @@ pub fn bsmntw_table(num_train_timesteps: usize) -> Vec<f32> {
     let bell = |t: usize| {
         let x = (t as f32 - steps / 2.0) / steps;
         // The difference of nearly equal values follows: the nearest f32 to exp keeps its rounding the reference's.
-        f64::from(-2.0 * x * x).exp() as f32
+        exp(-2.0 * x * x)
     };
     let mut table: Vec<f32> = (0..num_train_timesteps).map(bell).collect();
     let least = table.iter().copied().fold(f32::INFINITY, f32::min);

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::expr::Function;
 use crate::ops::pointwise::run_pointwise;
-use crate::platform::sin_cos;
+use crate::platform::math::{exp, sin_cos};
 use crate::{DType, Result, Tensor};
 
 /// Options of diffusers' `get_timestep_embedding`.
@@ -37,7 +37,7 @@ pub fn timestep_embedding(times: &Tensor, options: &TimestepProjection) -> Resul
     let half = options.dim / 2;
     let plain = times.constant("timestep_embedding", "times")?;
     let divisor = half as f32 - options.downscale_freq_shift;
-    let frequency = |i: usize| (-(10_000f64.ln() as f32) * i as f32 / divisor).exp();
+    let frequency = |i: usize| exp(-(10_000f64.ln() as f32) * i as f32 / divisor);
     let frequencies: Vec<f32> = (0..half).map(frequency).collect();
     let device = times.device();
     if !device.backend().is_host() {

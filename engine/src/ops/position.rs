@@ -2,6 +2,7 @@
 
 use crate::gradcheck::{Case, Sample};
 use crate::ops::embedding;
+use crate::platform::math::ln;
 use crate::{Error, Result, Tensor};
 
 /// The bucket of a key at `distance` after its query (Raffel et al. 2020): half of the buckets are for keys before and at the
@@ -15,7 +16,7 @@ fn bucket(distance: i64, buckets: usize, max_distance: usize) -> usize {
         return side + distance;
     }
     let range = (max_distance as f64 / exact as f64).ln() as f32;
-    let log = (distance as f32 / exact as f32).ln() / range * (half - exact) as f32;
+    let log = ln(distance as f32 / exact as f32) / range * (half - exact) as f32;
     side + (exact + log as usize).min(half - 1)
 }
 

@@ -43,7 +43,7 @@ fn pipeline(config: FlowMatchingConfig) -> FlowMatchingPipeline {
 
 fn batch(data_type: DataType) -> Batch {
     let dims: &[usize] = if data_type == DataType::Image { &[3, 2, 2, 4] } else { &[3, 2, 1, 2, 4] };
-    let values: Vec<f32> = (0..48).map(|i| (i as f32 * 0.7).sin()).collect();
+    let values: Vec<f32> = (0..48).map(|i| (f64::from(i) * 0.7).sin() as f32).collect();
     Batch::new(Tensor::from_slice(&values, dims, &Device::cpu()).unwrap(), data_type)
 }
 

@@ -104,8 +104,8 @@ fn arithmetic(op: Arithmetic, kind: Type, a: u64, b: u64) -> Result<u64, Trap> {
             A::Abs => a.abs(),
             A::Sqrt => a.sqrt(),
             A::Rcp => 1.0 / a,
-            A::Exp2 => a.exp2(),
-            A::Log2 => a.log2(),
+            A::Exp2 => f64::from(a).exp2() as f32,
+            A::Log2 => f64::from(a).log2() as f32,
             _ => return Err(format!("{op:?} of {kind:?}")),
         };
         return Ok(value.to_bits().into());

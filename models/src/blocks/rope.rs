@@ -1,7 +1,7 @@
 //! Tables of rotary position embeddings, made on the host.
 
 use flowtape_engine::ops::{RopeLayout, rope};
-use flowtape_engine::platform::sin_cos;
+use flowtape_engine::platform::math::{powf, sin_cos};
 use flowtape_engine::{Device, Result, Tensor};
 use flowtape_flowmatch::ModelInputs;
 
@@ -22,7 +22,7 @@ impl RopePrecision {
         let exponent = (2 * i) as f64 / dim as f64;
         match self {
             Self::F32 => {
-                let frequency = 1.0 / (theta as f32).powf(exponent as f32);
+                let frequency = 1.0 / powf(theta as f32, exponent as f32);
                 let (sin, cos) = sin_cos(position * frequency);
                 (cos, sin)
             }

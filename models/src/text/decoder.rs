@@ -3,7 +3,7 @@
 
 use flowtape_engine::nn::{Activation, Linear, ParamBuilder, Params, RmsNorm};
 use flowtape_engine::ops::{RopeLayout, attention, embedding, pointwise_to};
-use flowtape_engine::platform::sin_cos;
+use flowtape_engine::platform::math::{powf, sin_cos};
 use flowtape_engine::{DType, Device, Result as EngineResult, Tensor, nn};
 use serde::Deserialize;
 use serde_json::Value;
@@ -315,8 +315,7 @@ impl DecoderModel {
     /// reference has them. Each pair turns by one of a token's three positions.
     fn tables(&self, rope: Rope, positions: &[[f32; 3]], device: &Device) -> EngineResult<RopeTables> {
         let dim = self.config.head_dim();
-        let frequency =
-            |i: usize| 1.0 / (rope.rope_theta as f32).powf((2 * i) as f32 / dim as f32) / rope.factor as f32;
+        let frequency = |i: usize| 1.0 / powf(rope.rope_theta as f32, (2 * i) as f32 / dim as f32) / rope.factor as f32;
         let frequencies: Vec<(usize, f32)> = (0..dim / 2).map(|i| (self.config.axis(i), frequency(i))).collect();
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for position in positions {

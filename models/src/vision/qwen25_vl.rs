@@ -5,7 +5,7 @@ use std::path::Path;
 
 use flowtape_engine::nn::{self, Activation, Init, Linear, Param, ParamBuilder, Params, RmsNorm};
 use flowtape_engine::ops::{RopeLayout, attention};
-use flowtape_engine::platform::sin_cos;
+use flowtape_engine::platform::math::{powf, sin_cos};
 use flowtape_engine::{DType, Device, Result as EngineResult, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
@@ -274,7 +274,7 @@ impl Qwen25VisionTransformer {
         let merge = self.config.spatial_merge_size;
         let dim = self.config.hidden_size / self.config.num_heads;
         let pairs = dim / 4;
-        let frequency = |i: usize| 1.0 / THETA.powf((2 * i) as f32 / (dim / 2) as f32);
+        let frequency = |i: usize| 1.0 / powf(THETA, (2 * i) as f32 / (dim / 2) as f32);
         let frequencies: Vec<f32> = (0..pairs).map(frequency).collect();
         let mut angles = Vec::new();
         for [frames, h, w] in grids {
