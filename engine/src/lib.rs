@@ -21,6 +21,7 @@ pub mod expr;
 pub mod files;
 mod float8;
 pub mod gradcheck;
+pub mod hash;
 pub mod meta;
 pub mod nn;
 pub mod non_finite;

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::param::{MadeAs, host_bytes};
-use super::start::{Start, named, stream};
+use super::start::{Start, named};
 use super::units::Home;
 use super::{AdapterSpec, Init, Param, ParamPlan, Placement, Role, Units};
 use crate::quant::{CodeStore, QTensor};
 use crate::safetensors::{Shards, save_sharded};
-use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId};
+use crate::{DType, Device, Error, Gradients, Philox, Result, Tensor, VarId, hash};
 
 /// The parameters of a model, in the order in which they were made. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -287,7 +287,7 @@ impl ParamBuilder {
 
     /// A number for what is drawn under a name of this path.
     pub(super) fn stream(&self, name: &str) -> u64 {
-        stream(&self.sub(name).path)
+        hash::of(self.sub(name).path.as_bytes())
     }
 
     /// A builder one step down the path.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::safetensors::Shards;
-use crate::{DType, Device, Error, Philox, Result, Tensor};
+use crate::{DType, Device, Error, Philox, Result, Tensor, hash};
 
 /// How a parameter starts.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -54,7 +54,7 @@ impl Start {
     }
 
     fn made(&self, path: &str, dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
-        let mut random = self.random.fork(stream(path));
+        let mut random = self.random.fork(hash::of(path.as_bytes()));
         match self.init {
             Init::Zeros => Tensor::zeros(dims, dtype, device),
             Init::Ones => Tensor::ones(dims, dtype, device),
@@ -75,9 +75,4 @@ pub(super) fn named(path: &str, error: Error) -> Error {
         }
         other => other,
     }
-}
-
-/// A path as a number: FNV-1a, though any fixed hash would do.
-pub(super) fn stream(path: &str) -> u64 {
-    path.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }

@@ -12,7 +12,7 @@ use super::updates::{Kind, Programs, Rounding, Update};
 use crate::expr::{Function, Program};
 use crate::nn::{Param, Params};
 use crate::ops::pointwise::{pointwise, run_pointwise, run_pointwise_each};
-use crate::{DType, Error, Gradients, Later, Result, Tensor, VarId};
+use crate::{DType, Error, Gradients, Later, Result, Tensor, VarId, hash};
 
 mod files;
 
@@ -334,7 +334,7 @@ impl Optimizer {
         let outputs: Vec<Tensor> = outputs.chain(master.map(|_| value)).collect();
         let random = match (&self.rounding, kind) {
             (Rounding::Stochastic(random), Kind::Stochastic) => {
-                Some(random.fork(state.steps).fork(stream_of(param.path())))
+                Some(random.fork(state.steps).fork(hash::of(param.path().as_bytes())))
             }
             _ => None,
         };
@@ -444,11 +444,6 @@ fn copied(value: &Tensor) -> Result<Tensor> {
     let copy = Tensor::empty(value.dims(), value.dtype(), value.device())?;
     copy.copy_from(value)?;
     Ok(copy)
-}
-
-/// A number of its own for a path: FNV-1a of 64 bits.
-fn stream_of(path: &str) -> u64 {
-    path.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// The dtype of what rules for whole tensors compute in and remember.

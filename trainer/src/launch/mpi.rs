@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use flowtape_engine::comm::{Collective, Comm, Kind, Work, sum_in_order};
-use flowtape_engine::{Device, Error as EngineError, Result as EngineResult, Tensor};
+use flowtape_engine::{Device, Error as EngineError, Result as EngineResult, Tensor, hash};
 use mpi::Threading;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator, CommunicatorCollectives, Root};
@@ -299,9 +299,8 @@ impl Exchange<'_> {
     /// Sees that all ranks begin the same: MPI takes no notice, or ends all.
     fn agree(&self) -> EngineResult<()> {
         let shown = self.collective.shown();
-        // A hash in 64 bits; what it stands for follows only where they differ.
-        let hash =
-            shown.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        // What the hash stands for follows only where they differ.
+        let hash = hash::of(shown.as_bytes());
         let mut all = vec![0u64; self.world()];
         self.of.all_gather_into(&hash, &mut all[..]);
         match all.iter().position(|other| *other != all[0]) {
