@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-/// What the binary holds of it; files that are not there are empty. The page's module for one thread, and that for several.
-const FILES: [&str; 2] = ["flowtape_web.js", "flowtape_web_bg.wasm"];
-const FOLDERS: [&str; 2] = ["", "threads"];
+/// What the binary holds of it: the page's module for one thread, and that for several. Files that are not there are empty.
+const FILES: [&str; 4] =
+    ["flowtape_web.js", "flowtape_web_bg.wasm", "threads/flowtape_web.js", "threads/flowtape_web_bg.wasm"];
 
-fn main() {
+fn main() -> std::io::Result<()> {
     println!("cargo::rerun-if-env-changed=FLOWTAPE_WEB");
     let folder = std::env::var_os("FLOWTAPE_WEB").filter(|folder| !folder.is_empty()).map(PathBuf::from);
     // Cargo runs this in the crate's folder, its caller most often in the workspace's.
@@ -21,15 +21,10 @@ fn main() {
         (None, None) => {}
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default()).join("web");
-    for folder in FOLDERS {
-        for file in FILES {
-            let held =
-                found.as_ref().and_then(|found| std::fs::read(found.join(folder).join(file)).ok()).unwrap_or_default();
-            let kept = std::fs::create_dir_all(out.join(folder))
-                .and_then(|()| std::fs::write(out.join(folder).join(file), held));
-            if let Err(error) = kept {
-                println!("cargo::error={}: {error}", out.display());
-            }
-        }
+    std::fs::create_dir_all(out.join("threads"))?;
+    for file in FILES {
+        let held = found.as_ref().and_then(|found| std::fs::read(found.join(file)).ok());
+        std::fs::write(out.join(file), held.unwrap_or_default())?;
     }
+    Ok(())
 }
