@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::blocks::{Decoder, Encoder, Shape, conv2d};
-use super::tiling::{self, Tiling};
+use super::tiling::{Sides, Tiling, tiled};
 use super::{Autoencoder, Posterior, check_pixels};
 use crate::config::{Config, config_json, truth};
 use crate::{Error, Result};
@@ -132,7 +132,7 @@ pub(super) struct Networks {
     channels: usize,
     /// Pixels of a latent's side.
     pub ratio: usize,
-    tiling: Option<Tiling>,
+    tiles: Option<Sides>,
 }
 
 impl Networks {
@@ -151,13 +151,12 @@ impl Networks {
             decoder: Decoder::new(&params.sub("decoder"), shape, decoder)?,
             quant_conv: quant.then(|| conv("quant_conv", 2 * latents)).transpose()?,
             post_quant_conv: post_quant.then(|| conv("post_quant_conv", latents)).transpose()?,
-            tiling: None,
+            tiles: None,
         })
     }
 
     pub fn set_tiling(&mut self, tiling: Option<Tiling>) -> Result<()> {
-        tiling.map(|tiling| tiling.tiles(self.ratio)).transpose()?;
-        self.tiling = tiling;
+        self.tiles = tiling.map(|tiling| tiling.tiles(self.ratio)).transpose()?;
         Ok(())
     }
 
@@ -167,11 +166,7 @@ impl Networks {
             let moments = self.encoder.forward(x)?;
             Ok(self.quant_conv.as_ref().map_or(Ok(moments.clone()), |conv| conv.forward(&moments))?)
         };
-        let tiles = self.tiling.map(|tiling| tiling.tiles(self.ratio)).transpose()?;
-        match tiles.filter(|tiles| tiling::exceeds(pixels, &tiles.pixels)) {
-            Some(tiles) => Posterior::of(&tiling::run(pixels, &tiles.pixels, encode)?),
-            None => Posterior::of(&encode(pixels)?),
-        }
+        Posterior::of(&tiled(pixels, self.tiles.map(|tiles| tiles.pixels), encode)?)
     }
 
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
@@ -181,11 +176,7 @@ impl Networks {
                 None => Ok(self.decoder.forward(z)?),
             }
         };
-        let tiles = self.tiling.map(|tiling| tiling.tiles(self.ratio)).transpose()?;
-        match tiles.filter(|tiles| tiling::exceeds(latents, &tiles.latents)) {
-            Some(tiles) => tiling::run(latents, &tiles.latents, decode),
-            None => decode(latents),
-        }
+        tiled(latents, self.tiles.map(|tiles| tiles.latents), decode)
     }
 }
 

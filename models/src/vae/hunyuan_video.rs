@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::pieces::{CausalConv, Memory, ResidualBlock, Seen};
-use super::tiling::{self, Tiling};
-use super::video::{FIRST, LAST, RmsNorm, Slow, channel_means, packed, repeated, unpacked};
-use super::{Autoencoder, Posterior, check_pixels};
+use super::tiling::{Sides, Tiling, tiled};
+use super::video::{FIRST, LAST, RmsNorm, Slow, channel_means, check_clip, latent_dims, packed, repeated, unpacked};
+use super::{Autoencoder, Posterior};
 use crate::config::{Config, check_layers, check_sizes, config_json, truth};
 use crate::{Error, Result};
 
@@ -358,7 +358,7 @@ pub struct AutoencoderKLHunyuanVideo15 {
     params: Params,
     encoder: Encoder,
     decoder: Decoder,
-    tiling: Option<Tiling>,
+    tiles: Option<Sides>,
 }
 
 impl AutoencoderKLHunyuanVideo15 {
@@ -369,7 +369,7 @@ impl AutoencoderKLHunyuanVideo15 {
     pub fn new(config: AutoencoderKLHunyuanVideo15Config, params: &ParamBuilder) -> Result<Self> {
         let encoder = Encoder::new(&params.sub("encoder"), &config)?;
         let decoder = Decoder::new(&params.sub("decoder"), &config)?;
-        Ok(Self { encoder, decoder, params: params.params(), config, tiling: None })
+        Ok(Self { encoder, decoder, params: params.params(), config, tiles: None })
     }
 
     /// Moments of a clip, or of a tile of it.
@@ -404,24 +404,12 @@ impl Autoencoder for AutoencoderKLHunyuanVideo15 {
 
     fn encode(&self, pixels: &Tensor) -> Result<Posterior> {
         let (ratio, time) = (self.config.spatial_compression_ratio, self.config.temporal_compression_ratio);
-        check_pixels(pixels, 5, self.config.in_channels, ratio)?;
-        if pixels.dims()[2] % time != 1 % time {
-            let expected = format!("a multiple of {time} frames and one more");
-            return Err(flowtape_engine::Error::shape("encode", expected, pixels.dims()).into());
-        }
-        let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
-        match tiles.filter(|tiles| tiling::exceeds(pixels, &tiles.pixels)) {
-            Some(tiles) => Posterior::of(&tiling::run(pixels, &tiles.pixels, |x| self.moments(x))?),
-            None => Posterior::of(&self.moments(pixels)?),
-        }
+        check_clip(pixels, self.config.in_channels, time, ratio)?;
+        Posterior::of(&tiled(pixels, self.tiles.map(|tiles| tiles.pixels), |x| self.moments(x))?)
     }
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let tiles = self.tiling.map(|tiling| tiling.tiles(self.config.spatial_compression_ratio)).transpose()?;
-        match tiles.filter(|tiles| tiling::exceeds(latents, &tiles.latents)) {
-            Some(tiles) => tiling::run(latents, &tiles.latents, |z| self.frames(z)),
-            None => self.frames(latents),
-        }
+        tiled(latents, self.tiles.map(|tiles| tiles.latents), |z| self.frames(z))
     }
 
     fn normalise(&self, latents: &Tensor) -> Result<Tensor> {
@@ -438,18 +426,11 @@ impl Autoencoder for AutoencoderKLHunyuanVideo15 {
 
     fn latent_dims(&self, pixels: &[usize]) -> Vec<usize> {
         let (ratio, time) = (self.config.spatial_compression_ratio, self.config.temporal_compression_ratio);
-        match pixels {
-            [lead @ .., _, frames, height, width] => {
-                let frames = 1 + (frames.max(&1) - 1) / time;
-                [lead, &[self.config.latent_channels, frames, height / ratio, width / ratio]].concat()
-            }
-            _ => pixels.to_vec(),
-        }
+        latent_dims(pixels, self.config.latent_channels, time, ratio)
     }
 
     fn set_tiling(&mut self, tiling: Option<Tiling>) -> Result<()> {
-        tiling.map(|tiling| tiling.tiles(self.config.spatial_compression_ratio)).transpose()?;
-        self.tiling = tiling;
+        self.tiles = tiling.map(|tiling| tiling.tiles(self.config.spatial_compression_ratio)).transpose()?;
         Ok(())
     }
 }

@@ -226,6 +226,17 @@ pub(super) fn exceeds(x: &Tensor, tiles: &[Tiles; 2]) -> bool {
     x.dims().iter().rev().zip(tiles.iter().rev()).any(|(size, tile)| *size > tile.size)
 }
 
+/// Makes `[.., H, W]` tile by tile where there are tiles and it is more than one, else at once.
+///
+/// # Errors
+/// Those of `make`.
+pub(super) fn tiled(x: &Tensor, tiles: Option<[Tiles; 2]>, make: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    match tiles.filter(|tiles| exceeds(x, tiles)) {
+        Some(tiles) => run(x, &tiles, make),
+        None => make(x),
+    }
+}
+
 /// Makes `[.., H, W]` tile by tile. Each is blended with the one above, then with the one on its left, both as they are after
 /// their own blending.
 ///

@@ -4,6 +4,8 @@ use flowtape_engine::nn::{Init, Param, ParamBuilder};
 use flowtape_engine::ops::rms_norm;
 use flowtape_engine::{Result, Tensor};
 
+use super::check_pixels;
+
 /// The axes of a clip with its channels last.
 pub(super) const LAST: [usize; 5] = [0, 2, 3, 4, 1];
 /// The way back.
@@ -88,6 +90,27 @@ pub(super) fn patches(x: &Tensor, side: usize) -> Result<Tensor> {
 /// The other way.
 pub(super) fn unpatched(x: &Tensor, side: usize) -> Result<Tensor> {
     unpacked(&x.transpose(3, 4)?, [1, side, side], Slow::Channel)?.transpose(3, 4)
+}
+
+/// Checks that pixels have so many channels, frames that are one and a multiple of `time`, and whole latents.
+pub(super) fn check_clip(pixels: &Tensor, channels: usize, time: usize, ratio: usize) -> crate::Result<()> {
+    check_pixels(pixels, 5, channels, ratio)?;
+    if pixels.dims()[2] % time != 1 % time {
+        let expected = format!("a multiple of {time} frames and one more");
+        return Err(flowtape_engine::Error::shape("encode", expected, pixels.dims()).into());
+    }
+    Ok(())
+}
+
+/// Sizes of latents for pixels of these sizes, with or without the axis of samples: one of the first frame, and one of `time` others.
+pub(super) fn latent_dims(pixels: &[usize], channels: usize, time: usize, ratio: usize) -> Vec<usize> {
+    match pixels {
+        [lead @ .., _, frames, height, width] => {
+            let frames = 1 + (frames.max(&1) - 1) / time;
+            [lead, &[channels, frames, height / ratio, width / ratio]].concat()
+        }
+        _ => pixels.to_vec(),
+    }
 }
 
 /// A number for each channel, beside latents `[B, C, F, h, w]`.

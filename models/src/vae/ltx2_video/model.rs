@@ -9,8 +9,9 @@ use super::config::AutoencoderKLLTX2VideoConfig;
 use super::network::{Decoder, Encoder};
 use crate::Result;
 use crate::config::config_json;
-use crate::vae::tiling::{self, FrameTiling, Spare, Tiling};
-use crate::vae::{Autoencoder, Posterior, check_pixels};
+use crate::vae::tiling::{self, FrameTiling, Sides, Spare, Tiles, Tiling};
+use crate::vae::video::{check_clip, latent_dims};
+use crate::vae::{Autoencoder, Posterior};
 
 /// The autoencoder.
 #[derive(Debug)]
@@ -21,8 +22,9 @@ pub struct AutoencoderKLLTX2Video {
     decoder: Decoder,
     latents_mean: Param,
     latents_std: Param,
-    tiling: Option<Tiling>,
-    frame_tiling: Option<FrameTiling>,
+    tiles: Option<Sides>,
+    /// Of frames and of latents.
+    parts: Option<[Tiles; 2]>,
 }
 
 impl AutoencoderKLLTX2Video {
@@ -42,35 +44,23 @@ impl AutoencoderKLLTX2Video {
             latents_std,
             params: params.params(),
             config,
-            tiling: None,
-            frame_tiling: None,
+            tiles: None,
+            parts: None,
         })
     }
 
     /// Moments of a clip, or of a part of it.
     fn moments(&self, x: &Tensor) -> Result<Tensor> {
         let ratio = self.config.space_ratio();
-        let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
-        match tiles.filter(|tiles| tiling::exceeds(x, &tiles.pixels)) {
-            Some(tiles) => {
-                let moments = tiling::run(x, &tiles.pixels, |x| Ok(self.encoder.forward(x)?))?;
-                tiling::cut(&moments, [3, 4].map(|axis| x.dims()[axis] / ratio))
-            }
-            None => Ok(self.encoder.forward(x)?),
-        }
+        let moments = tiling::tiled(x, self.tiles.map(|tiles| tiles.pixels), |x| Ok(self.encoder.forward(x)?))?;
+        tiling::cut(&moments, [3, 4].map(|axis| x.dims()[axis] / ratio))
     }
 
     /// Pixels of latents, or of a part of them.
     fn frames(&self, z: &Tensor) -> Result<Tensor> {
         let ratio = self.config.space_ratio();
-        let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
-        match tiles.filter(|tiles| tiling::exceeds(z, &tiles.latents)) {
-            Some(tiles) => {
-                let x = tiling::run(z, &tiles.latents, |z| Ok(self.decoder.forward(z)?))?;
-                tiling::cut(&x, [3, 4].map(|axis| z.dims()[axis] * ratio))
-            }
-            None => Ok(self.decoder.forward(z)?),
-        }
+        let x = tiling::tiled(z, self.tiles.map(|tiles| tiles.latents), |z| Ok(self.decoder.forward(z)?))?;
+        tiling::cut(&x, [3, 4].map(|axis| z.dims()[axis] * ratio))
     }
 
     fn statistics(&self) -> EngineResult<[Tensor; 2]> {
@@ -90,21 +80,16 @@ impl Autoencoder for AutoencoderKLLTX2Video {
 
     fn encode(&self, pixels: &Tensor) -> Result<Posterior> {
         let (ratio, time) = (self.config.space_ratio(), self.config.time_ratio());
-        check_pixels(pixels, 5, self.config.in_channels, ratio)?;
-        if pixels.dims()[2] % time != 1 % time {
-            let expected = format!("a multiple of {time} frames and one more");
-            return Err(flowtape_engine::Error::shape("encode", expected, pixels.dims()).into());
-        }
-        let parts = self.frame_tiling.map(|tiling| tiling.tiles(time)).transpose()?.map(|[parts, _]| parts);
-        Posterior::of(&match parts.filter(|parts| pixels.dims()[2] > parts.size) {
+        check_clip(pixels, self.config.in_channels, time, ratio)?;
+        Posterior::of(&match self.parts.map(|[parts, _]| parts).filter(|parts| pixels.dims()[2] > parts.size) {
             Some(parts) => tiling::run_frames(pixels, &parts, Spare::First, |x| self.moments(x))?,
             None => self.moments(pixels)?,
         })
     }
 
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let parts = self.frame_tiling.map(|tiling| tiling.tiles(self.config.time_ratio())).transpose()?;
-        match parts.map(|[_, parts]| parts).filter(|parts| latents.dims().get(2).is_some_and(|n| *n > parts.size)) {
+        let parts = self.parts.map(|[_, parts]| parts);
+        match parts.filter(|parts| latents.dims().get(2).is_some_and(|n| *n > parts.size)) {
             // As in the reference the frames of parts behind the first stand one later than they are.
             Some(parts) => tiling::run_frames(latents, &parts, Spare::Last, |z| self.frames(z)),
             None => self.frames(latents),
@@ -127,24 +112,16 @@ impl Autoencoder for AutoencoderKLLTX2Video {
 
     fn latent_dims(&self, pixels: &[usize]) -> Vec<usize> {
         let (ratio, time) = (self.config.space_ratio(), self.config.time_ratio());
-        match pixels {
-            [lead @ .., _, frames, height, width] => {
-                let frames = 1 + (frames.max(&1) - 1) / time;
-                [lead, &[self.config.latent_channels, frames, height / ratio, width / ratio]].concat()
-            }
-            _ => pixels.to_vec(),
-        }
+        latent_dims(pixels, self.config.latent_channels, time, ratio)
     }
 
     fn set_tiling(&mut self, tiling: Option<Tiling>) -> Result<()> {
-        tiling.map(|tiling| tiling.tiles(self.config.space_ratio())).transpose()?;
-        self.tiling = tiling;
+        self.tiles = tiling.map(|tiling| tiling.tiles(self.config.space_ratio())).transpose()?;
         Ok(())
     }
 
     fn set_frame_tiling(&mut self, tiling: Option<FrameTiling>) -> Result<()> {
-        tiling.map(|tiling| tiling.tiles(self.config.time_ratio())).transpose()?;
-        self.frame_tiling = tiling;
+        self.parts = tiling.map(|tiling| tiling.tiles(self.config.time_ratio())).transpose()?;
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use crate::Result;
 use crate::config::config_json;
 use crate::vae::pieces::Memory;
 use crate::vae::tiling::{self, Tiling};
-use crate::vae::video::{patches, statistic, unpatched};
+use crate::vae::video::{latent_dims, patches, statistic, unpatched};
 use crate::vae::{Autoencoder, Posterior, check_pixels};
 
 /// Frames of a piece after the first one, and of a latent: the reference has no other.
@@ -124,19 +124,15 @@ impl Autoencoder for AutoencoderKLWan {
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let (patch, ratio) = (self.config.patch(), self.ratio());
         let tiles = self.tiling.map(|tiling| tiling.tiles(ratio)).transpose()?;
-        let mut x = match tiles.filter(|tiles| tiling::exceeds(latents, &tiles.latents)) {
-            None => self.frames(latents)?,
-            Some(tiles) => {
-                // What is made of a tile is patches of pixels.
-                let patched = tiles.latents.map(|side| {
-                    let whole = side.blend + side.keep;
-                    let keep = side.keep / patch;
-                    tiling::Tiles { keep, blend: (whole / patch).saturating_sub(keep), ..side }
-                });
-                let x = tiling::run(latents, &patched, |z| self.frames(z))?;
-                tiling::cut(&x, [3, 4].map(|axis| latents.dims()[axis] * ratio / patch))?
-            }
+        // What is made of a tile is patches of pixels.
+        let patched = |side: tiling::Tiles| {
+            let whole = side.blend + side.keep;
+            let keep = side.keep / patch;
+            tiling::Tiles { keep, blend: (whole / patch).saturating_sub(keep), ..side }
         };
+        let tiles = tiles.map(|tiles| tiles.latents.map(patched));
+        let mut x = tiling::tiled(latents, tiles, |z| self.frames(z))?;
+        x = tiling::cut(&x, [3, 4].map(|axis| latents.dims()[axis] * ratio / patch))?;
         if patch > 1 {
             x = unpatched(&x, patch)?;
         }
@@ -160,14 +156,7 @@ impl Autoencoder for AutoencoderKLWan {
     }
 
     fn latent_dims(&self, pixels: &[usize]) -> Vec<usize> {
-        let ratio = self.ratio();
-        match pixels {
-            [lead @ .., _, frames, height, width] => {
-                let frames = 1 + (frames.max(&1) - 1) / PIECE;
-                [lead, &[self.config.z_dim, frames, height / ratio, width / ratio]].concat()
-            }
-            _ => pixels.to_vec(),
-        }
+        latent_dims(pixels, self.config.z_dim, PIECE, self.ratio())
     }
 
     fn set_tiling(&mut self, tiling: Option<Tiling>) -> Result<()> {
