@@ -172,6 +172,8 @@ impl Team {
                 team.serve(helper);
             }
         });
+        // The pool's thread that calls is called too. A page's never looks into its queue otherwise, where a call would stay each time.
+        rayon::yield_local();
     }
 
     /// Takes tasks until none is left.
@@ -455,6 +457,23 @@ mod tests {
         .join()
         .unwrap();
         until("the helpers go with their caller", || kept.strong_count() == 0);
+    }
+
+    #[test]
+    fn no_call_stays_in_the_queue_of_a_thread_that_never_goes_back_to_its_pool() {
+        if cores() == 1 {
+            return;
+        }
+        std::thread::spawn(|| {
+            let _pool = rayon::ThreadPoolBuilder::new().num_threads(2).use_current_thread().build().unwrap();
+            let team = wait_for(STAY, || {
+                spread(8, |_| {});
+                team().own.clone()
+            });
+            until("what calls the helpers goes with them", || team.strong_count() == 0);
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]
