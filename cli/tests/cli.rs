@@ -498,20 +498,6 @@ fn an_installed_binary_has_recipes_of_its_own() {
 }
 
 #[test]
-fn the_binary_says_its_name_and_version() {
-    assert_eq!(stdout(&flowtape(&["--version"])), concat!("flowtape ", env!("CARGO_PKG_VERSION"), "\n"));
-}
-
-#[test]
-fn devices_are_listed_and_a_wrong_one_is_told() {
-    let listed = stdout(&flowtape(&["devices"]));
-    assert!(listed.starts_with("cpu") && listed.contains("threads") && listed.contains("wgpu"), "{listed}");
-    let folder = tempfile::tempdir().unwrap();
-    let wrong = failure(&train(folder.path(), &["--device", "gpu"]));
-    assert!(wrong.contains("expected cpu") && wrong.contains("flowtape devices"), "{wrong}");
-}
-
-#[test]
 fn a_run_trains_and_samples_on_wgpu() {
     if stdout(&flowtape(&["devices"])).lines().any(|l| l.starts_with("wgpu ")) {
         let required = std::env::var("FLOWTAPE_REQUIRE").is_ok_and(|r| r.split(',').any(|r| r == "wgpu"));

@@ -15,6 +15,20 @@ fn lines(arguments: &[&str]) -> Vec<Value> {
 }
 
 #[test]
+fn the_binary_says_its_name_and_version() {
+    assert_eq!(stdout(&flowtape(&["--version"])), concat!("flowtape ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+#[test]
+fn devices_are_listed_and_a_wrong_one_is_told() {
+    let listed = stdout(&flowtape(&["devices"]));
+    assert!(listed.starts_with("cpu") && listed.contains("threads") && listed.contains("wgpu"), "{listed}");
+    let folder = tempfile::tempdir().unwrap();
+    let wrong = failure(&train(folder.path(), &["--device", "gpu"]));
+    assert!(wrong.contains("expected cpu") && wrong.contains("flowtape devices"), "{wrong}");
+}
+
+#[test]
 fn the_machine_is_looked_at_and_a_folder_that_cannot_be_written_is_bad() {
     let found = &lines(&["doctor", "--json"])[0];
     let of = |what: &str| found.as_array().unwrap().iter().find(|finding| finding["what"] == what).unwrap();
