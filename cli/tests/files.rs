@@ -11,6 +11,33 @@ use common::{RECIPE, SMALL, failure, flowtape, stdout, train};
 mod common;
 
 #[test]
+fn all_pictures_that_cannot_be_read_are_named_and_films_are_refused_where_there_are_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("cache");
+    for name in ["one", "two"] {
+        std::fs::write(folder.path().join(name).with_extension("png"), "no picture").unwrap();
+        std::fs::write(folder.path().join(name).with_extension("txt"), name).unwrap();
+    }
+    let preprocess = |more: &[&str]| {
+        let pipeline = concat!(env!("CARGO_MANIFEST_DIR"), "/../data/emoji/pipeline");
+        let paths = [folder.path(), cache.as_path()].map(|path| path.to_str().unwrap());
+        let arguments = ["preprocess", paths[0], "--model", pipeline, "--out", paths[1], "--max-pixels", "4096"];
+        failure(&flowtape(&[&arguments[..], more].concat()))
+    };
+    let error = preprocess(&["--frames", "5"]);
+    assert!(error.contains("FluxPipeline makes pictures, not films") && !cache.exists(), "{error}");
+    let error = preprocess(&[]);
+    assert!(["one", "two"].iter().all(|name| error.contains(&format!("{name}.png can't be read"))), "{error}");
+}
+
+#[test]
+fn a_folder_without_an_adapter_is_told_what_has_one() {
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/goldens/flux_step");
+    let error = failure(&flowtape(&["merge", golden, "--lora", golden, "--out", "never"]));
+    assert!(error.contains("no adapter in this folder") && error.contains("RUN/checkpoints/LATEST"), "{error}");
+}
+
+#[test]
 fn inspect_counts_presets_configurations_folders_files_and_runs() {
     let json =
         |target: &str| -> Value { serde_json::from_str(&stdout(&flowtape(&["inspect", target, "--json"]))).unwrap() };

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 
 use flowtape_engine::{DType, Device, Tensor};
+use flowtape_flowmatch::DataType;
 use flowtape_models::pipeline::{
     Asked, ConditionImage, Pictures, PipelineFolder, PromptEncoder, given_frames, reference_latents,
 };
@@ -258,9 +259,15 @@ impl Preprocess {
         let kind = self.pipeline.kind()?;
         let asked = Asked { folder: &self.pipeline, config: &Value::Null, guidance_scale: 1.0, images: 1 };
         let model = ModelKind::of_adapter((kind.generation.adapter)(&asked))?;
+        let refused = |why: &str| {
+            let what = format!("{} makes {why}", self.pipeline.class());
+            Err(Error::Open { name: self.pipeline.path().display().to_string(), what })
+        };
+        if self.frames.is_some() && model.capabilities.data == DataType::Image {
+            return refused("pictures, not films: leave --frames out");
+        }
         if self.last_frame && !model.takes(Condition::GivenFrames) {
-            let what = format!("{} makes no films between two frames: leave --last-frame out", self.pipeline.class());
-            return Err(Error::Open { name: self.pipeline.path().display().to_string(), what });
+            return refused("no films between two frames: leave --last-frame out");
         }
         let pictures = kind.pictures.filter(|pictures| model.takes(pictures.condition()));
         let processor = pictures.map(|_| ConditionProcessor::load(&self.pipeline)).transpose()?;

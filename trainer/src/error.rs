@@ -110,6 +110,11 @@ impl Error {
     }
 }
 
+/// An error's text, and those of all that it follows from.
+pub(crate) fn with_reasons(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// Names the file of an input or output error.
 pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.into();

@@ -1,11 +1,11 @@
 //! Several ranks of one run.
 
-use std::error::Error as _;
 use std::path::{Path, PathBuf};
 
 use flowtape_engine::comm::Comm;
 use flowtape_engine::{DType, Later, Tensor};
 
+use crate::error::with_reasons;
 use crate::recipe::Sharing;
 use crate::{Error, Result};
 
@@ -18,12 +18,7 @@ pub(crate) fn is_first(comm: &dyn Comm) -> bool {
 pub(crate) fn together<R>(comm: &dyn Comm, work: impl FnOnce() -> Result<R>) -> Result<R> {
     let done = work();
     if let Err(error) = &done {
-        let (mut text, mut reason) = (error.to_string(), error.source());
-        while let Some(inner) = reason {
-            text = format!("{text}: {inner}");
-            reason = inner.source();
-        }
-        comm.abort(&text);
+        comm.abort(&with_reasons(error));
     }
     done
 }

@@ -178,8 +178,7 @@ fn report(index: usize, adapter: &Adapter) -> DeviceReport {
 pub fn reports() -> Vec<DeviceReport> {
     let found = adapters().unwrap_or_default();
     if found.is_empty() {
-        let reason =
-            "no adapter: install a driver with Vulkan, Metal or DirectX 12 (mesa-vulkan-drivers is one in software)";
+        let reason = "install a driver with Vulkan, Metal or DirectX 12 (mesa-vulkan-drivers is one in software)";
         return vec![DeviceReport {
             name: "wgpu".into(),
             title: "no adapter".into(),

@@ -223,6 +223,11 @@ pub fn load_any(path: &Path, params: &Params, class: &str) -> Result<(AdapterWei
                 return load_file(&path.join(form.file()), params, class);
             }
         }
+        let what = format!(
+            "no adapter in this folder: name its file, a folder with {}, or RUN/checkpoints/LATEST of a run",
+            format::ADAPTER_CONFIG
+        );
+        return Err(EngineError::Format { path: path.into(), what }.into());
     }
     // PEFT's file has its alpha in the configuration beside it.
     let folder = path.parent().unwrap_or(Path::new("."));

@@ -20,6 +20,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Data;
+use crate::error::with_reasons;
 use crate::hooks::Preview;
 use crate::{Recipe, Result};
 
@@ -131,7 +132,7 @@ impl FolderConfig {
     /// Encodes what the cache does not have yet.
     ///
     /// # Errors
-    /// When a picture can't be read (the error counts and names them), or the cache can't be written.
+    /// When pictures can't be read, or the cache can't be written. The error is the first picture's; of the others a line each is logged.
     pub fn prepare(
         &self,
         workers: usize,
@@ -140,12 +141,12 @@ impl FolderConfig {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Preprocessed> {
         let mut done = self.preprocess(workers)?.run(&self.items()?, &self.cache_dir, device, stop, progress)?;
-        if done.failed.is_empty() {
+        let mut failed = done.failed.drain(..);
+        let Some(first) = failed.next() else {
+            drop(failed);
             return Ok(done);
-        }
-        let count = done.failed.len();
-        let first = done.failed.swap_remove(0);
-        tracing::error!("{count} pictures can't be read; the first is told");
+        };
+        failed.for_each(|error| tracing::error!("{}", with_reasons(&error)));
         Err(first.into())
     }
 
