@@ -151,7 +151,7 @@ with_cargo() { # cargo's arguments: Debian's compiler, whatever the project's is
     local std_flags=() rustflags=$flags upper=${target^^}
     upper=CARGO_TARGET_${upper//-/_}
     if [ "$std" = build ]; then std_flags=("-Zbuild-std=std,$panic"); else rustflags+=" -L $(debian_std "$std")"; fi
-    env PATH="/usr/bin:$PATH" RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR="$kept" RUSTFLAGS="$rustflags" \
+    env PATH="/usr/bin:$PATH" RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR="$kept" RUSTFLAGS="$rustflags" RUSTDOCFLAGS="$rustflags" \
         "${upper}_LINKER=$linker" "${upper}_RUNNER=${run[*]}" \
         cargo "$1" --quiet --profile "$profile" --target "$target" "${std_flags[@]}" "${@:2}" >&2
 }
@@ -213,6 +213,7 @@ for name in "$@"; do
         made=$kept/$target/$profile/examples/platform
         [ -f "$made" ] || made+=.wasm
         cp "$made" "$program"
+        if [ "$engine" ] && ! [ "$short" ]; then with_cargo test --package flowtape-engine --no-run; fi
     fi
     built=$((SECONDS - before))
     flock --unlock "$turn"
@@ -247,10 +248,10 @@ for name in "$@"; do
     if [ "$engine" ] && ! [ "$short" ]; then
         # They start themselves again on other sets where none is named, which takes a system that can start them.
         for set in "${sets[@]}"; do
-            before=$SECONDS
-            tests=passed
-            FLOWTAPE_ISA=$set with_cargo test --package flowtape-engine || tests=FAILED failed=1
-            rows+=("| $name | $how: $set | the engine's tests $tests, in $((SECONDS - before)) s | | | | |")
+            log=$out/$name.$set.tests before=$SECONDS ended=
+            FLOWTAPE_ISA=$set with_cargo test --package flowtape-engine 2>"$log" || { ended=" FAILED" failed=1 && tail -n 40 "$log" >&2; }
+            counts=$(awk '/^test result/ { passed += $4; failed += $6 } END { print passed + 0 " passed, " failed + 0 " failed" }' "$log")
+            rows+=("| $name | $how: $set | the engine's tests$ended: $counts, in $((SECONDS - before)) s | | | | |")
         done
     fi
 done

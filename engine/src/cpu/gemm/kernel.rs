@@ -6,6 +6,8 @@
 
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
+#[cfg(all(target_os = "wasi", target_feature = "simd128"))]
+mod wasm;
 
 use crate::cpu::isa::{FUSED, Isa};
 
@@ -46,7 +48,7 @@ pub(crate) struct Kernels {
 }
 
 /// A vector of f32, and of words.
-trait Simd {
+trait Simd: Sized {
     type V: Copy;
     const LANES: usize;
     /// Words of B that are asked for ahead of time; 0 where there is no such instruction.
@@ -63,6 +65,48 @@ trait Simd {
     /// `a b + c`.
     fn multiply_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     fn prefetch(p: *const f32);
+    /// The products' sums over k: `NV` vectors for each of `MR` rows.
+    ///
+    /// Safety: as for [`vectors`].
+    #[inline(always)]
+    unsafe fn sums<const MR: usize, const NV: usize, const ROW: bool>(t: &Tile) -> [[Self::V; NV]; MR] {
+        let mut acc = [[Self::zero(); NV]; MR];
+        // SAFETY: the caller's promise.
+        unsafe {
+            // One pointer for three rows: more would not fit into the general registers.
+            let mut rows = [t.a; 4];
+            if ROW {
+                for (q, p) in rows.iter_mut().enumerate().take(MR.div_ceil(3)) {
+                    *p = t.a.add(3 * q * t.a_stride);
+                }
+            }
+            let (mut a, mut b) = (t.a, t.b);
+            for _ in 0..t.k {
+                let mut bv = [Self::zero(); NV];
+                for (v, x) in bv.iter_mut().enumerate() {
+                    *x = Self::load(b.add(v * Self::LANES));
+                    if Self::AHEAD > 0 {
+                        Self::prefetch(b.wrapping_add(Self::AHEAD * t.b_stride + v * Self::LANES));
+                    }
+                }
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let x = Self::word(if ROW { rows[i / 3].add(i % 3 * t.a_stride) } else { a.add(i) });
+                    for (acc, &b) in acc.iter_mut().zip(&bv) {
+                        *acc = Self::multiply_add(x, b, *acc);
+                    }
+                }
+                b = b.add(t.b_stride);
+                if ROW {
+                    for p in rows.iter_mut().take(MR.div_ceil(3)) {
+                        *p = p.add(1);
+                    }
+                } else {
+                    a = a.add(t.a_stride);
+                }
+            }
+        }
+        acc
+    }
 }
 
 /// Arrays that the compiler turns into the vectors every machine of the target has.
@@ -129,14 +173,6 @@ unsafe fn tile<S: Simd, const MR: usize, const ROW: bool>(t: &Tile) {
 unsafe fn vectors<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t: &Tile) {
     // SAFETY: the caller's promise: A has MR rows of k, B k rows of NV vectors and C MR rows of `live`.
     unsafe {
-        let mut acc = [[S::zero(); NV]; MR];
-        // One pointer for three rows: more would not fit into the general registers.
-        let mut rows = [t.a; 4];
-        if ROW {
-            for (q, p) in rows.iter_mut().enumerate().take(MR.div_ceil(3)) {
-                *p = t.a.add(3 * q * t.a_stride);
-            }
-        }
         if t.add {
             for i in 0..MR {
                 for v in 0..NV {
@@ -144,30 +180,7 @@ unsafe fn vectors<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t:
                 }
             }
         }
-        let (mut a, mut b) = (t.a, t.b);
-        for _ in 0..t.k {
-            let mut bv = [S::zero(); NV];
-            for (v, x) in bv.iter_mut().enumerate() {
-                *x = S::load(b.add(v * S::LANES));
-                if S::AHEAD > 0 {
-                    S::prefetch(b.wrapping_add(S::AHEAD * t.b_stride + v * S::LANES));
-                }
-            }
-            for (i, acc) in acc.iter_mut().enumerate() {
-                let x = S::word(if ROW { rows[i / 3].add(i % 3 * t.a_stride) } else { a.add(i) });
-                for (acc, &b) in acc.iter_mut().zip(&bv) {
-                    *acc = S::multiply_add(x, b, *acc);
-                }
-            }
-            b = b.add(t.b_stride);
-            if ROW {
-                for p in rows.iter_mut().take(MR.div_ceil(3)) {
-                    *p = p.add(1);
-                }
-            } else {
-                a = a.add(t.a_stride);
-            }
-        }
+        let acc = S::sums::<MR, NV, ROW>(t);
         let whole = t.live == NV * S::LANES;
         for (i, acc) in acc.iter().enumerate() {
             for (v, &x) in acc.iter().enumerate() {
@@ -199,10 +212,15 @@ unsafe fn vectors<S: Simd, const MR: usize, const NV: usize, const ROW: bool>(t:
     }
 }
 
+#[cfg(not(all(target_os = "wasi", target_feature = "simd128")))]
+use Lanes4 as Portable;
+#[cfg(all(target_os = "wasi", target_feature = "simd128"))]
+use wasm::Simd128 as Portable;
+
 /// Safety: see [`Kernel`].
 unsafe fn portable<const MR: usize, const ROW: bool>(t: &Tile) {
     // SAFETY: the caller's promise.
-    unsafe { tile::<Lanes4, MR, ROW>(t) }
+    unsafe { tile::<Portable, MR, ROW>(t) }
 }
 
 #[cfg(target_arch = "x86_64")]
