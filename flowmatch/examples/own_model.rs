@@ -63,8 +63,7 @@ pub fn ring(steps: u64, n: usize) -> Result<Vec<f32>> {
 #[allow(clippy::print_stdout, dead_code)] // an example shows what it does
 fn main() -> Result<()> {
     for point in ring(800, 8)?.chunks(2) {
-        let [x, y] = [point[0], point[1]];
-        println!("({x:6.3}, {y:6.3}), {:.3} from the middle", (x * x + y * y).sqrt());
+        println!("({:6.3}, {:6.3}), radius {:.3}", point[0], point[1], f64::from(point[0]).hypot(point[1].into()));
     }
     Ok(())
 }
