@@ -2,12 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // the helpers of tests may panic, and say what they skip
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use browser::{Browser, Served};
-use common::{failure, flowtape, stdout};
+use common::{RECIPE, failure, flowtape, stdout};
 
 mod browser;
 mod common;
@@ -29,6 +30,21 @@ fn module(threads: bool) -> Option<PathBuf> {
 /// A small model, so that a step takes a few milliseconds.
 const SMALL: &str =
     "#model.num_layers=1&model.num_single_layers=0&step_scheduler.local_batch_size=8&step_scheduler.max_steps=60";
+
+/// The weights after so many of those steps of this binary, by kernels that round as WebAssembly's do.
+fn portable(step: u64) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let settings = format!(
+        "{}&run_dir={}&step_scheduler.ckpt_every_steps={step}&checkpoint.max_recent_checkpoints=60&sampling.every_steps=60",
+        &SMALL[1..],
+        run.display()
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_flowtape"));
+    command.args(["train", RECIPE]).args(settings.split('&').flat_map(|setting| ["--set", setting]));
+    stdout(&command.env("FLOWTAPE_ISA", "portable").output().unwrap());
+    std::fs::read(run.join(format!("checkpoints/step_{step:06}/diffusion_pytorch_model.safetensors"))).unwrap()
+}
 
 /// Waits until a download is there.
 fn wait_for(file: &Path) {
@@ -86,6 +102,8 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     let name = browser.eval("document.getElementById('told').textContent.split(',')[0]").as_str().unwrap().to_owned();
     let file = folder.path().join(name);
     wait_for(&file);
+    // They are those of the binary.
+    assert!(std::fs::read(&file).unwrap() == portable(paused.as_f64().unwrap() as u64));
     browser.eval("document.getElementById('restart').click()");
     browser.until("document.getElementById('state').textContent === 'ready'");
     let fresh = slide(&mut browser, 1.0);
