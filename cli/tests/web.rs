@@ -46,6 +46,12 @@ fn portable(step: u64) -> Vec<u8> {
     std::fs::read(run.join(format!("checkpoints/step_{step:06}/diffusion_pytorch_model.safetensors"))).unwrap()
 }
 
+/// What the browser complained of, less what Chromium itself remarks on the GPU that it does not have.
+fn complaints(browser: &mut Browser) -> Vec<String> {
+    let remarks = ["WebGPU", "No available adapters."];
+    browser.complaints().into_iter().filter(|told| !remarks.iter().any(|remark| told.contains(remark))).collect()
+}
+
 /// Waits until a download is there.
 fn wait_for(file: &Path) {
     (0..100).take_while(|_| !file.exists()).for_each(|_| std::thread::sleep(Duration::from_millis(50)));
@@ -123,9 +129,7 @@ fn the_page_trains_samples_and_keeps_weights_and_asks_nobody_for_anything() {
     browser.until("document.getElementById('state').textContent === 'finished'");
     let at = browser.eval("document.getElementById('at').textContent");
     assert!(at.as_str().unwrap().starts_with("step 60,"), "{at}");
-    // Chromium itself remarks on the GPU that it does not have.
-    let remark = |complaint: &String| !complaint.contains("Failed to create WebGPU Context Provider");
-    assert_eq!(browser.complaints().into_iter().filter(remark).collect::<Vec<_>>(), Vec::<String>::new());
+    assert_eq!(complaints(&mut browser), Vec::<String>::new());
     let sent: Vec<String> = browser.requests().into_iter().filter(|url| !url.starts_with("blob:")).collect();
     assert_eq!(sent.len(), 1, "{sent:?}");
     assert_eq!(browser.eval("window.hurt"), Value::Null);
@@ -164,9 +168,7 @@ fn a_served_page_trains_on_threads_to_the_bits_of_one() {
         let file = to.join("digits-step-60.safetensors");
         wait_for(&file);
         weights.push(std::fs::read(file).unwrap());
-        // A page with an address is offered a GPU, and this browser has none.
-        let complaints = browser.complaints().into_iter().filter(|told| !told.contains("WebGPU")).collect::<Vec<_>>();
-        assert_eq!(complaints, Vec::<String>::new());
+        assert_eq!(complaints(&mut browser), Vec::<String>::new());
         for asked in browser.requests() {
             assert!(asked.starts_with(&served.1) || asked.starts_with("blob:"), "{asked}");
         }
