@@ -48,7 +48,7 @@ pub(crate) struct Kernels {
 }
 
 /// A vector of f32, and of words.
-trait Simd: Sized {
+trait Simd {
     type V: Copy;
     const LANES: usize;
     /// Words of B that are asked for ahead of time; 0 where there is no such instruction.
