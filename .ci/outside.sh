@@ -32,7 +32,7 @@ program own engine flowmatch
 cp "$root/flowmatch/examples/own_model.rs" "$work/own/src/main.rs"
 [ "$(wc -l <"$work/own/src/main.rs")" -lt 70 ]
 echo "outside program: a model of its own"
-cargo run --quiet --release --manifest-path "$work/own/Cargo.toml" "$@"
+CARGO_PROFILE_DEV_OPT_LEVEL=1 cargo run --quiet --manifest-path "$work/own/Cargo.toml" "$@"
 
 program trainer engine flowmatch models data trainer
 cat >"$work/trainer/src/main.rs" <<'RUST'

@@ -3,10 +3,12 @@
 # table: goldens, files of tensors exchanged both ways with this machine, 20 steps of the digits into a run folder, whose losses and
 # weights are laid beside this machine's, time, size. docs/PLATFORMS.md has the last one.
 #
-#     bench/platforms.sh [--short] NAME…|all        names: i686 aarch64 armv7 s390x musl glibc wasip1 page
+#     bench/platforms.sh [--short] NAME…|all        names: i686 s390x aarch64 armv7 musl glibc wasip1 page
 #
-# --short leaves out the statistics of noise levels, which are longer than all the rest; of a platform's lesser instruction sets it
-# runs operations and one model alone; and it runs no tests of the engine.
+# Of a platform's lesser instruction sets, operations and one model alone are run. While one platform's program runs, the next one's is built.
+#
+# --short compares goldens and files alone, by a program that is soon built: engine, pipeline and models, without the trainer, without the
+# statistics of noise levels and, in an emulator, of autoencoders those of FLUX alone. This is what CI runs.
 #
 # `page` is that of `flowtape web`: it builds both modules of web/, for one thread and for several, and runs the tests that drive them in
 # headless Chromium, one of which wants the same weights of both.
@@ -18,18 +20,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=$PWD
-all=(i686 aarch64 armv7 s390x musl glibc wasip1 page)
+all=(i686 s390x aarch64 armv7 musl glibc wasip1 page)
 short=
 [ "${1-}" != --short ] || { short=yes && shift; }
-[ $# -gt 0 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2; }
 [ "$1" != all ] || set -- "${all[@]}"
 
 export FLOWTAPE_PLATFORMS=${FLOWTAPE_PLATFORMS:-$here/target/platforms}
 kept=$FLOWTAPE_PLATFORMS
-profile=${FLOWTAPE_PLATFORMS_PROFILE:-platform}
+profile=platform features=trainer
+[ -z "$short" ] || profile=goldens features=
+profile=${FLOWTAPE_PLATFORMS_PROFILE:-$profile}
 mkdir -p "$kept"
 out=$(mktemp -d "$kept/run.XXXXXX")
-trap '[ $? -eq 0 ] && rm -rf "$out" || echo "what failed lies in $out" >&2' EXIT
+trap 'failed=$?; kill $(jobs -p) 2>/dev/null || true; [ $failed -eq 0 ] && rm -rf "$out" || echo "what failed lies in $out" >&2' EXIT
 # Runs fetch and build one after another; each takes the programs with it.
 exec {turn}>"$kept/lock"
 need() { # PACKAGE…
@@ -40,14 +44,12 @@ need() { # PACKAGE…
 flock "$turn"
 need rustc-web cargo-web rust-web-src curl ca-certificates
 
-goldens=(tests/goldens tests/own_goldens) few=("${goldens[@]}")
-if [ "$short" ]; then
-    goldens=("$out"/short/{goldens,own_goldens}) few=("$out/few")
-    mkdir "$out/short" "$out/few"
-    cp -r tests/{goldens,own_goldens} "$out/short"
-    rm "$out"/short/goldens/pipeline_math/sigma_statistics.*
-    cp -r tests/goldens/{ops,flux_step} "$out/few"
-fi
+mkdir "$out/few" "$out/short"
+cp -r tests/goldens/{ops,flux_step} "$out/few"
+cp -r tests/{goldens,own_goldens} "$out/short"
+rm "$out"/short/goldens/pipeline_math/sigma_statistics.*
+cp -r "$out/short" "$out/emulated"
+rm -r "$out"/emulated/*/vae_[!f]*
 # A model that is small enough for an emulator.
 settings=(model.num_layers=1 model.num_single_layers=1 step_scheduler.local_batch_size=4 step_scheduler.max_steps=20
     sampling.num_inference_steps=2 report.samples_per_class=1)
@@ -61,7 +63,7 @@ native=$out/here.program
 cp "${CARGO_TARGET_DIR:-target}/debug/examples/platform" "$native"
 flock --unlock "$turn"
 "$native" write "$out/here.safetensors"
-for set in $("$native" sets); do
+[ "$short" ] || for set in $("$native" sets); do
     FLOWTAPE_ISA=$set "$native" train "$out/here.$set.run" "${settings[@]}" >"$out/here.$set.steps"
 done
 
@@ -191,12 +193,78 @@ page() { # a row of its own: what runs there is the page
     rows+=("| page | headless Chromium, 1 to 3 threads | its tests $tests, in $((SECONDS - before)) s | | | $built s | $size kB |")
 }
 
-rows=()
+# What all rows of a platform end with.
+row() { echo "| $name | $1 | $2 | $3 | $4 | $built s | $size kB |" >>"$out/$name.rows"; }
+
+# The program's rows, once it is built. It fails where one of them does.
+try() {
+    local failed=0 exchange=yes set log before counts took steps= folders sets
+    # Where instructions are many times as long, threads that wait for each other only take time.
+    if [ "$how" = qemu ]; then export RAYON_NUM_THREADS=1; else unset RAYON_NUM_THREADS; fi
+    sets=($("${run[@]}" "$program" sets))
+    "${run[@]}" "$program" write "$out/$name.safetensors" && "${run[@]}" "$program" read "$out/here.safetensors" &&
+        "$native" read "$out/$name.safetensors" && cmp "$out/here.safetensors" "$out/$name.safetensors" || exchange=FAILED
+    for set in "${sets[@]}"; do
+        export FLOWTAPE_ISA=$set
+        log=$out/$name.$set before=$SECONDS
+        if [ "$set" != "${sets[-1]}" ]; then
+            folders=("$out/few")
+        elif ! [ "$short" ]; then
+            folders=(tests/{goldens,own_goldens})
+        elif [ "$how" = qemu ]; then
+            folders=("$out"/emulated/{goldens,own_goldens})
+        else
+            folders=("$out"/short/{goldens,own_goldens})
+        fi
+        "${run[@]}" "$program" goldens "${folders[@]}" >"$log.log" 2>&1 || grep FAILED "$log.log" | head -n 20 >&2 || true
+        counts=$(grep -E '^[0-9]+ passed, ' "$log.log" || echo "FAILED: $(tail -n 1 "$log.log")")
+        took=$((SECONDS - before))
+        if ! [ "$short" ]; then
+            if [ "$alone" ]; then
+                rm -rf "$out/empty" && mkdir "$out/empty" && cp "$program" "$out/empty/platform"
+                chroot "$out/empty" /platform train /run "${settings[@]}" >"$log.steps" && mv "$out/empty/run" "$log.run"
+            else
+                "${run[@]}" "$program" train "$log.run" "${settings[@]}" >"$log.steps"
+            fi || tail -n 1 "$log.steps" >&2
+            steps="$(beside "$name" "$set"), $(awk '{ print $8 }' "$log.steps" | sort -g | sed -n 10p) s a step"
+        fi
+        unset FLOWTAPE_ISA
+        [[ "$counts $exchange $steps" != *FAILED* && "$counts" == *", 0 failed"* ]] || failed=1
+        row "$how: $set" "$counts, in $took s" "$exchange" "$steps"
+    done
+    [ "$engine" ] && ! [ "$short" ] || return "$failed"
+    # They start themselves again on other sets where none is named, which takes a system that can start them.
+    for set in "${sets[@]}"; do
+        log=$out/$name.$set.tests ended=
+        FLOWTAPE_ISA=$set with_cargo test --package flowtape-engine 2>"$log" || { ended=" FAILED" failed=1 && tail -n 40 "$log" >&2; }
+        # Their own times, since Cargo may wait for the next program's build.
+        counts=$(awk '/^test result/ { passed += $4; failed += $6; took += $NF }
+            END { printf "%d passed, %d failed, in %.0f s", passed, failed, took }' "$log")
+        row "$how: $set" "the engine's tests$ended: $counts"
+    done
+    return "$failed"
+}
+
+# The page, whose rows are of its own tests.
+page() {
+    local before=$SECONDS tests=passed
+    need chromium lld-22
+    web/build.sh >&2
+    web/build.sh threads >&2
+    built=$((SECONDS - before)) before=$SECONDS
+    FLOWTAPE_REQUIRE=chromium,web,web-threads cargo test --quiet --workspace --test web >&2 || tests=FAILED
+    size=$(du --bytes --summarize --exclude threads web/pkg | awk '{ print int($1 / 1000) }')
+    row "headless Chromium, 1 to 3 threads" "its tests $tests, in $((SECONDS - before)) s"
+    [ "$tests" = passed ]
+}
+
 failed=0
+tries=()
 for name in "$@"; do
     flock "$turn"
     if [ "$name" = page ]; then
-        page
+        page &
+        wait $! || failed=1
         flock --unlock "$turn"
         continue
     fi
@@ -209,7 +277,7 @@ for name in "$@"; do
         link_here cli/src/main.rs flowtape "$out/flowtape" --bin flowtape
         "${run[@]}" "$out/flowtape" train digits --quiet "${settings[@]/#/--set=}" --set "run_dir=$out/$name.run" >&2
     else
-        with_cargo build --package flowtape-tests --no-default-features --features trainer --example platform
+        with_cargo build --package flowtape-tests --no-default-features --features "$features" --example platform
         made=$kept/$target/$profile/examples/platform
         [ -f "$made" ] || made+=.wasm
         cp "$made" "$program"
@@ -220,44 +288,14 @@ for name in "$@"; do
     cp "$program" "$out/stripped"
     "${strip:-${linker%-gcc}-strip}" "$out/stripped"
     size=$(($(stat --format %s "$out/stripped") / 1000))
-    exchange=yes
-    "${run[@]}" "$program" write "$out/$name.safetensors" && "${run[@]}" "$program" read "$out/here.safetensors" &&
-        "$native" read "$out/$name.safetensors" && cmp "$out/here.safetensors" "$out/$name.safetensors" || exchange=FAILED
-    sets=($("${run[@]}" "$program" sets))
-    # Where instructions are many times as long, threads that wait for each other only take time.
-    if [ "$how" = qemu ]; then export RAYON_NUM_THREADS=1; else unset RAYON_NUM_THREADS; fi
-    for set in "${sets[@]}"; do
-        export FLOWTAPE_ISA=$set
-        log=$out/$name.$set
-        before=$SECONDS
-        if [ "$set" = "${sets[-1]}" ]; then folders=("${goldens[@]}"); else folders=("${few[@]}"); fi
-        "${run[@]}" "$program" goldens "${folders[@]}" >"$log.log" 2>&1 || grep FAILED "$log.log" | head -n 20 >&2 || true
-        counts=$(grep -E '^[0-9]+ passed, ' "$log.log" || echo "FAILED: $(tail -n 1 "$log.log")")
-        took=$((SECONDS - before))
-        if [ "$alone" ]; then
-            rm -rf "$out/empty" && mkdir "$out/empty" && cp "$program" "$out/empty/platform"
-            chroot "$out/empty" /platform train /run "${settings[@]}" >"$log.steps" && mv "$out/empty/run" "$log.run"
-        else
-            "${run[@]}" "$program" train "$log.run" "${settings[@]}" >"$log.steps"
-        fi || tail -n 1 "$log.steps" >&2
-        steps="$(beside "$name" "$set"), $(awk '{ print $8 }' "$log.steps" | sort -g | sed -n 10p) s a step"
-        unset FLOWTAPE_ISA
-        [[ "$counts $exchange $steps" != *FAILED* && "$counts" == *", 0 failed"* ]] || failed=1
-        rows+=("| $name | $how: $set | $counts, in $took s | $exchange | $steps | $built s | $size kB |")
-    done
-    if [ "$engine" ] && ! [ "$short" ]; then
-        # They start themselves again on other sets where none is named, which takes a system that can start them.
-        for set in "${sets[@]}"; do
-            log=$out/$name.$set.tests before=$SECONDS ended=
-            FLOWTAPE_ISA=$set with_cargo test --package flowtape-engine 2>"$log" || { ended=" FAILED" failed=1 && tail -n 40 "$log" >&2; }
-            counts=$(awk '/^test result/ { passed += $4; failed += $6 } END { print passed + 0 " passed, " failed + 0 " failed" }' "$log")
-            rows+=("| $name | $how: $set | the engine's tests$ended: $counts, in $((SECONDS - before)) s | | | | |")
-        done
-    fi
+    # One program runs at a time.
+    (exec {runs}>"$out/runs" && flock "$runs" && try) &
+    tries+=($!)
 done
+for tried in "${tries[@]}"; do wait "$tried" || failed=1; done
 echo "$(date --utc --iso-8601), $(PATH=/usr/bin:$PATH rustc --version | cut -d'(' -f1)of Debian"
 echo
 echo "| platform | run | goldens | files both ways, byte for byte | 20 steps | build | program |"
 echo "|---|---|---|---|---|---|---|"
-printf '%s\n' "${rows[@]}"
+for name in "$@"; do cat "$out/$name.rows" || failed=1; done
 exit "$failed"

@@ -3,20 +3,23 @@
 //!     platform goldens FOLDER…            every golden case, a line each; fails where one does
 //!     platform write FILE                 a file of tensors, whose bytes are the same on every machine
 //!     platform read FILE                  fails where such a file, from another machine, holds other values
-//!     platform train FOLDER [KEY=VALUE…]  trains the digits into a run folder, a line each step with loss and gradient norm
 //!     platform sets                       the instruction sets that this machine has, the best last
+//!     platform train FOLDER [KEY=VALUE…]  trains the digits into a run folder, a line each step with loss and gradient norm
+//!
+//! Without the feature `trainer` it can do all but the last.
 #![allow(clippy::print_stdout)] // a program for a terminal
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
+#[cfg(feature = "trainer")]
 use std::sync::atomic::AtomicBool;
 
 use flowtape_engine::safetensors::{SafeTensors, save};
 use flowtape_engine::{DType, Device, Philox, Tensor, cpu};
 use flowtape_tests::suite;
-use flowtape_trainer::Recipe;
-use flowtape_trainer::hooks::on_step;
+#[cfg(feature = "trainer")]
+use flowtape_trainer::{Recipe, hooks::on_step};
 
 type Any<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -62,12 +65,13 @@ fn main() -> ExitCode {
         ["goldens", ref folders @ ..] if !folders.is_empty() => goldens(folders),
         ["write", file] => write(Path::new(file)),
         ["read", file] => read(Path::new(file)),
+        #[cfg(feature = "trainer")]
         ["train", folder, ref settings @ ..] => train(folder, settings),
         ["sets"] => {
             println!("{}", cpu::instruction_sets().join(" "));
             Ok(())
         }
-        _ => Err("usage: platform goldens FOLDER… | write FILE | read FILE | train FOLDER [KEY=VALUE…] | sets".into()),
+        _ => Err("usage: platform goldens FOLDER… | write FILE | read FILE | sets | train FOLDER [KEY=VALUE…]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -117,6 +121,7 @@ fn read(file: &Path) -> Any<()> {
 }
 
 /// All digits of each number, so that where they are the same the bits are.
+#[cfg(feature = "trainer")]
 fn train(folder: &str, settings: &[&str]) -> Any<()> {
     // Within the program, so that it needs no other file.
     let recipe = include_bytes!("../../recipes/digits.yaml");

@@ -17,7 +17,10 @@ mod media;
 mod ops;
 mod optim;
 mod pipeline_math;
+#[cfg(feature = "trainer")]
 mod pipelines;
+#[cfg(feature = "trainer")]
+mod prompts;
 #[cfg(feature = "trainer")]
 mod recipe;
 pub mod sampling;

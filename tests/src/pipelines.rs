@@ -6,43 +6,21 @@ use flowtape_engine::{DType, Device, Tensor};
 use flowtape_flowmatch::Solver;
 use flowtape_models::blocks::{ChannelOrder, patchify, unpatchify};
 use flowtape_models::pipeline::{ConditionImage, Generator, PipelineFolder, Request, SoundGuidance};
-use flowtape_models::vae::Vocoder;
 use serde_json::Value;
 
 use crate::golden::{Any, Golden, max, number, relative, text};
-use crate::{Outcome, text::pipeline_prompts};
+use crate::{Outcome, editing, prompts};
 
 /// The goldens' bound on noise levels and timesteps.
 const SIGMAS: f64 = 2e-6;
 
 /// All that a folder `pipe_*` holds.
 pub(crate) fn check(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
-    pipeline_prompts(dir, name, out)?;
+    prompts::pipeline(dir, name, out)?;
     let case = Golden::open(dir, name)?.json;
     for (run, asked) in case["runs"].as_object().into_iter().flatten() {
-        #[cfg(feature = "trainer")]
-        let images = crate::editing::conditions(dir, asked)?;
-        #[cfg(not(feature = "trainer"))]
-        let images = Vec::new();
-        if images.is_empty() && asked["images"].as_array().is_some_and(|files| !files.is_empty()) {
-            out.push(Outcome::not_built(run));
-            continue;
-        }
+        let images = editing::conditions(dir, asked)?;
         generate(dir, &case, run, asked, &images, out)?;
-    }
-    Ok(())
-}
-
-/// What LTX-2's vocoders make of spectrograms.
-pub(crate) fn vocoder(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
-    let case = Golden::open(dir, name)?.json;
-    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
-    let bound = number(&case["tolerance"], "waveform")?;
-    for run in case["config"].as_object().into_iter().flat_map(|runs| runs.keys()) {
-        let title = format!("{run}/waveform");
-        let vocoder = Vocoder::load(&dir.join(run), DType::F32, &Device::cpu())?;
-        let (got, want) = (vocoder.forward(&inputs.tensor(&format!("{run}/mel"))?)?, outputs.tensor(&title)?);
-        out.push(Outcome::measured(title, relative(&got, &want)?, bound, format!("{:?}", want.dims())));
     }
     Ok(())
 }
@@ -137,13 +115,11 @@ fn pixels(pixels: &Tensor, run: &str, case: &Value, outputs: &Golden, out: &mut 
     let worst = shown.zip(&image).map(|(a, b)| (a - b).abs()).fold(0.0, max);
     let worst = if frames.dims() == stored.dims() { worst } else { f64::INFINITY };
     out.push(Outcome::measured(format!("{run}/image"), worst, bound, format!("{:?}", want.dims())));
-    #[cfg(feature = "trainer")]
     bytes(&frames, run, outputs, out)?;
     Ok(())
 }
 
 /// The same as bytes, where they are recorded.
-#[cfg(feature = "trainer")]
 fn bytes(frames: &Tensor, run: &str, outputs: &Golden, out: &mut Vec<Outcome>) -> Any<()> {
     let bytes = format!("{run}/uint8");
     if outputs.has(&bytes) {

@@ -1,9 +1,9 @@
-//! Goldens of the autoencoders: `vae_*`, by the class that `case.json` names.
+//! Goldens of the autoencoders, by the class that `case.json` names, and of the vocoders.
 
 use std::path::Path;
 
-use flowtape_engine::{Device, Tensor};
-use flowtape_models::vae::{self, AUTOENCODERS, FrameTiling, MelSpectrogram, Tiling};
+use flowtape_engine::{DType, Device, Tensor};
+use flowtape_models::vae::{self, AUTOENCODERS, FrameTiling, MelSpectrogram, Tiling, Vocoder};
 use serde_json::Value;
 
 use crate::Outcome;
@@ -114,6 +114,20 @@ fn sound(dir: &Path, case: &Value, device: &Device, out: &mut Vec<Outcome>) -> A
         1e-4,
         case["tolerance"]["log_mel"].as_str().unwrap_or_default().to_owned(),
     ));
+    Ok(())
+}
+
+/// What LTX-2's vocoders make of spectrograms.
+pub(crate) fn vocoder(dir: &Path, name: &str, out: &mut Vec<Outcome>) -> Any<()> {
+    let case = Golden::open(dir, name)?.json;
+    let (inputs, outputs) = (Golden::tensors(dir, "inputs")?, Golden::tensors(dir, "outputs")?);
+    let bound = number(&case["tolerance"], "waveform")?;
+    for run in case["config"].as_object().into_iter().flat_map(|runs| runs.keys()) {
+        let title = format!("{run}/waveform");
+        let vocoder = Vocoder::load(&dir.join(run), DType::F32, &Device::cpu())?;
+        let (got, want) = (vocoder.forward(&inputs.tensor(&format!("{run}/mel"))?)?, outputs.tensor(&title)?);
+        out.push(Outcome::measured(title, relative(&got, &want)?, bound, format!("{:?}", want.dims())));
+    }
     Ok(())
 }
 
