@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 use flowtape_trainer::Recipe;
+use flowtape_trainer::recipe::suggestion;
 
 use crate::terminal::{delivered, out, say};
 
@@ -88,7 +89,7 @@ pub fn run(args: &Recipes) -> Result<ExitCode> {
     match &args.name {
         Some(name) => match embedded(name) {
             Some(text) => out(format_args!("{text}")),
-            None => bail!("{name}: not one of the recipes {}", names()),
+            None => bail!("{name}: no recipe of the binary{}", suggestion(name, names())),
         },
         None => {
             for (name, text) in RECIPES {
@@ -105,7 +106,11 @@ pub fn load(named: &Path, set: &[String]) -> Result<Recipe> {
     match named.to_str().and_then(embedded) {
         Some(text) if !named.exists() => Ok(Recipe::from_yaml(named, text.as_bytes(), set)?),
         _ if named.extension().is_none() && !named.exists() => {
-            bail!("{}: neither a file nor one of the recipes {}", named.display(), names())
+            let name = named.display();
+            bail!("{name}: neither a file nor a recipe of the binary{}", suggestion(&name.to_string(), names()))
+        }
+        _ if named.is_dir() => {
+            bail!("{}: a folder, not a recipe; name a file, such as the recipe.yaml of a run's folder", named.display())
         }
         _ => Ok(Recipe::load(named, set)?),
     }
@@ -115,8 +120,8 @@ fn embedded(name: &str) -> Option<&'static str> {
     RECIPES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
 }
 
-fn names() -> String {
-    RECIPES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+fn names() -> impl Iterator<Item = &'static str> {
+    RECIPES.iter().map(|(name, _)| *name)
 }
 
 /// The first sentence of the comment that a recipe begins with.

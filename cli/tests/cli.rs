@@ -493,8 +493,9 @@ fn an_installed_binary_has_recipes_of_its_own() {
     let small: Vec<&str> = SMALL.iter().flat_map(|s| ["--set", s]).collect();
     stdout(&at_home(&[&["train", "digits"], &small[..]].concat()));
     assert!(folder.path().join("runs/digits-1/report.json").exists());
-    assert!(failure(&at_home(&["train", "digts"])).contains("digits, digits_lora"));
-    assert!(failure(&at_home(&["recipes", "digts"])).contains("digits, digits_lora"));
+    assert!(failure(&at_home(&["train", "digts"])).contains("did you mean `digits`?"));
+    assert!(failure(&at_home(&["train", "runs"])).contains("runs: a folder, not a recipe"));
+    assert!(failure(&at_home(&["recipes", "digts"])).contains("did you mean `digits`?"));
 }
 
 #[test]

@@ -5,10 +5,9 @@ use std::path::Path;
 use flowtape_engine::{DType, Device, Tensor};
 use flowtape_models::ltx2::LTX2TextConnectors;
 use flowtape_models::text::{TextModel, TextModelOutput, load, stack_layers};
-use serde_json::Value;
 
 use crate::Outcome;
-use crate::golden::{Any, Golden, exact, relative, text};
+use crate::golden::{Any, Golden, relative, text};
 
 /// The goldens' bound on states.
 pub(crate) const BOUND: f64 = 2e-5;

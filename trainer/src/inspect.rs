@@ -13,6 +13,7 @@ use flowtape_models::summary::Summary;
 use serde::Serialize;
 
 use crate::error::io;
+use crate::recipe::suggestion;
 use crate::run::RunFolder;
 use crate::{Error, Result};
 
@@ -44,8 +45,8 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         Ok(_) => of_file(path).and_then(|summary| found(summary, Vec::new())),
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let preset = preset(&name).map_err(|_| {
-                let names: Vec<&str> = PRESETS.iter().map(|p| p.name).collect();
-                let what = format!("neither a file or folder nor one of the presets {}", names.join(", "));
+                let known = suggestion(&name, PRESETS.iter().map(|p| p.name));
+                let what = format!("neither a file or folder nor one of the presets{known}");
                 Error::Run { path: path.into(), what }
             })?;
             let summary = Summary::of_config(&(preset.config)())?;

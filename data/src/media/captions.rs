@@ -133,15 +133,25 @@ fn beside(picture: &Path) -> Result<Option<Map<String, Value>>> {
 impl Captions {
     /// Reads the metadata of a folder: what it says of files there and below.
     pub fn add_metadata(&mut self, folder: &Path, field: Option<&str>) -> Result<()> {
-        let add = |all: &mut Self, path: &Path, place: &str, object: &Map<String, Value>| {
+        // Where a file said which caption and references of a picture.
+        let mut said = HashMap::new();
+        let mut add = |all: &mut Self, path: &Path, place: &str, object: &Map<String, Value>| {
             let file = file_of(object).ok_or_else(|| wrong(path, format!("{place}: no `file_name`")))?;
             let named = folder.join(file);
             if !named.exists() {
                 return Err(wrong(path, format!("{place}: there is no file {file}")));
             }
             let references = reference_paths(folder, object, |what| wrong(path, format!("{place}: {what}")))?;
+            let row = (caption_of(object, field), references.clone());
+            let first = said.entry((path.to_owned(), named.clone())).or_insert_with(|| (place.to_owned(), row.clone()));
+            if first.1 != row {
+                let before = &first.0;
+                let what =
+                    format!("{place}: {file} has another caption, or other references, in {before}; keep one of them");
+                return Err(wrong(path, what));
+            }
             all.references.insert(named.clone(), references);
-            if let Some(caption) = caption_of(object, field) {
+            if let Some(caption) = row.0 {
                 all.captions.insert(named, caption);
             }
             Ok(())

@@ -212,6 +212,9 @@ mod tests {
         assert!(message.contains("a.txt") && message.contains("byte 3") && message.contains("Latin-1"), "{message}");
         let message = error(&[("a.png", b""), ("metadata.jsonl", b"{\"file_name\": \"b.png\", \"text\": \"b\"}")]);
         assert!(message.contains("line 1") && message.contains("b.png"), "{message}");
+        let [one, other] = ["one", "other"].map(|text| format!("{{\"file_name\": \"a.png\", \"text\": \"{text}\"}}\n"));
+        let message = error(&[("a.png", b""), ("metadata.jsonl", format!("{one}{one}{other}").as_bytes())]);
+        assert!(message.contains("line 3: a.png") && message.contains("line 1"), "{message}");
         let message = error(&[("a.png", b""), ("metadata.jsonl", b"{")]);
         assert!(message.contains("metadata.jsonl") && message.contains("line 1"), "{message}");
         assert!(error(&[("a.md", b"")]).contains("no pictures or films"));

@@ -39,7 +39,7 @@ pub use self::data::{CacheConfig, DataConfig, SourceName};
 pub use self::dtype::Dtype;
 pub use self::model::{Mode, ModelSection, Stage};
 pub use self::peft::{Algorithm, KeptDtype, PeftConfig};
-pub use self::problems::{Place, Problem};
+pub use self::problems::{Place, Problem, suggestion};
 pub use self::ranks::Fsdp;
 pub(crate) use self::ranks::Sharing;
 pub use self::sampling::{ReportConfig, SamplingConfig};

@@ -49,7 +49,7 @@ impl Problem {
 }
 
 /// `; did you mean ..?`, or what there is where no name is like the wrong one.
-pub(crate) fn suggestion<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> String {
+pub fn suggestion<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> String {
     let known: Vec<&str> = known.collect();
     let likeness = |name: &str| jaro(&wrong.to_lowercase(), &name.to_lowercase());
     let nearest = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
