@@ -11,7 +11,8 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target}/outside
+# The crates of others are those that this workspace has checked, which takes its profile's settings.
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target} CARGO_PROFILE_DEV_OPT_LEVEL=1
 # A toolkit that happens to be there must not be what makes it build.
 unset CUDA_PATH CUDA_ROOT CUDA_TOOLKIT_ROOT_DIR CUDA_LIBRARY_PATH
 
@@ -32,7 +33,7 @@ program own engine flowmatch
 cp "$root/flowmatch/examples/own_model.rs" "$work/own/src/main.rs"
 [ "$(wc -l <"$work/own/src/main.rs")" -lt 70 ]
 echo "outside program: a model of its own"
-CARGO_PROFILE_DEV_OPT_LEVEL=1 cargo run --quiet --manifest-path "$work/own/Cargo.toml" "$@"
+cargo run --quiet --manifest-path "$work/own/Cargo.toml" "$@"
 
 program trainer engine flowmatch models data trainer
 cat >"$work/trainer/src/main.rs" <<'RUST'
@@ -68,4 +69,4 @@ echo "outside program: with CUDA"
 cargo check --quiet --manifest-path "$work/cuda/Cargo.toml" "$@"
 
 echo "the header of the library for C"
-CARGO_TARGET_DIR=$CARGO_TARGET_DIR/header cargo run --quiet --manifest-path "$root/capi/header/Cargo.toml" "$@" -- --check
+cargo run --quiet --manifest-path "$root/capi/header/Cargo.toml" "$@" -- --check

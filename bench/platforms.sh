@@ -7,8 +7,8 @@
 #
 # Of a platform's lesser instruction sets, operations and one model alone are run. While one platform's program runs, the next one's is built.
 #
-# --short compares goldens and files alone, by a program that is soon built: engine, pipeline and models, without the trainer, without the
-# statistics of noise levels and, in an emulator, of autoencoders those of FLUX alone. This is what CI runs.
+# --short compares goldens and files alone, by a program that is soon built: engine, pipeline and models, without the trainer. The
+# statistics of noise levels are left out, and in an emulator all but operations and what is of FLUX. This is what CI runs.
 #
 # `page` is that of `flowtape web`: it builds both modules of web/, for one thread and for several, and runs the tests that drive them in
 # headless Chromium, one of which wants the same weights of both.
@@ -44,12 +44,11 @@ need() { # PACKAGE…
 flock "$turn"
 need rustc-web cargo-web rust-web-src curl ca-certificates
 
-mkdir "$out/few" "$out/short"
+mkdir "$out"/{few,emulated,short}
 cp -r tests/goldens/{ops,flux_step} "$out/few"
+cp -r tests/goldens/{ops,*flux*} "$out/emulated"
 cp -r tests/{goldens,own_goldens} "$out/short"
 rm "$out"/short/goldens/pipeline_math/sigma_statistics.*
-cp -r "$out/short" "$out/emulated"
-rm -r "$out"/emulated/*/vae_[!f]*
 # A model that is small enough for an emulator.
 settings=(model.num_layers=1 model.num_single_layers=1 step_scheduler.local_batch_size=4 step_scheduler.max_steps=20
     sampling.num_inference_steps=2 report.samples_per_class=1)
@@ -212,7 +211,7 @@ try() {
         elif ! [ "$short" ]; then
             folders=(tests/{goldens,own_goldens})
         elif [ "$how" = qemu ]; then
-            folders=("$out"/emulated/{goldens,own_goldens})
+            folders=("$out/emulated")
         else
             folders=("$out"/short/{goldens,own_goldens})
         fi
