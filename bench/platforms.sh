@@ -193,7 +193,7 @@ page() { # a row of its own: what runs there is the page
 }
 
 # What all rows of a platform end with.
-row() { echo "| $name | $1 | $2 | $3 | $4 | $built s | $size kB |" >>"$out/$name.rows"; }
+row() { echo "| $name | $1 | $2 | ${3-} | ${4-} | $built s | $size kB |" >>"$out/$name.rows"; }
 
 # The program's rows, once it is built. It fails where one of them does.
 try() {
