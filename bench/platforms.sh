@@ -209,7 +209,7 @@ try() {
         if [ "$set" != "${sets[-1]}" ]; then
             folders=("$out/few")
         elif ! [ "$short" ]; then
-            folders=(tests/{goldens,own_goldens})
+            folders=("$here"/tests/{goldens,own_goldens})
         elif [ "$how" = qemu ]; then
             folders=("$out/emulated")
         else

@@ -154,7 +154,7 @@ mod tests {
                 assert!(says(&format!("{key}runs/")) || (says(key) && says("hf download")), "{name}: {error}");
             }
         }
-        assert!(load(Path::new("digit"), &[]).unwrap_err().to_string().contains("digits, digits_lora"));
+        assert!(load(Path::new("digit"), &[]).unwrap_err().to_string().contains("did you mean `digits`?"));
         assert!(load(Path::new("no/digits.yaml"), &[]).is_err());
     }
 }
